@@ -1,0 +1,1 @@
+"""ReMoE on unmodified Megatron."""
