@@ -1,0 +1,151 @@
+"""Run Megatron on a machine without a GPU: the CPU plays the part of `torch.cuda`.
+
+Megatron asks for CUDA by name: tensors on `device="cuda"`, streams, the CUDA random state. `enable()`
+answers those calls with the CPU, so that the stock training loop runs unchanged over gloo. This is
+the one module that replaces functions of other packages, apart from the fixes in `compat`.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_enabled = False
+
+
+class _Stream:
+    """A stream on which everything has already happened."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def record_event(self, event: "_Event | None" = None) -> "_Event":
+        return event or _Event()
+
+    def wait_stream(self, stream: object) -> None:
+        pass
+
+    def wait_event(self, event: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+class _Event(_Stream):
+    def record(self, stream: object = None) -> None:
+        pass
+
+    def wait(self, stream: object = None) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _stream(stream: object) -> Iterator[None]:
+    yield
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites `device="cuda"` in factory calls and `.to(...)`."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and _is_cuda(device):
+            kwargs["device"] = _CPU
+        elif func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def is_enabled() -> bool:
+    return _enabled
+
+
+def enable() -> None:
+    """Make the CPU stand in for CUDA in this process; call it before importing `megatron.core`.
+
+    Raises:
+        RuntimeError: this machine has a GPU, where Megatron needs no stand-in.
+    """
+    global _enabled
+    if _enabled:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            "megatron.remoe.cpu.enable() was called on a machine with a GPU; hide the GPU with "
+            "CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    _enabled = True
+    # Megatron's jit_fuser is torch.compile; compiling dozens of tiny functions for a CPU costs
+    # more than it saves.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    from torch import _dynamo
+
+    _dynamo.config.disable = True
+
+    cuda = torch.cuda
+    cuda.is_available = lambda: True
+    cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cuda.current_device = lambda: _CPU
+    cuda.set_device = lambda device: None
+    cuda.synchronize = lambda device=None: None
+    # Compute capability 10: from there on Megatron does not ask for CUDA_DEVICE_MAX_CONNECTIONS.
+    properties = SimpleNamespace(name="cpu", major=10, minor=0, multi_processor_count=1)
+    cuda.get_device_properties = lambda device=None: properties
+    cuda.get_device_capability = lambda device=None: (10, 0)
+    cuda.device_memory_used = lambda device=None: 0
+
+    cuda.Stream, cuda.Event = _Stream, _Event
+    default_stream = _Stream()
+    cuda.current_stream = cuda.default_stream = lambda device=None: default_stream
+    cuda.stream, cuda.set_stream = _stream, lambda stream: None
+
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda device=None: torch.get_rng_state()
+        module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+        module.manual_seed = module.manual_seed_all = torch.default_generator.manual_seed
+    # torch itself (data loaders, pinned memory) must go on believing that there is no accelerator.
+    torch.accelerator.is_available = lambda: False
+
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, device=None: self
+    tensor_type = torch.Tensor.type
+
+    def cuda_type(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+        if dtype is None:  # Megatron compares the name with "torch.cuda.FloatTensor"
+            return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+        return tensor_type(self, dtype, **kwargs)
+
+    torch.Tensor.type = cuda_type
+    _CudaMeansCpu().__enter__()
+
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    def set_rng_state(state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(state)
+
+    megatron_random._set_cuda_rng_state = set_rng_state
+    # It warns when a "CUDA" random state moves the CPU's; here they are the same.
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)

@@ -1,0 +1,42 @@
+"""Megatron's MoE layer with a dispatcher that counts real assignments."""
+
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron.remoe.dispatcher import ReLUAlltoAllTokenDispatcher
+
+
+class ReLUMoELayer(MoELayer):
+    """MoE layer for a router that activates a varying number of experts per token."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules=None,
+        layer_number: int | None = None,
+        pg_collection=None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+    ) -> None:
+        """
+        Raises:
+            ValueError: the flex dispatcher, which selects the top-k experts again.
+        """
+        if config.moe_token_dispatcher_type == "flex":
+            raise ValueError(
+                "moe_token_dispatcher_type is flex, which re-selects the top-k experts of every "
+                "token and so drops or invents assignments under ReLU routing; "
+                "use alltoall or allgather"
+            )
+        pg_collection = pg_collection or get_default_pg_collection()
+        super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        if config.moe_token_dispatcher_type == "alltoall":
+            self.token_dispatcher = ReLUAlltoAllTokenDispatcher(
+                self.num_local_experts,
+                self.local_expert_indices,
+                config=config,
+                pg_collection=pg_collection,
+            )
+            if self.use_shared_expert and self.shared_expert_overlap:
+                self.token_dispatcher.set_shared_experts(self.shared_experts)

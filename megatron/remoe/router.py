@@ -1,0 +1,134 @@
+"""The ReLU router as a Megatron module: an adapter, the equations are in `remoe`.
+
+Shapes, as in Megatron: s sequence, b micro-batch, h hidden; T = s * b local tokens, E experts.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
+from megatron.core.transformer.moe.router import Router
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from remoe.buffers import ExactBuffers
+from remoe.config import ControllerConfig, LoadBalancing
+from remoe.regularization import l1_regularization, load_weights
+from remoe.routing import relu_routing, tokens_per_expert
+
+
+@dataclass(frozen=True)
+class ReLURouting:
+    """What the router needs beyond Megatron's TransformerConfig."""
+
+    l1_reg_coeff_init: float = 1e-8
+    l1_reg_coeff_multiplier: float = 1.2
+    load_balancing: LoadBalancing = "aux_loss"
+
+    def controller(self, config: TransformerConfig) -> ControllerConfig:
+        return ControllerConfig(
+            target_sparsity=1 - config.moe_router_topk / config.num_moe_experts,
+            init=self.l1_reg_coeff_init,
+            multiplier=self.l1_reg_coeff_multiplier,
+        )
+
+
+class ReLURouter(ExactBuffers, Router):
+    """Routes with `relu(x W)`, adds the L1 penalty in backward, and counts what it routed.
+
+    Buffers:
+        l1_coeff: fp32, 0-d, persistent: the coefficient of the penalty.
+        stats: fp64 `[3 + E]`, not persistent, sums over the micro-batches of a step on this rank:
+            regulariser, micro-batches (as fractions over the ranks that share one), tokens, and
+            tokens per expert.
+    """
+
+    l1_coeff: Tensor
+    stats: Tensor
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection=None,
+        is_mtp_layer: bool = False,
+        *,
+        routing: ReLURouting | None = None,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.relu_routing = routing or ReLURouting()
+        device = torch.cuda.current_device()
+        coeff = torch.tensor(self.controller.init, dtype=torch.float32, device=device)
+        self.register_buffer("l1_coeff", coeff)
+        stats = torch.zeros(3 + self.num_experts, dtype=torch.float64, device=device)
+        self.register_buffer("stats", stats, persistent=False)
+
+    @cached_property
+    def controller(self) -> ControllerConfig:
+        return self.relu_routing.controller(self.config)
+
+    def forward(
+        self, input: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Route the tokens.
+
+        Args:
+            input: `[s, b, h]`.
+            padding_mask: bool `[s, b]`, True for padding tokens, or None. Padding is routed like
+                any token, as in Megatron, but neither penalised nor counted.
+
+        Returns:
+            probs `[T, E]` in the dtype of `input`, and routing_map, bool `[T, E]`.
+        """
+        dtype = torch.float64 if self.config.moe_router_dtype == "fp64" else torch.float32
+        logits = router_gating_linear(input, self.weight, self.bias, dtype)
+        probs, routing_map = self.routing(logits.view(-1, self.num_experts), padding_mask)
+        return probs.to(input.dtype), routing_map
+
+    def routing(
+        self, logits: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`[T, E]` logits to fp32 (or fp64) probs and the routing map; penalises when training."""
+        probs, routing_map = relu_routing(logits)
+        # With activation recompute the router runs twice: first without gradients, then with.
+        if self.training and torch.is_grad_enabled():
+            if padding_mask is not None:
+                padding_mask = padding_mask.reshape(-1)
+            probs = self._penalise(probs, routing_map, padding_mask)
+        return probs, routing_map
+
+    def _penalise(
+        self, probs: Tensor, routing_map: Tensor, padding_mask: Tensor | None
+    ) -> Tensor:
+        """Attach the regulariser's gradient to `probs`, unchanged in value, and count.
+
+        The load weights count the tokens of the micro-batch over TP and CP, not over DP, as the
+        published code does.
+        """
+        num_ranks = self.tp_cp_group.size()
+        counts = tokens_per_expert(routing_map, padding_mask)
+        if padding_mask is None:
+            num_tokens, penalised = counts.new_full((1,), probs.shape[0]), probs
+        else:
+            num_tokens = (~padding_mask).sum(dim=0, keepdim=True)
+            penalised = probs.masked_fill(padding_mask.unsqueeze(1), 0)
+        local = torch.cat([num_tokens, counts])
+        total = local.clone()
+        if num_ranks > 1:
+            torch.distributed.all_reduce(total, group=self.tp_cp_group)
+
+        weights = None
+        if self.relu_routing.load_balancing == "aux_loss":
+            weights = load_weights(
+                total[1:], num_tokens=total[0], topk=self.config.moe_router_topk
+            )
+        l1_reg = l1_regularization(penalised, num_tokens=total[0], load_weights_E=weights)
+        with torch.no_grad():
+            self.stats[0] += l1_reg
+            self.stats[1] += 1 / num_ranks
+            self.stats[2:] += local
+        penalty = self.l1_coeff * l1_reg
+        if self.calculate_per_token_loss:
+            # Megatron will divide every gradient by the number of tokens of the global batch.
+            penalty = penalty * (local[0] * num_ranks)
+        return MoEAuxLossAutoScaler.apply(probs, penalty)

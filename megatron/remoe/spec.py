@@ -1,0 +1,88 @@
+"""Layer specs: Megatron's GPT block with our backend, router and MoE layer put in."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron.remoe.backend import TorchSpecProvider
+from megatron.remoe.layer import ReLUMoELayer
+from megatron.remoe.router import ReLURouter, ReLURouting
+
+
+def layer_spec(routing: ReLURouting | None) -> Callable[..., TransformerBlockSubmodules]:
+    """A value for `GPTModelConfig.transformer_layer_spec`.
+
+    Args:
+        routing: settings of ReLU routing; None keeps Megatron's TopK router. Without experts in the
+            model config the layers are dense either way.
+    """
+
+    def build(model_config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+        return block_spec(model_config.transformer, routing, vp_stage=vp_stage)
+
+    return build
+
+
+def block_spec(
+    config: TransformerConfig, routing: ReLURouting | None, *, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, for the local or the Transformer Engine backend.
+
+    Megatron's own block spec decides which layers are on this stage and which of them have experts;
+    we exchange modules in it.
+    """
+    use_te = config.transformer_impl == "transformer_engine"
+    block = get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=use_te,
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+        vp_stage=vp_stage,
+    )
+    if not use_te:
+        block.layer_norm = TorchSpecProvider().layer_norm()
+        block.layer_specs = [_with_torch_modules(spec) for spec in block.layer_specs]
+    if routing is not None:
+        block.layer_specs = [_with_relu_routing(spec, routing) for spec in block.layer_specs]
+    return block
+
+
+def _has_experts(layer: ModuleSpec) -> bool:
+    return getattr(layer.submodules.mlp, "func", None) is MoELayer
+
+
+def _with_torch_modules(layer: ModuleSpec) -> ModuleSpec:
+    backend = TorchSpecProvider()
+    norm = backend.layer_norm()
+    attention = layer.submodules.self_attention
+    # In checkpoints norms are named as Transformer Engine names them: fused into the next linear,
+    # except before experts.
+    names = dict(layer.submodules.sharded_state_dict_keys_map)
+    if _has_experts(layer):
+        names.pop("pre_mlp_layernorm.")
+    submodules = replace(
+        layer.submodules,
+        input_layernorm=norm,
+        pre_mlp_layernorm=norm,
+        self_attention=replace(
+            attention,
+            submodules=replace(attention.submodules, core_attention=backend.core_attention()),
+        ),
+        sharded_state_dict_keys_map=names,
+    )
+    return replace(layer, submodules=submodules)
+
+
+def _with_relu_routing(layer: ModuleSpec, routing: ReLURouting) -> ModuleSpec:
+    if not _has_experts(layer):
+        return layer
+    moe = layer.submodules.mlp.keywords["submodules"]
+    router = partial(ReLURouter, routing=routing)
+    mlp = partial(ReLUMoELayer, submodules=replace(moe, router=router))
+    return replace(layer, submodules=replace(layer.submodules, mlp=mlp))

@@ -1,0 +1,119 @@
+"""Once per step: reduce the routers' statistics, move the coefficient, remember what was measured.
+
+Nothing here is on the path of a token, and nothing copies to the host: the report's tensors stay on
+the device until somebody logs them.
+
+Shapes: L transformer layers of the whole model, E experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads as megatron_finalize_model_grads
+from torch import Tensor
+
+from megatron.remoe.router import ReLURouter
+from remoe.controller import next_l1_coeff
+from remoe.routing import sparsity
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Routing of one step, over all layers, micro-batches and tokens of the global batch.
+
+    Attributes:
+        has_router: bool `[L]`, True for layers with a ReLU router; other entries are meaningless.
+        sparsity_L: `[L]`; `sparsity` is its mean over routers, what the controller acts on.
+        l1_reg_L: `[L]`, the regulariser before its coefficient, mean over micro-batches.
+        tokens_per_expert_LE: `[L, E]`.
+        l1_coeff: 0-d, the coefficient used in this step.
+    """
+
+    has_router: Tensor
+    sparsity: Tensor
+    sparsity_L: Tensor
+    l1_reg_L: Tensor
+    tokens_per_expert_LE: Tensor
+    l1_coeff: Tensor
+
+
+def relu_routers(model: list[torch.nn.Module]) -> list[ReLURouter]:
+    """The ReLU routers of this rank's model chunks."""
+    return [m for chunk in model for m in chunk.modules() if isinstance(m, ReLURouter)]
+
+
+@torch.no_grad()
+def update_routers(routers: list[ReLURouter], num_layers: int) -> StepReport:
+    """Reduce and clear the statistics, and move every router's coefficient in place.
+
+    Args:
+        routers: the routers of this rank; every pipeline stage must have at least one.
+        num_layers: L.
+    """
+    first = routers[0]
+    stats = first.stats.new_zeros(num_layers, first.stats.numel())
+    for router in routers:
+        stats[router.layer_number - 1] = router.stats
+        router.stats.zero_()
+    # Ranks that share tokens (tensor parallelism without sequence parallelism) count them equally
+    # often above and below the line.
+    for group in (first.tp_dp_cp_group, parallel_state.get_pipeline_model_parallel_group()):
+        if group.size() > 1:
+            torch.distributed.all_reduce(stats, group=group)
+
+    l1_reg, micro_batches, tokens, counts = stats.split([1, 1, 1, first.num_experts], dim=1)
+    has_router = tokens.squeeze(1) > 0
+    sparsity_L = sparsity(counts, tokens.squeeze(1))
+    mean_sparsity = sparsity_L.where(has_router, 0).sum() / has_router.sum()
+    report = StepReport(
+        has_router=has_router,
+        sparsity=mean_sparsity,
+        sparsity_L=sparsity_L,
+        l1_reg_L=(l1_reg / micro_batches).squeeze(1),
+        tokens_per_expert_LE=counts,
+        l1_coeff=first.l1_coeff.clone(),
+    )
+    coeffs = [router.l1_coeff for router in routers]
+    moved = next_l1_coeff(torch.stack(coeffs), mean_sparsity, first.controller)
+    torch._foreach_copy_(coeffs, list(moved.unbind()))
+    return report
+
+
+class FinalizeStep:
+    """Megatron's `finalize_model_grads_func`, followed by the routers' update.
+
+        config.finalize_model_grads_func = FinalizeStep()
+
+    Megatron may run forward and backward again in one iteration (its rerun state machine): the
+    statistics are those of the last run, and the coefficient moves once.
+
+    Attributes:
+        report: what the last step measured; None before the first, or without ReLU routers.
+    """
+
+    def __init__(self, iteration: Callable[[], int] | None = None) -> None:
+        self.report: StepReport | None = None
+        self._iteration = iteration or _megatron_iteration
+        self._last: int | None = None
+
+    def __call__(self, model, num_tokens=None, pg_collection=None, force_all_reduce=False) -> None:
+        megatron_finalize_model_grads(
+            model, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce
+        )
+        routers = relu_routers(model)
+        if not routers:
+            return
+        iteration = self._iteration()
+        before = [router.l1_coeff.clone() for router in routers]
+        self.report = update_routers(routers, routers[0].config.num_layers)
+        if iteration == self._last:
+            torch._foreach_copy_([router.l1_coeff for router in routers], before)
+        self._last = iteration
+
+
+def _megatron_iteration() -> int:
+    from megatron.training import get_args
+
+    return get_args().curr_iteration

@@ -1,0 +1,147 @@
+"""A ReMoE layer for any torch model on one device.
+
+    layer = ReMoELayer(ReMoEConfig(hidden_size=256, ffn_hidden_size=1024))
+    loss = loss_fn(layer(x)) + l1_penalty(layer)   # l1_penalty takes any model with such layers
+    loss.backward(); optimizer.step(); update_l1_coeff(layer)
+
+Shapes: T tokens, H hidden, E experts, F expert width, A active (token, expert) pairs.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from remoe.buffers import ExactBuffers
+from remoe.config import ReMoEConfig
+from remoe.controller import next_l1_coeff
+from remoe.regularization import l1_regularization, load_weights
+from remoe.routing import relu_routing, sparsity, tokens_per_expert
+
+
+class ReMoELayer(ExactBuffers):
+    """Mixture of SwiGLU experts behind a ReLU router, in place of a transformer's MLP.
+
+    After a training forward, `l1_reg` holds the layer's regulariser (0-d, differentiable); use
+    `l1_penalty` and `update_l1_coeff` on the whole model. Statistics accumulate over the forwards
+    between two updates, so gradient accumulation needs nothing special.
+
+    Parameters:
+        router: `[E, H]`; gate_up: `[E, 2F, H]` (gate first); down: `[E, H, F]`.
+    """
+
+    l1_coeff: Tensor
+    counts: Tensor
+
+    def __init__(
+        self,
+        config: ReMoEConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        shape, hidden = config.experts, config.hidden_size
+
+        def weight(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*size, device=device, dtype=dtype))
+
+        self.router = weight(shape.num_experts, hidden)
+        self.gate_up = weight(shape.num_experts, 2 * shape.ffn_hidden_size, hidden)
+        self.down = weight(shape.num_experts, hidden, shape.ffn_hidden_size)
+        coeff = torch.tensor(config.controller.init, dtype=torch.float32, device=device)
+        self.register_buffer("l1_coeff", coeff)
+        # tokens_per_expert, then the number of tokens, since the last update of the coefficient
+        counts = torch.zeros(shape.num_experts + 1, dtype=torch.float64, device=device)
+        self.register_buffer("counts", counts, persistent=False)
+        self.l1_reg: Tensor | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=self.config.init_std)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[..., H]` to `[..., H]`: the active experts' outputs, weighted by their gates, summed.
+
+        Copies to the host once, the token counts that size the experts' inputs.
+        """
+        x_TH = hidden_states.reshape(-1, self.config.hidden_size)
+        router_dtype = torch.promote_types(x_TH.dtype, torch.float32)
+        logits_TE = F.linear(x_TH.to(router_dtype), self.router.to(router_dtype))
+        probs_TE, routing_map_TE = relu_routing(logits_TE)
+        if self.training and torch.is_grad_enabled():
+            self._observe(probs_TE, routing_map_TE)
+
+        # Pairs (expert, token) sorted by expert, so that every expert reads one contiguous segment.
+        expert_A, token_A = routing_map_TE.T.nonzero(as_tuple=True)
+        prob_A = probs_TE[token_A, expert_A].to(x_TH.dtype)
+        segments = routing_map_TE.sum(dim=0).tolist()
+        inputs = torch.split(x_TH[token_A], segments)
+        gates = torch.split(prob_A.unsqueeze(1), segments)
+        weights = zip(self.gate_up.unbind(), self.down.unbind(), strict=True)
+        outputs = [_swiglu(x, g, *w) for x, g, w in zip(inputs, gates, weights, strict=True)]
+        y_TH = torch.zeros_like(x_TH).index_add(0, token_A, torch.cat(outputs))
+        return y_TH.view_as(hidden_states)
+
+    def _observe(self, probs_TE: Tensor, routing_map_TE: Tensor) -> None:
+        num_tokens = probs_TE.shape[0]
+        counts_E = tokens_per_expert(routing_map_TE)
+        weights_E = None
+        if self.config.load_balancing == "aux_loss":
+            weights_E = load_weights(counts_E, num_tokens=num_tokens, topk=self.config.experts.topk)
+        self.l1_reg = l1_regularization(probs_TE, num_tokens=num_tokens, load_weights_E=weights_E)
+        self.counts[:-1] += counts_E
+        self.counts[-1] += num_tokens
+
+
+def _swiglu(x: Tensor, prob: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up * prob, down)
+
+
+def remoe_layers(model: nn.Module) -> list[ReMoELayer]:
+    """The model's ReMoE layers.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, ReMoELayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} contains no ReMoELayer")
+    return layers
+
+
+def l1_penalty(model: nn.Module) -> Tensor:
+    """`lambda * L_reg` of the last forward, summed over layers: add it to the loss (Eq. 6).
+
+    Raises:
+        ValueError: a layer has not run forward in training mode since the last call.
+    """
+    penalties = []
+    for layer in remoe_layers(model):
+        if layer.l1_reg is None:
+            raise ValueError(
+                "l1_penalty needs a forward pass in training mode with gradients enabled before it"
+            )
+        penalties.append(layer.l1_coeff * layer.l1_reg)
+        layer.l1_reg = None
+    return torch.stack(penalties).sum()
+
+
+@torch.no_grad()
+def update_l1_coeff(model: nn.Module) -> Tensor:
+    """Once per optimizer step: move all layers' coefficients by their mean sparsity (Eq. 7, 8).
+
+    Returns:
+        The sparsity of every layer since the last update, `[L]`.
+    """
+    layers = remoe_layers(model)
+    counts = torch.stack([layer.counts for layer in layers])
+    sparsity_L = sparsity(counts[:, :-1], counts[:, -1])
+    for layer in layers:
+        layer.l1_coeff.copy_(
+            next_l1_coeff(layer.l1_coeff, sparsity_L.mean(), layer.config.controller)
+        )
+        layer.counts.zero_()
+    return sparsity_L

@@ -1,0 +1,53 @@
+"""ReLU routing (arXiv 2412.14711, Eq. 5 and 8).
+
+Shapes: T tokens, E experts.
+"""
+
+import torch
+from torch import Tensor
+
+
+def relu_routing(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """Route every token to the experts whose logit is positive: `R(x) = ReLU(x W)` (Eq. 5).
+
+    The value is both gate and weight: no softmax, no bias, no renormalisation. Computed in fp32, or
+    in the logits' dtype where that is wider.
+
+    Args:
+        logits_TE: router logits `[T, E]`.
+
+    Returns:
+        probs: `[T, E]`, at least fp32, zero where inactive.
+        routing_map: bool `[T, E]`, True where the expert is active. A row may be all False (the
+            token passes on its residual only), and so may a column.
+    """
+    dtype = torch.promote_types(logits_TE.dtype, torch.float32)
+    probs_TE = torch.relu(logits_TE.to(dtype))
+    return probs_TE, probs_TE > 0
+
+
+def active_experts(routing_map_TE: Tensor) -> Tensor:
+    """Number of active experts of every token, int64 `[T]`."""
+    return routing_map_TE.sum(dim=1)
+
+
+def tokens_per_expert(routing_map_TE: Tensor, padding_mask_T: Tensor | None = None) -> Tensor:
+    """Number of tokens that activate each expert, int64 `[E]`.
+
+    Args:
+        routing_map_TE: bool `[T, E]`.
+        padding_mask_T: bool `[T]`, True for padding tokens, which are not counted.
+    """
+    if padding_mask_T is not None:
+        routing_map_TE = routing_map_TE & ~padding_mask_T.unsqueeze(1)
+    return routing_map_TE.sum(dim=0)
+
+
+def sparsity(tokens_per_expert_E: Tensor, num_tokens: Tensor | int) -> Tensor:
+    """Fraction of inactive (token, expert) pairs (Eq. 8, one layer), a 0-d tensor in [0, 1].
+
+    Leading dimensions are batched: `[L, E]` counts and `[L]` tokens give the sparsity of each of L
+    layers, whose mean is Eq. 8.
+    """
+    num_experts = tokens_per_expert_E.shape[-1]
+    return 1 - tokens_per_expert_E.sum(dim=-1) / (num_tokens * num_experts)
