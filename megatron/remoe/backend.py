@@ -26,8 +26,8 @@ def torch_norm(*, config: TransformerConfig, hidden_size: int, eps: float) -> to
     if config.normalization not in norms or config.layernorm_zero_centered_gamma:
         raise ValueError(
             f"normalization {config.normalization!r} (zero-centered gamma: "
-            f"{config.layernorm_zero_centered_gamma}) is not available with transformer_impl local; "
-            f"use RMSNorm or LayerNorm without zero-centered gamma, or transformer_engine"
+            f"{config.layernorm_zero_centered_gamma}) is not available with transformer_impl "
+            f"local; use RMSNorm or LayerNorm without zero-centered gamma, or transformer_engine"
         )
     norm = norms[config.normalization](hidden_size, eps=eps)
     for parameter in norm.parameters():
@@ -38,8 +38,8 @@ def torch_norm(*, config: TransformerConfig, hidden_size: int, eps: float) -> to
 class SDPAttention(DotProductAttention):
     """Causal attention by torch's scaled_dot_product_attention, without a `[sq, sk]` matrix.
 
-    What SDPA does not cover (sliding windows, softmax offsets, layer scaling, dropout with the random
-    state of its tensor-parallel rank, a cache of keys) runs in Megatron's own implementation.
+    What SDPA does not cover (sliding windows, softmax offsets, layer scaling, dropout with the
+    random state of its tensor-parallel rank, a cache of keys) runs in Megatron's implementation.
     """
 
     def __init__(self, config: TransformerConfig, *args, **kwargs) -> None:

@@ -32,8 +32,22 @@ def apply() -> None:
 
 
 def _skip_compiling_dataset_helpers() -> None:
-    """0.19.2 runs `make` in its datasets folder, but the wheel ships the built helper, no Makefile."""
+    """0.19.2 runs `make` in its datasets folder; the wheel has the built helper, no Makefile."""
     from megatron.core.datasets import utils
 
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         utils.compile_helpers = lambda: None
+
+
+def tensorboard_writer():
+    """The TensorBoard writer that Megatron made for this rank, or None."""
+    from megatron.training import global_vars
+
+    return global_vars._GLOBAL_TENSORBOARD_WRITER
+
+
+def set_tensorboard_writer(writer: object) -> None:
+    """Make Megatron report to `writer`; 0.19.2 has a getter for it, and no setter."""
+    from megatron.training import global_vars
+
+    global_vars._GLOBAL_TENSORBOARD_WRITER = writer

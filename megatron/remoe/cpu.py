@@ -1,8 +1,9 @@
 """Run Megatron on a machine without a GPU: the CPU plays the part of `torch.cuda`.
 
-Megatron asks for CUDA by name: tensors on `device="cuda"`, streams, the CUDA random state. `enable()`
-answers those calls with the CPU, so that the stock training loop runs unchanged over gloo. This is
-the one module that replaces functions of other packages, apart from the fixes in `compat`.
+Megatron asks for CUDA by name: tensors on `device="cuda"`, streams, the CUDA random state.
+`enable()` answers those calls with the CPU, so that the stock training loop runs unchanged over
+gloo. This is the one module that replaces functions of other packages, apart from the fixes in
+`compat`.
 """
 
 import contextlib
@@ -135,7 +136,7 @@ def enable() -> None:
 
     def cuda_type(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
         if dtype is None:  # Megatron compares the name with "torch.cuda.FloatTensor"
-            return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+            return "torch.cuda." + tensor_type(self).rpartition(".")[2]
         return tensor_type(self, dtype, **kwargs)
 
     torch.Tensor.type = cuda_type

@@ -26,9 +26,9 @@ class ReLURouting:
     l1_reg_coeff_multiplier: float = 1.2
     load_balancing: LoadBalancing = "aux_loss"
 
-    def controller(self, config: TransformerConfig) -> ControllerConfig:
+    def controller_for(self, num_experts: int, topk: int) -> ControllerConfig:
         return ControllerConfig(
-            target_sparsity=1 - config.moe_router_topk / config.num_moe_experts,
+            target_sparsity=1 - topk / num_experts,
             init=self.l1_reg_coeff_init,
             multiplier=self.l1_reg_coeff_multiplier,
         )
@@ -65,11 +65,9 @@ class ReLURouter(ExactBuffers, Router):
 
     @cached_property
     def controller(self) -> ControllerConfig:
-        return self.relu_routing.controller(self.config)
+        return self.relu_routing.controller_for(self.num_experts, self.config.moe_router_topk)
 
-    def forward(
-        self, input: Tensor, padding_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route the tokens.
 
         Args:
@@ -85,9 +83,7 @@ class ReLURouter(ExactBuffers, Router):
         probs, routing_map = self.routing(logits.view(-1, self.num_experts), padding_mask)
         return probs.to(input.dtype), routing_map
 
-    def routing(
-        self, logits: Tensor, padding_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`[T, E]` logits to fp32 (or fp64) probs and the routing map; penalises when training."""
         probs, routing_map = relu_routing(logits)
         # With activation recompute the router runs twice: first without gradients, then with.
@@ -97,9 +93,7 @@ class ReLURouter(ExactBuffers, Router):
             probs = self._penalise(probs, routing_map, padding_mask)
         return probs, routing_map
 
-    def _penalise(
-        self, probs: Tensor, routing_map: Tensor, padding_mask: Tensor | None
-    ) -> Tensor:
+    def _penalise(self, probs: Tensor, routing_map: Tensor, padding_mask: Tensor | None) -> Tensor:
         """Attach the regulariser's gradient to `probs`, unchanged in value, and count.
 
         The load weights count the tokens of the micro-batch over TP and CP, not over DP, as the
@@ -119,9 +113,7 @@ class ReLURouter(ExactBuffers, Router):
 
         weights = None
         if self.relu_routing.load_balancing == "aux_loss":
-            weights = load_weights(
-                total[1:], num_tokens=total[0], topk=self.config.moe_router_topk
-            )
+            weights = load_weights(total[1:], num_tokens=total[0], topk=self.config.moe_router_topk)
         l1_reg = l1_regularization(penalised, num_tokens=total[0], load_weights_E=weights)
         with torch.no_grad():
             self.stats[0] += l1_reg

@@ -1,0 +1,199 @@
+"""Our command-line flags beside Megatron's, and what they do to a model's configuration.
+
+The published flags keep their names, so that published launch scripts carry over.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+from typing import Any, NoReturn, get_args
+
+from megatron.remoe import compat, cpu
+from remoe.config import LoadBalancing, apply_granularity
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Megatron's `extra_args_provider`: adds our flags, and defaults that fit this machine.
+
+    The returned parser applies granularity and checks our flags as soon as it has parsed them, so
+    that Megatron validates the model that will be built. Granularity is thereby applied once:
+    `--use-checkpoint-args` replaces the results by the saved run's and never multiplies them again.
+    """
+    compat.apply()
+    group = parser.add_argument_group(title="remoe")
+    group.add_argument(
+        "--moe-relu-routing",
+        action="store_true",
+        help="Route with ReLU(x W) instead of TopK(Softmax(x W)).",
+    )
+    group.add_argument(
+        "--moe-relu-l1-reg-coeff-init",
+        type=float,
+        default=1e-8,
+        help="Initial coefficient of the L1 penalty on router outputs.",
+    )
+    group.add_argument(
+        "--moe-relu-l1-reg-coeff-multiplier",
+        type=float,
+        default=1.2,
+        help="Factor by which a step multiplies or divides the coefficient.",
+    )
+    group.add_argument(
+        "--moe-relu-load-balancing",
+        choices=get_args(LoadBalancing),
+        default="aux_loss",
+        help="Weight the L1 penalty by the load of each expert, or not.",
+    )
+    group.add_argument(
+        "--moe-granularity",
+        type=int,
+        default=1,
+        help="G: multiplies --num-experts and --moe-router-topk, divides the expert width.",
+    )
+    group.add_argument(
+        "--metrics-file",
+        default=None,
+        help="Write one JSON object per logged step and evaluation to this file.",
+    )
+    parser.set_defaults(**_machine_defaults())
+    return _Parser(
+        prog=parser.prog,
+        description=parser.description,
+        parents=[parser],
+        add_help=False,
+        allow_abbrev=False,
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Megatron's parser, finishing its work with `finish`; a mistake is one line, exit code 2."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        namespace, unknown = super().parse_known_args(args, namespace)
+        try:
+            finish(namespace)
+        except ValueError as error:
+            self.error(str(error))
+        return namespace, unknown
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _machine_defaults() -> dict[str, Any]:
+    """Defaults of Megatron's flags where theirs need what this machine lacks."""
+    defaults: dict[str, Any] = {}
+    if importlib.util.find_spec("transformer_engine") is None:
+        defaults["transformer_impl"] = "local"
+        defaults["apply_rope_fusion"] = False
+        defaults["no_persist_layer_norm"] = True
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        defaults["gradient_accumulation_fusion"] = False
+    if cpu.is_enabled():
+        defaults["distributed_backend"] = "gloo"
+    return defaults
+
+
+def finish(args: argparse.Namespace) -> None:
+    """Check our flags and apply what they imply to Megatron's, in place.
+
+    Raises:
+        ValueError: flags that do not fit together, naming the value and the remedy.
+    """
+    if args.full_validation:
+        # Megatron then reads one sequence per rank at a time, whatever the batch size says.
+        ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+        ranks *= args.context_parallel_size
+        args.eval_micro_batch_size = 1
+        args.eval_global_batch_size = int(os.environ.get("WORLD_SIZE", "1")) // ranks
+    if args.num_experts is None and not args.use_checkpoint_args:
+        _refuse_moe_flags_of_a_dense_model(args)
+        return
+    if args.moe_granularity != 1 and (args.moe_ffn_hidden_size or args.ffn_hidden_size) is None:
+        raise ValueError(
+            f"moe_granularity is {args.moe_granularity}, but the width that it divides is not "
+            f"given; pass --moe-ffn-hidden-size or --ffn-hidden-size"
+        )
+    if args.num_experts is not None:
+        width = args.moe_ffn_hidden_size or args.ffn_hidden_size
+        shape = apply_granularity(
+            num_experts=args.num_experts,
+            topk=args.moe_router_topk,
+            ffn_hidden_size=width or args.moe_granularity,
+            granularity=args.moe_granularity,
+        )
+        args.num_experts, args.moe_router_topk = shape.num_experts, shape.topk
+        if width is not None:
+            args.moe_ffn_hidden_size = shape.ffn_hidden_size
+    if args.tensor_model_parallel_size > 1:
+        # Without it Megatron refuses to train experts with tensor parallelism, at the first step.
+        args.sequence_parallel = True
+    if args.moe_relu_routing:
+        _finish_relu_routing(args)
+
+
+def _refuse_moe_flags_of_a_dense_model(args: argparse.Namespace) -> None:
+    if args.moe_relu_routing or args.moe_granularity != 1:
+        flag = "moe_relu_routing" if args.moe_relu_routing else "moe_granularity"
+        raise ValueError(
+            f"{flag} is set but num_experts is not; pass --num-experts, or leave {flag} out "
+            f"for a dense model"
+        )
+
+
+def _finish_relu_routing(args: argparse.Namespace) -> None:
+    if args.moe_token_dispatcher_type == "flex":
+        raise ValueError(
+            "moe_token_dispatcher_type is flex, which selects the top-k experts again and so drops "
+            "assignments of ReLU routing; use alltoall or allgather"
+        )
+    if args.context_parallel_size > 1 and args.transformer_impl == "local":
+        raise ValueError(
+            f"context_parallel_size is {args.context_parallel_size}, but the attention of "
+            f"transformer_impl local sees one rank's part of the sequence only; use "
+            f"context_parallel_size 1, or transformer_impl transformer_engine"
+        )
+    if args.moe_router_dtype is None:
+        args.moe_router_dtype = "fp32"
+    # Megatron demands this of softmax routers with topk 1; a ReLU router has no softmax.
+    args.moe_router_pre_softmax = True
+    # The published scripts pass aux_loss, which their ReLU router ignores. Here it would make
+    # Megatron report a loss that does not exist.
+    args.moe_router_load_balancing_type = "none"
+    if args.num_experts is not None:
+        routing_from_args(args).controller_for(args.num_experts, args.moe_router_topk)
+
+
+def routing_from_args(args: argparse.Namespace):
+    """The settings of ReLU routing, or None when another router was asked for."""
+    if not args.moe_relu_routing:
+        return None
+    from megatron.remoe.router import ReLURouting
+
+    return ReLURouting(
+        l1_reg_coeff_init=args.moe_relu_l1_reg_coeff_init,
+        l1_reg_coeff_multiplier=args.moe_relu_l1_reg_coeff_multiplier,
+        load_balancing=args.moe_relu_load_balancing,
+    )
+
+
+def configure(model_config, args: argparse.Namespace):
+    """Put our layers and our once-per-step hook into Megatron's `GPTModelConfig`.
+
+    Without `--moe-relu-routing` the model is Megatron's TopK mixture, or dense without experts, on
+    the same backend.
+
+    Returns:
+        The hook, a `FinalizeStep`, whose `report` a `MetricsWriter` logs.
+    """
+    from megatron.remoe.spec import layer_spec
+    from megatron.remoe.step import FinalizeStep
+
+    model_config.transformer_layer_spec = layer_spec(routing_from_args(args))
+    hook = FinalizeStep()
+    model_config.finalize_model_grads_func = hook
+    return hook

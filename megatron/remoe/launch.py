@@ -1,0 +1,176 @@
+"""Start a run on this machine, follow it, and sum it up."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron.remoe.config import RunConfig, check, megatron_parser, to_argv
+
+_POLL_SECONDS = 0.5
+_SECONDS_BETWEEN_LINES = 15  # where the output is not a terminal
+
+
+def default_nproc() -> int:
+    import torch
+
+    from megatron.remoe import cpu
+
+    return 1 if cpu.is_enabled() else max(1, torch.cuda.device_count())
+
+
+def prepare(config: RunConfig, *, force: bool = False) -> tuple[RunConfig, list[str]]:
+    """Complete a config with its run directory's paths, check it, and write `config.yaml`.
+
+    Nothing is written before everything is checked.
+
+    Returns:
+        The completed config, with a number of processes, and its command line.
+
+    Raises:
+        ValueError: arguments that the run would reject, or a directory that holds another run.
+    """
+    run_dir, flags = config.run_dir, dict(config.flags)
+    flags.setdefault("metrics_file", str(run_dir / "metrics.jsonl"))
+    flags.setdefault("data_cache_path", str(run_dir / "cache"))
+    flags.setdefault("save", str(run_dir / "checkpoints"))
+    flags.setdefault("load", flags["save"])
+    flags.setdefault("save_interval", flags.get("train_iters"))
+    config = RunConfig(run_dir, config.nproc or default_nproc(), flags)
+    argv = to_argv(flags, megatron_parser())
+    check(argv, config.nproc)
+    if not force:
+        _refuse_another_run(config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(config.to_yaml())
+    return config, argv
+
+
+def _refuse_another_run(config: RunConfig) -> None:
+    path = config.run_dir / "config.yaml"
+    if not path.exists():
+        return
+    there = OmegaConf.to_container(OmegaConf.load(path))
+    here = OmegaConf.to_container(OmegaConf.create(config.to_yaml()))
+    changed = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
+    if changed:
+        raise ValueError(
+            f"{config.run_dir} holds a run that differs in {', '.join(changed)}; give this one its "
+            f"own directory (run_dir=PATH), or continue that run with these settings (--force)"
+        )
+
+
+def command(argv: list[str], nproc: int) -> list[str]:
+    """The torchrun command of a run on this machine."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    return [sys.executable, "-W", "ignore", *torchrun, "-m", "megatron.remoe.pretrain", *argv]
+
+
+def train(config: RunConfig, argv: list[str], console: Console) -> int:
+    """Run to the end with a progress line; the processes' output goes to `log.txt`.
+
+    Returns:
+        The exit code of torchrun.
+    """
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.nproc)))
+    log_path = config.run_dir / "log.txt"
+    metrics = Path(config.flags["metrics_file"])
+    with log_path.open("a") as log:
+        process = subprocess.Popen(
+            command(argv, config.nproc), stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
+        previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            _follow(process, metrics, config.flags["train_iters"], console)
+        except KeyboardInterrupt:  # the terminal has sent it to torchrun too
+            process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+    if process.returncode != 0:
+        tail = log_path.read_text(errors="replace").splitlines()[-25:]
+        console.print("\n".join(tail), markup=False, highlight=False)
+        console.print(f"the run failed (exit code {process.returncode}); see {log_path}")
+    return process.returncode
+
+
+def _follow(process: subprocess.Popen, metrics: Path, train_iters: int, console: Console) -> None:
+    report, close = (_bar if console.is_terminal else _lines)(train_iters, console)
+    try:
+        for row in _new_rows(metrics, process):
+            if row is not None and "split" not in row:
+                report(row)
+    finally:
+        close()
+
+
+def _new_rows(path: Path, process: subprocess.Popen) -> Iterator[dict[str, Any] | None]:
+    """Rows as they are written by this process, until it ends; None while there is nothing new."""
+    started, position = time.time(), 0
+    while True:
+        ended = process.poll() is not None
+        if path.exists() and path.stat().st_mtime >= started:
+            with path.open() as file:
+                file.seek(position)
+                while (line := file.readline()).endswith("\n"):
+                    position = file.tell()
+                    yield json.loads(line)
+        if ended:
+            return
+        yield None
+        time.sleep(_POLL_SECONDS)
+
+
+Report = tuple[Callable[[dict[str, Any]], None], Callable[[], None]]
+
+
+def _bar(train_iters: int, console: Console) -> Report:
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    progress.start()
+    task = progress.add_task("starting", total=train_iters)
+
+    def report(row: dict[str, Any]) -> None:
+        progress.update(task, completed=row["iteration"], description=_describe(row))
+
+    return report, progress.stop
+
+
+def _lines(train_iters: int, console: Console) -> Report:
+    last_time, first = 0.0, None
+
+    def report(row: dict[str, Any]) -> None:
+        nonlocal last_time, first
+        now, iteration = time.monotonic(), row["iteration"]
+        first = first or (now, iteration)
+        if now - last_time < _SECONDS_BETWEEN_LINES and iteration != train_iters:
+            return
+        last_time = now
+        done = iteration - first[1]
+        eta = (now - first[0]) / done * (train_iters - iteration) if done else float("nan")
+        remaining = f"  ETA {eta:.0f} s" if done else ""
+        console.print(f"{iteration}/{train_iters}  {_describe(row)}{remaining}", highlight=False)
+
+    return report, lambda: None
+
+
+def _describe(row: dict[str, Any]) -> str:
+    loss = "nan" if row["lm_loss"] is None else f"{row['lm_loss']:.3f}"
+    text = f"loss {loss}"
+    if "sparsity" in row:
+        text += f"  sparsity {row['sparsity']:.3f}  coefficient {row['l1_coeff']:.1e}"
+    return text

@@ -1,0 +1,180 @@
+"""Pretrain a GPT model with Megatron's own loop: dense, TopK or ReLU mixture-of-experts.
+
+    torchrun --nproc-per-node 8 -m megatron.remoe.pretrain --moe-relu-routing <Megatron's flags>
+
+On a machine without a GPU the same command trains on the CPU over gloo.
+"""
+
+import sys
+from functools import partial
+
+import torch
+
+from megatron.remoe import cpu
+
+
+def get_batch(data_iterator, args, *, training: bool, vp_stage: int | None = None):
+    """The micro-batch of this rank as Megatron shares it out over tensor-parallel ranks.
+
+    Returns:
+        tokens, labels, loss_mask, attention_mask, position_ids, each `[b, s]` or None where this
+        pipeline stage does not need it.
+    """
+    from megatron.core import mpu
+    from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+
+    first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    if not first and not last:
+        return (None,) * 5
+    batch = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        device = torch.cuda.current_device()
+        batch = {k: v.to(device, non_blocking=True) for k, v in next(data_iterator).items()}
+        batch.setdefault("attention_mask", None)
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=first,
+        is_pipeline_last_stage=last,
+    )
+    keys = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+    batch = {key: batch[key] for key in keys}
+    if args.context_parallel_size > 1:
+        batch = get_batch_on_this_cp_rank(batch, cp_group=mpu.get_context_parallel_group())
+    return tuple(batch[key] for key in keys)
+
+
+def loss_func(loss_mask: torch.Tensor, output: torch.Tensor, *, check_for_nan: bool):
+    """Sum of the token losses, the number of tokens, and both for Megatron's report.
+
+    Args:
+        loss_mask: `[b, s]`, zero for tokens that do not count.
+        output: token losses `[b, s]`.
+        check_for_nan: hand the loss to Megatron's rerun state machine, which stops on NaN and inf.
+    """
+    mask = loss_mask.reshape(-1).float()
+    loss = torch.dot(output.reshape(-1).float(), mask)
+    if check_for_nan:
+        from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+        for rejection in (torch.isnan, torch.isinf):
+            get_rerun_state_machine().validate_result(
+                result=loss,
+                rejection_func=rejection,
+                message=f"found {rejection.__name__.removeprefix('is')} in the loss",
+                tolerance=0.0,  # forward is deterministic
+                fatal=True,
+            )
+    num_tokens = mask.sum().int()
+    report = torch.stack([loss.detach(), num_tokens.to(loss)])
+    return loss, num_tokens, {"lm loss": report}
+
+
+def forward_step(data_iterator, model):
+    """Megatron's forward step: a micro-batch in, token losses and their loss function out."""
+    from megatron.core.utils import get_attr_wrapped_model
+    from megatron.training import get_args, get_timers
+
+    args, timers = get_args(), get_timers()
+    timers("batch-generator", log_level=2).start()
+    tokens, labels, loss_mask, attention_mask, position_ids = get_batch(
+        data_iterator,
+        args,
+        training=model.training,
+        vp_stage=get_attr_wrapped_model(model, "vp_stage"),
+    )
+    timers("batch-generator").stop()
+    output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
+    check_for_nan = args.check_for_nan_in_loss_and_grad
+    return output, partial(loss_func, loss_mask, check_for_nan=check_for_nan)
+
+
+def datasets_provider(num_samples, vp_stage: int | None = None):
+    """Megatron's train, validation and test datasets over the `.bin/.idx` files of the arguments.
+
+    Args:
+        num_samples: number of samples of each split.
+        vp_stage: virtual pipeline stage.
+    """
+    from megatron.core import mpu
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+    from megatron.training import get_args, get_tokenizer
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+    )
+
+    def is_built_here() -> bool:
+        stage = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
+        ends = mpu.is_pipeline_first_stage(**stage) or mpu.is_pipeline_last_stage(**stage)
+        return ends and mpu.get_tensor_model_parallel_rank() == 0
+
+    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, config).build()
+
+
+# Megatron then builds the datasets on every rank that needs them, and asks `is_built_here`.
+datasets_provider.is_distributed = True
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        cpu.enable()
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron.remoe.arguments import add_arguments, configure
+    from megatron.remoe.metrics import MetricsWriter
+
+    args = parse_and_validate_args(extra_args_provider=add_arguments)
+    model_config = gpt_config_from_args(args)
+    hook = configure(model_config, args)
+    MetricsWriter.install(args, hook)
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""A run directory: `config.yaml` and `metrics.jsonl`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Where a ReMoE run changes character (arXiv 2412.14711, section 3.5).
+
+    Attributes:
+        dense_until: last iteration of the dense warm-up, in which more than half of all (token,
+            expert) pairs are active; 0 if there is none.
+        sparse_from: first iteration at or above the target sparsity; None if it was not reached.
+    """
+
+    dense_until: int
+    sparse_from: int | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run wrote.
+
+    Attributes:
+        path: the run directory.
+        config: resolved config.
+        train: rows of `metrics.jsonl` that are training steps.
+        evaluations: rows that are evaluations, with `split`.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    train: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+
+    @classmethod
+    def load(cls, path: Path) -> "Run":
+        """Read a run directory; a last line that a kill has cut off is left out.
+
+        Raises:
+            ValueError: the directory is not a run, or has no step yet.
+        """
+        for name in ("config.yaml", "metrics.jsonl"):
+            if not (path / name).is_file():
+                raise ValueError(f"{path} is not a run directory: it has no {name}")
+        text = (path / "metrics.jsonl").read_text()
+        rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        train = [row for row in rows if "split" not in row]
+        if not train:
+            raise ValueError(f"{path} has no training step yet; wait for the first, or start it")
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        return cls(path, config, train, [row for row in rows if "split" in row])
+
+    def series(self, key: str) -> list[Any]:
+        """One quantity of all training rows."""
+        return [row[key] for row in self.train]
+
+    @property
+    def has_relu_routing(self) -> bool:
+        return "sparsity" in self.train[0]
+
+    @property
+    def target_sparsity(self) -> float:
+        """`1 - k/E`, which granularity leaves as it is."""
+        return 1 - float(self.config["moe_router_topk"]) / float(self.config["num_experts"])
+
+    @property
+    def stages(self) -> Stages:
+        dense_until, sparse_from = 0, None
+        for row in self.train:
+            if row["sparsity"] >= self.target_sparsity:
+                sparse_from = int(row["iteration"])
+                break
+            if row["sparsity"] < 0.5:
+                dense_until = int(row["iteration"])
+        return Stages(dense_until, sparse_from)
+
+    def last_evaluation(self) -> dict[str, float]:
+        """Loss of every split at the last iteration that was evaluated."""
+        if not self.evaluations:
+            return {}
+        last = self.evaluations[-1]["iteration"]
+        rows = [row for row in self.evaluations if row["iteration"] == last]
+        return {row["split"]: row["lm_loss"] for row in rows}
