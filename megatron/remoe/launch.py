@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from megatron.remoe.config import RunConfig, check, megatron_parser, to_argv
 
@@ -166,6 +167,31 @@ def _lines(train_iters: int, console: Console) -> Report:
         console.print(f"{iteration}/{train_iters}  {_describe(row)}{remaining}", highlight=False)
 
     return report, lambda: None
+
+
+def summarise(run_dir: Path, console: Console) -> None:
+    """Print what a finished run has reached, and draw `curves.png`."""
+    from remoe.analysis.plots import plot_curves
+    from remoe.analysis.runs import Run
+
+    run = Run.load(run_dir)
+    plot_curves(run, run_dir / "curves.png")
+    table = Table(title=str(run_dir), show_header=False)
+    table.add_row("iterations", str(run.train[-1]["iteration"]))
+    table.add_row("training loss", f"{run.train[-1]['lm_loss']:.4f}")
+    if run.has_relu_routing:
+        last = run.series("sparsity")[-20:]
+        table.add_row(
+            f"sparsity, mean of the last {len(last)} rows",
+            f"{sum(last) / len(last):.4f} (target {run.target_sparsity:g})",
+        )
+        stages = run.stages
+        table.add_row("dense until step", str(stages.dense_until))
+        table.add_row("at its target sparsity from step", str(stages.sparse_from or "not reached"))
+    for split, loss in sorted(run.last_evaluation().items()):
+        table.add_row(f"loss, {split}", f"{loss:.4f}")
+    console.print(table)
+    console.print(f"curves: {run_dir / 'curves.png'}", highlight=False)
 
 
 def _describe(row: dict[str, Any]) -> str:

@@ -1,0 +1,174 @@
+"""The single-device layer against plain loops, and its use in a training loop."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from remoe import ReMoEConfig, ReMoELayer, l1_penalty, update_l1_coeff
+from remoe.reference import reference_l1, reference_moe, reference_routing
+
+CONFIG = ReMoEConfig(hidden_size=8, ffn_hidden_size=12, num_experts=4, topk=1, init_std=0.5)
+
+
+def layer_and_input(config=CONFIG, tokens=10, seed=0):
+    torch.manual_seed(seed)
+    layer = ReMoELayer(config, dtype=torch.float64)
+    return layer, torch.randn(tokens, config.hidden_size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("load_balancing", ["aux_loss", "none"])
+@pytest.mark.parametrize("granularity", [1, 2])
+def test_output_and_every_gradient_equal_the_reference(load_balancing, granularity):
+    config = ReMoEConfig(
+        **(vars(CONFIG) | {"load_balancing": load_balancing, "granularity": granularity})
+    )
+    layer, x = layer_and_input(config)
+    weight = torch.randn_like(x)  # makes the loss depend on every output differently
+    x_fast, x_slow = x.clone().requires_grad_(), x.clone().requires_grad_()
+
+    y = layer(x_fast)
+    fast_reg = layer.l1_reg
+    loss = (y * weight).sum() + 0.1 * fast_reg
+    fast = torch.autograd.grad(loss, [x_fast, *layer.parameters()])
+
+    probs = reference_routing(x_slow, layer.router)
+    y_slow = reference_moe(x_slow, probs, layer.gate_up, layer.down)
+    slow_reg = reference_l1(
+        probs, topk=config.experts.topk, load_balancing=load_balancing == "aux_loss"
+    )
+    slow_loss = (y_slow * weight).sum() + 0.1 * slow_reg
+    slow = torch.autograd.grad(slow_loss, [x_slow, *layer.parameters()])
+
+    assert (probs == 0).any(), "the case must contain inactive experts"
+    assert torch.allclose(y, y_slow, rtol=1e-12)
+    # fp32 in f, otherwise fp64
+    assert torch.allclose(fast_reg, slow_reg, rtol=1e-6)
+    for a, b in zip(fast, slow, strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_no_active_expert_gives_zero_and_gradients_for_every_parameter():
+    layer, x = layer_and_input()
+    with torch.no_grad():
+        layer.router.copy_(-x.abs().sum() * torch.ones_like(layer.router))
+    y = layer(x.abs())
+    assert torch.equal(y, torch.zeros_like(x))
+    (y.sum() + l1_penalty(layer)).backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
+
+
+def test_all_experts_active():
+    layer, x = layer_and_input()
+    with torch.no_grad():
+        layer.router.copy_(layer.router.abs())
+    probs = reference_routing(x.abs(), layer.router)
+    assert (probs > 0).all()
+    expected = reference_moe(x.abs(), probs, layer.gate_up, layer.down)
+    assert torch.allclose(layer(x.abs()), expected)
+
+
+def test_any_leading_shape():
+    layer, x = layer_and_input()
+    assert torch.equal(layer(x.view(2, 5, 8)), layer(x).view(2, 5, 8))
+
+
+@pytest.mark.parametrize("granularity", [1, 2, 4])
+def test_parameter_counts_are_those_of_the_module(granularity):
+    config = ReMoEConfig(hidden_size=8, ffn_hidden_size=12, topk=2, granularity=granularity)
+    layer = ReMoELayer(config)
+    assert config.num_params == sum(p.numel() for p in layer.parameters())
+    per_expert = layer.gate_up[0].numel() + layer.down[0].numel()
+    active = layer.router.numel() + config.experts.topk * per_expert
+    assert config.num_active_params == active
+
+
+def test_coefficient_moves_by_the_mean_sparsity_of_all_layers_and_micro_batches():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[ReMoELayer(CONFIG) for _ in range(2)])
+    maps = [[], []]
+    for layer, seen in zip(model, maps, strict=True):
+        layer.register_forward_hook(
+            lambda module, args, _, seen=seen: seen.append(args[0] @ module.router.T > 0)
+        )
+    for _ in range(2):
+        model(torch.randn(16, 8))
+    expected = [1 - torch.cat(seen).double().mean().item() for seen in maps]
+    assert update_l1_coeff(model).tolist() == pytest.approx(expected)
+    assert sum(expected) / 2 < 0.75
+    assert [layer.l1_coeff.item() for layer in model] == pytest.approx([1.2e-8] * 2)
+
+
+def test_evaluation_and_no_grad_forwards_are_not_counted():
+    layer, x = layer_and_input()
+    layer.eval()(x)
+    with torch.no_grad():
+        layer.train()(x)
+    assert layer.counts.sum() == 0
+    with pytest.raises(ValueError, match="training mode"):
+        l1_penalty(layer)
+
+
+def test_coefficient_keeps_its_value_through_casts_and_state_dict():
+    layer = ReMoELayer(CONFIG)
+    layer.l1_coeff.fill_(1.2345678e-5)
+    before = layer.l1_coeff.clone()
+    layer.bfloat16()
+    assert layer.router.dtype == torch.bfloat16
+    assert torch.equal(layer.l1_coeff, before)
+    other = ReMoELayer(CONFIG)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.l1_coeff, before)
+    assert "counts" not in layer.state_dict()
+
+
+def test_materialises_from_the_meta_device():
+    layer = ReMoELayer(CONFIG, device="meta").to_empty(device="cpu")
+    assert layer.l1_coeff.dtype == torch.float32
+    assert layer.counts.dtype == torch.float64
+
+
+def test_sparsity_reaches_its_target_in_a_training_loop():
+    torch.manual_seed(0)
+    layer = ReMoELayer(ReMoEConfig(16, 32, num_experts=8, topk=1, l1_coeff_init=1e-4))
+    optimizer = torch.optim.Adam(layer.parameters(), lr=3e-3)
+    # Off-centre, as hidden states are: a router without bias halves a symmetric cloud of tokens.
+    data = torch.randn(4, 256, 16) + 1
+    target = torch.tanh(data.flip(-1))
+    history = []
+    for step in range(250):
+        x, y = data[step % 4], target[step % 4]
+        loss = torch.nn.functional.mse_loss(layer(x), y) + l1_penalty(layer)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(update_l1_coeff(layer).item())
+    assert history[0] < 0.6
+    assert sum(history[-50:]) / 50 == pytest.approx(0.875, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"load_balancing": "aux"}, "load_balancing is 'aux'"),
+        ({"topk": 5}, "topk is 5 of 4"),
+        ({"granularity": 5}, "does not divide"),
+        ({"hidden_size": 0}, "hidden_size 0"),
+        ({"l1_coeff_multiplier": 0.5}, "multiplier is 0.5"),
+    ],
+)
+def test_config_names_the_bad_value(change, names):
+    with pytest.raises(ValueError, match=names):
+        ReMoEConfig(**(vars(CONFIG) | change))
+
+
+def test_importing_remoe_loads_neither_megatron_nor_transformers():
+    code = (
+        "import sys, remoe, remoe.analysis.runs\n"
+        "print([m for m in sys.modules if m.split('.')[0] in ('megatron', 'transformers')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

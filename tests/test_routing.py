@@ -1,0 +1,197 @@
+"""Routing, regularisers and controller on a few tokens worked out by hand, and their invariants."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from remoe import (
+    ControllerConfig,
+    SparsityController,
+    active_experts,
+    apply_granularity,
+    l1_regularization,
+    load_weights,
+    next_l1_coeff,
+    relu_routing,
+    sparsity,
+    tokens_per_expert,
+)
+from remoe.reference import reference_l1, reference_sparsity
+
+# Three tokens, four experts; the second token activates nobody, the fourth expert gets nothing.
+LOGITS = torch.tensor([[1.0, -2.0, 0.5, 0.0], [-1.0, -1.0, -0.1, -3.0], [2.0, 3.0, -1.0, -1.0]])
+
+
+def test_routing_by_hand():
+    probs, routing_map = relu_routing(LOGITS)
+    assert probs.tolist() == [[1, 0, 0.5, 0], [0, 0, 0, 0], [2, 3, 0, 0]]
+    assert routing_map.tolist() == [
+        [True, False, True, False],
+        [False, False, False, False],
+        [True, True, False, False],
+    ]
+    assert active_experts(routing_map).tolist() == [2, 0, 2]
+    counts = tokens_per_expert(routing_map)
+    assert counts.tolist() == [2, 1, 1, 0]
+    assert sparsity(counts, 3).item() == pytest.approx(1 - 4 / 12)
+
+
+def test_padding_is_not_counted():
+    _, routing_map = relu_routing(LOGITS)
+    padding = torch.tensor([False, False, True])
+    assert tokens_per_expert(routing_map, padding).tolist() == [1, 0, 1, 0]
+
+
+def test_routing_is_fp32_for_half_precision_logits_and_keeps_fp64():
+    assert relu_routing(LOGITS.bfloat16())[0].dtype == torch.float32
+    assert relu_routing(LOGITS.double())[0].dtype == torch.float64
+
+
+def test_regularisers_by_hand():
+    probs, routing_map = relu_routing(LOGITS)
+    # Plain: (1 + 0.5 + 2 + 3) / 3 tokens.
+    assert l1_regularization(probs, num_tokens=3).item() == pytest.approx(6.5 / 3)
+    # f_e = E / (k T) * count = 4 / (1 * 3) * [2, 1, 1, 0]; L1 per expert is [3, 3, 0.5, 0].
+    weights = load_weights(tokens_per_expert(routing_map), num_tokens=3, topk=1)
+    assert weights.tolist() == pytest.approx([8 / 3, 4 / 3, 4 / 3, 0])
+    expected = (3 * 8 / 3 + 3 * 4 / 3 + 0.5 * 4 / 3) / 3
+    actual = l1_regularization(probs, num_tokens=3, load_weights_E=weights)
+    assert actual.item() == pytest.approx(expected)
+
+
+def test_gradient_of_the_regulariser_is_the_load_over_tokens_where_active():
+    logits = LOGITS.clone().requires_grad_()
+    probs, routing_map = relu_routing(logits)
+    weights = load_weights(tokens_per_expert(routing_map), num_tokens=3, topk=1)
+    l1_regularization(probs, num_tokens=3, load_weights_E=weights).backward()
+    assert torch.allclose(logits.grad, routing_map * weights / 3)
+
+
+@pytest.mark.parametrize("load_balancing", [True, False])
+def test_regulariser_equals_the_reference(load_balancing):
+    probs, routing_map = relu_routing(torch.randn(17, 6, dtype=torch.float64))
+    weights = load_weights(tokens_per_expert(routing_map), num_tokens=17, topk=2)
+    actual = l1_regularization(
+        probs, num_tokens=17, load_weights_E=weights if load_balancing else None
+    )
+    expected = reference_l1(probs, topk=2, load_balancing=load_balancing)
+    assert torch.allclose(actual, expected, rtol=1e-6)
+
+
+def test_sparsity_equals_the_reference_over_layers():
+    probs, routing_map = relu_routing(torch.randn(3 * 5, 4))
+    counts = torch.stack([tokens_per_expert(layer) for layer in routing_map.view(3, 5, 4)])
+    actual = sparsity(counts, torch.tensor([5, 5, 5])).mean().item()
+    assert actual == pytest.approx(reference_sparsity(probs.view(3, 5, 4)))
+
+
+@given(st.permutations(range(4)), st.integers(0, 2**31))
+def test_routing_is_equivariant_to_permuting_experts(order, seed):
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+    probs, routing_map = relu_routing(logits)
+    permuted, permuted_map = relu_routing(logits[:, order])
+    assert torch.equal(permuted, probs[:, order])
+    assert torch.equal(tokens_per_expert(permuted_map), tokens_per_expert(routing_map)[order])
+
+
+def test_balanced_routing_at_the_target_has_unit_load():
+    counts = torch.tensor([4, 4, 4, 4])
+    assert load_weights(counts, num_tokens=8, topk=2).tolist() == [1, 1, 1, 1]
+
+
+CONFIG = ControllerConfig(target_sparsity=0.875, init=1e-3, multiplier=1.2)
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [(0.5, 1.2e-3), (0.9, 1e-3 / 1.2), (0.875, 1e-3 / 1.2)],
+    ids=["too dense grows", "too sparse shrinks", "equality divides"],
+)
+def test_controller_by_hand(measured, expected):
+    controller = SparsityController(CONFIG)
+    controller.update(torch.tensor(measured))
+    assert controller.l1_coeff.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_controller_moves_each_layer_by_itself():
+    controller = SparsityController(CONFIG, num_coeffs=2)
+    controller.update(torch.tensor([0.5, 0.9]))
+    assert controller.l1_coeff.tolist() == pytest.approx([1.2e-3, 1e-3 / 1.2])
+
+
+def test_controller_stays_within_bounds():
+    config = ControllerConfig(target_sparsity=0.5, init=1e-3, floor=9e-4, ceiling=1.1e-3)
+    controller = SparsityController(config)
+    assert controller.update(torch.tensor(0.0)).item() == pytest.approx(1.1e-3)
+    for _ in range(3):
+        controller.update(torch.tensor(1.0))
+    assert controller.l1_coeff.item() == pytest.approx(9e-4)
+
+
+def test_controller_resumes_exactly():
+    first = SparsityController(CONFIG)
+    for step in range(7):
+        first.update(torch.tensor(0.5 + 0.1 * step))
+    second = SparsityController(CONFIG)
+    second.load_state_dict(first.state_dict())
+    first.update(torch.tensor(0.1))
+    second.update(torch.tensor(0.1))
+    assert torch.equal(first.l1_coeff, second.l1_coeff)
+
+
+def test_controller_state_is_a_copy_and_strict():
+    controller = SparsityController(CONFIG)
+    state = controller.state_dict()
+    controller.update(torch.tensor(0.0))
+    assert state["l1_coeff"].item() == pytest.approx(1e-3)
+    with pytest.raises(ValueError, match="num_coeffs"):
+        SparsityController(CONFIG, num_coeffs=2).load_state_dict(state)
+    with pytest.raises(ValueError, match="exactly"):
+        controller.load_state_dict({**state, "more": state["l1_coeff"]})
+    with pytest.raises(ValueError, match="3 elements"):
+        controller.update(torch.zeros(3))
+
+
+def test_published_defaults_reach_5_in_110_steps():
+    config = ControllerConfig(target_sparsity=0.875)
+    coeff = torch.tensor(config.init)
+    for _ in range(110):
+        coeff = next_l1_coeff(coeff, torch.tensor(0.0), config)
+    assert coeff.item() == pytest.approx(1e-8 * 1.2**110, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"target_sparsity": 1.0}, "target_sparsity is 1.0"),
+        ({"init": 0.0}, "initial L1 coefficient is 0.0"),
+        ({"multiplier": 1.0}, "multiplier is 1.0"),
+        ({"floor": 1.0}, "outside its bounds"),
+    ],
+)
+def test_controller_config_names_the_bad_value(change, names):
+    with pytest.raises(ValueError, match=names):
+        ControllerConfig(**({"target_sparsity": 0.5} | change))
+
+
+def test_granularity_by_hand():
+    shape = apply_granularity(num_experts=8, topk=1, ffn_hidden_size=256, granularity=4)
+    assert (shape.num_experts, shape.topk, shape.ffn_hidden_size) == (32, 4, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"granularity": 0}, "granularity is 0"),
+        ({"granularity": 3}, "granularity 3 does not divide the expert width 256"),
+        ({"topk": 9}, "topk is 9 of 8"),
+        ({"topk": 9, "granularity": 2}, "topk is 18 of 16"),
+        ({"topk": 0}, "topk is 0"),
+        ({"num_experts": 0}, "num_experts is 0"),
+    ],
+)
+def test_granularity_names_the_bad_value(change, names):
+    base = {"num_experts": 8, "topk": 1, "ffn_hidden_size": 256, "granularity": 1}
+    with pytest.raises(ValueError, match=names):
+        apply_granularity(**(base | change))
