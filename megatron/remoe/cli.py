@@ -1,6 +1,8 @@
 """The `remoe` command. Every command is a thin call into the package, which it imports itself."""
 
+import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +39,121 @@ def corpus(
         typer.echo(f"{name:20} {entry['documents']:6} documents {entry['bytes'] / 1e6:8.3f} MB")
     total = sum(entry["bytes"] for entry in manifest["files"].values())
     typer.echo(f"{out}: {total / 1e6:.1f} MB" + ("" if written else ", up to date"))
+
+
+@data.command()
+def tokenize(
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Corpus folder, or .jsonl / .jsonl.zst files or folders.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the .bin/.idx files.")],
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="tokenizer.json, or a folder with it or with vocab.json, merges.txt."),
+    ] = None,
+    vocab_file: Annotated[Path | None, typer.Option(help="GPT-2's vocab.json.")] = None,
+    merge_file: Annotated[Path | None, typer.Option(help="GPT-2's merges.txt.")] = None,
+    eod_token: Annotated[
+        str | None, typer.Option(help="End-of-document token of the given tokenizer.")
+    ] = None,
+    vocab_size: Annotated[
+        int, typer.Option(help="Entries of the tokenizer that is trained when none is given.")
+    ] = 8192,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes.", show_default="all cores")
+    ] = None,
+    text_key: Annotated[str, typer.Option(help="JSON key of a document's text.")] = "text",
+    append_eod: Annotated[
+        bool, typer.Option("--append-eod/--no-append-eod", help="End every document.")
+    ] = True,
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Count malformed lines and go on.")
+    ] = False,
+    force: Force = False,
+) -> None:
+    """Write Megatron's token files, one pair per file or per domain and split of a corpus."""
+    from megatron.remoe.data.tokenize import TokenizeConfig
+    from megatron.remoe.data.tokenize import tokenize as run
+
+    _silence_megatron()
+    config = TokenizeConfig(
+        tokenizer=tokenizer,
+        vocab_file=vocab_file,
+        merge_file=merge_file,
+        eod_token=eod_token,
+        vocab_size=vocab_size,
+        text_key=text_key,
+        append_eod=append_eod,
+        skip_invalid=skip_invalid,
+        **({} if workers is None else {"workers": workers}),
+    )
+    manifest, written = run(inputs, out, config, force=force)
+    for name, entry in manifest["outputs"].items():
+        typer.echo(
+            f"{name:20} {entry['documents']:8} documents {entry['tokens']:12} tokens "
+            f"(left out: {entry['empty']} empty, {entry['invalid']} malformed)"
+        )
+    typer.echo(
+        f"{out}: {sum(entry['tokens'] for entry in manifest['outputs'].values())} tokens, "
+        f"vocabulary {manifest['settings']['vocab_size']}" + ("" if written else ", up to date")
+    )
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of Megatron's flags.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Processes on this machine.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Continue a run with other settings.")
+    ] = False,
+) -> None:
+    """Train on this machine: checks everything, starts torchrun, shows progress, draws curves."""
+    from rich.console import Console
+
+    from megatron.remoe import launch
+    from megatron.remoe.config import load_config
+
+    _prepare_megatron()
+    console = Console()
+    run = load_config(config, [*(overrides or []), *([f"nproc={nproc}"] if nproc else [])])
+    with console.status("checking the configuration"):
+        run, argv = launch.prepare(run, force=force)
+    console.print(f"{run.run_dir}: {run.nproc} processes, output in log.txt", highlight=False)
+    if code := launch.train(run, argv, console):
+        raise typer.Exit(code)
+    launch.summarise(run.run_dir, console)
+
+
+@app.command()
+def plot(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.")],
+    out: Annotated[Path | None, typer.Option(help="PNG file.")] = None,
+) -> None:
+    """Draw loss, sparsity and coefficient of a run."""
+    from remoe.analysis.plots import plot_curves
+    from remoe.analysis.runs import Run
+
+    out = out or run_dir / "curves.png"
+    plot_curves(Run.load(run_dir), out)
+    typer.echo(out)
+
+
+def _prepare_megatron() -> None:
+    """Let the CPU stand in where there is no GPU, before anything imports `megatron.core`."""
+    import torch
+
+    from megatron.remoe import cpu
+
+    _silence_megatron()
+    if not torch.cuda.is_available():
+        cpu.enable()
+
+
+def _silence_megatron() -> None:
+    """Hide what importing Megatron says on every machine without a GPU or without TE."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def main(argv: list[str] | None = None) -> None:

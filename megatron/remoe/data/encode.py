@@ -1,0 +1,100 @@
+"""Lines of JSON to token ids, in worker processes and in order.
+
+Kept free of torch and Megatron, because every worker imports it.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from megatron.remoe.data.jsonl import Chunk, parse_text
+
+_tokenizer: Tokenizer
+_text_key: str
+_suffix: list[int]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The documents of a chunk: `ids` one after the other, and the `lengths` to cut them by.
+
+    `text_bytes` counts UTF-8 bytes, `empty` the documents left out because they have no text,
+    `invalid` the malformed lines (number, reason).
+    """
+
+    ids: np.ndarray
+    lengths: list[int]
+    text_bytes: int
+    empty: int
+    invalid: list[tuple[int, str]]
+
+
+def start_workers(
+    tokenizer: Tokenizer, *, workers: int, text_key: str, eod_id: int | None
+) -> ProcessPoolExecutor:
+    """Return a pool for `encode_chunks`; `eod_id` ends every document unless it is None.
+
+    The processes are spawned: forking after the tokenizer's threads have started may deadlock.
+    """
+    return ProcessPoolExecutor(
+        max_workers=workers,
+        mp_context=get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(tokenizer.to_str(), text_key, [] if eod_id is None else [eod_id]),
+    )
+
+
+def encode_chunks(
+    pool: ProcessPoolExecutor, chunks: Iterable[Chunk], *, workers: int
+) -> Iterator[Encoded]:
+    """Yield the encoded chunks in order, with at most a few per worker under way.
+
+    `Executor.map` and `Pool.imap` would read the whole file ahead of the workers.
+    """
+    under_way: deque[Future[Encoded]] = deque()
+    for chunk in chunks:
+        under_way.append(pool.submit(_encode_chunk, chunk))
+        if len(under_way) >= 3 * workers:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
+
+
+def _start_worker(tokenizer_json: str, text_key: str, suffix: list[int]) -> None:
+    global _tokenizer, _text_key, _suffix
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _tokenizer = Tokenizer.from_str(tokenizer_json)
+    # A document may speak of "<|endoftext|>"; only we end documents.
+    _tokenizer.encode_special_tokens = True
+    _text_key, _suffix = text_key, suffix
+
+
+def _encode_chunk(chunk: Chunk) -> Encoded:
+    texts: list[str] = []
+    invalid: list[tuple[int, str]] = []
+    empty = 0
+    for number, line in enumerate(chunk.lines, chunk.first_line):
+        try:
+            text = parse_text(line, _text_key)
+        except ValueError as error:
+            invalid.append((number, str(error)))
+            continue
+        if text:
+            texts.append(text)
+        else:
+            empty += 1
+    encodings = _tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    documents = [encoding.ids + _suffix for encoding in encodings]
+    return Encoded(
+        ids=np.array([token for document in documents for token in document], dtype=np.int32),
+        lengths=[len(document) for document in documents],
+        text_bytes=sum(len(text.encode()) for text in texts),
+        empty=empty,
+        invalid=invalid,
+    )

@@ -1,0 +1,112 @@
+"""Byte-pair tokenizers: train, load in any of their file forms, save for Megatron.
+
+Megatron reads the saved folder with
+`--tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER`.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+END_OF_DOCUMENT = "<|endoftext|>"
+MIN_VOCAB_SIZE = 257  # every byte, and the end of a document
+GPT2_FILES = (("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt"))
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE (GPT-2's pre-tokenization) with `<|endoftext|>` as token 0.
+
+    The result depends only on the texts. It has fewer than `vocab_size` entries when the texts do
+    not hold enough different pairs.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load_tokenizer(path: Path, eod_token: str | None = None) -> tuple[Tokenizer, str]:
+    """Load a `tokenizer.json`, or a folder with one or with GPT-2's vocabulary and merges.
+
+    Returns the tokenizer and its end-of-document token: `eod_token`, else the `eos_token` that a
+    `tokenizer_config.json` beside it names, else `<|endoftext|>`. Raises `ValueError` when there is
+    no readable tokenizer or the token is not in its vocabulary.
+    """
+    if path.is_dir():
+        for vocab, merges in GPT2_FILES:
+            if (path / vocab).is_file() and (path / merges).is_file():
+                return load_gpt2_tokenizer(path / vocab, path / merges, eod_token)
+        if not (path / "tokenizer.json").is_file():
+            raise ValueError(
+                f"{path} holds neither tokenizer.json nor vocab.json with merges.txt; "
+                "name a folder or file that does"
+            )
+        path = path / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"tokenizer {path} does not exist; check --tokenizer")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{path} is not a tokenizer.json ({error})") from error
+    return _with_end_of_document(tokenizer, eod_token or _configured_eod(path.parent), path)
+
+
+def load_gpt2_tokenizer(
+    vocab_file: Path, merge_file: Path, eod_token: str | None = None
+) -> tuple[Tokenizer, str]:
+    """Load GPT-2's `vocab.json` and `merges.txt`. Returns and raises as `load_tokenizer` does."""
+    for option, file in (("--vocab-file", vocab_file), ("--merge-file", merge_file)):
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist; check {option}")
+    try:
+        gpt2 = ByteLevelBPETokenizer.from_file(str(vocab_file), str(merge_file))
+        tokenizer = Tokenizer.from_str(gpt2.to_str())
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(
+            f"{vocab_file} and {merge_file} are not a GPT-2 vocabulary ({error})"
+        ) from error
+    return _with_end_of_document(tokenizer, eod_token, vocab_file)
+
+
+def save_tokenizer(tokenizer: Tokenizer, eod_token: str, folder: Path) -> None:
+    """Write `tokenizer.json` and the `tokenizer_config.json` that transformers asks for."""
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": eod_token,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _configured_eod(folder: Path) -> str | None:
+    config = folder / "tokenizer_config.json"
+    if not config.is_file():
+        return None
+    token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _with_end_of_document(
+    tokenizer: Tokenizer, eod_token: str | None, path: Path
+) -> tuple[Tokenizer, str]:
+    eod_token = eod_token or END_OF_DOCUMENT
+    if tokenizer.token_to_id(eod_token) is None:
+        raise ValueError(
+            f"{path} has no token {eod_token!r} to end documents with; name one with --eod-token"
+        )
+    tokenizer.add_special_tokens([eod_token])
+    # A tokenizer.json may carry the cut and the padding of the model that it was made for.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, eod_token

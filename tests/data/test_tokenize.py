@@ -1,0 +1,353 @@
+"""What Megatron reads back from the token files is the text, whatever form it came in."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import zstandard
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from megatron.remoe.cli import main
+from megatron.remoe.data import jsonl
+from megatron.remoe.data.jsonl import parse_text
+from megatron.remoe.data.tokenize import TokenizeConfig, find_inputs, tokenize
+from megatron.remoe.data.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_tokenizer
+
+TEXTS = [
+    "The router is a ReLU: an expert is active where its score is positive.\n",
+    "  leading, trailing  and\ttabs \n\n",
+    f"A document may speak of {END_OF_DOCUMENT} and go on.",
+    "Größe, 语言, 🙂, e\u0301\r\nand a NUL \0.",
+    *(f"def f_{i}(x):\n    return x * {i} + {i * i}\n" for i in range(60)),
+]
+SMALL = TokenizeConfig(vocab_size=300, workers=1)
+
+
+def write_jsonl(path: Path, texts: Sequence[str], **extra: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text, **extra}) + "\n" for text in texts))
+    return path
+
+
+def documents(prefix: Path) -> list[list[int]]:
+    """Read the documents as Megatron does."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(prefix))
+    assert list(dataset.document_indices) == list(range(len(dataset) + 1))
+    return [dataset[i].tolist() for i in range(len(dataset))]
+
+
+def decoded(out: Path, name: str) -> list[str]:
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer" / "tokenizer.json"))
+    return [tokenizer.decode(ids, skip_special_tokens=False) for ids in documents(out / name)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_tokenizer(iter(TEXTS), 300).save(str(path))
+    return path
+
+
+@pytest.fixture
+def small(tokenizer_file: Path) -> TokenizeConfig:
+    return TokenizeConfig(tokenizer=tokenizer_file, workers=1)
+
+
+def test_corpus_round_trip(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "corpus/train/code.jsonl", TEXTS, domain="code")
+    write_jsonl(tmp_path / "corpus/valid/code.jsonl", TEXTS[:3], domain="code")
+    out = tmp_path / "out"
+    manifest, written = tokenize([tmp_path / "corpus"], out, SMALL)
+    assert written == ["train/code", "valid/code"]
+    assert decoded(out, "train/code") == [text + END_OF_DOCUMENT for text in TEXTS]
+    assert decoded(out, "valid/code") == [text + END_OF_DOCUMENT for text in TEXTS[:3]]
+
+    ids = documents(out / "train/code")
+    eod_id = manifest["settings"]["eod_id"]
+    assert all(document.count(eod_id) == 1 == document[::-1].index(eod_id) + 1 for document in ids)
+    entry = manifest["outputs"]["train/code"]
+    assert entry["documents"] == len(TEXTS)
+    assert entry["tokens"] == sum(map(len, ids))
+    assert entry["text_bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert entry["dtype"] == "uint16"
+    assert (out / "train/code.bin").stat().st_size == 2 * entry["tokens"]
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    assert not list(out.glob(".*"))
+
+    # The validation text has no say in the tokenizer.
+    again = tmp_path / "again"
+    tokenize([train], again, SMALL)
+    name = "tokenizer/tokenizer.json"
+    assert (again / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_megatron_loads_the_tokenizer(tmp_path: Path, small: TokenizeConfig) -> None:
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    file = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    manifest, _ = tokenize([file], tmp_path / "out", small)
+    args = Namespace(
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=str(tmp_path / "out" / "tokenizer"),
+        vocab_file=None,
+        merge_file=None,
+        chat_template=None,
+        special_tokens=None,
+        metadata_path=None,
+        trust_remote_code=False,
+        tokenizer_hf_no_use_fast=False,
+        tokenizer_hf_no_include_special_tokens=False,
+        pad_vocab_size=False,
+    )
+    tokenizer = build_tokenizer(args)
+    assert tokenizer.vocab_size == manifest["settings"]["vocab_size"] == 300
+    assert tokenizer.eod == manifest["settings"]["eod_id"] == 0
+    assert [*tokenizer.tokenize(TEXTS[0]), 0] == documents(tmp_path / "out" / "a")[0]
+
+
+def test_workers_and_compression_change_no_byte(
+    tmp_path: Path, small: TokenizeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jsonl, "CHUNK_BYTES", 100)  # dozens of chunks, out of step in two workers
+    monkeypatch.setattr(jsonl, "BLOCK_BYTES", 37)
+    plain = write_jsonl(tmp_path / "plain" / "00.jsonl", TEXTS)
+    squeezed = tmp_path / "zst" / "00.jsonl.zst"
+    squeezed.parent.mkdir()
+    data = plain.read_bytes()
+    # Two frames, cut inside a line, as concatenated or parallel-compressed files have them.
+    squeezed.write_bytes(zstandard.compress(data[:1_000]) + zstandard.compress(data[1_000:]))
+
+    tokenize([plain], tmp_path / "one", small)
+    two = TokenizeConfig(tokenizer=small.tokenizer, workers=2)
+    tokenize([squeezed], tmp_path / "two", two)
+    for name in ("00.bin", "00.idx", "tokenizer/tokenizer.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_pile_shards_without_end_of_document(tmp_path: Path, tokenizer_file: Path) -> None:
+    shards = tmp_path / "pile"
+    for number, texts in enumerate((TEXTS[:30], TEXTS[30:])):
+        shard = write_jsonl(shards / "raw", texts, meta={"pile_set_name": f"Set {number}"})
+        (shards / f"0{number}.jsonl.zst").write_bytes(zstandard.compress(shard.read_bytes()))
+    config = TokenizeConfig(tokenizer=tokenizer_file, append_eod=False, workers=1)
+    _, written = tokenize([shards], tmp_path / "out", config)
+    assert written == ["00", "01"]
+    assert decoded(tmp_path / "out", "00") + decoded(tmp_path / "out", "01") == TEXTS
+
+
+@pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("gpt2-vocab.json", None)])
+def test_gpt2_vocabulary(tmp_path: Path, names: tuple[str, str | None]) -> None:
+    vocab_name, merges_name = names[0], names[1] or "gpt2-merges.txt"
+    vocab = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["th", "Ġth", "Ġthe", END_OF_DOCUMENT]
+    ids = {token: i for i, token in enumerate(vocab)}
+    (tmp_path / vocab_name).write_text(json.dumps(ids))
+    (tmp_path / merges_name).write_text("#version: 0.2\nt h\nĠ th\nĠth e\n")
+    tokenizer, eod_token = load_tokenizer(tmp_path)
+    assert eod_token == END_OF_DOCUMENT
+    assert tokenizer.get_vocab_size() == len(vocab) == 260
+    assert tokenizer.encode("Go the").ids == [ids["G"], ids["o"], ids["Ġthe"]]
+    assert tokenizer.decode(tokenizer.encode(TEXTS[3]).ids) == TEXTS[3]
+    assert tokenizer.token_to_id(END_OF_DOCUMENT) == 259
+
+    with pytest.raises(ValueError, match=r"no token '</s>' .* --eod-token"):
+        load_tokenizer(tmp_path, "</s>")
+    with pytest.raises(ValueError, match=r"are not a GPT-2 vocabulary"):
+        (tmp_path / merges_name).write_text("no pair here\n")
+        load_tokenizer(tmp_path)
+
+
+def test_foreign_tokenizer_neither_cuts_nor_prefixes(tmp_path: Path) -> None:
+    foreign = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "<s>": 3, "</s>": 4}, [("a", "b")]))
+    foreign.add_special_tokens(["<s>", "</s>"])
+    foreign.enable_truncation(2)
+    foreign.enable_padding(length=8)
+    foreign.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 3)]
+    )
+    foreign.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
+    file = write_jsonl(tmp_path / "x.jsonl", ["abab" * 3, "b"])
+    tokenize([file], tmp_path / "out", TokenizeConfig(tokenizer=tmp_path, workers=1))
+    assert documents(tmp_path / "out" / "x") == [[2] * 6 + [4], [1, 4]]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "cut', "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b'{"text": "\xff"}', "not UTF-8"),
+        (b'["text"]', "a JSON list, not an object"),
+        (b'{"content": "x"}', r"no key 'text' among \['content'\] \(see --text-key\)"),
+        (b'{"text": 3}', "holds a int, not a string"),
+        (b'{"text": "\\ud800"}', "half a surrogate pair"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_malformed_lines_have_a_reason(line: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_text(line, "text")
+
+
+def test_malformed_line_is_named_and_leaves_nothing(
+    tmp_path: Path, small: TokenizeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = write_jsonl(tmp_path / "bad.jsonl", TEXTS[:5])
+    lines = bad.read_text().splitlines()
+    bad.write_text("\n".join([*lines[:2], '{"text": "cut', *lines[2:], '{"text": ""}']))
+    for flags in (["--tokenizer", str(small.tokenizer)], ["--vocab-size", "300"]):
+        argv = ["data", "tokenize", str(bad), "--out", str(tmp_path / "out"), *flags]
+        with pytest.raises(SystemExit) as exit_:
+            main(argv)
+        assert exit_.value.code == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: {bad}:3: not valid JSON")
+        assert error.endswith("fix the line or pass --skip-invalid")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl"]
+
+    config = TokenizeConfig(tokenizer=small.tokenizer, workers=1, skip_invalid=True)
+    manifest, _ = tokenize([bad], tmp_path / "out", config)
+    entry = manifest["outputs"]["bad"]
+    assert (entry["invalid"], entry["empty"], entry["documents"]) == (1, 1, 5)
+    assert decoded(tmp_path / "out", "bad") == [text + END_OF_DOCUMENT for text in TEXTS[:5]]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda data: data[: len(data) // 2], "ends early"),
+        (lambda data: data[:-1], "ends early"),
+        (lambda data: b"plain text, not zstd", "damaged zstd data"),
+    ],
+)
+def test_damaged_zst_is_an_error(tmp_path: Path, damage, reason: str) -> None:
+    file = write_jsonl(tmp_path / "00.jsonl.zst", TEXTS)
+    file.write_bytes(damage(zstandard.compress(file.read_bytes())))
+    with pytest.raises(ValueError, match=f"00.jsonl.zst: .*{reason}"):
+        list(jsonl.read_chunks(file, lambda count: None))
+
+
+def test_a_file_without_text_is_an_error(tmp_path: Path, small: TokenizeConfig) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", ["", ""])
+    with pytest.raises(ValueError, match=r"a\.jsonl holds no document with text"):
+        tokenize([file], tmp_path / "out", small)
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    one = write_jsonl(tmp_path / "one" / "x.jsonl", TEXTS[:1])
+    two = write_jsonl(tmp_path / "two" / "x.jsonl.zst", TEXTS[:1])
+    text = write_jsonl(tmp_path / "x.txt", TEXTS[:1])
+    assert find_inputs([tmp_path / "one"]) == {"x": one}
+    for paths, reason in (
+        ([tmp_path / "nowhere"], "nowhere does not exist"),
+        ([tmp_path / "empty"], "empty holds no .jsonl"),
+        ([text], r"x\.txt is not a \.jsonl"),
+        ([one, two], r"would both become x\.bin"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            find_inputs(paths)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"vocab_size": 100}, "--vocab-size 100 is too small"),
+        ({"workers": 0}, "--workers 0"),
+        ({"vocab_file": Path("v")}, "belong together"),
+        ({"tokenizer": Path("t"), "vocab_file": Path("v"), "merge_file": Path("m")}, "one of them"),
+        ({"eod_token": "</s>"}, "--eod-token '</s>'"),
+    ],
+)
+def test_settings_are_checked(flags: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        TokenizeConfig(**flags)
+
+
+def test_rerun_adds_what_is_missing_and_replaces_only_by_force(tmp_path: Path) -> None:
+    a = write_jsonl(tmp_path / "a.jsonl", TEXTS[:20])
+    b = write_jsonl(tmp_path / "b.jsonl", TEXTS[20:])
+    out = tmp_path / "out"
+    tokenize([a], out, SMALL)
+    first = contents(out)
+    _, written = tokenize([a], out, SMALL)
+    assert written == [] and contents(out) == first
+
+    with pytest.raises(ValueError, match=r"pass --tokenizer .*tokenizer to add to them"):
+        tokenize([a, b], out, SMALL)
+    reuse = TokenizeConfig(tokenizer=out / "tokenizer", workers=1)
+    manifest, written = tokenize([a, b], out, reuse)
+    assert written == ["b"] and manifest["outputs"].keys() == {"a", "b"}
+    assert {name: contents(out)[name] for name in first if name != "manifest.json"} == {
+        name: data for name, data in first.items() if name != "manifest.json"
+    }
+
+    write_jsonl(a, TEXTS[:10])
+    with pytest.raises(ValueError, match=r"a\.bin exists .* pass --force"):
+        tokenize([a, b], out, reuse)
+    other = TokenizeConfig(tokenizer=out / "tokenizer", workers=1, append_eod=False)
+    with pytest.raises(ValueError, match=r"other settings; pass --force"):
+        tokenize([a, b], out, other)
+    with pytest.raises(ValueError, match=r"--force would leave \(b\)"):
+        tokenize([a], out, other, force=True)
+    tokenize([a, b], out, other, force=True)
+    assert decoded(out, "a") == TEXTS[:10] and decoded(out, "b") == TEXTS[20:]
+
+
+def test_bad_input_loses_no_finished_work(tmp_path: Path, small: TokenizeConfig) -> None:
+    good = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    bad = tmp_path / "b.jsonl"
+    bad.write_text("no JSON\n")
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"b\.jsonl:1: not valid JSON"):
+        tokenize([good, bad], out, small)
+    finished = contents(out)
+    assert {"a.bin", "a.idx", "manifest.json"} <= finished.keys()
+    assert not any(name.startswith((".", "b.")) for name in finished)
+
+    # Replacing everything by other settings is all or nothing.
+    other = TokenizeConfig(tokenizer=small.tokenizer, workers=1, append_eod=False)
+    with pytest.raises(ValueError, match=r"b\.jsonl:1: not valid JSON"):
+        tokenize([good, bad], out, other, force=True)
+    assert contents(out) == finished
+
+    write_jsonl(bad, TEXTS[:2])
+    _, written = tokenize([good, bad], out, small)
+    assert written == ["b"]
+
+
+def test_command_line_error_has_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from megatron.remoe.cli import main; main()", "data"]
+    result = subprocess.run(
+        [*command, "tokenize", "missing.jsonl", "--out", "out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: missing.jsonl does not exist; name a .jsonl or .jsonl.zst file or folder\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom megatron.remoe.cli import main\n"
+        "try:\n    main(['data', 'tokenize', '--help'])\n"
+        "except SystemExit as done:\n    assert done.code == 0\n"
+        "assert not {'torch', 'tokenizers', 'transformers', 'megatron.core'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
