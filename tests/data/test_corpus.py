@@ -179,6 +179,14 @@ def test_split_has_the_share_asked_for_and_holds_for_a_path_in_all_domains() -> 
         assert 0.08 * paths < len(held) <= 0.1 * paths
 
 
+def test_no_document_makes_up_most_of_the_validation_split() -> None:
+    documents = [Document(prose(i), "prose", f"m/{i}") for i in range(200)]
+    documents += [Document(prose(i, sentences=120), "prose", f"large/{i}") for i in range(20)]
+    splits = split_documents(documents, 0.1)
+    assert "valid" in splits.values()
+    assert all(splits[f"large/{i}"] == "train" for i in range(20))
+
+
 @pytest.mark.parametrize(
     ("text", "worth"),
     [

@@ -140,16 +140,18 @@ def select_documents(sources: Iterable[Source], config: CorpusConfig) -> Iterato
 def split_documents(documents: list[Document], valid_fraction: float) -> dict[str, str]:
     """Return the split of each path: `valid` for that share of every domain's text, else `train`.
 
-    Documents join the validation split in the order of a hash of their path while they fit. A
-    path has one split in all domains, so no module is trained on whose docstrings are held out.
+    Documents join the validation split in the order of a hash of their path while they fit, none
+    larger than a quarter of it, so that it is varied. A path has one split in all domains, so no
+    module is trained on whose docstrings are held out.
     """
     splits: dict[str, str] = {}
     for domain in DOMAINS:
         sizes = {doc.path: len(doc.text.encode()) for doc in documents if doc.domain == domain}
         room = valid_fraction * sum(sizes.values())
+        largest = room / 4
         room -= sum(size for path, size in sizes.items() if splits.get(path) == "valid")
         for path in sorted(sizes.keys() - splits.keys(), key=partial(_path_hash, "split")):
-            splits[path] = "valid" if sizes[path] <= room else "train"
+            splits[path] = "valid" if sizes[path] <= min(room, largest) else "train"
             room -= sizes[path] if splits[path] == "valid" else 0
     return splits
 

@@ -24,11 +24,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
             f"{path} is not valid JSON ({error}); delete it or choose another folder"
         ) from error
+    return manifest
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

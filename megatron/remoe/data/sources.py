@@ -113,7 +113,7 @@ def iter_sources(distributions: dict[str, metadata.Distribution]) -> Iterator[So
         headers.pop("license", None)
         yield Source("markup", f"{name}/METADATA", 1, partial(json.dumps, headers, indent=2))
         for path in _installed_files(distribution):
-            yield from _file_sources(Path(distribution.locate_file(path)), path, tier=1)
+            yield from _file_sources(Path(str(distribution.locate_file(path))), path, tier=1)
 
 
 def _installed_files(distribution: metadata.Distribution) -> Iterator[str]:

@@ -93,7 +93,9 @@ def _configured_eod(folder: Path) -> str | None:
     config = folder / "tokenizer_config.json"
     if not config.is_file():
         return None
-    token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+    token: str | dict[str, str] | None = json.loads(config.read_text(encoding="utf-8")).get(
+        "eos_token"
+    )
     return token["content"] if isinstance(token, dict) else token
 
 
