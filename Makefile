@@ -1,0 +1,41 @@
+# make quickstart and make test need nothing but Python 3.12+: they run `make setup` first.
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA := data/quickstart
+RUN := runs/quickstart
+export PYTHONWARNINGS := ignore
+# Files of an environment made by this Makefile, renewed when what it installs changes.
+STAMP := $(VENV)/.remoe-installed
+
+.PHONY: setup quickstart test check format clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt scripts/python.sh
+	@python=$$(scripts/python.sh) || exit 2; \
+	echo "setting up $(VENV) with $$python (a few minutes, 5 GB)"; \
+	"$$python" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[megatron,hf,analysis,dev]'
+	@touch $@
+
+quickstart: setup
+	$(BIN)/remoe data corpus $(DATA)/corpus --valid-fraction 0.01
+	$(BIN)/remoe data tokenize $(DATA)/corpus --out $(DATA)/tokens
+	$(BIN)/remoe train examples/quickstart.yaml
+	@echo "the run is in $(RUN): config.yaml, metrics.jsonl, curves.png, checkpoints"
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
