@@ -1,0 +1,114 @@
+"""The published trajectories, replayed; and what the replay would catch."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.golden.replay import (
+    TOLERANCES,
+    Golden,
+    golden_tokens,
+    golden_weight,
+    largest_deviations,
+    replay,
+)
+from tests.mcore.ranks import Ranks
+
+FOLDER = Path(__file__).parent
+OPEN_LOOP = FOLDER / "upstream_remoe_e8k1.json"
+CLOSED_LOOP = FOLDER / "upstream_remoe_e8k1_closed_loop.json"
+
+
+@pytest.fixture(scope="module")
+def rank():
+    with Ranks(1) as ranks:
+        yield lambda function, *args: ranks.run(function, *args)[0]
+
+
+def deviations(path, steps=None, **changes):
+    golden = Golden.load(path)
+    golden = replace(golden, **changes)
+    steps = steps or golden.comparable_steps
+    return largest_deviations(replay(golden, steps), golden.trajectory)
+
+
+@pytest.mark.parametrize("path", [OPEN_LOOP, CLOSED_LOOP], ids=lambda path: path.stem)
+def test_published_trajectory(rank, path):
+    for key, deviation in rank(deviations, path).items():
+        assert deviation <= TOLERANCES[key][1], key
+
+
+def test_comparable_steps():
+    assert Golden.load(OPEN_LOOP).comparable_steps == 60
+    assert Golden.load(CLOSED_LOOP).comparable_steps == 40
+
+
+def without_load_balancing(path):
+    import megatron.remoe.router as router
+
+    original = router.load_weights
+    router.load_weights = lambda counts, **kwargs: torch.ones_like(counts, dtype=torch.float32)
+    try:
+        return deviations(path, 8)
+    finally:
+        router.load_weights = original
+
+
+def test_a_wrong_regulariser_is_caught(rank):
+    """The closed loop without load weights: the loss alone would say little in 8 steps."""
+    found = rank(without_load_balancing, CLOSED_LOOP)
+    assert found["l1_reg"] > TOLERANCES["l1_reg"][1]
+    assert found["grad_norm"] > TOLERANCES["grad_norm"][1]
+
+
+@pytest.mark.parametrize("granularity", [1, 2])
+def test_other_configurations_replay(rank, granularity):
+    """Sizes that the given files do not have run, and the controller sees their target."""
+    golden = Golden.load(CLOSED_LOOP)
+    config = golden.config | {
+        "E": 4, "k": 2, "G": granularity, "L": 3, "H": 32, "F": 48, "groups": 4, "steps": 2
+    }  # fmt: skip
+    params = rank(parameter_shapes, config, 4 * granularity, 2 * granularity)
+    other = replace(
+        golden, config=config, num_experts=4 * granularity, topk=2 * granularity, params=params
+    )
+    first, second = rank(replay, other, 2)
+    assert len(first["l1_reg"]) == 3
+    expected = 1.2 if first["sparsity"] < 0.5 else 1 / 1.2
+    assert second["l1_coeff_used"] / first["l1_coeff_used"] == pytest.approx(expected, rel=1e-6)
+
+
+def parameter_shapes(config, num_experts, topk):
+    """Names and shapes by the naming rule of the golden files."""
+    h, f = config["H"], config["F"] // config["G"]
+    qkv = h + 2 * h * config["groups"] // config["heads"]
+    shapes = {"embedding.word_embeddings.weight": [256, h]}
+    for layer in range(config["L"]):
+        prefix = f"decoder.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = [h]
+        shapes[prefix + "self_attention.linear_proj.weight"] = [h, h]
+        shapes[prefix + "self_attention.linear_qkv.weight"] = [qkv, h]
+        shapes[prefix + "pre_mlp_layernorm.weight"] = [h]
+        shapes[prefix + "mlp.router.weight"] = [num_experts, h]
+        for expert in range(num_experts):
+            name = f"{prefix}mlp.experts.local_experts.{expert}."
+            shapes[name + "linear_fc1.weight"] = [2 * f, h]
+            shapes[name + "linear_fc2.weight"] = [h, f]
+    return shapes | {"decoder.final_layernorm.weight": [h], "output_layer.weight": [256, h]}
+
+
+def test_shapes_of_the_given_file_follow_the_same_rule():
+    golden = Golden.load(OPEN_LOOP)
+    assert parameter_shapes(golden.config, 8, 1) == golden.params
+
+
+def test_weights_and_data_are_functions_of_name_and_seed():
+    golden = Golden.load(OPEN_LOOP)
+    name, shape = "decoder.layers.0.mlp.router.weight", [8, 64]
+    seed = golden.config["seed"]
+    assert torch.equal(golden_weight(name, shape, seed), golden_weight(name, shape, seed))
+    assert not torch.equal(golden_weight(name, shape, seed), golden_weight(name, shape, seed + 1))
+    assert torch.equal(golden_weight("final_layernorm.weight", [3], seed), torch.ones(3))
+    assert golden_tokens(golden.config).shape == (160, 2, 4, 65)

@@ -1,0 +1,178 @@
+"""What the ranks run: one MoE layer of our Megatron modules, with weights known on every rank.
+
+Shapes: s sequence, b batch, H hidden, E experts, F expert width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HIDDEN, WIDTH, EXPERTS, SEQUENCE, BATCH = 8, 6, 4, 8, 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parallel layout of a layer."""
+
+    dispatcher: str = "alltoall"
+    ep: int = 1
+    tp: int = 1
+    expert_tp: int = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rank saw: its part of the output, and gradients of full weights, summed over ranks."""
+
+    output: Tensor
+    grad_input: Tensor
+    grad_router: Tensor
+    grad_fc1: Tensor
+    grad_fc2: Tensor
+    stats: Tensor
+
+
+def inputs(rank: int, seed: int = 0) -> Tensor:
+    """The tokens of a data-parallel rank, `[s, b, H]`."""
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    return torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator) + 1
+
+
+def weights(shift: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Router `[E, H]`, fc1 `[E, 2F, H]`, fc2 `[E, H, F]`; `shift` makes routing denser."""
+    generator = torch.Generator().manual_seed(seed)
+    router = torch.randn(EXPERTS, HIDDEN, generator=generator) + shift
+    fc1 = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, generator=generator)
+    fc2 = torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator)
+    return router, fc1, fc2
+
+
+def initialize(layout: Layout) -> None:
+    """Process groups of a layout, replacing those of the case before."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
+    )
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+
+
+def transformer_config(layout: Layout, **changes):
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    defaults = {
+        "num_layers": 1,
+        "hidden_size": HIDDEN,
+        "ffn_hidden_size": WIDTH,
+        "num_attention_heads": 2,
+        "num_moe_experts": EXPERTS,
+        "moe_router_topk": 1,
+        "moe_ffn_hidden_size": WIDTH,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_pre_softmax": True,
+        "moe_token_dispatcher_type": layout.dispatcher,
+        "expert_model_parallel_size": layout.ep,
+        "tensor_model_parallel_size": layout.tp,
+        "expert_tensor_parallel_size": layout.expert_tp,
+        "sequence_parallel": layout.tp > 1,
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "normalization": "RMSNorm",
+        "gradient_accumulation_fusion": False,
+        "transformer_impl": "local",
+    }
+    return TransformerConfig(**(defaults | changes))
+
+
+def build_layer(
+    layout: Layout,
+    shift: float,
+    l1_coeff: float = 1e-8,
+    load_balancing: str = "aux_loss",
+    **changes,
+):
+    """Our MoE layer in training mode, with its part of the known weights."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from megatron.remoe.router import ReLURouting
+    from megatron.remoe.spec import block_spec
+
+    initialize(layout)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    config = transformer_config(layout, **changes)
+    routing = ReLURouting(l1_reg_coeff_init=l1_coeff, load_balancing=load_balancing)
+    spec = block_spec(config, routing).layer_specs[0]
+    layer = spec.submodules.mlp(config=config, layer_number=1)
+    layer.set_layer_number(1)
+    router, fc1, fc2 = weights(shift)
+    with torch.no_grad():
+        layer.router.weight.copy_(router)
+        for index, expert in local_experts(layer):
+            expert.linear_fc1.weight.copy_(fc1[index])
+            expert.linear_fc2.weight.copy_(fc2[index])
+    return layer.train()
+
+
+def local_experts(layer):
+    """(global index, expert) of every expert of this rank."""
+    return zip(layer.local_expert_indices, layer.experts.local_experts, strict=True)
+
+
+def run_layer(layout: Layout, shift: float, l1_coeff: float) -> Outcome:
+    """Forward and backward of `sum(output * direction)` plus the penalty, on this rank's tokens."""
+    layer = build_layer(layout, shift, l1_coeff)
+    rank = torch.distributed.get_rank()
+    x = inputs(rank).requires_grad_()
+    output, _ = layer(x)
+    (output * direction(rank)).sum().backward()
+
+    grads = [torch.zeros_like(w) for w in weights(shift)]
+    grads[0] += layer.router.weight.grad
+    for index, expert in local_experts(layer):
+        assert expert.linear_fc1.weight.grad is not None, f"expert {index} has no gradient"
+        grads[1][index] += expert.linear_fc1.weight.grad
+        grads[2][index] += expert.linear_fc2.weight.grad
+    for grad in grads:
+        torch.distributed.all_reduce(grad)
+    return Outcome(output.detach(), x.grad, *grads, layer.router.stats.clone())
+
+
+def direction(rank: int) -> Tensor:
+    """A fixed direction in output space, so that every output matters differently."""
+    generator = torch.Generator().manual_seed(77 + rank)
+    return torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator)
+
+
+def expected(world: int, shift: float, l1_coeff: float) -> list[Outcome]:
+    """The same by the plain-loop reference, every rank's tokens being one micro-batch."""
+    from remoe.reference import reference_l1, reference_moe, reference_routing
+
+    parameters = [w.requires_grad_() for w in weights(shift)]
+    router, fc1, fc2 = parameters
+    outputs, losses, counts, tokens = [], [], [], []
+    for rank in range(world):
+        x = inputs(rank).requires_grad_()
+        flat = x.view(-1, HIDDEN)
+        probs = reference_routing(flat, router)
+        y = reference_moe(flat, probs, fc1, fc2).view_as(x)
+        l1 = reference_l1(probs, topk=1, load_balancing=True)
+        losses.append((y * direction(rank)).sum() + l1_coeff * l1)
+        outputs.append(y.detach())
+        counts.append((l1.detach(), probs > 0))
+        tokens.append(x)
+    grads = torch.autograd.grad(sum(losses), [*tokens, *parameters], materialize_grads=True)
+    return [
+        Outcome(
+            outputs[rank],
+            grads[rank],
+            *grads[world:],
+            torch.cat([l1.view(1), torch.tensor([1.0, len(active)]), active.sum(dim=0)]).double(),
+        )
+        for rank, (l1, active) in enumerate(counts)
+    ]

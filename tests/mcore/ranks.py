@@ -1,0 +1,87 @@
+"""A group of CPU ranks that lives as long as a test module and runs functions on all of them.
+
+    @pytest.fixture(scope="module")
+    def ranks():
+        with Ranks(2) as ranks:
+            yield ranks
+
+    results = ranks.run(function, argument)   # function(argument) on every rank; list of results
+
+Functions must be importable (module level), and so must their arguments and results be picklable.
+"""
+
+import multiprocessing
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_TIMEOUT_SECONDS = 120
+
+
+class Ranks:
+    """Processes with a gloo group and Megatron's CPU stand-in enabled."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._pipes, self._processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Call the function on every rank and return the results by rank.
+
+        Raises:
+            AssertionError: a rank raised, or did not answer in time.
+        """
+        for pipe in self._pipes:
+            pipe.send((function, args, kwargs))
+        results = []
+        for rank, pipe in enumerate(self._pipes):
+            assert pipe.poll(_TIMEOUT_SECONDS), f"rank {rank} hangs in {function.__name__}"
+            ok, value = pipe.recv()
+            assert ok, f"rank {rank}:\n{value}"
+            results.append(value)
+        return results
+
+
+def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
+    import os
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(size)}
+    from megatron.remoe import cpu
+
+    cpu.enable()
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
+    )
+    while True:
+        try:
+            function, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*args, **kwargs)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))

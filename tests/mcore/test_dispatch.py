@@ -1,0 +1,66 @@
+"""Dispatch on 1 and 2 ranks against plain loops: nothing is dropped, padded or counted twice."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.mcore import moe_cases
+from tests.mcore.moe_cases import Layout
+from tests.mcore.ranks import Ranks
+
+# Shift of the router's weights, and the mean number of active experts per token that it gives, for
+# k = 1: a dispatcher that assumes tokens * k assignments fails on all but one of them.
+DENSITIES = {"silent": -1e3, "below k": -0.6, "near k": -0.4, "above k": 0.0, "all": 1e3}
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+def active_per_token(shift: float) -> float:
+    router, _, _ = moe_cases.weights(shift)
+    return (
+        sum((moe_cases.inputs(r) @ router.T > 0).sum(-1).float().mean().item() for r in (0, 1)) / 2
+    )
+
+
+def test_densities_are_what_their_names_say():
+    mean = {name: active_per_token(shift) for name, shift in DENSITIES.items()}
+    assert mean["silent"] < 0.1 < mean["below k"] < 0.9 < mean["near k"] < 1.1 < mean["above k"]
+    assert mean["above k"] < 3 < mean["all"]
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout("alltoall", ep=2), Layout("allgather", ep=2), Layout("alltoall"), Layout("allgather")],
+    ids=lambda layout: f"{layout.dispatcher}-ep{layout.ep}",
+)
+def test_two_ranks_equal_the_reference(ranks, layout, density):
+    shift = DENSITIES[density]
+    outcomes = ranks.run(moe_cases.run_layer, layout, shift, 0.1)
+    for actual, expected in zip(outcomes, moe_cases.expected(2, shift, 0.1), strict=True):
+        for field in dataclasses.fields(actual):
+            a, b = getattr(actual, field.name), getattr(expected, field.name)
+            # fp32 sums in another order
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-4), field.name
+
+
+def test_megatrons_own_dispatcher_fails_this_comparison(ranks):
+    """What the comparison above must catch: a dispatcher that sizes buffers by tokens * k."""
+    shift = DENSITIES["above k"]
+    with pytest.raises(AssertionError):
+        outcomes = ranks.run(run_with_stock_dispatcher, Layout("alltoall", ep=2), shift)
+        for actual, expected in zip(outcomes, moe_cases.expected(2, shift, 0.1), strict=True):
+            assert torch.allclose(actual, expected.output, rtol=1e-4, atol=1e-4)
+
+
+def run_with_stock_dispatcher(layout: Layout, shift: float):
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    layer = moe_cases.build_layer(layout, shift)
+    layer.token_dispatcher.__class__ = MoEAlltoAllTokenDispatcher
+    return layer(moe_cases.inputs(torch.distributed.get_rank()))[0].detach()
