@@ -29,7 +29,7 @@ class MetricsWriter:
     token), l1_coeff and l1_reg (sum over layers, before the coefficient). An evaluation row has
     iteration, split and lm_loss; several validation sets also give their mean by tokens.
 
-    Rows of iterations that a resumed run will do again are dropped from the file first.
+    Rows of iterations that a resumed run does again are dropped from the file first.
     """
 
     def __init__(
@@ -37,9 +37,8 @@ class MetricsWriter:
     ) -> None:
         self.path, self.args, self.hook, self.writer = path, args, hook, writer
         self._row: dict[str, Any] = {}
-        self._first: int | None = None
-        self._last: int | None = None
-        self._seconds_before = 0.0
+        self._has_written = False
+        self._seconds_of_first = 0.0
         self._evaluations: Counter[tuple[str, int]] = Counter()
         self._set_losses: dict[str, float] = {}
 
@@ -70,7 +69,6 @@ class MetricsWriter:
             self._evaluation(tag, iteration, float(value))
         elif tag == "learning-rate":  # the first that Megatron writes in an iteration
             self._row = {"learning_rate": value}
-            self._first = iteration if self._first is None else self._first
         elif tag == "lm loss":
             self._row["lm_loss"] = value
         elif tag == "grad-norm":  # the last one that a row needs
@@ -80,42 +78,48 @@ class MetricsWriter:
 
     def _training(self, iteration: int) -> None:
         args, row = self.args, self._row
-        steps = iteration - (self._first - 1 if self._last is None else self._last)
-        tokens = args.global_batch_size * args.seq_length
         routing = {} if self.hook.report is None else routing_metrics(self.hook.report)
         self._write(
             {
                 "iteration": iteration,
-                "lm_loss": _number(row["lm_loss"]),
+                "lm_loss": float(row["lm_loss"]),
                 **routing,
-                "grad_norm": _number(row["grad_norm"]),
-                "learning_rate": _number(row["learning_rate"]),
+                "grad_norm": float(row["grad_norm"]),
+                "learning_rate": float(row["learning_rate"]),
                 "tokens": args.consumed_train_samples * args.seq_length,
-                "tokens_per_second": round(steps * tokens / self._seconds(iteration), 1),
+                "tokens_per_second": self._tokens_per_second(iteration),
             }
         )
-        self._last = iteration
         for name, value in routing.items():
             self._forward(f"remoe/{name}", value, iteration)
 
-    def _seconds(self, iteration: int) -> float:
-        """Time since the last row, without evaluations: Megatron's timer, reset at every row.
+    def _tokens_per_second(self, iteration: int) -> float:
+        """Speed since the last logged step, without evaluations, by Megatron's timer.
 
-        Megatron logs a process's first iteration too, but does not reset its timer there.
+        Megatron resets the timer at every logged step but a process's first, whose time is
+        therefore subtracted from the next one's.
         """
         from megatron.training import get_timers
 
+        args, first = self.args, self.args.iteration + 1
+        last = max(args.iteration, iteration - args.log_interval)
         elapsed = get_timers()("interval-time").elapsed(reset=False)
-        seconds = elapsed - self._seconds_before
-        self._seconds_before = elapsed if iteration == self._first else 0.0
-        return seconds
+        seconds = elapsed - (self._seconds_of_first if last == first else 0.0)
+        if iteration == first:
+            self._seconds_of_first = elapsed
+        tokens = (iteration - last) * args.global_batch_size * args.seq_length
+        return round(tokens / seconds, 1)
 
     def _evaluation(self, tag: str, iteration: int, loss: float) -> None:
         args = self.args
         name = tag.removeprefix(_EVALUATION).removeprefix("-")
         # Megatron writes the test set under the validation set's tag, after a last validation.
         self._evaluations[tag, iteration] += 1
-        in_training = bool(args.eval_interval) and iteration % args.eval_interval == 0
+        in_training = (
+            bool(args.eval_interval)
+            and iteration % args.eval_interval == 0
+            and iteration > max(args.iteration, (args.start_eval_at_iter or 0) - 1)
+        )
         count = self._evaluations[tag, iteration]
         is_test = args.do_test and count > bool(args.do_valid) + (in_training and args.do_valid)
         split = "test" if is_test else "valid"
@@ -127,7 +131,7 @@ class MetricsWriter:
         if not name or is_test:
             return
         self._set_losses[name] = loss
-        if len(self._set_losses) == len(args.valid_data_path):
+        if len(self._set_losses) == len(args.eval_iters):
             sizes = torch.tensor(args.eval_iters, dtype=torch.float64)
             losses = torch.tensor(list(self._set_losses.values()), dtype=torch.float64)
             mean = (losses * sizes).sum().item() / sizes.sum().item()
@@ -146,10 +150,11 @@ class MetricsWriter:
                 wandb.log({name: number}, iteration)
 
     def _write(self, row: dict[str, Any]) -> None:
-        if self._evaluations.total() + (self._last or 0) == 0 or not self.path.exists():
-            _truncate(self.path, row["iteration"])
+        if not self._has_written:
+            _keep_rows_before(row, self.path)
+            self._has_written = True
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(_without_nan(row), allow_nan=False) + "\n")
 
 
 def routing_metrics(report: StepReport) -> dict[str, Any]:
@@ -170,25 +175,33 @@ def routing_metrics(report: StepReport) -> dict[str, Any]:
     }
 
 
-def _truncate(path: Path, iteration: int) -> None:
-    """Keep the rows before `iteration`; replaces the file as a whole."""
+def _keep_rows_before(row: dict[str, Any], path: Path) -> None:
+    """Drop the rows of an earlier run from this one on; replaces the file as a whole."""
     kept = []
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _iteration(line) < iteration]
+        kept = [line for line in path.read_text().splitlines() if _position(line) < _order(row)]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept))
     os.replace(temporary, path)
 
 
-def _iteration(line: str) -> float:
+def _order(row: dict[str, Any]) -> tuple[float, bool]:
+    """Rows are in order of iterations, and evaluations come after the step."""
+    return row["iteration"], "split" in row
+
+
+def _position(line: str) -> tuple[float, bool]:
     try:
-        return json.loads(line)["iteration"]
+        return _order(json.loads(line))
     except json.JSONDecodeError:  # cut off by a kill
-        return math.inf
+        return math.inf, True
 
 
-def _number(value: Any) -> float | None:
-    """A finite float, or None: JSON has no NaN."""
-    number = float(value)
-    return number if math.isfinite(number) else None
+def _without_nan(value: Any) -> Any:
+    """None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
