@@ -87,7 +87,7 @@ class _Parser(argparse.ArgumentParser):
 def _machine_defaults() -> dict[str, Any]:
     """Defaults of Megatron's flags where theirs need what this machine lacks."""
     defaults: dict[str, Any] = {}
-    if importlib.util.find_spec("transformer_engine") is None:
+    if not _has_transformer_engine():
         defaults["transformer_impl"] = "local"
         defaults["apply_rope_fusion"] = False
         defaults["no_persist_layer_norm"] = True
@@ -110,6 +110,13 @@ def finish(args: argparse.Namespace) -> None:
         ranks *= args.context_parallel_size
         args.eval_micro_batch_size = 1
         args.eval_global_batch_size = int(os.environ.get("WORLD_SIZE", "1")) // ranks
+    _check_backend(args)
+    if args.metrics_file is not None and args.log_interval % args.tensorboard_log_interval:
+        raise ValueError(
+            f"log_interval is {args.log_interval}, no multiple of tensorboard_log_interval "
+            f"{args.tensorboard_log_interval}; metrics_file is written from what Megatron reports "
+            f"to TensorBoard, so choose a tensorboard_log_interval that divides log_interval"
+        )
     if args.num_experts is None and not args.use_checkpoint_args:
         _refuse_moe_flags_of_a_dense_model(args)
         return
@@ -136,6 +143,24 @@ def finish(args: argparse.Namespace) -> None:
         _finish_relu_routing(args)
 
 
+def _check_backend(args: argparse.Namespace) -> None:
+    if args.transformer_impl == "transformer_engine" and not _has_transformer_engine():
+        raise ValueError(
+            "transformer_impl is transformer_engine, which is not installed; install it (pip "
+            "install 'remoe[te]', needs CUDA), or use transformer_impl local"
+        )
+    if args.context_parallel_size > 1 and args.transformer_impl == "local":
+        raise ValueError(
+            f"context_parallel_size is {args.context_parallel_size}, but the attention of "
+            f"transformer_impl local sees one rank's part of the sequence only; use "
+            f"context_parallel_size 1, or transformer_impl transformer_engine"
+        )
+
+
+def _has_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
 def _refuse_moe_flags_of_a_dense_model(args: argparse.Namespace) -> None:
     if args.moe_relu_routing or args.moe_granularity != 1:
         flag = "moe_relu_routing" if args.moe_relu_routing else "moe_granularity"
@@ -150,12 +175,6 @@ def _finish_relu_routing(args: argparse.Namespace) -> None:
         raise ValueError(
             "moe_token_dispatcher_type is flex, which selects the top-k experts again and so drops "
             "assignments of ReLU routing; use alltoall or allgather"
-        )
-    if args.context_parallel_size > 1 and args.transformer_impl == "local":
-        raise ValueError(
-            f"context_parallel_size is {args.context_parallel_size}, but the attention of "
-            f"transformer_impl local sees one rank's part of the sequence only; use "
-            f"context_parallel_size 1, or transformer_impl transformer_engine"
         )
     if args.moe_router_dtype is None:
         args.moe_router_dtype = "fp32"

@@ -123,7 +123,7 @@ def to_argv(flags: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]
             raise ValueError(f"config key {key!r} is a mapping; flags take values or lists")
         is_switch = action.nargs == 0
         if isinstance(action, argparse.BooleanOptionalAction) and value is False:
-            argv.append(f"--no-{option[2:]}")
+            argv.append(_opposite(option))
         elif value is None or (value is False and is_switch):
             continue
         elif is_switch:
@@ -135,6 +135,12 @@ def to_argv(flags: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]
         else:
             argv += [option, str(value)]
     return argv
+
+
+def _opposite(option: str) -> str:
+    if option.startswith("--no-"):
+        return f"--{option[5:]}"
+    return f"--no-{option[2:]}"
 
 
 def check(argv: list[str], nproc: int) -> argparse.Namespace:
@@ -155,12 +161,43 @@ def check(argv: list[str], nproc: int) -> argparse.Namespace:
             check_paths(args)
             validate_args(args)
             core_transformer_config_from_args(args)
+            _check_what_megatron_finds_late(args)
     except SystemExit:
         raise ValueError(complaints.getvalue().strip().removeprefix("error: ")) from None
     except (AssertionError, ValueError, RuntimeError) as error:
         line = traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(str(error) or f"Megatron requires: {line}") from error
     return args
+
+
+def _check_what_megatron_finds_late(args: argparse.Namespace) -> None:
+    """Mistakes that Megatron rejects in every process of the run only, with a traceback each."""
+    if args.lr is None:
+        raise ValueError("lr is not given; set the learning rate")
+    if not (args.train_iters or args.train_samples):
+        raise ValueError("neither train_iters nor train_samples is given; set one of them")
+    if args.multiple_validation_sets and not args.full_validation:
+        raise ValueError(
+            "multiple_validation_sets is set without full_validation, which Megatron does not "
+            "have; set full_validation too"
+        )
+    ranks = args.expert_tensor_parallel_size * args.expert_model_parallel_size
+    ranks *= args.pipeline_model_parallel_size
+    if args.world_size % ranks:
+        raise ValueError(
+            f"{args.world_size} processes cannot be split into groups of {ranks} "
+            f"(expert_tensor_parallel_size {args.expert_tensor_parallel_size} x "
+            f"expert_model_parallel_size {args.expert_model_parallel_size} x "
+            f"pipeline_model_parallel_size {args.pipeline_model_parallel_size}); change nproc, or "
+            f"these sizes"
+        )
+    at_once = args.micro_batch_size * args.data_parallel_size
+    if args.global_batch_size % at_once and not args.decrease_batch_size_if_needed:
+        raise ValueError(
+            f"global_batch_size {args.global_batch_size} is not a multiple of {at_once}: "
+            f"micro_batch_size {args.micro_batch_size} on each of {args.data_parallel_size} "
+            f"data-parallel ranks; choose another of the three"
+        )
 
 
 @contextlib.contextmanager

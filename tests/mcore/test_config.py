@@ -1,0 +1,287 @@
+"""Configs: inheritance, overrides, and the command line that they become; our flags' checks."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from megatron.remoe.config import RunConfig, load_config, to_argv
+from megatron.remoe.verify.ranks import Ranks
+from tests.mcore import tiny
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_a_file_wins_over_its_bases_and_a_later_base_over_an_earlier(tmp_path):
+    write(tmp_path / "bases/root.yaml", "lr: 1\nseed: 1\nnum_layers: 1\nhidden_size: 1\n")
+    write(tmp_path / "bases/a.yaml", "base: root.yaml\nlr: 2\nseed: 2\nnum_layers: 2\n")
+    write(tmp_path / "bases/b.yaml", "lr: 3\nseed: 3\n")
+    path = write(tmp_path / "run.yaml", "base: [bases/a.yaml, bases/b.yaml]\nlr: 4\n")
+    assert load_config(path).flags == {"lr": 4, "seed": 3, "num_layers": 2, "hidden_size": 1}
+
+
+def test_a_cycle_of_bases_is_named(tmp_path):
+    a = write(tmp_path / "a.yaml", "base: b.yaml\n")
+    write(tmp_path / "b.yaml", "base: a.yaml\n")
+    with pytest.raises(ValueError, match=r"form a cycle: .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
+        load_config(a)
+
+
+def test_a_base_may_be_reached_twice(tmp_path):
+    write(tmp_path / "root.yaml", "lr: 1\n")
+    for name in "ab":
+        write(tmp_path / f"{name}.yaml", f"base: root.yaml\n{name}: 1\n")
+    path = write(tmp_path / "run.yaml", "base: [a.yaml, b.yaml]\n")
+    assert load_config(path).flags == {"lr": 1, "a": 1, "b": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: nowhere.yaml\n", r"nowhere\.yaml does not exist; pass the path of a YAML file"),
+        ("- lr\n", r"run\.yaml is not a mapping"),
+        ("lr: ${nothing}\n", r"run\.yaml with overrides \[\]: .*'nothing' not found"),
+        ("lr: [1\n", r"run\.yaml with overrides \[\]: .*expected"),
+        ("nproc: 0\n", r"nproc is 0; it must be a positive number"),
+        ("nproc: two\n", r"nproc is 'two'; it must be a positive number"),
+    ],
+)
+def test_a_bad_file_is_an_error(tmp_path, text, message):
+    path = write(tmp_path / "run.yaml", text)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        load_config(path)
+
+
+def test_overrides_have_yaml_types(tmp_path):
+    path = write(tmp_path / "run.yaml", "num_experts: 8\nlr: 1\nseed: 1\nbf16: false\nsave: x\n")
+    overrides = ["lr=5e-4", "seed=2", "bf16=true", "save=null", "names=[a, b]", "split='99,1'"]
+    expected = {"num_experts": 8, "lr": 5e-4, "seed": 2, "bf16": True, "save": None}
+    expected |= {"names": ["a", "b"], "split": "99,1"}
+    flags = load_config(path, overrides).flags
+    assert flags == expected
+    assert {k: type(v) for k, v in flags.items()} == {k: type(v) for k, v in expected.items()}
+
+
+def test_an_override_without_equals_is_an_error(tmp_path):
+    path = write(tmp_path / "run.yaml", "lr: 1\n")
+    with pytest.raises(ValueError, match=r"override 'lr' is not of the form key=value"):
+        load_config(path, ["seed=1", "lr"])
+
+
+def test_without_experts_every_key_of_theirs_is_dropped():
+    path = tiny.EXAMPLES / "quickstart.yaml"
+    sparse, dense = load_config(path), load_config(path, ["num_experts=null"])
+    dropped = set(sparse.flags) - set(dense.flags)
+    assert dropped == {
+        "num_experts",
+        "expert_model_parallel_size",
+        "moe_relu_routing",
+        "moe_router_topk",
+        "moe_token_dispatcher_type",
+        "moe_relu_l1_reg_coeff_init",
+        "moe_relu_l1_reg_coeff_multiplier",
+        "moe_router_load_balancing_type",
+        "moe_aux_loss_coeff",
+        "moe_router_pre_softmax",
+    }
+    assert dense.flags == {k: v for k, v in sparse.flags.items() if k not in dropped}
+
+
+def test_run_dir_and_nproc_are_not_flags(tmp_path):
+    path = write(tmp_path / "tiny.yaml", "lr: 1\nrun_dir: here\nnproc: 2\n")
+    assert load_config(path) == RunConfig(Path("here"), 2, {"lr": 1})
+    assert load_config(path, ["run_dir=there", "nproc=1"]) == RunConfig(Path("there"), 1, {"lr": 1})
+
+
+def test_variations_of_a_file_get_directories_of_their_own(tmp_path):
+    path = write(tmp_path / "tiny.yaml", "lr: 1\n")
+    assert load_config(path).run_dir == Path("runs/tiny")
+    varied = load_config(path, ["lr=2", "data_path=a/b"]).run_dir
+    assert varied == Path("runs/tiny-lr=2-data_path=a_b")
+
+
+def test_a_resolved_config_round_trips(tmp_path):
+    path = write(
+        tmp_path / "run.yaml",
+        "lr: 1.0e-8\nmin_lr: ${lr}\nbf16: true\nsave: null\nsplit: '99,1,0'\npaths: [1, a, 2, b]\n"
+        "seed: 1234\nrun_dir: here\nnproc: 2\n",
+    )
+    config = load_config(path)
+    again = load_config(write(tmp_path / "resolved.yaml", config.to_yaml()))
+    assert again == config
+    assert again.flags["min_lr"] == 1e-8 and again.flags["save"] is None
+
+
+@pytest.fixture
+def parser():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--paths", nargs="*")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--no-rope", action="store_false", dest="rope")
+    parser.add_argument("--fusion", action=argparse.BooleanOptionalAction, default=True)
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("flags", "argv"),
+    [
+        ({"lr": 1e-8}, ["--lr", "1e-08"]),
+        ({"lr": None, "paths": None, "bf16": None, "fusion": None}, []),
+        ({"bf16": True, "no_rope": True}, ["--bf16", "--no-rope"]),
+        ({"bf16": False, "no_rope": False}, []),
+        ({"fusion": True}, ["--fusion"]),
+        ({"fusion": False}, ["--no-fusion"]),
+        ({"no_fusion": True}, ["--no-fusion"]),
+        ({"no_fusion": False}, ["--fusion"]),
+        ({"paths": [1, "a", 2, "b"]}, ["--paths", "1", "a", "2", "b"]),
+    ],
+)
+def test_flags_become_a_command_line_that_parses(parser, flags, argv):
+    assert to_argv(flags, parser) == argv
+    parser.parse_args(argv)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"path": 1}, "unknown config key 'path'; did you mean 'paths'?"),
+        ({"bf6": True}, "unknown config key 'bf6'; did you mean 'bf16'?"),
+        ({"rundir": "x"}, "unknown config key 'rundir'; did you mean 'run_dir'?"),
+        ({"bf16": "yes"}, "config key 'bf16' is 'yes'; it must be true or false"),
+        ({"lr": {"a": 1}}, "config key 'lr' is a mapping; flags take values or lists"),
+    ],
+)
+def test_keys_and_values_are_checked(parser, flags, message):
+    with pytest.raises(ValueError) as error:
+        to_argv(flags, parser)
+    assert str(error.value) == message
+
+
+@pytest.fixture(scope="module")
+def megatron():
+    with Ranks(1) as ranks:
+        yield lambda function, *args, **kwargs: ranks.run(function, *args, **kwargs)[0]
+
+
+def example_command_lines() -> dict[str, list[str]]:
+    from megatron.remoe.config import megatron_parser
+
+    parser = megatron_parser()
+    names = sorted(str(path.relative_to(tiny.EXAMPLES)) for path in tiny.EXAMPLES.rglob("*.yaml"))
+    argvs = {name: to_argv(load_config(tiny.EXAMPLES / name).flags, parser) for name in names}
+    for argv in argvs.values():
+        parser.parse_args(argv)
+    return argvs
+
+
+def test_every_example_is_made_of_known_flags_with_valid_values(megatron):
+    argvs = megatron(example_command_lines)
+    assert {"quickstart.yaml", "bases/llama.yaml"} <= argvs.keys()
+    assert {"--moe-relu-routing", "--swiglu"} <= set(argvs["quickstart.yaml"])
+
+
+EXPERTS = ["--num-experts", "4", "--moe-router-topk", "2"]
+RELU = [*EXPERTS, "--moe-relu-routing"]
+
+
+@pytest.mark.parametrize("width", [["--ffn-hidden-size", "64"], ["--moe-ffn-hidden-size", "64"]])
+@pytest.mark.parametrize("router", [EXPERTS, RELU])
+def test_granularity_splits_experts_once(megatron, router, width):
+    args, _ = megatron(tiny.parse, *router, *width, "--moe-granularity", "4")
+    assert (args["num_experts"], args["moe_router_topk"], args["moe_ffn_hidden_size"]) == (
+        16,
+        8,
+        16,
+    )
+    # The width of dense layers, if there are any, is not an expert's.
+    assert args["ffn_hidden_size"] == (64 if width[0] == "--ffn-hidden-size" else None)
+
+
+def test_granularity_is_applied_once_from_command_line_to_model(megatron, tmp_path):
+    path = tiny.write_config(tmp_path / "tiny.yaml", moe_granularity=2, run_dir=..., nproc=...)
+    saved, built = megatron(shapes_of, path)
+    assert saved == built == (8, 2, 32)
+
+
+def shapes_of(path: Path) -> list[tuple[int, int, int]]:
+    from megatron.remoe.config import megatron_parser
+
+    return tiny.shapes(*to_argv(load_config(path).flags, megatron_parser()))
+
+
+def test_relu_routing_needs_no_flags_of_the_softmax_router(megatron):
+    args, _ = megatron(tiny.parse, *RELU)
+    assert args["moe_router_pre_softmax"] and args["moe_router_dtype"] == "fp32"
+    assert args["moe_router_load_balancing_type"] == "none"
+    topk, _ = megatron(tiny.parse, *EXPERTS, "--moe-router-load-balancing-type", "aux_loss")
+    assert not topk["moe_router_pre_softmax"]
+    assert topk["moe_router_load_balancing_type"] == ["aux_loss"]
+
+
+WIDE = ["--ffn-hidden-size", "64"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--num-experts", "4", "--moe-router-topk", "5", *WIDE, "--moe-granularity", "2"],
+            "topk is 10 of 8 experts (topk 5, num_experts 4, granularity 2); choose topk between",
+        ),
+        (
+            [*RELU, *WIDE, "--moe-granularity", "3"],
+            "granularity 3 does not divide the expert width 64; choose a granularity that divides",
+        ),
+        ([*RELU, *WIDE, "--moe-granularity", "0"], "granularity is 0; it must be at least 1"),
+        (
+            [*RELU, "--moe-granularity", "2"],
+            "moe_granularity is 2, but the width that it divides is not given; pass --moe-ffn-hid",
+        ),
+        (
+            [*RELU, "--moe-token-dispatcher-type", "flex"],
+            "moe_token_dispatcher_type is flex, which selects the top-k experts again",
+        ),
+        (
+            [*RELU, "--context-parallel-size", "2", "--transformer-impl", "local"],
+            "context_parallel_size is 2, but the attention of transformer_impl local",
+        ),
+        (
+            ["--context-parallel-size", "2", "--transformer-impl", "local"],
+            "context_parallel_size is 2, but the attention of transformer_impl local",
+        ),
+        (
+            ["--moe-relu-routing"],
+            "moe_relu_routing is set but num_experts is not; pass --num-experts, or leave",
+        ),
+        (
+            ["--moe-granularity", "2"],
+            "moe_granularity is set but num_experts is not; pass --num-experts, or leave",
+        ),
+        (
+            [*RELU, "--moe-relu-l1-reg-coeff-init", "0"],
+            "the initial L1 coefficient is 0.0; it must be positive",
+        ),
+        (
+            [*RELU, "--moe-relu-l1-reg-coeff-multiplier", "1"],
+            "the L1 coefficient's multiplier is 1.0; it must be above 1",
+        ),
+        (
+            [*RELU, "--moe-relu-load-balancing", "softmax"],
+            "argument --moe-relu-load-balancing: invalid choice: 'softmax'",
+        ),
+        (
+            ["--metrics-file", "m", "--log-interval", "5", "--tensorboard-log-interval", "2"],
+            "log_interval is 5, no multiple of tensorboard_log_interval 2",
+        ),
+    ],
+)
+def test_flags_that_do_not_fit_are_one_line_with_the_remedy(megatron, argv, message):
+    args, error = megatron(tiny.parse, *argv)
+    assert args == {}
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
