@@ -152,7 +152,7 @@ def _prepare_megatron() -> None:
 
 def _silence_megatron() -> None:
     """Hide what importing Megatron says on every machine without a GPU or without TE."""
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.(core|training)")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 

@@ -29,6 +29,13 @@ def default_nproc() -> int:
     return 1 if cpu.is_enabled() else max(1, torch.cuda.device_count())
 
 
+def train_iters(flags: dict[str, Any]) -> int | None:
+    """Steps of the whole run; None where the flags leave that to Megatron's defaults."""
+    if flags.get("train_samples") and flags.get("global_batch_size"):
+        return int(flags["train_samples"]) // int(flags["global_batch_size"])
+    return flags.get("train_iters")
+
+
 def prepare(config: RunConfig, *, force: bool = False) -> tuple[RunConfig, list[str]]:
     """Complete a config with its run directory's paths, check it, and write `config.yaml`.
 
@@ -45,7 +52,7 @@ def prepare(config: RunConfig, *, force: bool = False) -> tuple[RunConfig, list[
     flags.setdefault("data_cache_path", str(run_dir / "cache"))
     flags.setdefault("save", str(run_dir / "checkpoints"))
     flags.setdefault("load", flags["save"])
-    flags.setdefault("save_interval", flags.get("train_iters"))
+    flags.setdefault("save_interval", train_iters(flags))
     config = RunConfig(run_dir, config.nproc or default_nproc(), flags)
     argv = to_argv(flags, megatron_parser())
     check(argv, config.nproc)
@@ -92,7 +99,7 @@ def train(config: RunConfig, argv: list[str], console: Console) -> int:
         )
         previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
-            _follow(process, metrics, config.flags["train_iters"], console)
+            _follow(process, metrics, train_iters(config.flags), console)
         except KeyboardInterrupt:  # the terminal has sent it to torchrun too
             process.wait()
         finally:
@@ -104,8 +111,8 @@ def train(config: RunConfig, argv: list[str], console: Console) -> int:
     return process.returncode
 
 
-def _follow(process: subprocess.Popen, metrics: Path, train_iters: int, console: Console) -> None:
-    report, close = (_bar if console.is_terminal else _lines)(train_iters, console)
+def _follow(process: subprocess.Popen, metrics: Path, total: int | None, console: Console) -> None:
+    report, close = (_bar if console.is_terminal else _lines)(total, console)
     try:
         for row in _new_rows(metrics, process):
             if row is not None and "split" not in row:
@@ -134,7 +141,7 @@ def _new_rows(path: Path, process: subprocess.Popen) -> Iterator[dict[str, Any] 
 Report = tuple[Callable[[dict[str, Any]], None], Callable[[], None]]
 
 
-def _bar(train_iters: int, console: Console) -> Report:
+def _bar(total: int | None, console: Console) -> Report:
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -143,7 +150,7 @@ def _bar(train_iters: int, console: Console) -> Report:
         console=console,
     )
     progress.start()
-    task = progress.add_task("starting", total=train_iters)
+    task = progress.add_task("starting", total=total)
 
     def report(row: dict[str, Any]) -> None:
         progress.update(task, completed=row["iteration"], description=_describe(row))
@@ -151,20 +158,21 @@ def _bar(train_iters: int, console: Console) -> Report:
     return report, progress.stop
 
 
-def _lines(train_iters: int, console: Console) -> Report:
+def _lines(total: int | None, console: Console) -> Report:
     last_time, first = 0.0, None
 
     def report(row: dict[str, Any]) -> None:
         nonlocal last_time, first
         now, iteration = time.monotonic(), row["iteration"]
         first = first or (now, iteration)
-        if now - last_time < _SECONDS_BETWEEN_LINES and iteration != train_iters:
+        if now - last_time < _SECONDS_BETWEEN_LINES and iteration != total:
             return
         last_time = now
         done = iteration - first[1]
-        eta = (now - first[0]) / done * (train_iters - iteration) if done else float("nan")
-        remaining = f"  ETA {eta:.0f} s" if done else ""
-        console.print(f"{iteration}/{train_iters}  {_describe(row)}{remaining}", highlight=False)
+        remaining = ""
+        if done and total:
+            remaining = f"  ETA {(now - first[0]) / done * (total - iteration):.0f} s"
+        console.print(f"{iteration}/{total or '?'}  {_describe(row)}{remaining}", highlight=False)
 
     return report, lambda: None
 
@@ -178,7 +186,7 @@ def summarise(run_dir: Path, console: Console) -> None:
     plot_curves(run, run_dir / "curves.png")
     table = Table(title=str(run_dir), show_header=False)
     table.add_row("iterations", str(run.train[-1]["iteration"]))
-    table.add_row("training loss", f"{run.train[-1]['lm_loss']:.4f}")
+    table.add_row("training loss", _loss(run.train[-1]["lm_loss"], 4))
     if run.has_relu_routing:
         last = run.series("sparsity")[-20:]
         table.add_row(
@@ -189,14 +197,17 @@ def summarise(run_dir: Path, console: Console) -> None:
         table.add_row("dense until step", str(stages.dense_until))
         table.add_row("at its target sparsity from step", str(stages.sparse_from or "not reached"))
     for split, loss in sorted(run.last_evaluation().items()):
-        table.add_row(f"loss, {split}", f"{loss:.4f}")
+        table.add_row(f"loss, {split}", _loss(loss, 4))
     console.print(table)
     console.print(f"curves: {run_dir / 'curves.png'}", highlight=False)
 
 
 def _describe(row: dict[str, Any]) -> str:
-    loss = "nan" if row["lm_loss"] is None else f"{row['lm_loss']:.3f}"
-    text = f"loss {loss}"
+    text = f"loss {_loss(row['lm_loss'], 3)}"
     if "sparsity" in row:
         text += f"  sparsity {row['sparsity']:.3f}  coefficient {row['l1_coeff']:.1e}"
     return text
+
+
+def _loss(value: float | None, digits: int) -> str:
+    return "nan" if value is None else f"{value:.{digits}f}"
