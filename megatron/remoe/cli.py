@@ -116,7 +116,8 @@ def train(
 
     _prepare_megatron()
     console = Console()
-    run = load_config(config, [*(overrides or []), *([f"nproc={nproc}"] if nproc else [])])
+    more = [] if nproc is None else [f"nproc={nproc}"]
+    run = load_config(config, [*(overrides or []), *more])
     with console.status("checking the configuration"):
         run, argv = launch.prepare(run, force=force)
     console.print(f"{run.run_dir}: {run.nproc} processes, output in log.txt", highlight=False)

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from megatron.remoe.config import RunConfig, load_config, to_argv
-from megatron.remoe.verify.ranks import Ranks
 from tests.mcore import tiny
 
 
@@ -162,12 +161,6 @@ def test_keys_and_values_are_checked(parser, flags, message):
     assert str(error.value) == message
 
 
-@pytest.fixture(scope="module")
-def megatron():
-    with Ranks(1) as ranks:
-        yield lambda function, *args, **kwargs: ranks.run(function, *args, **kwargs)[0]
-
-
 def example_command_lines() -> dict[str, list[str]]:
     from megatron.remoe.config import megatron_parser
 
@@ -179,8 +172,8 @@ def example_command_lines() -> dict[str, list[str]]:
     return argvs
 
 
-def test_every_example_is_made_of_known_flags_with_valid_values(megatron):
-    argvs = megatron(example_command_lines)
+def test_every_example_is_made_of_known_flags_with_valid_values(call):
+    argvs = call(example_command_lines)
     assert {"quickstart.yaml", "bases/llama.yaml"} <= argvs.keys()
     assert {"--moe-relu-routing", "--swiglu"} <= set(argvs["quickstart.yaml"])
 
@@ -191,8 +184,8 @@ RELU = [*EXPERTS, "--moe-relu-routing"]
 
 @pytest.mark.parametrize("width", [["--ffn-hidden-size", "64"], ["--moe-ffn-hidden-size", "64"]])
 @pytest.mark.parametrize("router", [EXPERTS, RELU])
-def test_granularity_splits_experts_once(megatron, router, width):
-    args, _ = megatron(tiny.parse, *router, *width, "--moe-granularity", "4")
+def test_granularity_splits_experts_once(call, router, width):
+    args, _ = call(tiny.parse, *router, *width, "--moe-granularity", "4")
     assert (args["num_experts"], args["moe_router_topk"], args["moe_ffn_hidden_size"]) == (
         16,
         8,
@@ -202,9 +195,9 @@ def test_granularity_splits_experts_once(megatron, router, width):
     assert args["ffn_hidden_size"] == (64 if width[0] == "--ffn-hidden-size" else None)
 
 
-def test_granularity_is_applied_once_from_command_line_to_model(megatron, tmp_path):
+def test_granularity_is_applied_once_from_command_line_to_model(call, tmp_path):
     path = tiny.write_config(tmp_path / "tiny.yaml", moe_granularity=2, run_dir=..., nproc=...)
-    saved, built = megatron(shapes_of, path)
+    saved, built = call(shapes_of, path)
     assert saved == built == (8, 2, 32)
 
 
@@ -214,11 +207,11 @@ def shapes_of(path: Path) -> list[tuple[int, int, int]]:
     return tiny.shapes(*to_argv(load_config(path).flags, megatron_parser()))
 
 
-def test_relu_routing_needs_no_flags_of_the_softmax_router(megatron):
-    args, _ = megatron(tiny.parse, *RELU)
+def test_relu_routing_needs_no_flags_of_the_softmax_router(call):
+    args, _ = call(tiny.parse, *RELU)
     assert args["moe_router_pre_softmax"] and args["moe_router_dtype"] == "fp32"
     assert args["moe_router_load_balancing_type"] == "none"
-    topk, _ = megatron(tiny.parse, *EXPERTS, "--moe-router-load-balancing-type", "aux_loss")
+    topk, _ = call(tiny.parse, *EXPERTS, "--moe-router-load-balancing-type", "aux_loss")
     assert not topk["moe_router_pre_softmax"]
     assert topk["moe_router_load_balancing_type"] == ["aux_loss"]
 
@@ -280,8 +273,8 @@ WIDE = ["--ffn-hidden-size", "64"]
         ),
     ],
 )
-def test_flags_that_do_not_fit_are_one_line_with_the_remedy(megatron, argv, message):
-    args, error = megatron(tiny.parse, *argv)
+def test_flags_that_do_not_fit_are_one_line_with_the_remedy(call, argv, message):
+    args, error = call(tiny.parse, *argv)
     assert args == {}
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1

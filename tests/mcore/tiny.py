@@ -1,6 +1,7 @@
 """A run that takes seconds: its config, its data, and the command line as a user sees it."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -95,18 +96,23 @@ def remoe(cwd: Path, *argv: str) -> tuple[int, str, str]:
 
 def parse(*argv: str) -> tuple[dict[str, Any], str]:
     """Megatron's parser with our flags: what it parsed, or nothing and the message of exit 2."""
-    from megatron.remoe.config import megatron_parser
-
     error = io.StringIO()
     with contextlib.redirect_stderr(error):
         try:
-            args = vars(megatron_parser().parse_args(list(argv)))
+            args = vars(_parser().parse_args(list(argv)))
         except SystemExit as end:
             assert end.code == 2
             return {}, error.getvalue()
     # Megatron's own types would make the test's process import Megatron.
     plain = (bool, int, float, str, list, type(None))
     return {k: v for k, v in args.items() if isinstance(v, plain)}, ""
+
+
+@functools.cache
+def _parser():
+    from megatron.remoe.config import megatron_parser
+
+    return megatron_parser()
 
 
 def shapes(*argv: str, from_checkpoint: bool = False) -> list[tuple[int, int, int]]:
