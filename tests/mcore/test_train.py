@@ -1,0 +1,241 @@
+"""`remoe train` for real, on CPU ranks: what a run directory holds, and that it can go on."""
+
+import contextlib
+import math
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron.remoe.config import load_config, to_argv
+from tests.mcore import tiny
+from tests.mcore.test_metrics import EVERY, ROUTING
+
+STEPS, STOP, TOKENS = 12, 6, 8 * 32
+DATA = {
+    "mock_data": ...,
+    "vocab_size": ...,
+    "padded_vocab_size": 384,
+    "train_data_path": [1, "tokens/train/code", 1, "tokens/train/prose"],
+    "valid_data_path": ["tokens/valid/code", "tokens/valid/prose"],
+    "multiple_validation_sets": True,
+    "full_validation": True,
+    "validation_set_names": ["code", "prose"],
+    "tokenizer_type": "HuggingFaceTokenizer",
+    "tokenizer_model": "tokens/tokenizer",
+}
+RELU = {
+    "nproc": 2,
+    "expert_model_parallel_size": 2,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_granularity": 2,
+    "train_iters": STEPS,
+    "exit_interval": STOP,
+    "eval_interval": 4,
+    "tensorboard_dir": "relu/tensorboard",
+    "run_dir": "relu",
+}
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, out + error
+    return out
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, call) -> Path:
+    """A working directory with a tokenized corpus and a config."""
+    home = tmp_path_factory.mktemp("train")
+    tiny.write_corpus(home / "corpus")
+    flags = ["--out", "tokens", "--vocab-size", "300", "--workers", "1"]
+    code, out, error = call(tiny.remoe, home, "data", "tokenize", "corpus", *flags)
+    assert code == 0, out + error
+    tiny.write_config(home / "relu.yaml", **(DATA | RELU))
+    return home
+
+
+@pytest.fixture(scope="module")
+def first(home):
+    """The run up to its early stop: rows of metrics.jsonl, and what was printed."""
+    out = finish(tiny.start("train", "relu.yaml", cwd=home))
+    return tiny.rows(home / "relu"), out
+
+
+@pytest.fixture(scope="module")
+def both(first, home, call):
+    """The same command again, which takes the run to its end."""
+    code, out, error = call(tiny.remoe, home, "train", "relu.yaml")
+    assert code == 0, out + error
+    return tiny.rows(home / "relu"), out
+
+
+@pytest.fixture(scope="module")
+def others(home, call):
+    """TopK with a test set, and a dense model that logs every second step; at the same time."""
+    changes = {"nproc": 1, "train_iters": 3, "eval_interval": 2, "eval_iters": 1}
+    tiny.write_config(home / "topk.yaml", **changes, moe_relu_routing=False, split="8,1,1")
+    changes |= {"num_experts": None, "log_interval": 2, "train_iters": 4, "eval_iters": 0}
+    tiny.write_config(home / "dense.yaml", **changes)
+    commands = [call(prepared, home, f"{name}.yaml") for name in ("topk", "dense")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    for process in [subprocess.Popen(command, cwd=home, **pipes) for command in commands]:
+        finish(process)
+    return {name: tiny.rows(home / "runs" / name) for name in ("topk", "dense")}
+
+
+def prepared(home: Path, config: str) -> list[str]:
+    """The command that `remoe train` would run."""
+    from megatron.remoe import launch
+
+    with contextlib.chdir(home):
+        run, argv = launch.prepare(load_config(Path(config)))
+    return launch.command(argv, run.nproc)
+
+
+def training(rows):
+    return [row for row in rows if "split" not in row]
+
+
+def evaluations(rows):
+    return [row for row in rows if "split" in row]
+
+
+def test_a_run_directory_holds_everything_about_a_run(first, home):
+    run = home / "relu"
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        "cache", "checkpoints", "config.yaml", "curves.png", "log.txt", "metrics.jsonl",
+        "tensorboard",
+    }  # fmt: skip
+    assert (run / "checkpoints/latest_checkpointed_iteration.txt").read_text() == str(STOP)
+    assert (run / f"checkpoints/iter_{STOP:07d}/metadata.json").is_file()
+    assert "number of nan iterations:   0" in (run / "log.txt").read_text()
+    png = (run / "curves.png").read_bytes()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", png[16:24])
+    assert width > 1000 and height > 1000
+    resolved = load_config(run / "config.yaml")
+    assert resolved.flags["train_iters"] == STEPS and resolved.flags["moe_granularity"] == 2
+
+
+def test_what_is_printed_sums_the_run_up(first):
+    rows, out = first
+    assert out.startswith("relu: 2 processes, output in log.txt\n")
+    assert f"iterations                        │ {STOP} " in out
+    assert "(target 0.75)" in out
+    for row in evaluations(rows)[-3:]:
+        assert f"loss, {row['split']} " in out and f"│ {row['lm_loss']:.4f} " in out
+    assert out.endswith("curves: relu/curves.png\n")
+
+
+def test_training_rows_have_what_is_documented(first):
+    rows = training(first[0])
+    assert [set(row) for row in rows] == [EVERY | ROUTING] * STOP
+    assert [row["iteration"] for row in rows] == list(range(1, STOP + 1))
+    assert [row["tokens"] for row in rows] == [TOKENS * i for i in range(1, STOP + 1)]
+    for row in rows:
+        assert math.log(384) - 2 < row["lm_loss"] < math.log(384) + 0.5
+        assert row["tokens_per_second"] > 0 and row["grad_norm"] > 0
+        assert 0 < row["sparsity"] < 1
+        assert row["sparsity"] == pytest.approx(np.mean(row["sparsity_per_layer"]))
+        assert len(row["sparsity_per_layer"]) == 2
+        assert row["active_experts"] == pytest.approx(8 * (1 - row["sparsity"]))
+    assert rows[-1]["lm_loss"] < rows[0]["lm_loss"]
+
+
+def moved(row) -> float:
+    """The next coefficient by the sign rule, in fp32."""
+    coeff, alpha = np.float32(row["l1_coeff"]), np.float32(1.2)
+    return float(coeff * alpha if row["sparsity"] < 0.75 else coeff / alpha)
+
+
+def test_the_coefficient_follows_the_rule_bit_exactly_also_over_the_stop(both):
+    rows = training(both[0])
+    assert rows[0]["l1_coeff"] == np.float32(1e-8)
+    assert [row["l1_coeff"] for row in rows[1:]] == [moved(row) for row in rows[:-1]]
+    assert rows[0]["sparsity"] < 0.75 and rows[1]["l1_coeff"] > 1.19e-8
+
+
+def test_the_overall_validation_loss_is_the_mean_by_tokens(both):
+    rows = evaluations(both[0])
+    splits = ["valid/code", "valid/prose", "valid"]
+    assert [(row["iteration"], row["split"]) for row in rows] == [
+        (iteration, split) for iteration in (4, 8, 12) for split in splits
+    ]
+    for code, prose, overall in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        # 6 documents of code and 12 of prose, of about the same length
+        low, high = sorted([code["lm_loss"], prose["lm_loss"]])
+        assert low < overall["lm_loss"] < high
+        share = (overall["lm_loss"] - code["lm_loss"]) / (prose["lm_loss"] - code["lm_loss"])
+        assert share == pytest.approx(2 / 3, abs=0.05)
+
+
+def test_the_same_command_continues_the_run(first, both):
+    before, after = first[0], both[0]
+    assert after[: len(before)] == before
+    assert [row["iteration"] for row in training(after)] == list(range(1, STEPS + 1))
+    assert [row["tokens"] for row in training(after)][-1] == TOKENS * STEPS
+    assert f"iterations                         │ {STEPS} " in both[1]
+
+
+def test_tensorboard_has_the_same_numbers(both, home):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(home / "relu/tensorboard"))
+    events.Reload()
+
+    def scalars(tag):
+        return {event.step: event.value for event in events.Scalars(tag)}
+
+    tags = {"lm_loss": "lm loss", "grad_norm": "grad-norm", "learning_rate": "learning-rate"}
+    tags |= {key: f"remoe/{key}" for key in ROUTING - {"sparsity_per_layer"}}
+    for key, tag in tags.items():
+        values = {row["iteration"]: row[key] for row in training(both[0])}
+        assert scalars(tag) == pytest.approx(values, rel=1e-6), tag
+    for layer in (1, 2):
+        values = {
+            row["iteration"]: row["sparsity_per_layer"][layer - 1] for row in training(both[0])
+        }
+        assert scalars(f"remoe/sparsity_per_layer/{layer}") == pytest.approx(values, rel=1e-6)
+    code = {row["iteration"]: row["lm_loss"] for row in both[0] if row.get("split") == "valid/code"}
+    assert scalars("lm loss validation-code") == pytest.approx(code, rel=1e-6)
+
+
+def test_arguments_from_the_checkpoint_are_not_multiplied_again(both, home, call):
+    saved, built = call(shapes_from_checkpoint, home)
+    assert saved == built == (8, 2, 32)
+
+
+def shapes_from_checkpoint(home: Path) -> list[tuple[int, int, int]]:
+    from megatron.remoe.config import megatron_parser
+
+    changes = {"load": str(home / "relu/checkpoints"), "use_checkpoint_args": True}
+    path = tiny.write_config(home / "again.yaml", moe_granularity=2, **changes)
+    argv = to_argv(load_config(path).flags, megatron_parser())
+    return tiny.shapes(*argv, from_checkpoint=True)
+
+
+def test_topk_and_dense_rows_have_no_routing(others):
+    topk, dense = training(others["topk"]), training(others["dense"])
+    assert [row["iteration"] for row in topk] == [1, 2, 3]
+    assert [row["iteration"] for row in dense] == [2, 4]
+    for row in topk + dense:
+        assert set(row) == EVERY
+        assert math.log(128) - 2 < row["lm_loss"] < math.log(128) + 0.5
+        assert row["tokens_per_second"] > 0
+
+
+def test_validation_and_test_set_are_told_apart(others):
+    splits = [(row["iteration"], row["split"]) for row in evaluations(others["topk"])]
+    assert splits == [(2, "valid"), (3, "valid"), (3, "test")]
+    assert evaluations(others["dense"]) == []
+
+
+def test_a_run_without_experts_drops_their_keys(others, home):
+    dense = load_config(home / "runs/dense/config.yaml").flags
+    topk = load_config(home / "runs/topk/config.yaml").flags
+    assert not [key for key in dense if key.startswith(("moe_", "num_experts"))]
+    assert topk["num_experts"] == 4 and topk["moe_relu_routing"] is False
