@@ -10,7 +10,7 @@ from remoe.analysis.plots import plot_curves
 from remoe.analysis.runs import Run, Stages
 
 # Target 1 - 2/8 = 0.75. Dense until 3, although 2 is not: the last step below one half counts.
-SPARSITY = [0.4, 0.55, 0.45, 0.6, 0.7, 0.75, 0.74, 0.8]
+SPARSITY = [0.4, 0.55, 0.45, 0.51, 0.7, 0.75, 0.74, 0.8]
 
 
 def write_run(path: Path, rows: list[dict], config: str = "num_experts: 8\nmoe_router_topk: 2\n"):
