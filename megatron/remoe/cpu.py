@@ -80,6 +80,11 @@ def _is_cuda(device: object) -> bool:
     return isinstance(device, str) and device.startswith("cuda")
 
 
+def _splits_as_on_cuda(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron's copy to the host leaves a CPU tensor as it is, but gloo takes none as splits."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def is_enabled() -> bool:
     return _enabled
 
@@ -148,5 +153,8 @@ def enable() -> None:
         torch.set_rng_state(state)
 
     megatron_random._set_cuda_rng_state = set_rng_state
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    token_dispatcher.maybe_move_tensor_to_cpu = _splits_as_on_cuda
     # It warns when a "CUDA" random state moves the CPU's; here they are the same.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)

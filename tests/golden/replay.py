@@ -8,20 +8,21 @@ of its runs are those of the published trajectories' README.
 """
 
 import argparse
-import json
 import os
 import sys
-import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-# The router turns sparse around step 90 of a run that starts at 1e-8; from there on a perturbation
-# of 1e-6 grows to percents, so only the steps before it are compared value by value.
-OPEN_LOOP_STEPS = 60
-PUBLISHED_COEFF_INIT = 1e-8
+from megatron.remoe.verify.golden import (
+    Golden,
+    fill_with_golden_weights,
+    golden_tokens,
+    gpt_config,
+    transformer_config,
+)
+
 TOLERANCES = {
     "lm_loss": ("relative", 1e-4),
     "l1_reg": ("relative", 1e-3),
@@ -31,108 +32,30 @@ TOLERANCES = {
 }
 
 
-@dataclass(frozen=True)
-class Golden:
-    """A recorded run: its configuration (after granularity where marked) and trajectory."""
-
-    config: dict
-    num_experts: int
-    topk: int
-    params: dict[str, list[int]]
-    trajectory: list[dict]
-
-    @classmethod
-    def load(cls, path: Path) -> "Golden":
-        record = json.loads(path.read_text())
-        keys = ("config", "num_experts", "topk", "params", "trajectory")
-        return cls(**{key: record[key] for key in keys})
-
-    @property
-    def coeff_init(self) -> float:
-        return self.config.get("coeff_init", PUBLISHED_COEFF_INIT)
-
-    @property
-    def comparable_steps(self) -> int:
-        steps = len(self.trajectory)
-        open_loop = self.coeff_init == PUBLISHED_COEFF_INIT
-        return min(steps, OPEN_LOOP_STEPS) if open_loop else steps
-
-
-def golden_weight(name: str, shape: list[int], seed: int) -> torch.Tensor:
-    """A parameter's initial value, a function of its name."""
-    if "norm" in name:
-        return torch.ones(shape)
-    state = np.random.RandomState((zlib.crc32(name.encode()) ^ seed) & 0xFFFFFFFF)
-    return torch.from_numpy((state.standard_normal(shape) * 0.02).astype(np.float32))
-
-
-def golden_tokens(config: dict) -> torch.Tensor:
-    """The run's data, int64 `[steps, nmb, mbs, seq + 1]`."""
-    shape = (config["steps"], config["nmb"], config["mbs"], config["seq"] + 1)
-    need = int(np.prod(shape))
-    r = np.random.RandomState(config["seed"])
-    words = [r.randint(0, 256, size=r.randint(3, 8)) for _ in range(64)]
-    p = 1 / np.arange(1, 65)
-    chosen = r.choice(64, size=need // 3 + 8, p=p / p.sum())
-    tokens = np.concatenate([words[i] for i in chosen])[:need]
-    return torch.from_numpy(tokens.reshape(shape).astype(np.int64))
-
-
 def build_model(golden: Golden):
-    """Our GPT model with the golden weights, one rank, fp32."""
+    """Our GPT model with the golden weights, one rank, fp32.
+
+    Raises:
+        ValueError: the golden run's parameters have other names or shapes than ours.
+    """
     from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.training.models.gpt import GPTModelBuilder
 
     from megatron.remoe.router import ReLURouting
-    from megatron.remoe.spec import block_spec
 
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(0)
-    config = golden.config
-    transformer = TransformerConfig(
-        num_layers=config["L"],
-        hidden_size=config["H"],
-        ffn_hidden_size=config["F"],
-        num_attention_heads=config["heads"],
-        num_query_groups=config["groups"],
-        num_moe_experts=golden.num_experts,
-        moe_router_topk=golden.topk,
-        moe_ffn_hidden_size=config["F"] // config["G"],
-        moe_router_load_balancing_type="none",
-        moe_router_pre_softmax=True,
-        moe_router_dtype="fp32",
-        moe_token_dispatcher_type="alltoall",
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        normalization="RMSNorm",
-        layernorm_epsilon=1e-5,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_activation_fusion=False,
-        gradient_accumulation_fusion=False,
-        transformer_impl="local",
-    )
-    model = GPTModel(
-        config=transformer,
-        transformer_layer_spec=block_spec(
-            transformer, ReLURouting(l1_reg_coeff_init=golden.coeff_init)
-        ),
-        vocab_size=256,
-        max_sequence_length=config["seq"],
-        position_embedding_type="rope",
-        rotary_base=1_000_000,
-        share_embeddings_and_output_weights=False,
-    )
-    parameters = dict(model.named_parameters())
-    if {k: list(v.shape) for k, v in parameters.items()} != golden.params:
+    routing = ReLURouting(l1_reg_coeff_init=golden.coeff_init)
+    model_config = gpt_config(transformer_config(golden.config), golden.config, routing)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = GPTModelBuilder(model_config).build_model(groups)
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    if shapes != golden.params:
         raise ValueError("the model's parameters differ in name or shape from the golden run's")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(golden_weight(name, golden.params[name], config["seed"]))
+    fill_with_golden_weights(model, golden.config["seed"])
     return model.train()
 
 

@@ -6,15 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.golden.replay import (
-    TOLERANCES,
-    Golden,
-    golden_tokens,
-    golden_weight,
-    largest_deviations,
-    replay,
-)
-from tests.mcore.ranks import Ranks
+from megatron.remoe.verify.golden import CLOSED_LOOP as CLOSED_LOOP_CONFIG
+from megatron.remoe.verify.golden import Golden, golden_tokens, golden_weight
+from megatron.remoe.verify.ranks import Ranks
+from tests.golden.replay import TOLERANCES, largest_deviations, replay
 
 FOLDER = Path(__file__).parent
 OPEN_LOOP = FOLDER / "upstream_remoe_e8k1.json"
@@ -112,3 +107,7 @@ def test_weights_and_data_are_functions_of_name_and_seed():
     assert not torch.equal(golden_weight(name, shape, seed), golden_weight(name, shape, seed + 1))
     assert torch.equal(golden_weight("final_layernorm.weight", [3], seed), torch.ones(3))
     assert golden_tokens(golden.config).shape == (160, 2, 4, 65)
+
+
+def test_the_packaged_closed_loop_is_the_golden_one():
+    assert Golden.load(CLOSED_LOOP).config == CLOSED_LOOP_CONFIG

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from megatron.remoe.verify.ranks import Ranks
 from tests.mcore import moe_cases
 from tests.mcore.moe_cases import Layout
-from tests.mcore.ranks import Ranks
 
 # Shift of the router's weights, and the mean number of active experts per token that it gives, for
 # k = 1: a dispatcher that assumes tokens * k assignments fails on all but one of them.

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from megatron.remoe.verify.ranks import Ranks
 from remoe import l1_regularization, load_weights, relu_routing, tokens_per_expert
 from tests.mcore import moe_cases
 from tests.mcore.moe_cases import EXPERTS, HIDDEN, Layout
-from tests.mcore.ranks import Ranks
 
 COEFF = 0.25
 

@@ -10,13 +10,17 @@
 Functions must be importable (module level), and so must their arguments and results be picklable.
 """
 
+import contextlib
 import multiprocessing
+import os
+import signal
 import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 _TIMEOUT_SECONDS = 120
+_SECONDS_TO_END = 10
 
 
 class Ranks:
@@ -30,7 +34,7 @@ class Ranks:
         self._pipes, self._processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, port, theirs))
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -39,9 +43,16 @@ class Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the ranks and what they have started; may be called twice."""
+        for pipe in self._pipes:
+            pipe.close()  # a rank that waits for work now ends, with the helpers it has started
         for process in self._processes:
-            process.kill()
-            process.join()
+            process.join(_SECONDS_TO_END)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Call the function on every rank and return the results by rank.
@@ -61,9 +72,10 @@ class Ranks:
 
 
 def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
-    import os
+    import logging
     import warnings
 
+    os.setsid()  # so that what it starts can be ended with it
     warnings.filterwarnings("ignore")
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(size)}
@@ -72,6 +84,7 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     cpu.enable()
     import torch
 
+    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size

@@ -1,0 +1,249 @@
+"""One cell of the grid: a golden run trained by Megatron's parts under one parallel layout."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron.remoe.verify.golden import (
+    fill_with_golden_weights,
+    golden_tokens,
+    gpt_config,
+    transformer_config,
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A parallel layout, and the run to train under it.
+
+    Attributes:
+        world, tp, ep, expert_tp, pp, vp: ranks, and sizes of the parallel dimensions; the rest is
+            data parallelism. Sequence parallelism is on whenever tp > 1.
+        router: "relu", "topk", or "dense" for a model without experts.
+        run: changes to the golden run's configuration (number of layers, micro-batches, ...).
+    """
+
+    name: str
+    world: int = 1
+    tp: int = 1
+    ep: int = 1
+    expert_tp: int = 1
+    pp: int = 1
+    vp: int | None = None
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    recompute: Literal["none", "full", "moe"] = "none"
+    distributed_optimizer: bool = False
+    overlap: bool = False
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    router: Literal["relu", "topk", "dense"] = "relu"
+    load_balancing: Literal["aux_loss", "none"] = "aux_loss"
+    run: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def dp(self) -> int:
+        return self.world // (self.tp * self.pp)
+
+    def config(self, golden: dict[str, Any]) -> dict[str, Any]:
+        return golden | dict(self.run)
+
+
+def run_cell(cell: Cell, golden: dict[str, Any], steps: int, weights: Path) -> list[dict[str, Any]]:
+    """Train and return what every step measured; called on all ranks of the cell.
+
+    Args:
+        cell: the layout.
+        golden: configuration of a golden run.
+        steps: how many of its steps.
+        weights: a checkpoint written by `save_golden_weights` for the same model.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    config = cell.config(golden)
+    _initialize(cell)
+    chunks, hook = _build(cell, config, weights)
+    optimizer = _optimizer(cell, config, chunks)
+    transformer = chunks[0].config
+    transformer.grad_scale_func = optimizer.scale_loss
+    if cell.overlap:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        transformer.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+    micro_batches = config["nmb"] // cell.dp
+    trajectory = []
+    for batch in golden_tokens(config)[:steps]:
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, router=cell.router),
+            data_iterator=[_micro_batches(batch, cell) for _ in chunks],
+            model=chunks,
+            num_microbatches=micro_batches,
+            seq_length=config["seq"],
+            micro_batch_size=config["mbs"],
+            forward_only=False,
+        )
+        _, grad_norm, _ = optimizer.step()
+        trajectory.append(_measure(losses, grad_norm, hook))
+    return trajectory
+
+
+def save_golden_weights(cell: Cell, golden: dict[str, Any], weights: Path) -> None:
+    """Write a one-rank checkpoint of a cell's model at its golden weights."""
+    from megatron.core import dist_checkpointing
+
+    config = cell.config(golden)
+    _initialize(cell)
+    (model,), _ = _models(cell, config, wrap=False)
+    fill_with_golden_weights(model, config["seed"])
+    weights.mkdir(parents=True, exist_ok=True)
+    dist_checkpointing.save(model.sharded_state_dict(), str(weights))
+
+
+def _initialize(cell: Cell) -> None:
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    unset_num_microbatches_calculator()
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=cell.tp,
+        pipeline_model_parallel_size=cell.pp,
+        virtual_pipeline_model_parallel_size=cell.vp,
+        expert_model_parallel_size=cell.ep,
+        expert_tensor_parallel_size=cell.expert_tp,
+    )
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+
+
+def _models(cell: Cell, config: dict[str, Any], *, wrap: bool):
+    """Model chunks of this rank, and the once-per-step hook."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    from megatron.remoe.router import ReLURouting
+    from megatron.remoe.step import FinalizeStep
+
+    dtype = torch.bfloat16 if cell.dtype == "bf16" else torch.float32
+    changes: dict[str, Any] = {
+        "tensor_model_parallel_size": cell.tp,
+        "pipeline_model_parallel_size": cell.pp,
+        "virtual_pipeline_model_parallel_size": cell.vp,
+        "expert_model_parallel_size": cell.ep,
+        "expert_tensor_parallel_size": cell.expert_tp,
+        "sequence_parallel": cell.tp > 1,
+        "moe_token_dispatcher_type": cell.dispatcher,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": cell.dtype == "bf16",
+    }
+    if cell.recompute == "full":
+        changes |= {"recompute_granularity": "full", "recompute_method": "uniform"}
+        changes |= {"recompute_num_layers": 1}
+    elif cell.recompute == "moe":
+        changes |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    if cell.router == "topk":
+        changes |= {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
+    elif cell.router == "dense":
+        changes |= {"num_moe_experts": None, "moe_ffn_hidden_size": None}
+    routing = None
+    if cell.router == "relu":
+        routing = ReLURouting(
+            l1_reg_coeff_init=config["coeff_init"], load_balancing=cell.load_balancing
+        )
+    model_config = gpt_config(transformer_config(config, **changes), config, routing)
+    step_count = iter(range(10**9))
+    hook = FinalizeStep(lambda: next(step_count))
+    model_config.transformer.finalize_model_grads_func = hook
+    chunks = GPTModelBuilder(model_config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=cell.overlap,
+            overlap_param_gather=cell.overlap and cell.distributed_optimizer,
+            use_distributed_optimizer=cell.distributed_optimizer,
+            bucket_size=20_000 if cell.overlap else None,  # several buckets in a tiny model
+        ),
+        wrap_with_ddp=wrap,
+        data_parallel_random_init=False,
+    )
+    return chunks, hook
+
+
+def _build(cell: Cell, config: dict[str, Any], weights: Path):
+    from megatron.core import dist_checkpointing
+    from megatron.core.utils import unwrap_model
+
+    chunks, hook = _models(cell, config, wrap=True)
+    models = unwrap_model(chunks)
+    states = {str(i): model.sharded_state_dict() for i, model in enumerate(models)}
+    states = dist_checkpointing.load(states, str(weights))
+    for i, model in enumerate(models):
+        model.load_state_dict(states[str(i)])
+    return [chunk.train() for chunk in chunks], hook
+
+
+def _optimizer(cell: Cell, config: dict[str, Any], chunks):
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=config["lr"],
+            weight_decay=0.01,
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+            clip_grad=1.0,
+            bf16=cell.dtype == "bf16",
+            params_dtype=torch.bfloat16 if cell.dtype == "bf16" else torch.float32,
+            use_distributed_optimizer=cell.distributed_optimizer,
+            overlap_param_gather=cell.overlap and cell.distributed_optimizer,
+        ),
+        chunks,
+    )
+    for group in optimizer.param_groups:  # as Megatron's learning rate scheduler does
+        group["weight_decay"] = 0.01 * group["wd_mult"]
+    return optimizer
+
+
+def _micro_batches(batch: Tensor, cell: Cell) -> Iterator[Tensor]:
+    from megatron.core import parallel_state
+
+    return iter(batch[parallel_state.get_data_parallel_rank() :: cell.dp])
+
+
+def _forward_step(data_iterator: Iterator[Tensor], model, *, router: str):
+    from megatron.remoe.pretrain import loss_func
+
+    tokens = next(data_iterator)
+    inputs, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
+    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+    output = model(inputs.contiguous(), positions, None, labels=labels)
+    mask = torch.ones_like(labels, dtype=torch.float32)
+    return output, partial(loss_func, mask, check_for_nan=False)
+
+
+def _measure(losses: list[dict[str, Tensor]], grad_norm: float, hook) -> dict[str, Any]:
+    """The step in the golden files' terms; the loss is known on the last pipeline stage only."""
+    from megatron.core import parallel_state
+
+    step: dict[str, Any] = {"grad_norm": float(grad_norm)}
+    if losses:
+        loss = torch.stack([entry["lm loss"] for entry in losses]).sum(dim=0)
+        torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
+        step["lm_loss"] = (loss[0] / loss[1]).item()
+    if hook.report is not None:
+        report = hook.report
+        step |= {
+            "l1_reg": report.l1_reg_L.tolist(),
+            "sparsity": report.sparsity.item(),
+            "sparsity_per_layer": report.sparsity_L.tolist(),
+            "l1_coeff_used": report.l1_coeff.item(),
+        }
+    return step

@@ -1,0 +1,134 @@
+"""The runs that golden trajectories are recorded from: weights and data as functions of a seed.
+
+Their definition is that of the published implementation's trajectories (`tests/golden`): every
+weight is a function of its name, so that it is the same under any parallel layout.
+"""
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+PUBLISHED_COEFF_INIT = 1e-8
+# The router turns sparse around step 90 of a run that starts at 1e-8; from there on a perturbation
+# of 1e-6 grows to percents, so only the steps before it are compared value by value.
+OPEN_LOOP_STEPS = 60
+
+# The closed-loop run of the golden files: sparsity crosses its target several times in 40 steps.
+CLOSED_LOOP = {
+    "seed": 424242, "E": 8, "k": 1, "G": 1, "L": 2, "H": 64, "F": 128, "heads": 4, "groups": 2,
+    "seq": 64, "mbs": 4, "nmb": 2, "steps": 40, "lr": 0.002, "coeff_init": 0.01,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A recorded run.
+
+    Attributes:
+        config: E, k, G, L, H, F, heads, groups, seq, mbs, nmb, steps, lr, seed, coeff_init.
+        num_experts, topk: after granularity.
+        params: name and shape of every parameter.
+        trajectory: what was measured, by step.
+    """
+
+    config: dict[str, Any]
+    num_experts: int
+    topk: int
+    params: dict[str, list[int]]
+    trajectory: list[dict[str, Any]]
+
+    @classmethod
+    def load(cls, path: Path) -> "Golden":
+        record = json.loads(path.read_text())
+        keys = ("config", "num_experts", "topk", "params", "trajectory")
+        return cls(**{key: record[key] for key in keys})
+
+    @property
+    def coeff_init(self) -> float:
+        return self.config.get("coeff_init", PUBLISHED_COEFF_INIT)
+
+    @property
+    def comparable_steps(self) -> int:
+        steps = len(self.trajectory)
+        open_loop = self.coeff_init == PUBLISHED_COEFF_INIT
+        return min(steps, OPEN_LOOP_STEPS) if open_loop else steps
+
+
+def golden_weight(name: str, shape: list[int], seed: int) -> torch.Tensor:
+    """A parameter's initial value, fp32."""
+    if "norm" in name:
+        return torch.ones(shape)
+    state = np.random.RandomState((zlib.crc32(name.encode()) ^ seed) & 0xFFFFFFFF)
+    return torch.from_numpy((state.standard_normal(shape) * 0.02).astype(np.float32))
+
+
+def fill_with_golden_weights(model: torch.nn.Module, seed: int) -> None:
+    """Give every parameter of a whole (one-rank) model its golden value, in place."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(golden_weight(name, list(parameter.shape), seed))
+
+
+def golden_tokens(config: dict[str, Any]) -> torch.Tensor:
+    """The run's data, int64 `[steps, nmb, mbs, seq + 1]`: Zipf-distributed words of 3-7 tokens."""
+    shape = (config["steps"], config["nmb"], config["mbs"], config["seq"] + 1)
+    need = int(np.prod(shape))
+    r = np.random.RandomState(config["seed"])
+    words = [r.randint(0, 256, size=r.randint(3, 8)) for _ in range(64)]
+    p = 1 / np.arange(1, 65)
+    chosen = r.choice(64, size=need // 3 + 8, p=p / p.sum())
+    tokens = np.concatenate([words[i] for i in chosen])[:need]
+    return torch.from_numpy(tokens.reshape(shape).astype(np.int64))
+
+
+def transformer_config(config: dict[str, Any], **changes: Any):
+    """Megatron's TransformerConfig of a golden run; `changes` are its fields."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    fields = {
+        "num_layers": config["L"],
+        "hidden_size": config["H"],
+        "ffn_hidden_size": config["F"],
+        "num_attention_heads": config["heads"],
+        "num_query_groups": config["groups"],
+        "num_moe_experts": config["E"] * config["G"],
+        "moe_router_topk": config["k"] * config["G"],
+        "moe_ffn_hidden_size": config["F"] // config["G"],
+        "moe_router_load_balancing_type": "none",
+        "moe_router_pre_softmax": True,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": 1e-5,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_activation_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "transformer_impl": "local",
+    }
+    return TransformerConfig(**(fields | changes))
+
+
+def gpt_config(transformer, config: dict[str, Any], routing):
+    """Megatron's GPTModelConfig of a golden run, with our layers."""
+    from megatron.training.models.gpt import GPTModelConfig
+
+    from megatron.remoe.spec import layer_spec
+
+    return GPTModelConfig(
+        transformer=transformer,
+        transformer_layer_spec=layer_spec(routing),
+        vocab_size=256,
+        seq_length=config["seq"],
+        position_embedding_type="rope",
+        rotary_base=1_000_000,
+        share_embeddings_and_output_weights=False,
+    )

@@ -1,0 +1,204 @@
+"""The grid of parallel layouts: each must train the run of one rank, within float tolerance.
+
+Loss, gradient norm, regulariser, sparsity (per layer) and coefficient of every step are compared
+with one rank's at equal micro-batch size. The run is the closed loop of the golden files, which
+crosses its target several times and is insensitive to rounding; the dense stage is covered by the
+first steps from the published coefficient 1e-8.
+"""
+
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.remoe.verify.cells import Cell, run_cell, save_golden_weights
+from megatron.remoe.verify.golden import CLOSED_LOOP, PUBLISHED_COEFF_INIT
+from megatron.remoe.verify.ranks import Ranks
+
+QUANTITIES = ("lm_loss", "grad_norm", "l1_reg", "sparsity", "sparsity_per_layer", "l1_coeff_used")
+
+# fp32: sums in another order. One rounding (6e-8) of the loss and its growth over the steps stay
+# below 1e-5; norm and regulariser sum over more terms; one (token, expert) pair of the 8192 of a
+# step may flip when its logit is within rounding of zero, in 1 of L layers.
+FP32 = {
+    "lm_loss": 1e-5,
+    "grad_norm": 1e-4,
+    "l1_reg": 1e-4,
+    "sparsity": 2e-4,
+    "sparsity_per_layer": 4e-4,
+    "l1_coeff_used": 1e-6,
+}
+# bf16: activations have 8 bits (4e-3); layouts round partial sums at other places. Losses are means
+# over 512 tokens, so their error is well below one rounding, but it feeds back through 8-bit
+# weights; logits near zero flip.
+BF16 = {
+    "lm_loss": 1e-2,
+    "grad_norm": 2e-1,
+    "l1_reg": 2e-1,
+    "sparsity": 2e-2,
+    "sparsity_per_layer": 4e-2,
+    "l1_coeff_used": 0.5,
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """Largest deviations of a cell from one rank: sparsity absolute, the rest relative."""
+
+    cell: Cell
+    steps: int
+    deviations: dict[str, float]
+    error: str | None = None
+
+    @property
+    def tolerances(self) -> dict[str, float]:
+        return BF16 if self.cell.dtype == "bf16" else FP32
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None and all(
+            deviation <= self.tolerances[key] for key, deviation in self.deviations.items()
+        )
+
+
+def _layouts() -> list[Cell]:
+    four_ranks = (("nmb", 4),)
+    four_layers = (("L", 4),)
+    dist = {"distributed_optimizer": True}
+    return [
+        Cell("DP2", 2),
+        Cell("EP2 all-to-all", 2, ep=2),
+        Cell("EP2 all-gather", 2, ep=2, dispatcher="allgather"),
+        Cell("TP2", 2, tp=2),
+        Cell("TP2 all-gather, expert TP2", 2, tp=2, expert_tp=2, dispatcher="allgather"),
+        Cell("TP2 x EP2 all-to-all", 2, tp=2, ep=2),
+        Cell("PP2", 2, pp=2),
+        Cell("PP2, 2 virtual stages", 2, pp=2, vp=2, run=four_layers),
+        Cell("one rank, full recompute", recompute="full"),
+        Cell("one rank, MoE recompute", recompute="moe"),
+        Cell("EP2, full recompute", 2, ep=2, recompute="full"),
+        Cell("EP2, MoE recompute", 2, ep=2, recompute="moe"),
+        Cell("DP2, distributed optimizer", 2, **dist),
+        Cell("DP2, overlap", 2, overlap=True, **dist),
+        Cell("EP2, distributed optimizer", 2, ep=2, **dist),
+        Cell("EP2, overlap", 2, ep=2, overlap=True, **dist),
+        Cell("EP2, overlapped reduction, plain optimizer", 2, ep=2, overlap=True),
+        Cell("TP2 x EP2, 4 ranks", 4, tp=2, ep=2, run=four_ranks),
+        Cell("DP2 x EP2, 4 ranks", 4, ep=2, run=four_ranks),
+        Cell(
+            "TP2 x EP2, expert TP2, all-gather, 4 ranks",
+            4, tp=2, ep=2, expert_tp=2, dispatcher="allgather", run=four_ranks,
+        ),
+        Cell("PP2 x EP2, 4 ranks", 4, pp=2, ep=2, run=four_ranks),
+        Cell("TP2 x PP2, 4 ranks", 4, tp=2, pp=2, run=four_ranks),
+    ]  # fmt: skip
+
+
+def grid() -> list[Cell]:
+    """Every cell: ReLU in fp32, TopK through the same layouts, bf16, and the dense stage."""
+    relu = _layouts()
+    topk = [replace(c, name=f"TopK: {c.name}", router="topk") for c in relu]
+    bf16 = [
+        replace(c, name=f"bf16: {c.name}", dtype="bf16")
+        for c in relu
+        if c.name in ("DP2", "EP2 all-to-all", "TP2", "PP2", "EP2, distributed optimizer")
+    ]
+    dense_stage = [
+        replace(
+            c, name=f"dense stage: {c.name}", run=(*c.run, ("coeff_init", PUBLISHED_COEFF_INIT))
+        )
+        for c in relu
+        if c.name in ("DP2", "EP2 all-to-all", "EP2 all-gather", "TP2", "PP2")
+    ]
+    return [*relu, *topk, *bf16, *dense_stage]
+
+
+def reference_of(cell: Cell) -> Cell:
+    """The one-rank cell with the same model, data and precision."""
+    return Cell(
+        "one rank",
+        dtype=cell.dtype,
+        router=cell.router,
+        load_balancing=cell.load_balancing,
+        run=cell.run,
+    )
+
+
+def verify(
+    cells: list[Cell],
+    *,
+    steps: int,
+    report: Callable[[Result], None] = lambda result: None,
+) -> list[Result]:
+    """Run cells and compare each with its one-rank reference, which is run once per model.
+
+    Args:
+        cells: the cells.
+        steps: steps of the closed loop, at most 40.
+        report: called with each result as it is known.
+    """
+    results = []
+    references: dict[Cell, list[dict[str, Any]]] = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        pools: dict[int, Ranks] = {}
+
+        def pool(world: int) -> Ranks:
+            if world not in pools:
+                pools[world] = stack.enter_context(Ranks(world))
+            return pools[world]
+
+        for cell in sorted(cells, key=lambda cell: cell.world):
+            reference = reference_of(cell)
+            weights = folder / str(abs(hash(reference)))
+            if reference not in references:
+                pool(1).run(save_golden_weights, reference, CLOSED_LOOP, weights)
+                references[reference] = run_on(pool(1), reference, steps, weights)
+            try:
+                ours = run_on(pool(cell.world), cell, steps, weights)
+                result = Result(cell, steps, deviations(ours, references[reference]))
+            except AssertionError as error:
+                result = Result(cell, steps, {}, str(error).strip().splitlines()[-1])
+                pools.pop(cell.world).close()  # its ranks no longer wait at the same place
+            results.append(result)
+            report(result)
+    return results
+
+
+def run_on(ranks: Ranks, cell: Cell, steps: int, weights: Path) -> list[dict[str, Any]]:
+    """A cell's trajectory, as seen by a rank that knows the loss."""
+    trajectories = ranks.run(run_cell, cell, CLOSED_LOOP, steps, weights)
+    return next(t for t in trajectories if "lm_loss" in t[0])
+
+
+def deviations(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, float]:
+    """Largest deviation of every quantity over all steps; sparsity absolute, the rest relative."""
+    largest = {}
+    for key in QUANTITIES:
+        if key not in theirs[0]:
+            continue
+        a, b = (np.array([step[key] for step in steps]) for steps in (ours, theirs))
+        difference = np.abs(a - b)
+        if not key.startswith("sparsity"):
+            difference /= np.maximum(np.abs(b), 1e-30)
+        largest[key] = float(difference.max())
+    return largest
+
+
+def to_markdown(results: list[Result]) -> str:
+    """A table of the largest deviations, a row per cell."""
+    header = ["cell", "ranks", "steps", *QUANTITIES, ""]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for result in results:
+        values = [
+            f"{result.deviations[key]:.1e}" if key in result.deviations else ""
+            for key in QUANTITIES
+        ]
+        verdict = result.error or ("ok" if result.ok else "DIFFERS")
+        row = [result.cell.name, str(result.cell.world), str(result.steps), *values, verdict]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
