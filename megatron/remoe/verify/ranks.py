@@ -15,6 +15,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -76,6 +78,7 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     import warnings
 
     os.setsid()  # so that what it starts can be ended with it
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     warnings.filterwarnings("ignore")
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(size)}
@@ -98,3 +101,10 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
             pipe.send((True, function(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+def _end_with_parent(parent: int) -> None:
+    """A rank that hangs in a collective would outlive a killed parent."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
