@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any, NoReturn, get_args
 
-from megatron.remoe import compat, cpu
+from megatron.remoe import compat, cpu, options
 from remoe.config import LoadBalancing, apply_granularity
 
 
@@ -136,6 +136,7 @@ def finish(args: argparse.Namespace) -> None:
         args.num_experts, args.moe_router_topk = shape.num_experts, shape.topk
         if width is not None:
             args.moe_ffn_hidden_size = shape.ffn_hidden_size
+    _refuse_uneven_gather_on_gloo(args)
     if args.tensor_model_parallel_size > 1:
         # Without it Megatron refuses to train experts with tensor parallelism, at the first step.
         args.sequence_parallel = True
@@ -170,12 +171,20 @@ def _refuse_moe_flags_of_a_dense_model(args: argparse.Namespace) -> None:
         )
 
 
-def _finish_relu_routing(args: argparse.Namespace) -> None:
-    if args.moe_token_dispatcher_type == "flex":
+def _refuse_uneven_gather_on_gloo(args: argparse.Namespace) -> None:
+    expert_tp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    is_alltoall = args.moe_token_dispatcher_type == "alltoall"
+    if args.distributed_backend == "gloo" and is_alltoall and expert_tp > 1:
         raise ValueError(
-            "moe_token_dispatcher_type is flex, which selects the top-k experts again and so drops "
-            "assignments of ReLU routing; use alltoall or allgather"
+            f"expert_tensor_parallel_size is {expert_tp} (that of tensor parallelism when not "
+            f"given) with the alltoall dispatcher, which then gathers uneven parts, and gloo "
+            f"gathers even ones only; use --expert-tensor-parallel-size 1, or the allgather "
+            f"dispatcher"
         )
+
+
+def _finish_relu_routing(args: argparse.Namespace) -> None:
+    options.check(args)
     if args.moe_router_dtype is None:
         args.moe_router_dtype = "fp32"
     # Megatron demands this of softmax routers with topk 1; a ReLU router has no softmax.

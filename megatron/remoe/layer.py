@@ -19,16 +19,6 @@ class ReLUMoELayer(MoELayer):
         is_mtp_layer: bool = False,
         name: str | None = None,
     ) -> None:
-        """
-        Raises:
-            ValueError: the flex dispatcher, which selects the top-k experts again.
-        """
-        if config.moe_token_dispatcher_type == "flex":
-            raise ValueError(
-                "moe_token_dispatcher_type is flex, which re-selects the top-k experts of every "
-                "token and so drops or invents assignments under ReLU routing; "
-                "use alltoall or allgather"
-            )
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         if config.moe_token_dispatcher_type == "alltoall":

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
-from megatron.core.transformer.moe.router import Router
+from megatron.core.transformer.moe.router import Router, TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -46,6 +46,9 @@ class ReLURouter(ExactBuffers, Router):
 
     l1_coeff: Tensor
     stats: Tensor
+    # Megatron's own, which need nothing of its top-k router.
+    apply_input_jitter = TopKRouter.apply_input_jitter
+    apply_z_loss = TopKRouter.apply_z_loss
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class ReLURouter(ExactBuffers, Router):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.relu_routing = routing or ReLURouting()
+        self.input_jitter = None  # made by apply_input_jitter
         device = torch.cuda.current_device()
         coeff = torch.tensor(self.controller.init, dtype=torch.float32, device=device)
         self.register_buffer("l1_coeff", coeff)
@@ -79,17 +83,19 @@ class ReLURouter(ExactBuffers, Router):
             probs `[T, E]` in the dtype of `input`, and routing_map, bool `[T, E]`.
         """
         dtype = torch.float64 if self.config.moe_router_dtype == "fp64" else torch.float32
-        logits = router_gating_linear(input, self.weight, self.bias, dtype)
+        jittered = self.apply_input_jitter(input)
+        logits = router_gating_linear(jittered, self.weight, self.bias, dtype)
+        if padding_mask is not None:
+            padding_mask = padding_mask.reshape(-1)
         probs, routing_map = self.routing(logits.view(-1, self.num_experts), padding_mask)
         return probs.to(input.dtype), routing_map
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`[T, E]` logits to fp32 (or fp64) probs and the routing map; penalises when training."""
+        logits = self.apply_z_loss(logits, padding_mask=padding_mask)
         probs, routing_map = relu_routing(logits)
         # With activation recompute the router runs twice: first without gradients, then with.
         if self.training and torch.is_grad_enabled():
-            if padding_mask is not None:
-                padding_mask = padding_mask.reshape(-1)
             probs = self._penalise(probs, routing_map, padding_mask)
         return probs, routing_map
 

@@ -10,6 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron.remoe import options
 from megatron.remoe.backend import TorchSpecProvider
 from megatron.remoe.layer import ReLUMoELayer
 from megatron.remoe.router import ReLURouter, ReLURouting
@@ -36,7 +37,12 @@ def block_spec(
 
     Megatron's own block spec decides which layers are on this stage and which of them have experts;
     we exchange modules in it.
+
+    Raises:
+        ValueError: an option that ReLU routing refuses (`options`).
     """
+    if routing is not None and config.num_moe_experts is not None:
+        options.check(config)
     use_te = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(
         config,

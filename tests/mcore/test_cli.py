@@ -55,8 +55,8 @@ CASES = {
     ),
     "flex": (
         ["moe_token_dispatcher_type=flex"],
-        "moe_token_dispatcher_type is flex, which selects the top-k experts again and so drops "
-        "assignments of ReLU routing; use alltoall or allgather",
+        "moe_token_dispatcher_type is flex, which ReLU routing refuses: flex selects the top-k "
+        "experts again; use alltoall or allgather",
     ),
     "no such value": (["lr=fast"], "argument --lr: invalid float value: 'fast'"),
     "no learning rate": (["lr=null"], "lr is not given; set the learning rate"),

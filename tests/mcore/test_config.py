@@ -237,7 +237,7 @@ WIDE = ["--ffn-hidden-size", "64"]
         ),
         (
             [*RELU, "--moe-token-dispatcher-type", "flex"],
-            "moe_token_dispatcher_type is flex, which selects the top-k experts again",
+            "moe_token_dispatcher_type is flex, which ReLU routing refuses",
         ),
         (
             [*RELU, "--context-parallel-size", "2", "--transformer-impl", "local"],
