@@ -15,6 +15,8 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Build corpora and token files.", no_args_is_help=True)
 app.add_typer(data, name="data")
+verify = typer.Typer(help="Check what this project claims, on this machine.", no_args_is_help=True)
+app.add_typer(verify, name="verify")
 
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
@@ -138,6 +140,61 @@ def plot(
     out = out or run_dir / "curves.png"
     plot_curves(Run.load(run_dir), out)
     typer.echo(out)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, what will be used of it, and what is disabled and why."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from megatron.remoe.doctor import examine
+
+    _prepare_megatron()
+    colors = {"ok": "green", "disabled": "yellow", "missing": "red"}
+    table = Table(show_header=False)
+    for finding in examine():
+        status = f"[{colors[finding.status]}]{finding.status}[/]"
+        table.add_row(finding.subject, status, escape(finding.detail))
+    Console().print(table)
+
+
+@verify.command()
+def parallel(
+    only: Annotated[
+        list[str] | None, typer.Argument(help="Cells whose names contain one of these.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of each run.", show_default="all, 40 or 60")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the table as Markdown.")] = None,
+) -> None:
+    """Train the same run under every parallel layout, on CPU ranks, and compare with one rank.
+
+    Exits with 1 if a cell deviates more than its tolerance.
+    """
+    from rich.console import Console
+
+    from megatron.remoe.verify import grid
+
+    cells = [c for c in grid.grid() if not only or any(part in c.name for part in only)]
+    if not cells:
+        raise ValueError(f"no cell's name contains any of {only}; run without names for all")
+    console = Console()
+
+    def report(result: grid.Result) -> None:
+        worst = " ".join(f"{key} {value:.0e}" for key, value in result.deviations.items())
+        console.print(f"{result.verdict:8} {result.cell.name}: {worst}", highlight=False)
+
+    with console.status(f"{len(cells)} cells"):
+        results = grid.verify(cells, steps=steps, report=report)
+    if out is not None:
+        out.write_text(grid.to_markdown(results) + "\n")
+    bad = [result.cell.name for result in results if not result.ok]
+    console.print(f"{len(results) - len(bad)} of {len(results)} cells agree with one rank")
+    if bad:
+        raise typer.Exit(1)
 
 
 def _prepare_megatron() -> None:

@@ -26,8 +26,10 @@ class MetricsWriter:
 
     A training row has iteration, lm_loss, grad_norm, learning_rate, tokens (so far) and
     tokens_per_second, and with ReLU routing sparsity, sparsity_per_layer, active_experts (mean per
-    token), l1_coeff and l1_reg (sum over layers, before the coefficient). An evaluation row has
-    iteration, split and lm_loss; several validation sets also give their mean by tokens.
+    token), l1_coeff, l1_reg (sum over layers, before the coefficient), and the numbers of
+    silent_layers (no token activates an expert) and dense_layers (all tokens activate all).
+    An evaluation row has iteration, split and lm_loss; several validation sets also give their
+    mean by tokens.
 
     Rows of iterations that a resumed run does again are dropped from the file first.
     """
@@ -41,6 +43,7 @@ class MetricsWriter:
         self._seconds_of_first = 0.0
         self._evaluations: Counter[tuple[str, int]] = Counter()
         self._set_losses: dict[str, float] = {}
+        self._extremes: dict[str, set[int]] = {}
 
     @classmethod
     def install(cls, args: argparse.Namespace, hook: FinalizeStep) -> "MetricsWriter | None":
@@ -91,7 +94,18 @@ class MetricsWriter:
             }
         )
         for name, value in routing.items():
-            self._forward(f"remoe/{name}", value, iteration)
+            if not name.endswith("_layers"):
+                self._forward(f"remoe/{name}", value, iteration)
+        self._report_extremes(iteration, routing)
+
+    def _report_extremes(self, iteration: int, routing: dict[str, Any]) -> None:
+        """Say in the log when a layer starts or stops being silent or fully dense."""
+        for name, state in (("silent_layers", "silent"), ("dense_layers", "fully dense")):
+            now, before = set(routing.get(name, [])), self._extremes.get(name, set())
+            for layer in sorted(now ^ before):
+                verb = "is" if layer in now else "is no longer"
+                print(f"remoe: iteration {iteration}: layer {layer} {verb} {state}", flush=True)
+            self._extremes[name] = now
 
     def _tokens_per_second(self, iteration: int) -> float:
         """Speed since the last logged step, without evaluations, by Megatron's timer.
@@ -164,6 +178,10 @@ def routing_metrics(report: StepReport) -> dict[str, Any]:
     def per_layer(values: torch.Tensor) -> list[float]:
         return [v for v, has in zip(values.tolist(), has_router, strict=True) if has]
 
+    def layers_at(sparsity: float) -> list[int]:
+        at = (report.sparsity_L == sparsity).tolist()
+        return [i + 1 for i, has in enumerate(has_router) if has and at[i]]
+
     num_experts = report.tokens_per_expert_LE.shape[1]
     sparsity = report.sparsity.item()
     return {
@@ -172,6 +190,8 @@ def routing_metrics(report: StepReport) -> dict[str, Any]:
         "active_experts": num_experts * (1 - sparsity),
         "l1_coeff": report.l1_coeff.item(),
         "l1_reg": sum(per_layer(report.l1_reg_L)),
+        "silent_layers": layers_at(1.0),
+        "dense_layers": layers_at(0.0),
     }
 
 

@@ -214,3 +214,7 @@ def to_markdown() -> str:
 def _describe(option: Option) -> str:
     allowed = f" (allowed: {', '.join(map(str, option.allowed))})" if option.allowed else ""
     return option.why + allowed
+
+
+if __name__ == "__main__":
+    print(to_markdown())

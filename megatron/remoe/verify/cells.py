@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from megatron.remoe.verify.golden import (
+    Extreme,
     fill_with_golden_weights,
     golden_tokens,
     gpt_config,
+    make_extreme,
     transformer_config,
 )
 
@@ -25,7 +27,10 @@ class Cell:
         world, tp, ep, expert_tp, pp, vp: ranks, and sizes of the parallel dimensions; the rest is
             data parallelism. Sequence parallelism is on whenever tp > 1.
         router: "relu", "topk", or "dense" for a model without experts.
+        routing: an extreme to start from: see `golden.make_extreme`.
         run: changes to the golden run's configuration (number of layers, micro-batches, ...).
+        reference_run: those of the run to compare with, when they are others.
+        informational: differs by design; reported, not judged.
     """
 
     name: str
@@ -42,7 +47,10 @@ class Cell:
     dtype: Literal["fp32", "bf16"] = "fp32"
     router: Literal["relu", "topk", "dense"] = "relu"
     load_balancing: Literal["aux_loss", "none"] = "aux_loss"
+    routing: Extreme | None = None
     run: tuple[tuple[str, Any], ...] = ()
+    reference_run: tuple[tuple[str, Any], ...] | None = None
+    informational: bool = False
 
     @property
     def dp(self) -> int:
@@ -100,6 +108,8 @@ def save_golden_weights(cell: Cell, golden: dict[str, Any], weights: Path) -> No
     _initialize(cell)
     (model,), _ = _models(cell, config, wrap=False)
     fill_with_golden_weights(model, config["seed"])
+    if cell.routing is not None:
+        make_extreme(model, cell.routing)
     weights.mkdir(parents=True, exist_ok=True)
     dist_checkpointing.save(model.sharded_state_dict(), str(weights))
 

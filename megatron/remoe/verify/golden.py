@@ -8,7 +8,7 @@ import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -72,6 +72,34 @@ def fill_with_golden_weights(model: torch.nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(golden_weight(name, list(parameter.shape), seed))
+
+
+Extreme = Literal["all active", "silent layer", "silent rank", "one expert"]
+
+
+def make_extreme(model: torch.nn.Module, extreme: Extreme) -> None:
+    """Set the routers of a whole model to an extreme, in place.
+
+    "all active": every expert for every token, in all layers. The embedding gets a large constant
+    feature, and the routers read it. "silent layer": no expert of the first layer is active.
+    "silent rank": only the first half of the experts can be active, in all layers, so that with two
+    expert-parallel ranks one has nothing to do. "one expert": only the first expert can be active.
+    """
+    from megatron.remoe.step import relu_routers
+
+    routers = relu_routers([model])
+    with torch.no_grad():
+        if extreme == "all active":
+            model.embedding.word_embeddings.weight[:, 0] = 10.0
+            for router in routers:
+                router.weight.zero_()
+                router.weight[:, 0] = 0.05
+        elif extreme == "silent layer":
+            routers[0].weight.zero_()
+        else:
+            for router in routers:
+                first = 1 if extreme == "one expert" else router.num_experts // 2
+                router.weight[first:] = 0.0
 
 
 def golden_tokens(config: dict[str, Any]) -> torch.Tensor:

@@ -1,0 +1,111 @@
+"""What this machine has, what the plug-in will use of it, and what is disabled and why."""
+
+import importlib.metadata
+import importlib.util
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from megatron.remoe import compat, cpu
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of the report.
+
+    Attributes:
+        subject: what was looked at.
+        status: "ok", "disabled" or "missing".
+        detail: version, choice, or the reason with its remedy.
+    """
+
+    subject: str
+    status: str
+    detail: str
+
+
+_PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "omegaconf", "remoe")
+_OPTIONAL = {
+    "transformer-engine": "transformer_impl transformer_engine, context parallelism, fp8 "
+    "(pip install 'remoe[te]'; unverified with ReLU routing)",
+    "triton": "Megatron's Triton kernels, on GPUs",
+    "tensorboard": "tensorboard_dir",
+    "wandb": "wandb_project (pip install 'remoe[wandb]')",
+    "matplotlib": "remoe plot (pip install 'remoe[analysis]')",
+}
+
+
+def examine() -> list[Finding]:
+    """Versions, device, backends and fused paths, in the order of a report."""
+    return [*_versions(), *_device(), *_backends()]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> list[Finding]:
+    findings = [Finding("python", "ok", platform.python_version())]
+    for package in _PACKAGES:
+        version = _version(package)
+        detail = version or "not installed; pip install 'remoe[megatron]'"
+        findings.append(Finding(package, "ok" if version else "missing", detail))
+    try:
+        compat.apply()
+    except ValueError as error:
+        findings.append(Finding("megatron-core version", "missing", str(error)))
+    for package, use in _OPTIONAL.items():
+        version = _version(package)
+        detail = version or f"needed for {use}"
+        findings.append(Finding(package, "ok" if version else "disabled", detail))
+    return findings
+
+
+def _device() -> list[Finding]:
+    if cpu.is_enabled() or not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+        threads = torch.get_num_threads()
+        return [
+            Finding("device", "ok", f"CPU, {threads} threads (no GPU is visible; {built})"),
+            Finding("torch.compile", "disabled", "compiling Megatron's small functions for a CPU "
+                    "costs more than it saves"),
+            Finding("communication", "ok", "gloo"),
+        ]  # fmt: skip
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [
+        Finding("device", "ok", f"{len(names)} x {names[0]}"),
+        Finding("communication", "ok", "nccl (unverified over several GPUs)"),
+    ]
+
+
+def _backends() -> list[Finding]:
+    has_te = _version("transformer-engine") is not None
+    has_apex_fusion = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    has_grouped = hasattr(torch.nn.functional, "grouped_mm")
+    without_te = "Transformer Engine is not installed; torch's own kernels are used"
+    return [
+        Finding(
+            "transformer_impl", "ok", "transformer_engine" if has_te else f"local: {without_te}"
+        ),
+        Finding("attention", "ok", "Transformer Engine" if has_te else "torch SDPA, grouped query"),
+        Finding(
+            "experts", "ok",
+            "Transformer Engine grouped GEMM" if has_te else "one linear at a time, in torch",
+        ),
+        Finding("torch grouped_mm", "ok" if has_grouped else "missing", "not used yet"),
+        _fused("rope fusion", has_te, without_te),
+        _fused("persistent layer norm", has_te, without_te),
+        _fused("gradient accumulation fusion", has_apex_fusion,
+               "needs NVIDIA apex's fused_weight_gradient_mlp_cuda"),
+        Finding("permute fusion", "disabled", "unverified with ReLU routing, and refused"),
+        Finding("CUDA graphs", "disabled", "buffer sizes change every step under ReLU routing"),
+        Finding("flex dispatcher (DeepEP)", "disabled", "selects top-k again, and is refused"),
+    ]  # fmt: skip
+
+
+def _fused(name: str, available: bool, why: str) -> Finding:
+    return Finding(name, "ok" if available else "disabled", "available" if available else why)

@@ -1,0 +1,130 @@
+"""The 2-rank cells of `remoe verify parallel`, for a few steps, and what they would catch.
+
+The whole grid, with 4 ranks and all steps, is `remoe verify parallel`.
+"""
+
+import re
+
+import pytest
+import torch
+
+from megatron.remoe.verify import grid
+from megatron.remoe.verify.cells import Cell, run_cell, save_golden_weights
+from megatron.remoe.verify.golden import CLOSED_LOOP
+from megatron.remoe.verify.ranks import Ranks
+
+STEPS = 5
+SUBSET = [
+    *[c for c in grid.grid() if c.world <= 2 and re.match(r"(DP|EP|TP|PP|one rank)", c.name)],
+    *[c for c in grid.grid() if c.name in ("TopK: EP2 all-to-all", "TopK: TP2", "TopK: PP2")],
+    *[c for c in grid.grid() if c.name in ("bf16: EP2 all-to-all", "bf16: TP2")],
+    *[c for c in grid.extremes() if "allgather" not in c.name],
+    *[c for c in grid.accumulation() if c.name.startswith("2")],
+]
+
+
+@pytest.fixture(scope="module")
+def results():
+    return {result.cell.name: result for result in grid.verify(SUBSET, steps=STEPS)}
+
+
+@pytest.mark.parametrize("name", [cell.name for cell in SUBSET])
+def test_cell_trains_the_run_of_one_rank(results, name):
+    result = results[name]
+    assert result.error is None
+    assert result.ok, result.deviations
+    assert result.steps == STEPS
+
+
+def test_relu_cells_compare_every_quantity(results):
+    for result in results.values():
+        expected = grid.QUANTITIES if result.cell.router == "relu" else ("lm_loss", "grad_norm")
+        assert tuple(result.deviations) == expected
+
+
+def test_load_weights_per_micro_batch_are_another_algorithm(results):
+    same = results["2 micro-batches, load balancing none"]
+    other = results["2 micro-batches, load balancing aux_loss"]
+    assert other.verdict == "differs by definition"
+    assert other.deviations["l1_reg"] > 10 * same.deviations["l1_reg"]
+
+
+def test_extremes_are_what_their_names_say(tmp_path):
+    with Ranks(1) as ranks:
+        measured = {
+            cell.routing: ranks.run(first_step, cell, tmp_path / str(i))[0]
+            for i, cell in enumerate(
+                Cell("one rank", routing=extreme)
+                for extreme in ("all active", "silent layer", "silent rank", "one expert")
+            )
+        }
+    assert measured["all active"]["sparsity_per_layer"] == [0, 0]
+    assert measured["silent layer"]["sparsity_per_layer"][0] == 1
+    assert measured["silent layer"]["sparsity_per_layer"][1] < 0.7
+    assert all(0.5 <= s < 1 for s in measured["silent rank"]["sparsity_per_layer"])
+    assert all(0.875 <= s < 1 for s in measured["one expert"]["sparsity_per_layer"])
+
+
+def first_step(cell, weights):
+    save_golden_weights(cell, CLOSED_LOOP, weights)
+    return run_cell(cell, CLOSED_LOOP, 1, weights)[0]
+
+
+@pytest.mark.parametrize(
+    ("mutation", "quantity"),
+    [
+        ("statistics of one rank only", "sparsity"),
+        ("load of one rank only", "l1_reg"),
+        ("norm gradients of one rank only", "lm_loss"),
+    ],
+)
+def test_a_dropped_reduction_is_caught(tmp_path, mutation, quantity):
+    """The comparison of a TP2 run with one rank fails for code that forgets a reduction."""
+    cell = Cell("TP2", 2, tp=2)
+    with Ranks(1) as one, Ranks(2) as two:
+        one.run(save_golden_weights, grid.reference_of(cell), CLOSED_LOOP, tmp_path)
+        expected = grid.run_on(one, grid.reference_of(cell), STEPS, tmp_path)
+        actual = two.run(run_mutated, mutation, cell, tmp_path)[0]
+    assert grid.deviations(actual, expected)[quantity] > 2 * grid.FP32[quantity]
+
+
+def run_mutated(mutation, cell, weights):
+    from megatron.remoe import backend, router, step
+
+    if mutation == "statistics of one rank only":
+        step.torch = _WithoutAllReduce(torch)
+    elif mutation == "load of one rank only":
+        router.torch = _WithoutAllReduce(torch)
+    else:
+        norm = backend.torch_norm
+
+        def unmarked(**kwargs):
+            module = norm(**kwargs)
+            module.weight.sequence_parallel = False
+            return module
+
+        backend.torch_norm = unmarked
+    return run_cell(cell, CLOSED_LOOP, STEPS, weights)
+
+
+class _WithoutAllReduce:
+    """torch, whose distributed.all_reduce does nothing."""
+
+    def __init__(self, module):
+        self._module = module
+        self.distributed = self
+
+    def all_reduce(self, *args, **kwargs):
+        pass
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
+
+
+def test_the_grid_covers_what_it_claims():
+    cells = {cell.name: cell for cell in grid.grid()}
+    assert len(cells) == len(grid.grid())
+    assert {cell.world for cell in cells.values()} == {1, 2, 4}
+    for part in ("TopK: ", "bf16: ", "dense stage: ", "virtual stages", "recompute", "overlap"):
+        assert any(part in name for name in cells), part
+    assert {c.routing for c in cells.values()} >= {"all active", "silent layer", "silent rank"}
