@@ -80,7 +80,7 @@ def _load(path: Path, below: tuple[Path, ...]) -> DictConfig:
     config = OmegaConf.load(path)
     if not isinstance(config, DictConfig):
         raise ValueError(f"config {path} is not a mapping of flags to values")
-    base = config.pop("base", [])
+    base = config.pop("base", None) or []
     bases = base if isinstance(base, ListConfig | list) else [base]
     loaded = [_load(path.parent / b, (*below, path.resolve())) for b in bases]
     return OmegaConf.merge(*loaded, config)

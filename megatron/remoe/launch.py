@@ -6,19 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from megatron.remoe.config import RunConfig, check, megatron_parser, to_argv
 
 _POLL_SECONDS = 0.5
 _SECONDS_BETWEEN_LINES = 15  # where the output is not a terminal
+_STEPS_OF_ETA = 20
 
 
 def default_nproc() -> int:
@@ -143,38 +145,41 @@ Report = tuple[Callable[[dict[str, Any]], None], Callable[[], None]]
 
 def _bar(total: int | None, console: Console) -> Report:
     progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console
     )
     progress.start()
     task = progress.add_task("starting", total=total)
+    speeds: deque[float] = deque(maxlen=_STEPS_OF_ETA)
 
     def report(row: dict[str, Any]) -> None:
-        progress.update(task, completed=row["iteration"], description=_describe(row))
+        text = _describe(row) + _eta(row, speeds, total)
+        progress.update(task, completed=row["iteration"], description=text)
 
     return report, progress.stop
 
 
 def _lines(total: int | None, console: Console) -> Report:
-    last_time, first = 0.0, None
+    last_time = 0.0
+    speeds: deque[float] = deque(maxlen=_STEPS_OF_ETA)
 
     def report(row: dict[str, Any]) -> None:
-        nonlocal last_time, first
+        nonlocal last_time
+        text = _describe(row) + _eta(row, speeds, total)
         now, iteration = time.monotonic(), row["iteration"]
-        first = first or (now, iteration)
-        if now - last_time < _SECONDS_BETWEEN_LINES and iteration != total:
-            return
-        last_time = now
-        done = iteration - first[1]
-        remaining = ""
-        if done and total:
-            remaining = f"  ETA {(now - first[0]) / done * (total - iteration):.0f} s"
-        console.print(f"{iteration}/{total or '?'}  {_describe(row)}{remaining}", highlight=False)
+        if now - last_time >= _SECONDS_BETWEEN_LINES or iteration == total:
+            last_time = now
+            console.print(f"{iteration}/{total or '?'}  {text}", highlight=False)
 
     return report, lambda: None
+
+
+def _eta(row: dict[str, Any], speeds: deque[float], total: int | None) -> str:
+    """Time left at the speed of the last rows, which also holds for a continued run."""
+    speeds.append(row["tokens_per_second"])
+    if total is None:
+        return ""
+    tokens_left = row["tokens"] * (total / row["iteration"] - 1)
+    return f"  ETA {tokens_left / (sum(speeds) / len(speeds)):.0f} s"
 
 
 def summarise(run_dir: Path, console: Console) -> None:

@@ -193,16 +193,6 @@ def check(config: Any) -> None:
         value = getattr(config, name, allowed[0])
         if not all(v in allowed for v in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{name} is {value}, which ReLU routing refuses: {option.why}")
-    _check_backend(config)
-
-
-def _check_backend(config: Any) -> None:
-    if config.context_parallel_size > 1 and config.transformer_impl == "local":
-        raise ValueError(
-            f"context_parallel_size is {config.context_parallel_size}, but the attention of "
-            f"transformer_impl local sees one rank's part of the sequence only; use "
-            f"context_parallel_size 1, or transformer_impl transformer_engine"
-        )
 
 
 def to_markdown() -> str:

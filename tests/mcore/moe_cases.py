@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron.remoe.verify.ranks import renew_groups
+
 HIDDEN, WIDTH, EXPERTS, SEQUENCE, BATCH = 8, 6, 4, 8, 2
 
 
@@ -53,7 +55,7 @@ def initialize(layout: Layout) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    parallel_state.destroy_model_parallel()
+    renew_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         expert_model_parallel_size=layout.ep,

@@ -3,6 +3,7 @@
 import json
 import math
 from argparse import Namespace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import megatron.training
@@ -14,6 +15,7 @@ from megatron.remoe.step import StepReport
 
 EVERY = {"grad_norm", "iteration", "learning_rate", "lm_loss", "tokens", "tokens_per_second"}
 ROUTING = {"sparsity", "sparsity_per_layer", "active_experts", "l1_coeff", "l1_reg"}
+ROUTING |= {"silent_layers", "dense_layers"}
 
 
 def report(l1_reg: float = 0.25) -> StepReport:
@@ -141,12 +143,31 @@ def test_a_training_row_has_what_is_documented(megatron_on, path):
         "active_experts": 4 * 0.375,
         "l1_coeff": torch.tensor(1e-8).item(),
         "l1_reg": 0.75,
+        "silent_layers": [],
+        "dense_layers": [],
         "grad_norm": 0.5,
         "learning_rate": 1e-3,
         "tokens": 8 * 16,
         "tokens_per_second": 64.0,
     }
     assert set(row) == EVERY | ROUTING
+
+
+def test_layers_that_go_silent_or_dense_are_named_in_row_and_log(megatron_on, path, capsys):
+    ordinary = report()
+    extreme = replace(ordinary, sparsity_L=torch.tensor([1.0, math.nan, 0.0]))
+    run = megatron_on(report=ordinary)
+    for run.writer.hook.report in (ordinary, extreme, extreme, ordinary):
+        run.step()
+    silent, dense = ([row[key] for row in rows(path)] for key in ("silent_layers", "dense_layers"))
+    assert silent == [[], [1], [1], []]
+    assert dense == [[], [3], [3], []]
+    assert capsys.readouterr().out.splitlines() == [
+        "remoe: iteration 2: layer 1 is silent",
+        "remoe: iteration 2: layer 3 is fully dense",
+        "remoe: iteration 4: layer 1 is no longer silent",
+        "remoe: iteration 4: layer 3 is no longer fully dense",
+    ]
 
 
 def test_without_relu_routers_a_row_has_no_routing(megatron_on, path):

@@ -17,6 +17,7 @@ from megatron.remoe.verify.golden import (
     make_extreme,
     transformer_config,
 )
+from megatron.remoe.verify.ranks import renew_groups
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _initialize(cell: Cell) -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     unset_num_microbatches_calculator()
-    parallel_state.destroy_model_parallel()
+    renew_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=cell.tp,
         pipeline_model_parallel_size=cell.pp,

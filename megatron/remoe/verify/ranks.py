@@ -23,6 +23,8 @@ from typing import Any
 
 _TIMEOUT_SECONDS = 120
 _SECONDS_TO_END = 10
+_store: Any = None  # of this process, when it is a rank
+_generation = 0
 
 
 class Ranks:
@@ -73,10 +75,32 @@ class Ranks:
         return results
 
 
+def renew_groups() -> None:
+    """Replace all process groups of this rank by a new world; to be called on all ranks.
+
+    Every group of gloo keeps a polling thread, and Megatron makes two dozen groups per layout.
+    """
+    import torch
+    from megatron.core import parallel_state
+
+    global _generation
+    if torch.distributed.is_initialized():
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+    _generation += 1
+    torch.distributed.init_process_group(
+        "gloo",
+        store=torch.distributed.PrefixStore(str(_generation), _store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+
+
 def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     import logging
     import warnings
 
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.setsid()  # so that what it starts can be ended with it
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     warnings.filterwarnings("ignore")
@@ -89,9 +113,9 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
 
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
-    )
+    global _store
+    _store = torch.distributed.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
+    renew_groups()
     while True:
         try:
             function, args, kwargs = pipe.recv()
