@@ -176,14 +176,15 @@ def test_a_run_that_fails_shows_the_end_of_its_log(monkeypatch, tmp_path):
 
 def test_progress_is_read_from_the_rows_of_this_run(monkeypatch, tmp_path):
     rows = [
-        {"iteration": 1, "lm_loss": None},
+        {"iteration": 1, "lm_loss": None, "tokens": 64, "tokens_per_second": 8.0},
         {"iteration": 1, "split": "valid", "lm_loss": 9.0},
-        {"iteration": 2, "lm_loss": 1.5, "sparsity": 0.75, "l1_coeff": 1e-8},
+        {"iteration": 2, "lm_loss": 1.5, "sparsity": 0.75, "l1_coeff": 1e-8, "tokens": 128}
+        | {"tokens_per_second": 8.0},
     ]
     path = tmp_path / "run/metrics.jsonl"
     script = f"open({str(path)!r}, 'w').write({''.join(json.dumps(r) + chr(10) for r in rows)!r})"
     code, out = train_with(monkeypatch, tmp_path / "run", script)
     assert code == 0
     first, last = out.splitlines()
-    assert first == "1/2  loss nan"
-    assert last.startswith("2/2  loss 1.500  sparsity 0.750  coefficient 1.0e-08")
+    assert first == "1/2  loss nan  ETA 8 s"  # 64 tokens at 8 per second
+    assert last == "2/2  loss 1.500  sparsity 0.750  coefficient 1.0e-08  ETA 0 s"
