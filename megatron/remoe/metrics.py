@@ -94,8 +94,8 @@ class MetricsWriter:
             }
         )
         for name, value in routing.items():
-            if not name.endswith("_layers"):
-                self._forward(f"remoe/{name}", value, iteration)
+            scalar = len(value) if name.endswith("_layers") else value  # how many such layers
+            self._forward(f"remoe/{name}", scalar, iteration)
         self._report_extremes(iteration, routing)
 
     def _report_extremes(self, iteration: int, routing: dict[str, Any]) -> None:

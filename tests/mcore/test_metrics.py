@@ -312,6 +312,7 @@ def test_tensorboard_and_wandb_get_the_same_numbers(megatron_on, path):
     routing = [("remoe/sparsity", row["sparsity"], 1)]
     routing += [(f"remoe/sparsity_per_layer/{i}", v, 1) for i, v in ((1, 0.5), (2, 0.75))]
     routing += [(f"remoe/{k}", row[k], 1) for k in ("active_experts", "l1_coeff", "l1_reg")]
+    routing += [("remoe/silent_layers", 0, 1), ("remoe/dense_layers", 0, 1)]  # how many
     # W&B has Megatron's own numbers from Megatron.
     assert megatron_on.wandb.scalars == routing
     by_megatron = {tag for tag, _, _ in tensorboard.scalars} - {tag for tag, _, _ in routing}
