@@ -45,12 +45,15 @@ def relu_routers(model: list[torch.nn.Module]) -> list[ReLURouter]:
 
 
 @torch.no_grad()
-def update_routers(routers: list[ReLURouter], num_layers: int) -> StepReport:
+def update_routers(
+    routers: list[ReLURouter], num_layers: int, *, move_coeff: bool = True
+) -> StepReport:
     """Reduce and clear the statistics, and move every router's coefficient in place.
 
     Args:
         routers: the routers of this rank; every pipeline stage must have at least one.
         num_layers: L.
+        move_coeff: False only measures, when the step's coefficient has moved already.
     """
     first = routers[0]
     stats = first.stats.new_zeros(num_layers, first.stats.numel())
@@ -75,9 +78,10 @@ def update_routers(routers: list[ReLURouter], num_layers: int) -> StepReport:
         tokens_per_expert_LE=counts,
         l1_coeff=first.l1_coeff.clone(),
     )
-    coeffs = [router.l1_coeff for router in routers]
-    moved = next_l1_coeff(torch.stack(coeffs), mean_sparsity, first.controller)
-    torch._foreach_copy_(coeffs, list(moved.unbind()))
+    if move_coeff:
+        coeffs = [router.l1_coeff for router in routers]
+        moved = next_l1_coeff(torch.stack(coeffs), mean_sparsity, first.controller)
+        torch._foreach_copy_(coeffs, list(moved.unbind()))
     return report
 
 
@@ -106,10 +110,8 @@ class FinalizeStep:
         if not routers:
             return
         iteration = self._iteration()
-        before = [router.l1_coeff.clone() for router in routers]
-        self.report = update_routers(routers, routers[0].config.num_layers)
-        if iteration == self._last:
-            torch._foreach_copy_([router.l1_coeff for router in routers], before)
+        num_layers = routers[0].config.num_layers
+        self.report = update_routers(routers, num_layers, move_coeff=iteration != self._last)
         self._last = iteration
 
 
