@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from remoe.buffers import ExactBuffers
 from remoe.config import ReMoEConfig
 from remoe.controller import next_l1_coeff
+from remoe.kernels import Permutation, combine, grouped_swiglu, permute
 from remoe.regularization import l1_regularization, load_weights
 from remoe.routing import relu_routing, sparsity, tokens_per_expert
 
@@ -62,10 +63,7 @@ class ReMoELayer(ExactBuffers):
             nn.init.normal_(parameter, std=self.config.init_std)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[..., H]` to `[..., H]`: the active experts' outputs, weighted by their gates, summed.
-
-        Copies to the host once, the token counts that size the experts' inputs.
-        """
+        """`[..., H]` to `[..., H]`: the active experts' outputs, weighted by their gates, summed."""
         x_TH = hidden_states.reshape(-1, self.config.hidden_size)
         router_dtype = torch.promote_types(x_TH.dtype, torch.float32)
         logits_TE = F.linear(x_TH.to(router_dtype), self.router.to(router_dtype))
@@ -73,15 +71,9 @@ class ReMoELayer(ExactBuffers):
         if self.training and torch.is_grad_enabled():
             self._observe(probs_TE, routing_map_TE)
 
-        # Pairs (expert, token) sorted by expert, so that every expert reads one contiguous segment.
-        expert_A, token_A = routing_map_TE.T.nonzero(as_tuple=True)
-        prob_A = probs_TE[token_A, expert_A].to(x_TH.dtype)
-        segments = routing_map_TE.sum(dim=0).tolist()
-        inputs = torch.split(x_TH[token_A], segments)
-        gates = torch.split(prob_A.unsqueeze(1), segments)
-        weights = zip(self.gate_up.unbind(), self.down.unbind(), strict=True)
-        outputs = [_swiglu(x, g, *w) for x, g, w in zip(inputs, gates, weights, strict=True)]
-        y_TH = torch.zeros_like(x_TH).index_add(0, token_A, torch.cat(outputs))
+        y_TH = routed_experts(
+            x_TH, probs_TE.to(x_TH.dtype), routing_map_TE, self.gate_up, self.down
+        )
         return y_TH.view_as(hidden_states)
 
     def _observe(self, probs_TE: Tensor, routing_map_TE: Tensor) -> None:
@@ -95,9 +87,24 @@ class ReMoELayer(ExactBuffers):
         self.counts[-1] += num_tokens
 
 
-def _swiglu(x: Tensor, prob: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up * prob, down)
+def routed_experts(
+    x_TH: Tensor, probs_TE: Tensor, routing_map_TE: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """`y_t = sum_e p_te FFN_e(x_t)` over the active pairs, `[T, H]` (Eq. 1), for any router.
+
+    Copies to the host once, the token counts that size the experts' inputs.
+
+    Args:
+        x_TH: tokens.
+        probs_TE: routing weights, in the dtype of `x_TH`.
+        routing_map_TE: bool, the active pairs.
+        gate_up: `[E, 2F, H]`, gate first.
+        down: `[E, H, F]`.
+    """
+    counts = tokens_per_expert(routing_map_TE).tolist()
+    permutation = Permutation.of(routing_map_TE, sum(counts))
+    x_AH, prob_A = permute(x_TH, probs_TE, permutation)
+    return combine(grouped_swiglu(x_AH, prob_A, gate_up, down, counts), permutation)
 
 
 def remoe_layers(model: nn.Module) -> list[ReMoELayer]:

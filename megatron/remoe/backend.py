@@ -1,4 +1,5 @@
-"""Torch-native modules for `--transformer-impl local`: SDPA attention and norms that shard.
+"""Torch-native modules for `--transformer-impl local`: SDPA attention, norms that shard, grouped
+experts.
 
 Shapes: sq, sk query and key lengths; b micro-batch; n heads, g query groups of this rank; d head.
 """
@@ -10,6 +11,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron.remoe.experts import GroupedExperts
 
 
 def torch_norm(*, config: TransformerConfig, hidden_size: int, eps: float) -> torch.nn.Module:
@@ -91,3 +94,8 @@ class TorchSpecProvider(LocalSpecProvider):
 
     def core_attention(self) -> type:
         return SDPAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool):
+        if moe_use_grouped_gemm:
+            return GroupedExperts
+        return super().grouped_mlp_modules(moe_use_grouped_gemm)

@@ -1,17 +1,112 @@
-"""All-to-all dispatch of a number of assignments that is not `tokens * topk`."""
+"""Dispatch sized by the routing map, whatever the number of assignments.
 
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+Megatron's dispatchers expect `tokens * topk` assignments, copy several tensors to the host, and
+scatter rows with an index of the rows' size. These copy the counts once, and sum rows by token.
+"""
+
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAllGatherTokenDispatcher,
+    MoEAlltoAllTokenDispatcher,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from remoe.kernels import Permutation, combine, permute
+from remoe.routing import tokens_per_expert
 
-class ReLUAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
-    """Megatron's all-to-all dispatcher, sized by the routing map instead of by top-k.
 
-    The count reaches the host with the splits, in the copy that Megatron makes anyway.
-    """
+class DroplessAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
+    """Megatron's all-to-all dispatcher for any routing map."""
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
-        tokens_per_local_expert = super().preprocess(routing_map)
-        self.num_out_tokens = routing_map.sum()
-        self._maybe_update_cuda_sync_point("before_permutation_1")
-        return tokens_per_local_expert
+        """Sizes of everything that follows, on the host, in one copy.
+
+        Returns:
+            The number of tokens of each local expert.
+        """
+        counts = tokens_per_expert(routing_map)
+        if self.ep_size * self.tp_size > 1:
+            counts = gather_from_sequence_parallel_region(counts, group=self.tp_ep_group)
+        counts = counts.cpu().view(self.ep_size, self.tp_size, self.num_experts)
+        sent = counts[self.ep_rank, self.tp_rank]
+        self.num_out_tokens = sum(sent.tolist())
+        self.input_splits = sent.view(self.ep_size, -1).sum(dim=1).tolist()
+        # [tp, ep, local experts]: what every rank sends to the experts here
+        received = counts[:, :, self.local_expert_indices].transpose(0, 1)
+        self.output_splits = received[self.tp_rank].sum(dim=1).tolist()
+        self.output_splits_tp = received.sum(dim=(1, 2))
+        self.num_global_tokens_per_local_expert = received.reshape(-1, self.num_local_experts)
+        return received.sum(dim=(0, 1))
+
+    def _maybe_dtoh_and_synchronize(
+        self, point: str, tokens_per_expert: Tensor | None = None
+    ) -> Tensor | None:
+        return tokens_per_expert  # on the host already
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`[s, b, h]` to rows sorted by expert, and their probabilities."""
+        self.hidden_shape, self.probs = hidden_states.shape, probs
+        if self.shared_experts is not None:
+            self.shared_experts.pre_forward_comm(hidden_states)
+        self.tokens_per_expert = self.preprocess(routing_map)
+        self.permutation = Permutation.of(routing_map, self.num_out_tokens)
+        return permute(hidden_states.flatten(end_dim=-2), probs, self.permutation)
+
+    def dispatch_postprocess(
+        self, global_input_tokens: Tensor, global_probs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.ep_size * self.tp_size == 1:  # one source of rows, sorted by expert
+            return global_input_tokens, self.tokens_per_expert, global_probs
+        return super().dispatch_postprocess(global_input_tokens, global_probs)
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        if self.ep_size * self.tp_size == 1:
+            return hidden_states
+        return super().combine_preprocess(hidden_states)
+
+    def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
+        """Sums of the rows of each token, `[s, b, h]`, and the shared experts' output."""
+        output = combine(permutated_local_input_tokens, self.permutation).view(self.hidden_shape)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts.get_output()
+        return output
+
+
+class DroplessAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
+    """Megatron's all-gather dispatcher with our permutation."""
+
+    def dispatch_postprocess(
+        self, hidden_states: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        local = slice(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
+        routing_map, self.routing_map = self.routing_map[:, local], None
+        counts = tokens_per_expert(routing_map).cpu()
+        self.permutation = Permutation.of(routing_map, sum(counts.tolist()))
+        rows, self.local_probs = permute(hidden_states, probs[:, local], self.permutation)
+        return rows, counts, self.local_probs
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        return combine(hidden_states, self.permutation)
+
+
+DISPATCHERS = {
+    "alltoall": DroplessAlltoAllTokenDispatcher,
+    "allgather": DroplessAllGatherTokenDispatcher,
+}
+
+
+def is_dropless(config: TransformerConfig) -> bool:
+    """Whether every assignment of the routing map is computed, with buffers of its size.
+
+    Options that cap or pad the number of assignments are Megatron's own; ReLU routing refuses them.
+    """
+    return (
+        config.moe_token_dispatcher_type in DISPATCHERS
+        and config.moe_expert_capacity_factor is None
+        and not config.moe_router_padding_for_quantization
+        and not config.moe_permute_fusion
+        and config.cuda_graph_impl == "none"
+    )

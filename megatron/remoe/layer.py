@@ -1,14 +1,14 @@
-"""Megatron's MoE layer with a dispatcher that counts real assignments."""
+"""Megatron's MoE layer with dispatchers that are sized by the routing map."""
 
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron.remoe.dispatcher import ReLUAlltoAllTokenDispatcher
+from megatron.remoe.dispatcher import DISPATCHERS, is_dropless
 
 
-class ReLUMoELayer(MoELayer):
-    """MoE layer for a router that activates a varying number of experts per token."""
+class DroplessMoELayer(MoELayer):
+    """MoE layer for a router that may activate a varying number of experts per token."""
 
     def __init__(
         self,
@@ -21,8 +21,8 @@ class ReLUMoELayer(MoELayer):
     ) -> None:
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
-        if config.moe_token_dispatcher_type == "alltoall":
-            self.token_dispatcher = ReLUAlltoAllTokenDispatcher(
+        if is_dropless(config):
+            self.token_dispatcher = DISPATCHERS[config.moe_token_dispatcher_type](
                 self.num_local_experts,
                 self.local_expert_indices,
                 config=config,

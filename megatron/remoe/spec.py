@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -12,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron.remoe import options
 from megatron.remoe.backend import TorchSpecProvider
-from megatron.remoe.layer import ReLUMoELayer
+from megatron.remoe.layer import DroplessMoELayer
 from megatron.remoe.router import ReLURouter, ReLURouting
 
 
@@ -53,25 +54,31 @@ def block_spec(
     )
     if not use_te:
         block.layer_norm = TorchSpecProvider().layer_norm()
-        block.layer_specs = [_with_torch_modules(spec) for spec in block.layer_specs]
+        block.layer_specs = [_with_torch_modules(spec, config) for spec in block.layer_specs]
     if routing is not None:
-        block.layer_specs = [_with_relu_routing(spec, routing) for spec in block.layer_specs]
+        block.layer_specs = [
+            _with_relu_routing(spec, routing) if _has_experts(spec) else spec
+            for spec in block.layer_specs
+        ]
     return block
 
 
 def _has_experts(layer: ModuleSpec) -> bool:
-    return getattr(layer.submodules.mlp, "func", None) is MoELayer
+    mlp = getattr(layer.submodules.mlp, "func", None)
+    return isinstance(mlp, type) and issubclass(mlp, MoELayer)
 
 
-def _with_torch_modules(layer: ModuleSpec) -> ModuleSpec:
+def _with_torch_modules(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
     backend = TorchSpecProvider()
     norm = backend.layer_norm()
     attention = layer.submodules.self_attention
+    mlp = layer.submodules.mlp
     # In checkpoints norms are named as Transformer Engine names them: fused into the next linear,
     # except before experts.
     names = dict(layer.submodules.sharded_state_dict_keys_map)
     if _has_experts(layer):
         names.pop("pre_mlp_layernorm.")
+        mlp = _moe(layer, experts=backend.grouped_mlp_modules(config.moe_grouped_gemm))
     submodules = replace(
         layer.submodules,
         input_layernorm=norm,
@@ -80,15 +87,18 @@ def _with_torch_modules(layer: ModuleSpec) -> ModuleSpec:
             attention,
             submodules=replace(attention.submodules, core_attention=backend.core_attention()),
         ),
+        mlp=mlp,
         sharded_state_dict_keys_map=names,
     )
     return replace(layer, submodules=submodules)
 
 
 def _with_relu_routing(layer: ModuleSpec, routing: ReLURouting) -> ModuleSpec:
-    if not _has_experts(layer):
-        return layer
-    moe = layer.submodules.mlp.keywords["submodules"]
     router = partial(ReLURouter, routing=routing)
-    mlp = partial(ReLUMoELayer, submodules=replace(moe, router=router))
-    return replace(layer, submodules=replace(layer.submodules, mlp=mlp))
+    return replace(layer, submodules=replace(layer.submodules, mlp=_moe(layer, router=router)))
+
+
+def _moe(layer: ModuleSpec, **modules: Any) -> partial:
+    """The layer's experts with a dropless dispatcher, and with some modules exchanged."""
+    submodules = replace(layer.submodules.mlp.keywords["submodules"], **modules)
+    return partial(DroplessMoELayer, submodules=submodules)

@@ -21,6 +21,7 @@ class Layout:
     ep: int = 1
     tp: int = 1
     expert_tp: int = 1
+    grouped: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def transformer_config(layout: Layout, **changes):
         "moe_router_load_balancing_type": "none",
         "moe_router_pre_softmax": True,
         "moe_token_dispatcher_type": layout.dispatcher,
+        "moe_grouped_gemm": layout.grouped,
         "expert_model_parallel_size": layout.ep,
         "tensor_model_parallel_size": layout.tp,
         "expert_tensor_parallel_size": layout.expert_tp,
@@ -115,15 +117,22 @@ def build_layer(
     router, fc1, fc2 = weights(shift)
     with torch.no_grad():
         layer.router.weight.copy_(router)
-        for index, expert in local_experts(layer):
-            expert.linear_fc1.weight.copy_(fc1[index])
-            expert.linear_fc2.weight.copy_(fc2[index])
+        for index, (ours1, ours2) in local_experts(layer):
+            ours1.copy_(fc1[index])
+            ours2.copy_(fc2[index])
     return layer.train()
 
 
-def local_experts(layer):
-    """(global index, expert) of every expert of this rank."""
-    return zip(layer.local_expert_indices, layer.experts.local_experts, strict=True)
+def local_experts(layer, part=lambda weight: weight):
+    """(global index, fc1 and fc2) of every expert of this rank; `part` is of a parameter."""
+    experts = layer.experts
+    if hasattr(experts, "local_experts"):
+        pairs = [
+            (part(e.linear_fc1.weight), part(e.linear_fc2.weight)) for e in experts.local_experts
+        ]
+    else:
+        pairs = zip(part(experts.linear_fc1), part(experts.linear_fc2), strict=True)
+    return zip(layer.local_expert_indices, pairs, strict=True)
 
 
 def run_layer(layout: Layout, shift: float, l1_coeff: float) -> Outcome:
@@ -136,10 +145,10 @@ def run_layer(layout: Layout, shift: float, l1_coeff: float) -> Outcome:
 
     grads = [torch.zeros_like(w) for w in weights(shift)]
     grads[0] += layer.router.weight.grad
-    for index, expert in local_experts(layer):
-        assert expert.linear_fc1.weight.grad is not None, f"expert {index} has no gradient"
-        grads[1][index] += expert.linear_fc1.weight.grad
-        grads[2][index] += expert.linear_fc2.weight.grad
+    for index, (grad1, grad2) in local_experts(layer, lambda weight: weight.grad):
+        assert grad1 is not None, f"expert {index} has no gradient"
+        grads[1][index] += grad1
+        grads[2][index] += grad2
     for grad in grads:
         torch.distributed.all_reduce(grad)
     return Outcome(output.detach(), x.grad, *grads, layer.router.stats.clone())

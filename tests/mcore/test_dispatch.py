@@ -36,8 +36,15 @@ def test_densities_are_what_their_names_say():
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize(
     "layout",
-    [Layout("alltoall", ep=2), Layout("allgather", ep=2), Layout("alltoall"), Layout("allgather")],
-    ids=lambda layout: f"{layout.dispatcher}-ep{layout.ep}",
+    [
+        Layout("alltoall", ep=2),
+        Layout("allgather", ep=2),
+        Layout("alltoall"),
+        Layout("allgather"),
+        Layout("alltoall", ep=2, grouped=False),
+        Layout("allgather", ep=2, grouped=False),
+    ],
+    ids=lambda x: f"{x.dispatcher}-ep{x.ep}-{'grouped' if x.grouped else 'sequential'}",
 )
 def test_two_ranks_equal_the_reference(ranks, layout, density):
     shift = DENSITIES[density]
@@ -45,8 +52,9 @@ def test_two_ranks_equal_the_reference(ranks, layout, density):
     for actual, expected in zip(outcomes, moe_cases.expected(2, shift, 0.1), strict=True):
         for field in dataclasses.fields(actual):
             a, b = getattr(actual, field.name), getattr(expected, field.name)
-            # fp32 sums in another order
-            assert torch.allclose(a, b, rtol=1e-4, atol=1e-4), field.name
+            # fp32 sums in another order: errors are relative to the largest terms
+            scale = max(1.0, b.abs().max().item())
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * scale), field.name
 
 
 def test_megatrons_own_dispatcher_fails_this_comparison(ranks):

@@ -28,6 +28,7 @@ class Cell:
         world, tp, ep, expert_tp, pp, vp: ranks, and sizes of the parallel dimensions; the rest is
             data parallelism. Sequence parallelism is on whenever tp > 1.
         router: "relu", "topk", or "dense" for a model without experts.
+        experts: our grouped experts, or Megatron's, one linear at a time.
         routing: an extreme to start from: see `golden.make_extreme`.
         run: changes to the golden run's configuration (number of layers, micro-batches, ...).
         reference_run: those of the run to compare with, when they are others.
@@ -48,6 +49,7 @@ class Cell:
     dtype: Literal["fp32", "bf16"] = "fp32"
     router: Literal["relu", "topk", "dense"] = "relu"
     load_balancing: Literal["aux_loss", "none"] = "aux_loss"
+    experts: Literal["grouped", "sequential"] = "grouped"
     routing: Extreme | None = None
     run: tuple[tuple[str, Any], ...] = ()
     reference_run: tuple[tuple[str, Any], ...] | None = None
@@ -119,8 +121,10 @@ def _initialize(cell: Cell) -> None:
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
     unset_num_microbatches_calculator()
+    destroy_moe_metrics_tracker()  # it has the number of layers of the model before
     renew_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=cell.tp,
@@ -150,6 +154,7 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool):
         "expert_tensor_parallel_size": cell.expert_tp,
         "sequence_parallel": cell.tp > 1,
         "moe_token_dispatcher_type": cell.dispatcher,
+        "moe_grouped_gemm": cell.experts == "grouped",
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": cell.dtype == "bf16",

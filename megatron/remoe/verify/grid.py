@@ -89,6 +89,7 @@ def _layouts() -> list[Cell]:
         Cell("TP2 x EP2 all-to-all", 2, tp=2, ep=2),
         Cell("PP2", 2, pp=2),
         Cell("PP2, 2 virtual stages", 2, pp=2, vp=2, run=four_layers),
+        Cell("one rank"),
         Cell("one rank, full recompute", recompute="full"),
         Cell("one rank, MoE recompute", recompute="moe"),
         Cell("EP2, full recompute", 2, ep=2, recompute="full"),
@@ -157,8 +158,12 @@ def accumulation() -> list[Cell]:
 
 
 def grid() -> list[Cell]:
-    """Every cell: ReLU in fp32, TopK, bf16, the dense stage, extremes, and accumulation."""
+    """Every cell: ReLU in fp32, TopK, bf16, the dense stage, extremes, and accumulation.
+
+    Experts are grouped; the layouts of ReLU routing run with Megatron's sequential ones as well.
+    """
     relu = _layouts()
+    sequential = [replace(c, name=f"sequential: {c.name}", experts="sequential") for c in relu]
     topk = [replace(c, name=f"TopK: {c.name}", router="topk") for c in relu]
     bf16 = [
         replace(c, name=f"bf16: {c.name}", dtype="bf16")
@@ -174,13 +179,14 @@ def grid() -> list[Cell]:
         for c in relu
         if c.name in ("DP2", "EP2 all-to-all", "EP2 all-gather", "TP2", "PP2")
     ]
-    return [*relu, *topk, *bf16, *dense_stage, *extremes(), *accumulation()]
+    return [*relu, *sequential, *topk, *bf16, *dense_stage, *extremes(), *accumulation()]
 
 
 def reference_of(cell: Cell) -> Cell:
-    """The one-rank cell with the same model, data and precision."""
+    """The one-rank cell with the same model, data and precision, and Megatron's own experts."""
     return Cell(
         "one rank",
+        experts="sequential",
         dtype=cell.dtype,
         router=cell.router,
         load_balancing=cell.load_balancing,
@@ -221,17 +227,18 @@ def verify(
             reference = reference_of(cell)
             steps_here = min(steps or 10**9, cell.config(CLOSED_LOOP)["steps"])
             weights = folder / str(abs(hash(reference)))
-            if reference not in references:
-                one = pool(1)
-                one.run(save_golden_weights, reference, CLOSED_LOOP, weights)
-                references[reference] = run_on(one, reference, steps_here, weights)
             try:
+                if reference not in references:
+                    one = pool(1)
+                    one.run(save_golden_weights, reference, CLOSED_LOOP, weights)
+                    references[reference] = run_on(one, reference, steps_here, weights)
                 ours = run_on(pool(cell.world), cell, steps_here, weights)
                 result = Result(cell, steps_here, deviations(ours, references[reference]))
             except AssertionError as error:
                 result = Result(cell, steps_here, {}, str(error).strip().splitlines()[-1])
-                pools.pop(cell.world).close()  # its ranks no longer wait at the same place
-                runs[cell.world] = 0
+                for world in {1, cell.world} & set(pools):  # some wait at another place now
+                    pools.pop(world).close()
+                    runs[world] = 0
             results.append(result)
             report(result)
     return results

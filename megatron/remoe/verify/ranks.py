@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -112,6 +113,7 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     import torch
 
     logging.disable(logging.WARNING)
+    sys.stdout = open(os.devnull, "w")  # Megatron prints the size of every model it builds
     torch.set_num_threads(1)
     global _store
     _store = torch.distributed.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
@@ -119,7 +121,7 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     while True:
         try:
             function, args, kwargs = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         try:
             pipe.send((True, function(*args, **kwargs)))

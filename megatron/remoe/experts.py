@@ -1,0 +1,172 @@
+"""Grouped experts without compiled extras: `--moe-grouped-gemm` for `--transformer-impl local`.
+
+Shapes, as in `remoe.kernels`: A assignments to the experts of this rank, H hidden, E local experts,
+F expert width on this rank.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import (
+    ReplicaId,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    get_expert_parallel_rng_tracker_name,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from remoe.kernels import grouped_swiglu
+
+
+class GroupedExperts(MegatronModule):
+    """SwiGLU experts with stacked weights, in place of Megatron's SequentialMLP.
+
+    Initial weights, parallel layout and checkpoint (keys, shapes, axes) are those of SequentialMLP,
+    which Transformer Engine's grouped experts share.
+
+    Parameters:
+        linear_fc1: `[E, 2F, H]`, gate first; linear_fc2: `[E, H, F]`.
+
+    Raises:
+        ValueError: experts that are not SwiGLU without bias.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        _check(config)
+        self.num_local_experts = num_local_experts
+        self.ep_group, self.tp_group = pg_collection.ep, pg_collection.expt_tp
+        self.dp_group = pg_collection.expt_dp
+        width = config.moe_ffn_hidden_size // self.tp_group.size()
+        hidden = config.hidden_size
+        self.linear_fc1 = self._weight(2 * width, hidden, partition_dim=1)
+        self.linear_fc2 = self._weight(hidden, width, partition_dim=2)
+        if config.perform_initialization:
+            self._initialize()
+
+    def _weight(self, rows: int, columns: int, *, partition_dim: int) -> torch.nn.Parameter:
+        config, device = self.config, torch.cuda.current_device()
+        size = (self.num_local_experts, rows, columns)
+        weight = torch.nn.Parameter(torch.empty(size, device=device, dtype=config.params_dtype))
+        set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim, stride=1)
+        # As Megatron's linears: True means that gradients are those of the dense parameters' group.
+        weight.allreduce = not (
+            config.expert_model_parallel_size > 1
+            or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
+        )
+        return weight
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """Draw the numbers that SequentialMLP draws, in its order."""
+        with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+            for fc1, fc2 in zip(self.linear_fc1, self.linear_fc2, strict=True):
+                self.config.init_method(fc1)
+                self.config.output_layer_init_method(fc2)
+
+    def forward(
+        self,
+        permuted_local_hidden_states: Tensor,
+        tokens_per_expert: Tensor,
+        permuted_probs: Tensor,
+    ) -> tuple[Tensor, None]:
+        """`[A, H]` rows sorted by expert, counts `[E]` on the host, and probs `[A]`, to `[A, H]`."""
+        weights = (self.linear_fc1, self.linear_fc2)
+        main_grads = _main_grads(weights) if torch.is_grad_enabled() else None
+        output = grouped_swiglu(
+            permuted_local_hidden_states,
+            permuted_probs.to(permuted_local_hidden_states.dtype),
+            *weights,
+            tokens_per_expert.tolist(),
+            main_grads=main_grads,
+        )
+        return output, None
+
+    def backward_dw(self) -> None:
+        """Nothing is left: weight gradients are computed in backward."""
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """Keys, shapes and axes of SequentialMLP, the local experts in one shard."""
+        layers, replica = len(sharded_offsets), (0, 0, self.dp_group.rank())
+        experts = (layers, self.ep_group.rank(), self.ep_group.size())
+        tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
+
+        def shard(key: str, weight: Tensor, axis: int, rank: int, size: int, replica: ReplicaId):
+            return ShardedTensor.from_rank_offsets(
+                key,
+                weight,
+                *sharded_offsets,
+                experts,
+                (layers + axis, rank, size),
+                replica_id=replica,
+                prepend_axis_num=layers,
+            )
+
+        def gate_and_up(key: str, weight: Tensor, replica: ReplicaId, flattened_range: Any):
+            """Tensor parallelism splits each of them, so they are not one range of the whole."""
+            gate, up = weight.chunk(2, dim=1)
+            return [
+                shard(key, gate, 1, tp_rank, 2 * tp_size, replica),
+                shard(key, up, 1, tp_size + tp_rank, 2 * tp_size, replica),
+            ]
+
+        fc1 = f"{prefix}experts.linear_fc1.weight"
+        fc2 = f"{prefix}experts.linear_fc2.weight"
+        return {
+            f"{prefix}linear_fc1": ShardedTensorFactory(
+                fc1, self.linear_fc1, gate_and_up, lambda parts: torch.cat(parts, dim=1), replica
+            ),
+            f"{prefix}linear_fc2": shard(fc2, self.linear_fc2, 2, tp_rank, tp_size, replica),
+        }
+
+
+def _check(config: TransformerConfig) -> None:
+    swiglu = config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
+    refused = {
+        "add_bias_linear": config.add_bias_linear,
+        "activation other than SwiGLU": not swiglu,
+        "activation_func_clamp_value": config.activation_func_clamp_value is not None,
+        "glu_linear_offset": config.glu_linear_offset != 0,
+        "use_cpu_initialization": config.use_cpu_initialization,
+        "fp8": config.fp8 is not None,
+        "fp4": config.fp4 is not None,
+        "moe_apply_probs_on_input": config.moe_apply_probs_on_input,
+        "moe_latent_size": config.moe_latent_size is not None,
+    }
+    for name, found in refused.items():
+        if found:
+            raise ValueError(
+                f"moe_grouped_gemm with transformer_impl local has SwiGLU experts without bias, "
+                f"and does not know {name}; use moe_grouped_gemm=false or transformer_engine"
+            )
+
+
+def _main_grads(weights: tuple[torch.nn.Parameter, ...]) -> tuple[Tensor, Tensor] | None:
+    """Buffers of Megatron's DDP that backward may add to, which saves a copy of all gradients."""
+    buffers = [getattr(weight, "main_grad", None) for weight in weights]
+    for weight, buffer in zip(weights, buffers, strict=True):
+        if buffer is None or buffer.dtype != weight.dtype or not weight.requires_grad:
+            return None
+    for weight in weights:
+        weight.grad_added_to_main_grad = True
+    return tuple(buffers)

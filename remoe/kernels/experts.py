@@ -1,0 +1,187 @@
+"""SwiGLU experts over contiguous segments of tokens, as one autograd function.
+
+`y_a = p_a W_down[e] (silu(W_gate[e] x_a) * W_up[e] x_a)` for the expert e of every pair (Eq. 1).
+Indexing stacked weights per expert would make autograd allocate a gradient of all experts for each
+of them, which is quadratic in E; here every expert's gradient is written once, in its place.
+
+Shapes: A pairs sorted by expert, H hidden, E experts, F expert width.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F  # noqa: N812
+
+
+def grouped_swiglu(
+    x_AH: Tensor,
+    prob_A: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    tokens_per_expert: list[int],
+    *,
+    main_grads: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Every expert on its segment of rows, weighted, `[A, H]`.
+
+    For backward it keeps `x`, and the product with `gate_up`; the activation is computed again.
+    Experts without tokens cost nothing but the zeros of their gradient.
+
+    Args:
+        x_AH: tokens, sorted by expert.
+        prob_A: their routing weights, in the dtype of `x_AH`.
+        gate_up: `[E, 2F, H]`, gate first.
+        down: `[E, H, F]`.
+        tokens_per_expert: E lengths of segments, on the host.
+        main_grads: buffers of the weights' shape and dtype. When given, backward adds the weights'
+            gradients to them, and returns uninitialised memory as the weights' gradients, which the
+            caller must not use.
+    """
+    device = x_AH.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x_AH, prob_A, gate_up, down = (t.to(dtype) for t in (x_AH, prob_A, gate_up, down))
+    with torch.autocast(device, enabled=False):
+        return _GroupedSwiGLU.apply(x_AH, prob_A, gate_up, down, tokens_per_expert, main_grads)
+
+
+class _GroupedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_AH: Tensor,
+        prob_A: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        tokens_per_expert: list[int],
+        main_grads: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        y_AH = torch.empty_like(x_AH)
+        products = []
+        for rows, expert, ends in _blocks(x_AH, tokens_per_expert):
+            z = _matmul(x_AH[rows], gate_up[expert].mT, ends)
+            y = _matmul(_fused(_activate, z)(z), down[expert].mT, ends)
+            torch.mul(y, prob_A[rows, None], out=y_AH[rows])
+            products.append(z)
+        ctx.tokens_per_expert, ctx.main_grads = tokens_per_expert, main_grads
+        ctx.save_for_backward(x_AH, prob_A, gate_up, down, *products)
+        return y_AH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y_AH: Tensor) -> tuple[Tensor | None, ...]:
+        x_AH, prob_A, gate_up, down, *products = ctx.saved_tensors
+        grad_y_AH = grad_y_AH.contiguous()
+        grad_x, grad_prob = torch.empty_like(x_AH), torch.empty_like(prob_A)
+        weight_grads = _WeightGrads(gate_up, down, ctx)
+        blocks = _blocks(x_AH, ctx.tokens_per_expert)
+        for (rows, expert, ends), z in zip(blocks, products, strict=True):
+            # The routing weight scales rows of width H, which are cheaper than those of width F.
+            prob, grad_y = prob_A[rows, None], grad_y_AH[rows]
+            grad_h = _matmul(grad_y, down[expert], ends)
+            h, grad_z, grad_prob[rows] = _fused(_activate_backward, z)(z, grad_h)
+            weight_grads.add_down(expert, (grad_y * prob).mT, h, ends)
+            weight_grads.add_gate_up(expert, grad_z.mT, x_AH[rows] * prob, ends)
+            torch.mul(_matmul(grad_z, gate_up[expert], ends), prob, out=grad_x[rows])
+        return grad_x, grad_prob, *weight_grads.result(), None, None
+
+
+class _WeightGrads:
+    """Gradients of stacked weights: written in place, or added to the main gradients."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor, ctx: Any) -> None:
+        self.needed = ctx.needs_input_grad[2:4]
+        self.returned = [
+            torch.empty_like(w) if needed else None
+            for w, needed in zip((gate_up, down), self.needed, strict=True)
+        ]
+        self.beta = 1 if ctx.main_grads is not None else 0
+        self.buffers = self.returned if ctx.main_grads is None else list(ctx.main_grads)
+        if ctx.main_grads is None:
+            inactive = [e for e, count in enumerate(ctx.tokens_per_expert) if count == 0]
+            for buffer in self.returned:
+                if buffer is not None and inactive:
+                    buffer[inactive] = 0
+
+    def add_gate_up(self, expert: Any, a: Tensor, b: Tensor, ends: Tensor | None) -> None:
+        self._add(0, expert, a, b, ends)
+
+    def add_down(self, expert: Any, a: Tensor, b: Tensor, ends: Tensor | None) -> None:
+        self._add(1, expert, a, b, ends)
+
+    def _add(self, which: int, expert: Any, a: Tensor, b: Tensor, ends: Tensor | None) -> None:
+        if not self.needed[which]:
+            return
+        if ends is None:
+            self.buffers[which][expert].addmm_(a, b, beta=self.beta)
+        elif self.beta:
+            self.buffers[which].add_(_matmul(a, b, ends))
+        else:
+            self.returned[which] = self.buffers[which] = _matmul(a, b, ends)
+
+    def result(self) -> tuple[Tensor | None, ...]:
+        return tuple(self.returned)
+
+
+def _blocks(
+    x_AH: Tensor, tokens_per_expert: list[int]
+) -> Iterator[tuple[slice, int | slice, Tensor | None]]:
+    """Rows, their expert, and None; or all rows, all experts, and where each segment ends.
+
+    One expert at a time keeps its activations in a CPU's cache; a GPU takes all in one launch.
+    """
+    if uses_grouped_mm(x_AH.device, x_AH.dtype) and len(x_AH):
+        ends = torch.tensor(list(accumulate(tokens_per_expert)), dtype=torch.int32)
+        yield slice(None), slice(None), ends.to(x_AH.device, non_blocking=True)
+        return
+    start = 0
+    for expert, count in enumerate(tokens_per_expert):
+        if count:
+            yield slice(start, start + count), expert, None
+            start += count
+
+
+def uses_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies all experts in one launch: bf16 on compute capability 9 and up."""
+    return (
+        device.type == "cuda"
+        and dtype == torch.bfloat16
+        and hasattr(F, "grouped_mm")
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+def _matmul(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
+    """One product, or one for each segment of rows of `a` (of columns, when `b` is 2-d as well)."""
+    return torch.mm(a, b) if ends is None else F.grouped_mm(a, b, offs=ends)
+
+
+def _fused(function: Callable[..., Any], z: Tensor) -> Callable[..., Any]:
+    """The function as one kernel where torch can compile it without other tools: on a GPU."""
+    return _compiled(function) if z.device.type == "cuda" else function
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+def _activate(z: Tensor) -> Tensor:
+    """`silu(gate) * up` of `z = [gate, up]`."""
+    gate, up = z.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _activate_backward(z: Tensor, grad_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `h = silu(gate) * up`: h, the gradient of z, and the gradient of a weight of each row."""
+    gate, up = z.chunk(2, dim=-1)
+    silu = F.silu(gate)
+    h = silu * up
+    grad_gate = torch.ops.aten.silu_backward(grad_h * up, gate)
+    grad_z = torch.cat([grad_gate, grad_h * silu], dim=-1)
+    return h, grad_z, torch.linalg.vecdot(h, grad_h)

@@ -1,0 +1,112 @@
+"""Tokens to experts and back: rows sorted by expert, and their sums by token.
+
+Shapes: T tokens, H hidden, E experts, A active (token, expert) pairs. Nothing of size `T * E` is
+made besides the transposed routing map, of one byte per pair.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F  # noqa: N812
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Where the active pairs are. Pairs are sorted by expert, and by token within an expert.
+
+    Attributes:
+        token_A: the token of every pair, int64.
+        entry_A: its entry in the flattened `[T, E]` probabilities, int64.
+        by_token_A: the pairs sorted by token, and by expert within a token, int64.
+        starts_T: where each token's pairs begin in `by_token_A`, int64.
+    """
+
+    token_A: Tensor
+    entry_A: Tensor
+    by_token_A: Tensor
+    starts_T: Tensor
+
+    @classmethod
+    def of(cls, routing_map_TE: Tensor, num_pairs: int) -> "Permutation":
+        """The permutation of a routing map.
+
+        Args:
+            routing_map_TE: bool `[T, E]`.
+            num_pairs: A, the number of True entries; given, because asking a GPU for it would make
+                the host wait.
+        """
+        num_tokens, num_experts = routing_map_TE.shape
+        pairs = _nonzero(routing_map_TE.T.flatten(), num_pairs)
+        expert_A = pairs // max(num_tokens, 1)
+        token_A = pairs - expert_A * num_tokens
+        ends_T = routing_map_TE.sum(dim=1).cumsum(dim=0)
+        return cls(
+            token_A=token_A,
+            entry_A=token_A * num_experts + expert_A,
+            by_token_A=torch.argsort(token_A, stable=True),
+            starts_T=torch.cat([ends_T.new_zeros(1), ends_T[:-1]])[:num_tokens],
+        )
+
+
+def permute(x_TH: Tensor, probs_TE: Tensor, permutation: Permutation) -> tuple[Tensor, Tensor]:
+    """Rows `[A, H]` and probabilities `[A]` of the active pairs, sorted by expert."""
+    return _Permute.apply(x_TH, probs_TE, permutation)
+
+
+def combine(y_AH: Tensor, permutation: Permutation) -> Tensor:
+    """`y_t = sum of the rows of its pairs`, `[T, H]`, in the order of the experts.
+
+    Every run adds in the same order, on a GPU too, in fp32 if the rows are narrower.
+    """
+    return _Combine.apply(y_AH, permutation)
+
+
+def _nonzero(flags: Tensor, count: int) -> Tensor:
+    if flags.device.type == "cuda":
+        return torch.nonzero_static(flags, size=count).squeeze(1)  # does not wait for the count
+    return flags.nonzero().squeeze(1)
+
+
+def _sum_by_token(rows_AH: Tensor, by_token_A: Tensor, starts_T: Tensor) -> Tensor:
+    if len(rows_AH) == 0 or len(starts_T) == 0:
+        return rows_AH.new_zeros(len(starts_T), rows_AH.shape[1])
+    return F.embedding_bag(by_token_A, rows_AH, starts_T, mode="sum")
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TH: Tensor, probs_TE: Tensor, permutation: Permutation
+    ) -> tuple[Tensor, Tensor]:
+        ctx.permutation, ctx.probs_shape = permutation, probs_TE.shape
+        x_AH = x_TH.index_select(0, permutation.token_A)
+        return x_AH, probs_TE.flatten().index_select(0, permutation.entry_A)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_x_AH: Tensor, grad_prob_A: Tensor
+    ) -> tuple[Tensor | None, Tensor, None]:
+        p: Permutation = ctx.permutation
+        grad_x = grad_probs = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _sum_by_token(grad_x_AH.contiguous(), p.by_token_A, p.starts_T)
+        if ctx.needs_input_grad[1]:
+            grad_probs = grad_prob_A.new_zeros(ctx.probs_shape)
+            grad_probs.view(-1).index_copy_(0, p.entry_A, grad_prob_A)
+        return grad_x, grad_probs, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_AH: Tensor, permutation: Permutation) -> Tensor:
+        ctx.token_A = permutation.token_A
+        return _sum_by_token(y_AH, permutation.by_token_A, permutation.starts_T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y_TH: Tensor) -> tuple[Tensor, None]:
+        return grad_y_TH.index_select(0, ctx.token_A), None
