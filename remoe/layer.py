@@ -63,7 +63,7 @@ class ReMoELayer(ExactBuffers):
             nn.init.normal_(parameter, std=self.config.init_std)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[..., H]` to `[..., H]`: the active experts' outputs, weighted by their gates, summed."""
+        """`[..., H]` to `[..., H]`: active experts' outputs, weighted by their gates, summed."""
         x_TH = hidden_states.reshape(-1, self.config.hidden_size)
         router_dtype = torch.promote_types(x_TH.dtype, torch.float32)
         logits_TE = F.linear(x_TH.to(router_dtype), self.router.to(router_dtype))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron.remoe import compat, cpu
+from remoe.kernels.experts import uses_grouped_mm
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def _device() -> list[Finding]:
 def _backends() -> list[Finding]:
     has_te = _version("transformer-engine") is not None
     has_apex_fusion = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    has_grouped = hasattr(torch.nn.functional, "grouped_mm")
+    device = torch.device("cpu" if cpu.is_enabled() or not torch.cuda.is_available() else "cuda")
+    grouped_mm = uses_grouped_mm(device, torch.bfloat16)
     without_te = "Transformer Engine is not installed; torch's own kernels are used"
     return [
         Finding(
@@ -94,9 +96,10 @@ def _backends() -> list[Finding]:
         Finding("attention", "ok", "Transformer Engine" if has_te else "torch SDPA, grouped query"),
         Finding(
             "experts", "ok",
-            "Transformer Engine grouped GEMM" if has_te else "one linear at a time, in torch",
+            "Transformer Engine grouped GEMM" if has_te else "grouped, in torch (moe_grouped_gemm)",
         ),
-        Finding("torch grouped_mm", "ok" if has_grouped else "missing", "not used yet"),
+        _fused("torch grouped_mm", grouped_mm, "experts run one after another: it needs bf16 on a "
+               "GPU of compute capability 9"),
         _fused("rope fusion", has_te, without_te),
         _fused("persistent layer norm", has_te, without_te),
         _fused("gradient accumulation fusion", has_apex_fusion,

@@ -4,7 +4,6 @@ Shapes, as in `remoe.kernels`: A assignments to the experts of this rank, H hidd
 F expert width on this rank.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from megatron.core.tensor_parallel.random import (
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
 from remoe.kernels import grouped_swiglu
@@ -54,16 +54,20 @@ class GroupedExperts(MegatronModule):
         self.dp_group = pg_collection.expt_dp
         width = config.moe_ffn_hidden_size // self.tp_group.size()
         hidden = config.hidden_size
-        self.linear_fc1 = self._weight(2 * width, hidden, partition_dim=1)
-        self.linear_fc2 = self._weight(hidden, width, partition_dim=2)
+        self.linear_fc1 = self._weight(2 * width, hidden, partition_dim=1, stride=2)
+        self.linear_fc2 = self._weight(hidden, width, partition_dim=2, stride=1)
         if config.perform_initialization:
             self._initialize()
 
-    def _weight(self, rows: int, columns: int, *, partition_dim: int) -> torch.nn.Parameter:
+    def _weight(
+        self, rows: int, columns: int, *, partition_dim: int, stride: int
+    ) -> torch.nn.Parameter:
         config, device = self.config, torch.cuda.current_device()
         size = (self.num_local_experts, rows, columns)
         weight = torch.nn.Parameter(torch.empty(size, device=device, dtype=config.params_dtype))
-        set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim, stride=1)
+        set_tensor_model_parallel_attributes(
+            weight, is_parallel=True, dim=partition_dim, stride=stride
+        )
         # As Megatron's linears: True means that gradients are those of the dense parameters' group.
         weight.allreduce = not (
             config.expert_model_parallel_size > 1
@@ -85,7 +89,7 @@ class GroupedExperts(MegatronModule):
         tokens_per_expert: Tensor,
         permuted_probs: Tensor,
     ) -> tuple[Tensor, None]:
-        """`[A, H]` rows sorted by expert, counts `[E]` on the host, and probs `[A]`, to `[A, H]`."""
+        """Rows `[A, H]` sorted by expert, counts `[E]` on the host, probs `[A]`: to `[A, H]`."""
         weights = (self.linear_fc1, self.linear_fc2)
         main_grads = _main_grads(weights) if torch.is_grad_enabled() else None
         output = grouped_swiglu(
@@ -96,6 +100,12 @@ class GroupedExperts(MegatronModule):
             main_grads=main_grads,
         )
         return output, None
+
+    def get_extra_state(self) -> None:
+        """Nothing; other experts have an entry per linear, for Transformer Engine's fp8."""
+
+    def set_extra_state(self, state: Any) -> None:
+        """Ignore what others may have saved there."""
 
     def backward_dw(self) -> None:
         """Nothing is left: weight gradients are computed in backward."""
@@ -130,9 +140,22 @@ class GroupedExperts(MegatronModule):
                 shard(key, up, 1, tp_size + tp_rank, 2 * tp_size, replica),
             ]
 
+        first = self.ep_group.rank() * self.num_local_experts
+        num_experts = self.ep_group.size() * self.num_local_experts
+        extra_states = [
+            make_sharded_object_for_checkpoint(
+                None,
+                f"{prefix}experts.{linear}._extra_state",
+                (*sharded_offsets, (layers, first + i, num_experts)),
+                (0, tp_rank, self.dp_group.rank()),
+            )
+            for linear in ("linear_fc1", "linear_fc2")
+            for i in range(self.num_local_experts)
+        ]
         fc1 = f"{prefix}experts.linear_fc1.weight"
         fc2 = f"{prefix}experts.linear_fc2.weight"
         return {
+            f"{prefix}_extra_state": extra_states,
             f"{prefix}linear_fc1": ShardedTensorFactory(
                 fc1, self.linear_fc1, gate_and_up, lambda parts: torch.cat(parts, dim=1), replica
             ),

@@ -50,7 +50,9 @@ OPTIONS: dict[str, Option] = {
     "moe_router_topk": _honoured("k of the target sparsity 1 - k/E and of the load weights"),
     "moe_ffn_hidden_size": _honoured("expert width, after granularity"),
     "moe_layer_freq": _honoured("which layers have experts; sparsity is the mean over those"),
-    "moe_grouped_gemm": _honoured("chooses the experts' implementation"),
+    "moe_grouped_gemm": _honoured(
+        "grouped experts: ours in torch with the local backend, or Transformer Engine's"
+    ),
     "moe_single_grouped_weight": _honoured("layout of Transformer Engine's grouped experts"),
     "moe_single_grouped_bias": _honoured("layout of Transformer Engine's grouped experts"),
     "moe_layer_recompute": _honoured("recomputes the layer; statistics are counted once"),

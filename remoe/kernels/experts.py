@@ -47,7 +47,9 @@ def grouped_swiglu(
         dtype = torch.get_autocast_dtype(device)
         x_AH, prob_A, gate_up, down = (t.to(dtype) for t in (x_AH, prob_A, gate_up, down))
     with torch.autocast(device, enabled=False):
-        return _GroupedSwiGLU.apply(x_AH, prob_A, gate_up, down, tokens_per_expert, main_grads)
+        inputs = (x_AH, prob_A, gate_up, down, tokens_per_expert, main_grads)
+        y_AH: Tensor = _GroupedSwiGLU.apply(*inputs)  # type: ignore[no-untyped-call]
+        return y_AH
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
@@ -96,17 +98,13 @@ class _WeightGrads:
 
     def __init__(self, gate_up: Tensor, down: Tensor, ctx: Any) -> None:
         self.needed = ctx.needs_input_grad[2:4]
-        self.returned = [
-            torch.empty_like(w) if needed else None
-            for w, needed in zip((gate_up, down), self.needed, strict=True)
-        ]
-        self.beta = 1 if ctx.main_grads is not None else 0
-        self.buffers = self.returned if ctx.main_grads is None else list(ctx.main_grads)
-        if ctx.main_grads is None:
-            inactive = [e for e, count in enumerate(ctx.tokens_per_expert) if count == 0]
-            for buffer in self.returned:
-                if buffer is not None and inactive:
-                    buffer[inactive] = 0
+        self.accumulates = ctx.main_grads is not None
+        self.returned = [torch.empty_like(w) for w in (gate_up, down)]
+        self.buffers = list(ctx.main_grads) if self.accumulates else self.returned
+        inactive = [e for e, count in enumerate(ctx.tokens_per_expert) if count == 0]
+        if inactive and not self.accumulates:
+            for buffer in self.buffers:
+                buffer[inactive] = 0
 
     def add_gate_up(self, expert: Any, a: Tensor, b: Tensor, ends: Tensor | None) -> None:
         self._add(0, expert, a, b, ends)
@@ -118,14 +116,15 @@ class _WeightGrads:
         if not self.needed[which]:
             return
         if ends is None:
-            self.buffers[which][expert].addmm_(a, b, beta=self.beta)
-        elif self.beta:
+            self.buffers[which][expert].addmm_(a, b, beta=int(self.accumulates))
+        elif self.accumulates:
             self.buffers[which].add_(_matmul(a, b, ends))
         else:
-            self.returned[which] = self.buffers[which] = _matmul(a, b, ends)
+            self.returned[which] = _matmul(a, b, ends)
 
     def result(self) -> tuple[Tensor | None, ...]:
-        return tuple(self.returned)
+        pairs = zip(self.returned, self.needed, strict=True)
+        return tuple(grad if needed else None for grad, needed in pairs)
 
 
 def _blocks(

@@ -53,7 +53,8 @@ class Permutation:
 
 def permute(x_TH: Tensor, probs_TE: Tensor, permutation: Permutation) -> tuple[Tensor, Tensor]:
     """Rows `[A, H]` and probabilities `[A]` of the active pairs, sorted by expert."""
-    return _Permute.apply(x_TH, probs_TE, permutation)
+    rows: tuple[Tensor, Tensor] = _Permute.apply(x_TH, probs_TE, permutation)  # type: ignore[no-untyped-call]
+    return rows
 
 
 def combine(y_AH: Tensor, permutation: Permutation) -> Tensor:
@@ -61,7 +62,8 @@ def combine(y_AH: Tensor, permutation: Permutation) -> Tensor:
 
     Every run adds in the same order, on a GPU too, in fp32 if the rows are narrower.
     """
-    return _Combine.apply(y_AH, permutation)
+    y_TH: Tensor = _Combine.apply(y_AH, permutation)  # type: ignore[no-untyped-call]
+    return y_TH
 
 
 def _nonzero(flags: Tensor, count: int) -> Tensor:
@@ -89,7 +91,7 @@ class _Permute(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, grad_x_AH: Tensor, grad_prob_A: Tensor
-    ) -> tuple[Tensor | None, Tensor, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         p: Permutation = ctx.permutation
         grad_x = grad_probs = None
         if ctx.needs_input_grad[0]:

@@ -113,7 +113,8 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     import torch
 
     logging.disable(logging.WARNING)
-    sys.stdout = open(os.devnull, "w")  # Megatron prints the size of every model it builds
+    # Megatron prints the size of every model it builds.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     torch.set_num_threads(1)
     global _store
     _store = torch.distributed.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
