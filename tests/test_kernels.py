@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from remoe import ReMoEConfig, ReMoELayer
 from remoe.kernels import Permutation, combine, experts, grouped_swiglu, permute
 from remoe.layer import routed_experts
 from remoe.reference import reference_moe
@@ -173,3 +174,20 @@ def test_no_tensor_of_the_size_of_the_routing_map_is_kept():
     activations = [t for t in kept if not any(t is w for w in inputs)]
     assert activations
     assert max(t.numel() for t in activations) < tokens * many / 10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_layer_makes_the_host_wait_once(recwarn):
+    """For the counts that size the experts' inputs; nothing else leaves the device."""
+    config = ReMoEConfig(hidden_size=HIDDEN, ffn_hidden_size=WIDTH, num_experts=EXPERTS, topk=1)
+    layer = ReMoELayer(config, device="cuda")
+    x = torch.randn(32, HIDDEN, device="cuda")
+    layer(x)
+    recwarn.clear()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        layer(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in recwarn if "synchroniz" in str(w.message)]) == 1

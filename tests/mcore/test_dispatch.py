@@ -72,3 +72,28 @@ def run_with_stock_dispatcher(layout: Layout, shift: float):
     layer = moe_cases.build_layer(layout, shift)
     layer.token_dispatcher.__class__ = MoEAlltoAllTokenDispatcher
     return layer(moe_cases.inputs(torch.distributed.get_rank()))[0].detach()
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_forward_asks_no_tensor_for_a_number(ranks, dispatcher):
+    """On a GPU each such question makes the host wait; the counts come in one copy."""
+    for asked in ranks.run(operations_of_forward, Layout(dispatcher, ep=2)):
+        assert asked  # the operations were seen
+        assert not [name for name in asked if "_local_scalar_dense" in name]
+
+
+def operations_of_forward(layout: Layout) -> list[str]:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    names = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    layer = moe_cases.build_layer(layout, DENSITIES["above k"])
+    x = moe_cases.inputs(torch.distributed.get_rank())
+    with Record():
+        layer(x)
+    return names

@@ -30,6 +30,7 @@ class Cell:
         router: "relu", "topk", or "dense" for a model without experts.
         experts: our grouped experts, or Megatron's, one linear at a time.
         routing: an extreme to start from: see `golden.make_extreme`.
+        padded: the last tokens of every sequence are padding, more of them in later sequences.
         run: changes to the golden run's configuration (number of layers, micro-batches, ...).
         reference_run: those of the run to compare with, when they are others.
         informational: differs by design; reported, not judged.
@@ -51,6 +52,7 @@ class Cell:
     load_balancing: Literal["aux_loss", "none"] = "aux_loss"
     experts: Literal["grouped", "sequential"] = "grouped"
     routing: Extreme | None = None
+    padded: bool = False
     run: tuple[tuple[str, Any], ...] = ()
     reference_run: tuple[tuple[str, Any], ...] | None = None
     informational: bool = False
@@ -72,35 +74,43 @@ def run_cell(cell: Cell, golden: dict[str, Any], steps: int, weights: Path) -> l
         steps: how many of its steps.
         weights: a checkpoint written by `save_golden_weights` for the same model.
     """
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     config = cell.config(golden)
     _initialize(cell)
-    chunks, hook = _build(cell, config, weights)
-    optimizer = _optimizer(cell, config, chunks)
-    transformer = chunks[0].config
-    transformer.grad_scale_func = optimizer.scale_loss
-    if cell.overlap:
-        no_sync = [chunk.no_sync for chunk in chunks]
-        transformer.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
-    micro_batches = config["nmb"] // cell.dp
-    trajectory = []
-    for batch in golden_tokens(config)[:steps]:
-        for chunk in chunks:
+    training = Training(cell, config, weights)
+    return [training.step(batch) for batch in golden_tokens(config)[:steps]]
+
+
+class Training:
+    """A model of a cell with its optimizer; process groups exist already."""
+
+    def __init__(self, cell: Cell, config: dict[str, Any], weights: Path | None) -> None:
+        self.cell, self.config = cell, config
+        self.chunks, self.hook = _build(cell, config, weights)
+        self.optimizer = _optimizer(cell, config, self.chunks)
+        transformer = self.chunks[0].config
+        transformer.grad_scale_func = self.optimizer.scale_loss
+        if cell.overlap:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            transformer.no_sync_func = no_sync if len(self.chunks) > 1 else no_sync[0]
+
+    def step(self, batch: Tensor) -> dict[str, Any]:
+        """Train on `[micro-batches, micro-batch, sequence + 1]` tokens; what was measured."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        for chunk in self.chunks:
             chunk.zero_grad_buffer()
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         losses = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, router=cell.router),
-            data_iterator=[_micro_batches(batch, cell) for _ in chunks],
-            model=chunks,
-            num_microbatches=micro_batches,
-            seq_length=config["seq"],
-            micro_batch_size=config["mbs"],
+            forward_step_func=partial(_forward_step, padded=self.cell.padded),
+            data_iterator=[_micro_batches(batch, self.cell) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=self.config["nmb"] // self.cell.dp,
+            seq_length=self.config["seq"],
+            micro_batch_size=self.config["mbs"],
             forward_only=False,
         )
-        _, grad_norm, _ = optimizer.step()
-        trajectory.append(_measure(losses, grad_norm, hook))
-    return trajectory
+        _, grad_norm, _ = self.optimizer.step()
+        return _measure(losses, grad_norm, self.hook)
 
 
 def save_golden_weights(cell: Cell, golden: dict[str, Any], weights: Path) -> None:
@@ -192,11 +202,13 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool):
     return chunks, hook
 
 
-def _build(cell: Cell, config: dict[str, Any], weights: Path):
+def _build(cell: Cell, config: dict[str, Any], weights: Path | None):
     from megatron.core import dist_checkpointing
     from megatron.core.utils import unwrap_model
 
     chunks, hook = _models(cell, config, wrap=True)
+    if weights is None:
+        return [chunk.train() for chunk in chunks], hook
     models = unwrap_model(chunks)
     states = {str(i): model.sharded_state_dict() for i, model in enumerate(models)}
     states = dist_checkpointing.load(states, str(weights))
@@ -234,14 +246,20 @@ def _micro_batches(batch: Tensor, cell: Cell) -> Iterator[Tensor]:
     return iter(batch[parallel_state.get_data_parallel_rank() :: cell.dp])
 
 
-def _forward_step(data_iterator: Iterator[Tensor], model, *, router: str):
+def _forward_step(data_iterator: Iterator[Tensor], model, *, padded: bool):
     from megatron.remoe.pretrain import loss_func
 
     tokens = next(data_iterator)
-    inputs, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     positions = torch.arange(inputs.shape[1]).expand_as(inputs)
-    output = model(inputs.contiguous(), positions, None, labels=labels)
+    padding = None
     mask = torch.ones_like(labels, dtype=torch.float32)
+    if padded:
+        length = inputs.shape[1]
+        real = length - length * (1 + torch.arange(len(inputs))) // (2 * len(inputs))
+        padding = positions >= real.unsqueeze(1)
+        mask = mask.masked_fill(padding, 0)
+    output = model(inputs, positions, None, labels=labels, padding_mask=padding)
     return output, partial(loss_func, mask, check_for_nan=False)
 
 

@@ -158,7 +158,7 @@ def accumulation() -> list[Cell]:
 
 
 def grid() -> list[Cell]:
-    """Every cell: ReLU in fp32, TopK, bf16, the dense stage, extremes, and accumulation.
+    """Every cell: ReLU in fp32, padding, TopK, bf16, the dense stage, extremes, accumulation.
 
     Experts are grouped; the layouts of ReLU routing run with Megatron's sequential ones as well.
     """
@@ -179,7 +179,12 @@ def grid() -> list[Cell]:
         for c in relu
         if c.name in ("DP2", "EP2 all-to-all", "EP2 all-gather", "TP2", "PP2")
     ]
-    return [*relu, *sequential, *topk, *bf16, *dense_stage, *extremes(), *accumulation()]
+    padded = [
+        replace(c, name=f"padded: {c.name}", padded=True)
+        for c in relu
+        if c.name in ("DP2", "EP2 all-to-all", "TP2", "TP2 x EP2 all-to-all", "EP2, full recompute")
+    ]
+    return [*relu, *sequential, *padded, *topk, *bf16, *dense_stage, *extremes(), *accumulation()]
 
 
 def reference_of(cell: Cell) -> Cell:
@@ -191,6 +196,7 @@ def reference_of(cell: Cell) -> Cell:
         router=cell.router,
         load_balancing=cell.load_balancing,
         routing=cell.routing,
+        padded=cell.padded,
         run=cell.run if cell.reference_run is None else cell.reference_run,
     )
 

@@ -1,0 +1,134 @@
+"""Alternatives timed in turns, so that what disturbs one of them disturbs all."""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+WARM_UP_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Something to time.
+
+    Attributes:
+        name: its row.
+        run: one forward and backward, or whatever is compared.
+        facts: what else to report about it.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row.
+
+    Attributes:
+        milliseconds: median over rounds.
+        spread: half the distance between the quartiles, relative to the median.
+        ratio: time relative to the baseline's: the median over rounds of the two times of a round.
+    """
+
+    name: str
+    milliseconds: float
+    spread: float
+    ratio: float
+    facts: dict[str, Any]
+
+
+def measure(
+    alternatives: list[Alternative], *, rounds: int, baseline: str, console: Console
+) -> list[Measured]:
+    """Time the alternatives in turns; in every round another one is first.
+
+    Args:
+        alternatives: what to time.
+        rounds: how often, after the warm-up rounds.
+        baseline: the name of the alternative that ratios are relative to.
+        console: shows progress.
+    """
+    seconds: dict[str, list[float]] = {a.name: [] for a in alternatives}
+    for turn in track(range(WARM_UP_ROUNDS + rounds), "rounds", console=console, transient=True):
+        first = turn % len(alternatives)
+        for alternative in alternatives[first:] + alternatives[:first]:
+            elapsed = _time(alternative.run)
+            if turn >= WARM_UP_ROUNDS:
+                seconds[alternative.name].append(elapsed)
+    return [_row(a, seconds[a.name], seconds[baseline]) for a in alternatives]
+
+
+def _time(run: Callable[[], Any]) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    run()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.version.cuda and torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _row(alternative: Alternative, seconds: list[float], baseline: list[float]) -> Measured:
+    low, middle, high = quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    ratio = median(a / b for a, b in zip(seconds, baseline, strict=True))
+    return Measured(
+        alternative.name, 1e3 * middle, (high - low) / 2 / middle, ratio, alternative.facts
+    )
+
+
+def report(
+    rows: list[Measured],
+    *,
+    title: str,
+    baseline: str,
+    settings: dict[str, Any],
+    console: Console,
+    json_path: Path | None,
+) -> None:
+    """Print the table, and write everything as JSON if asked."""
+    table = Table(title=title)
+    facts = list(dict.fromkeys(key for row in rows for key in row.facts))
+    for column in ("", "ms", "spread", f"time / {baseline}", *facts):
+        table.add_column(column, justify="left" if column == "" else "right")
+    for row in rows:
+        values = [str(row.facts.get(fact, "")) for fact in facts]
+        table.add_row(
+            row.name, f"{row.milliseconds:.2f}", f"{row.spread:.0%}", f"{row.ratio:.3f}", *values
+        )
+    console.print(table)
+    if json_path is not None:
+        record = {
+            "title": title,
+            "baseline": baseline,
+            "settings": settings,
+            "machine": machine(),
+            "rows": [asdict(row) for row in rows],
+        }
+        json_path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    from megatron.remoe import cpu
+
+    on_gpu = not cpu.is_enabled() and torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }

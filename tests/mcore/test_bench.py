@@ -1,0 +1,112 @@
+"""`remoe bench`: what is compared and how, never how fast."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from torch.nn import functional as F  # noqa: N812
+
+from megatron.remoe.bench import timing
+from megatron.remoe.bench.layer import Shape, inputs, remoe_layer
+
+SMALL = {
+    "layer": "--tokens 64 --hidden 32 --ffn 32 --experts 4 --experts 8 --rounds 2",
+    "router": "--tokens 64 --hidden 32 --rounds 2",
+    "step": "--hidden 32 --ffn 32 --sequence 32 --experts 4 --experts 8 --granularity 2 --rounds 2",
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The JSON of each benchmark at a small size, run as a user runs it."""
+    folder, found = tmp_path_factory.mktemp("bench"), {}
+    for name, flags in SMALL.items():
+        path = folder / f"{name}.json"
+        remoe = [sys.executable, "-m", "megatron.remoe", "bench", name]
+        done = subprocess.run(
+            [*remoe, *flags.split(), "--json", str(path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads(path.read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_alternative_is_timed_relative_to_the_baseline(results, name):
+    rows = results[name]["rows"]
+    assert rows[0]["ratio"] == 1
+    assert all(row["milliseconds"] > 0 for row in rows)
+    assert len({row["name"] for row in rows}) == len(rows)
+
+
+def test_the_layer_is_compared_with_what_users_would_take_instead(results):
+    names = " ".join(row["name"] for row in results["layer"]["rows"])
+    for part in ("ReMoE, E=4", "ReMoE, E=8", "ReMoE in Megatron", "TopK in our layer",
+                 "Megatron's sequential", "Mixtral", "OLMoE", "dense"):  # fmt: skip
+        assert part in names
+    for routing in results["layer"]["settings"]["routing"]:
+        assert routing["assignments"] == 64
+        assert routing["idlest_expert"] < routing["busiest_expert"]
+
+
+def test_steps_route_exactly_k_assignments_per_token(results):
+    sparsity = {
+        row["name"]: row["facts"]["sparsity"]
+        for row in results["step"]["rows"]
+        if row["name"].startswith("ReMoE")
+    }
+    assert sparsity == {"ReMoE E=4": "0.75000", "ReMoE E=8": "0.87500", "ReMoE E=4 G=2": "0.75000"}
+
+
+def test_parts_touch_no_less_than_the_fewest_bytes(results):
+    parts = {row["name"]: row["facts"] for row in results["router"]["rows"]}
+    assert set(parts) == {"copy of the tokens", "router", "permutation", "permute", "combine"}
+    assert all(float(facts["touched / fewest"]) >= 1 for facts in parts.values())
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+def test_inputs_have_exactly_k_assignments_per_token_unevenly(topk):
+    shape = Shape(tokens=256, hidden_size=16, ffn_hidden_size=8, num_experts=8, topk=topk)
+    x, router = inputs(shape)
+    active = F.linear(x, router) > 0
+    assert active.sum() == 256 * topk
+    assert active.sum(dim=1).unique().numel() > 2
+    assert active.sum(dim=0).unique().numel() > 2
+
+
+def test_the_timed_run_is_a_training_step():
+    shape = Shape(tokens=32, hidden_size=16, ffn_hidden_size=8, num_experts=4, topk=1)
+    alternative = remoe_layer(shape)
+    layer = alternative.run.__closure__  # what it runs on
+    module = next(c.cell_contents for c in layer if isinstance(c.cell_contents, torch.nn.Module))
+    alternative.run()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_ratios_are_of_the_same_round(monkeypatch):
+    """A disturbance that lasts for a round changes no ratio."""
+    clock = iter(range(10**6))
+    seconds = {"a": 1.0, "b": 3.0}
+    monkeypatch.setattr(timing, "_time", lambda run: run() * (1 + next(clock) // 2))
+    rows = timing.measure(
+        [timing.Alternative(name, lambda name=name: seconds[name]) for name in seconds],
+        rounds=5, baseline="a", console=Console(quiet=True),
+    )  # fmt: skip
+    assert [row.ratio for row in rows] == [1, 3]
+    assert rows[0].spread > 0
+
+
+def test_an_unknown_dtype_is_an_error():
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron.remoe", "bench", "layer", "--dtype", "fp8"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "fp8" in done.stderr
+    assert "bf16" in done.stderr
