@@ -57,23 +57,6 @@ def test_two_ranks_equal_the_reference(ranks, layout, density):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * scale), field.name
 
 
-def test_megatrons_own_dispatcher_fails_this_comparison(ranks):
-    """What the comparison above must catch: a dispatcher that sizes buffers by tokens * k."""
-    shift = DENSITIES["above k"]
-    with pytest.raises(AssertionError):
-        outcomes = ranks.run(run_with_stock_dispatcher, Layout("alltoall", ep=2), shift)
-        for actual, expected in zip(outcomes, moe_cases.expected(2, shift, 0.1), strict=True):
-            assert torch.allclose(actual, expected.output, rtol=1e-4, atol=1e-4)
-
-
-def run_with_stock_dispatcher(layout: Layout, shift: float):
-    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
-
-    layer = moe_cases.build_layer(layout, shift)
-    layer.token_dispatcher.__class__ = MoEAlltoAllTokenDispatcher
-    return layer(moe_cases.inputs(torch.distributed.get_rank()))[0].detach()
-
-
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 def test_forward_asks_no_tensor_for_a_number(ranks, dispatcher):
     """On a GPU each such question makes the host wait; the counts come in one copy."""
@@ -97,3 +80,20 @@ def operations_of_forward(layout: Layout) -> list[str]:
     with Record():
         layer(x)
     return names
+
+
+def test_megatrons_own_dispatcher_fails_this_comparison(ranks):
+    """What the comparison above must catch: a dispatcher that sizes buffers by tokens * k."""
+    shift = DENSITIES["above k"]
+    with pytest.raises(AssertionError):
+        outcomes = ranks.run(run_with_stock_dispatcher, Layout("alltoall", ep=2), shift)
+        for actual, expected in zip(outcomes, moe_cases.expected(2, shift, 0.1), strict=True):
+            assert torch.allclose(actual, expected.output, rtol=1e-4, atol=1e-4)
+
+
+def run_with_stock_dispatcher(layout: Layout, shift: float):
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    layer = moe_cases.build_layer(layout, shift)
+    layer.token_dispatcher.__class__ = MoEAlltoAllTokenDispatcher
+    return layer(moe_cases.inputs(torch.distributed.get_rank()))[0].detach()
