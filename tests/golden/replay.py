@@ -12,9 +12,9 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from megatron.remoe.verify import grid
 from megatron.remoe.verify.golden import (
     Golden,
     fill_with_golden_weights,
@@ -99,17 +99,6 @@ def replay(golden: Golden, steps: int) -> list[dict]:
     return trajectory
 
 
-def largest_deviations(ours: list[dict], theirs: list[dict]) -> dict[str, float]:
-    """Largest deviation of each quantity, relative or absolute as its tolerance says."""
-    deviations = {}
-    for key, (kind, _) in TOLERANCES.items():
-        a = np.array([step[key] for step in ours])
-        b = np.array([step[key] for step in theirs[: len(ours)]])
-        difference = np.abs(a - b) / (np.abs(b) if kind == "relative" else 1.0)
-        deviations[key] = float(difference.max())
-    return deviations
-
-
 def init_one_rank() -> None:
     """A process group of one rank on the CPU, once per process."""
     from megatron.remoe import cpu
@@ -133,12 +122,12 @@ def main() -> int:
         return 2
     init_one_rank()
     steps = golden.comparable_steps
-    deviations = largest_deviations(replay(golden, steps), golden.trajectory)
+    largest = grid.deviations(replay(golden, steps), golden.trajectory[:steps])
     print(f"{path.name}: largest deviation over {steps} comparable steps")
     for key, (kind, tolerance) in TOLERANCES.items():
-        verdict = "ok" if deviations[key] <= tolerance else "DIFFERS"
-        print(f"  {key:14} {deviations[key]:9.2e} {kind} (tolerance {tolerance:.0e})  {verdict}")
-    return int(any(deviations[key] > tolerance for key, (_, tolerance) in TOLERANCES.items()))
+        verdict = "ok" if largest[key] <= tolerance else "DIFFERS"
+        print(f"  {key:14} {largest[key]:9.2e} {kind} (tolerance {tolerance:.0e})  {verdict}")
+    return int(any(largest[key] > tolerance for key, (_, tolerance) in TOLERANCES.items()))
 
 
 if __name__ == "__main__":

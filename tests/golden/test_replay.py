@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.remoe.verify import grid
 from megatron.remoe.verify.golden import CLOSED_LOOP as CLOSED_LOOP_CONFIG
 from megatron.remoe.verify.golden import Golden, golden_tokens, golden_weight
 from megatron.remoe.verify.ranks import Ranks
-from tests.golden.replay import TOLERANCES, largest_deviations, replay
+from tests.golden.replay import TOLERANCES, replay
 
 FOLDER = Path(__file__).parent
 OPEN_LOOP = FOLDER / "upstream_remoe_e8k1.json"
@@ -26,7 +27,7 @@ def deviations(path, steps=None, **changes):
     golden = Golden.load(path)
     golden = replace(golden, **changes)
     steps = steps or golden.comparable_steps
-    return largest_deviations(replay(golden, steps), golden.trajectory)
+    return grid.deviations(replay(golden, steps), golden.trajectory[:steps])
 
 
 @pytest.mark.parametrize("path", [OPEN_LOOP, CLOSED_LOOP], ids=lambda path: path.stem)
