@@ -224,4 +224,5 @@ def configure(model_config, args: argparse.Namespace):
     model_config.transformer_layer_spec = layer_spec(routing_from_args(args))
     hook = FinalizeStep()
     model_config.finalize_model_grads_func = hook
+    model_config.pre_wrap_hooks.append(compat.mark_experts)
     return hook
