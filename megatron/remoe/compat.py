@@ -101,6 +101,20 @@ def mark_experts(models: list) -> list:
     return models
 
 
+def step_will_be_repeated() -> bool:
+    """Whether Megatron is about to save the state before this step and exit; on all ranks.
+
+    To be asked at the end of a forward-backward pass that it runs again, when its rerun state
+    machine has looked at the result: `checkpoint_requested` is what the machine acts on next.
+    """
+    import torch
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    requested = torch.tensor([int(get_rerun_state_machine().checkpoint_requested)], device="cuda")
+    torch.distributed.all_reduce(requested, op=torch.distributed.ReduceOp.MAX)
+    return bool(requested.item())
+
+
 def adam() -> str:
     """Whose Adam Megatron uses here: "Transformer Engine", "apex" or "torch".
 
