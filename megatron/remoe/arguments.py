@@ -157,8 +157,14 @@ def _finish_checkpoints(args: argparse.Namespace) -> None:
     args.adam_implementation = compat.adam()  # saved with every checkpoint
     if args.use_persistent_ckpt_worker and cpu.is_enabled():
         raise ValueError(
-            "use_persistent_ckpt_worker is set, but on a CPU that worker shares the weights' memory "
-            "and writes values of later steps; leave it out (async_save alone forks a writer)"
+            "use_persistent_ckpt_worker is set, but on a CPU that worker shares the memory of the "
+            "weights and writes values of later steps; leave it out (async_save forks a writer)"
+        )
+    args.fork_async_save = args.async_save and cpu.is_enabled()
+    if args.async_save and not args.fork_async_save and not args.use_persistent_ckpt_worker:
+        raise ValueError(
+            "async_save is set without use_persistent_ckpt_worker, and Megatron then saves "
+            "synchronously; set both, or neither"
         )
     args.save_milestone_interval = None
     if args.save_keep_last is None:
@@ -258,4 +264,7 @@ def configure(model_config, args: argparse.Namespace):
     hook = FinalizeStep()
     model_config.finalize_model_grads_func = hook
     model_config.pre_wrap_hooks.append(compat.mark_experts)
+    if args.fork_async_save:
+        # Megatron switches it off without the persistent worker, which a CPU must not use.
+        args.async_save, args.async_strategy = True, "mcore"
     return hook

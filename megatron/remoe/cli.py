@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from megatron.remoe import cli_checkpoint
+
 app = typer.Typer(
     help="ReMoE: mixture-of-experts with ReLU routing, on unmodified Megatron.",
     no_args_is_help=True,
@@ -17,6 +19,7 @@ data = typer.Typer(help="Build corpora and token files.", no_args_is_help=True)
 app.add_typer(data, name="data")
 verify = typer.Typer(help="Check what this project claims, on this machine.", no_args_is_help=True)
 app.add_typer(verify, name="verify")
+app.add_typer(cli_checkpoint.app, name="checkpoint")
 
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
@@ -194,6 +197,71 @@ def parallel(
     bad = [result.cell.name for result in results if not result.ok]
     console.print(f"{len(results) - len(bad)} of {len(results)} cells agree with one rank")
     if bad:
+        raise typer.Exit(1)
+
+
+@verify.command()
+def resume(
+    only: Annotated[
+        list[str] | None, typer.Argument(help="Pairs whose names contain one of these.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps before the save, and after it.")] = 10,
+    kills: Annotated[
+        int | None, typer.Option(min=1, help="Instead, kill a real run so many times.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the moments of the kills.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the table as Markdown.")] = None,
+) -> None:
+    """Save, load and train on, in one layout and across layouts; compare with no interruption.
+
+    Exits with 1 if a trajectory differs.
+    """
+    from rich.console import Console
+
+    from megatron.remoe.verify import resume
+
+    console = Console(soft_wrap=True)
+    if kills is not None:
+        _verify_kills(kills, seed, console)
+        return
+    pairs = [p for p in resume.pairs() if not only or any(part in p.name for part in only)]
+    if not pairs:
+        raise ValueError(f"no pair's name contains any of {only}; run without names for all")
+
+    def report(result: resume.Result) -> None:
+        worst = " ".join(f"{key} {value:.0e}" for key, value in result.deviations.items())
+        console.print(f"{result.verdict:11} {result.pair.name}: {worst}", highlight=False)
+
+    with console.status(f"{len(pairs)} pairs of layouts"):
+        results = resume.verify(pairs, steps=steps, report=report)
+    if out is not None:
+        out.write_text(resume.to_markdown(results) + "\n")
+    same = [max(r.deviations.values()) for r in results if r.pair.is_same and r.deviations]
+    if same:
+        console.print(f"largest difference in the same layout: {max(same):g}", highlight=False)
+    bad = [result.pair.name for result in results if not result.ok]
+    console.print(f"{len(results) - len(bad)} of {len(results)} pairs continue the run")
+    if bad:
+        raise typer.Exit(1)
+
+
+def _verify_kills(kills: int, seed: int, console) -> None:
+    import tempfile
+
+    from megatron.remoe.verify import kills as runs
+
+    _prepare_megatron()
+    with tempfile.TemporaryDirectory() as folder:
+        result = runs.verify(
+            Path(folder), kills, seed=seed, report=lambda line: console.print(line, highlight=False)
+        )
+    in_save = sum(kill.in_save for kill in result.kills)
+    console.print(
+        f"{len(result.kills)} kills, {in_save} of them in a save; largest difference of "
+        f"{result.rows} rows: {result.difference:g} {result.problem or ''}",
+        highlight=False,
+    )
+    if not result.ok:
         raise typer.Exit(1)
 
 

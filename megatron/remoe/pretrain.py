@@ -173,7 +173,7 @@ def _pretrain() -> None:
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron.remoe import checkpoint
+    from megatron.remoe import checkpoint, resume
     from megatron.remoe.arguments import add_arguments, configure
     from megatron.remoe.metrics import MetricsWriter
 
@@ -181,7 +181,7 @@ def _pretrain() -> None:
     model_config = gpt_config_from_args(args)
     hook = configure(model_config, args)
     MetricsWriter.install(args, hook)
-    checkpoint.prepare(args)
+    resume.prepare(args)
     with checkpoint.retention(args):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
@@ -193,3 +193,5 @@ def _pretrain() -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
+elif __name__ == "__mp_main__":  # a helper of an asynchronous save, which is not forked
+    processes.end_with_parent()

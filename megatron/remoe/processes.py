@@ -86,7 +86,11 @@ def exit_at_once(rank: int) -> Iterator[None]:
         _end(code, f"remoe: error: rank {rank} ended with code {code}")
     except BaseException as error:
         lines = str(error).strip().splitlines() or [""]
-        _end(1, traceback.format_exc(), f"remoe: error: rank {rank}: {type(error).__name__}: {lines[0]}")
+        _end(
+            1,
+            traceback.format_exc(),
+            f"remoe: error: rank {rank}: {type(error).__name__}: {lines[0]}",
+        )
 
 
 def _end(code: int, *messages: str) -> None:

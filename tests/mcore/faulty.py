@@ -1,0 +1,55 @@
+"""The entry point with a fault: FAULT=raise|die|hang in a step of the last rank, or slow-writer."""
+
+import os
+import signal
+import sys
+import time
+
+from megatron.remoe import cpu, pretrain, processes
+
+STEP = 4  # forward passes before the fault; a step has several
+SECONDS = 6  # that a writer of checkpoints waits
+
+
+def fail() -> None:
+    fault = os.environ["FAULT"]
+    if fault == "raise":
+        raise RuntimeError("this rank is broken")
+    if fault == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while True:
+        time.sleep(1)
+
+
+def break_a_step() -> None:
+    forward_step, calls = pretrain.forward_step, iter(range(10**6))
+
+    def faulty(data_iterator, model):
+        if next(calls) == STEP:
+            fail()
+        return forward_step(data_iterator, model)
+
+    pretrain.forward_step = faulty
+
+
+def slow_the_writer_down() -> None:
+    cpu.enable()
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    write = FileSystemWriterAsync.write_preloaded_data_multithread
+
+    def slow(*args):
+        time.sleep(SECONDS)
+        write(*args)
+
+    FileSystemWriterAsync.write_preloaded_data_multithread = staticmethod(slow)
+
+
+if __name__ == "__main__":
+    if os.environ["FAULT"] == "slow-writer":
+        slow_the_writer_down()
+    elif os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+        break_a_step()
+    sys.exit(pretrain.main())
+elif __name__ == "__mp_main__":
+    processes.end_with_parent()
