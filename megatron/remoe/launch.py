@@ -1,6 +1,5 @@
 """Start a run on this machine, follow it, and sum it up."""
 
-import contextlib
 import json
 import os
 import signal
@@ -117,7 +116,7 @@ def train(config: RunConfig, argv: list[str], console: Console) -> int:
     log_path = config.run_dir / "log.txt"
     metrics = Path(config.flags["metrics_file"])
     lock = _lock(config.run_dir)
-    is_stopping = threading.Event()
+    stop = _Stop(saves=bool(config.flags.get("exit_signal_handler")))
     with log_path.open("a") as log:
         start = log.tell()
         process = subprocess.Popen(
@@ -129,11 +128,11 @@ def train(config: RunConfig, argv: list[str], console: Console) -> int:
             preexec_fn=_in_torchrun,
         )
         os.close(lock)
-        previous = signal.signal(signal.SIGTERM, lambda *_: is_stopping.set())
+        previous = signal.signal(signal.SIGTERM, lambda *_: stop.requested.set())
         try:
             with log_path.open(errors="replace") as own_log:
                 own_log.seek(start)
-                rows = _new_rows(metrics, process, is_stopping)
+                rows = _new_rows(metrics, process, stop)
                 _follow(rows, own_log, train_iters(config.flags), console)
         except KeyboardInterrupt:  # the terminal has sent it to torchrun too
             process.wait()
@@ -143,9 +142,32 @@ def train(config: RunConfig, argv: list[str], console: Console) -> int:
         tail = log_path.read_text(errors="replace").splitlines()[-25:]
         console.print("\n".join(tail), markup=False, highlight=False)
         console.print(f"the run failed (exit code {process.returncode}); see {log_path}")
-    elif is_stopping.is_set():
+    elif stop.requested.is_set():
         console.print("stopped by SIGTERM after a checkpoint; the same command continues")
     return process.returncode
+
+
+class _Stop:
+    """SIGTERM on its way to the ranks, each of which hears it once, as soon as it listens.
+
+    Attributes:
+        saves: the ranks save on SIGTERM; otherwise the run is killed.
+        requested: set by the signal.
+    """
+
+    def __init__(self, *, saves: bool) -> None:
+        self.saves, self.requested = saves, threading.Event()
+        self._told: set[int] = set()
+
+    def pass_on(self, torchrun: subprocess.Popen) -> None:
+        if not self.requested.is_set():
+            return
+        if not self.saves:
+            torchrun.kill()
+        for rank in processes.children(torchrun.pid):
+            if rank not in self._told and processes.catches(rank, signal.SIGTERM):
+                self._told.add(rank)
+                os.kill(rank, signal.SIGTERM)
 
 
 def _in_torchrun() -> None:
@@ -169,7 +191,7 @@ def _follow(
 
 
 def _new_rows(
-    path: Path, process: subprocess.Popen, is_stopping: threading.Event
+    path: Path, process: subprocess.Popen, stop: "_Stop"
 ) -> Iterator[dict[str, Any] | None]:
     """Rows as they are written by this process, until it ends; None while there is nothing new."""
     started, position = time.time(), 0
@@ -184,10 +206,7 @@ def _new_rows(
         yield None
         if ended:
             return
-        if is_stopping.is_set():  # again and again, since a rank that starts does not hear it yet
-            for rank in processes.children(process.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(rank, signal.SIGTERM)
+        stop.pass_on(process)
         time.sleep(_POLL_SECONDS)
 
 

@@ -182,7 +182,7 @@ def _pretrain() -> None:
     hook = configure(model_config, args)
     MetricsWriter.install(args, hook)
     resume.prepare(args)
-    with checkpoint.retention(args):
+    with checkpoint.retention(args), resume.explained(args):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             datasets_provider,

@@ -38,6 +38,15 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has installed a handler for a signal. Linux only."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
 def hold_lock(path: Path, subject: object) -> int:
     """Lock a file until this process and the children that share it have ended.
 

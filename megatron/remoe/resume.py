@@ -2,6 +2,8 @@
 
 import argparse
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron.remoe import checkpoint, processes
@@ -46,6 +48,24 @@ def prepare(args: argparse.Namespace) -> None:
             )
         print(f"remoe: warning: continuing from iteration {chosen.iteration} instead", flush=True)
         checkpoint.write_tracker(folder, chosen.iteration)
+
+
+@contextmanager
+def explained(args: argparse.Namespace) -> Iterator[None]:
+    """Say that the disk is full when the run fails and there is no room for a checkpoint."""
+    try:
+        yield
+    except Exception:
+        complete = [c for c in checkpoint.find(Path(args.save or "")) if c.is_complete]
+        if args.rank == 0 and complete:
+            free, size = shutil.disk_usage(args.save).free, complete[-1].size
+            if free < size:
+                print(
+                    f"remoe: error: {args.save} has {free / 1e6:.1f} MB left, and a checkpoint has "
+                    f"{size / 1e6:.1f} MB; make room, and the same command continues",
+                    flush=True,
+                )
+        raise
 
 
 def _chosen(args: argparse.Namespace, folder: Path) -> checkpoint.Checkpoint | None:
