@@ -55,7 +55,7 @@ def explained(args: argparse.Namespace) -> Iterator[None]:
     """Say that the disk is full when the run fails and there is no room for a checkpoint."""
     try:
         yield
-    except Exception:
+    except BaseException:  # torch's CheckpointException is no Exception
         complete = [c for c in checkpoint.find(Path(args.save or "")) if c.is_complete]
         if args.rank == 0 and complete:
             free, size = shutil.disk_usage(args.save).free, complete[-1].size

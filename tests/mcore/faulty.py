@@ -1,4 +1,6 @@
-"""The entry point with a fault: FAULT=raise|die|hang in a step of the last rank, or slow-writer."""
+"""The entry point with a fault, FAULT, in a step of the last rank (raise, die, hang, nan, inf) or in
+the writer of checkpoints (slow-writer).
+"""
 
 import os
 import signal
@@ -7,12 +9,11 @@ import time
 
 from megatron.remoe import cpu, pretrain, processes
 
-STEP = 4  # forward passes before the fault; a step has several
+STEP = 8  # forward passes before the fault; a step has several
 SECONDS = 6  # that a writer of checkpoints waits
 
 
-def fail() -> None:
-    fault = os.environ["FAULT"]
+def fail(fault: str) -> None:
     if fault == "raise":
         raise RuntimeError("this rank is broken")
     if fault == "die":
@@ -23,11 +24,14 @@ def fail() -> None:
 
 def break_a_step() -> None:
     forward_step, calls = pretrain.forward_step, iter(range(10**6))
+    fault = os.environ["FAULT"]
 
     def faulty(data_iterator, model):
-        if next(calls) == STEP:
-            fail()
-        return forward_step(data_iterator, model)
+        is_broken = next(calls) >= STEP
+        if is_broken and fault not in ("nan", "inf"):
+            fail(fault)
+        output, loss_func = forward_step(data_iterator, model)
+        return output * float(fault) if is_broken else output, loss_func
 
     pretrain.forward_step = faulty
 

@@ -205,10 +205,12 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(home, start, whole):
 
 @pytest.fixture(scope="module")
 def diverged(home, start):
-    """Runs whose loss becomes NaN: stopped at once, or by Megatron's rerun; exit codes."""
-    runs = {"nan": "disabled", "rerun": "validate_results"}
-    started = {run: start(run, lr=3e38, rerun_mode=mode, save=f"{run}/checkpoints", save_interval=1)
-               for run, mode in runs.items()}  # fmt: skip
+    """Runs whose loss is NaN from a step on, stopped at once, or inf, and run again; exit codes."""
+    runs = {"nan": "disabled", "inf": "validate_results"}
+    started = {
+        fault: start(fault, fault=fault, rerun_mode=mode, save_interval=1)
+        for fault, mode in runs.items()
+    }
     return {run: process.wait(120) for run, (process, _) in started.items()}
 
 
@@ -217,13 +219,13 @@ def test_nan_stops_the_run_with_a_clear_message(diverged, home):
     last = iterations(home, "nan")[-1]
     line = next(x for x in log(home, "nan").splitlines() if x.startswith("remoe: error: "))
     assert "Unexpected result nan (message='the loss is nan, the step is not taken; " in line
-    assert checkpoint.tracked(home / "nan/checkpoints") == last
+    assert checkpoint.tracked(home / "nan/checkpoints") == last == 2
 
 
-def test_a_step_that_becomes_nan_moves_the_coefficient_at_most_once(diverged, home, call):
-    assert diverged["rerun"] == 16  # Megatron wants to repeat the step elsewhere
-    folder = home / "rerun/checkpoints"
-    row = [r for r in tiny.rows(home / "rerun") if "split" not in r][-1]
+def test_a_step_whose_loss_is_inf_moves_the_coefficient_at_most_once(diverged, home, call):
+    assert diverged["inf"] == 16  # Megatron wants to repeat the step elsewhere
+    folder = home / "inf/checkpoints"
+    row = [r for r in tiny.rows(home / "inf") if "split" not in r][-1]
     assert checkpoint.tracked(folder) == row["iteration"]
     up = np.float32(row["l1_coeff"]) * np.float32(1.2)
     down = np.float32(row["l1_coeff"]) / np.float32(1.2)

@@ -235,7 +235,10 @@ class Training:
         """Write model and optimizer; returns Megatron's request when asynchronous."""
         import torch
         from megatron.core import dist_checkpointing
+        from megatron.training.training import force_param_sync
 
+        if self.cell.overlap and self.cell.distributed_optimizer:
+            force_param_sync(self.chunks, self.optimizer)  # as Megatron does before it saves
         checkpoint.mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
         return dist_checkpointing.save(
