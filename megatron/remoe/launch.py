@@ -181,13 +181,22 @@ def _follow(
     report, close = (_bar if console.is_terminal else _lines)(total, console)
     try:
         for row in rows:
-            for line in log:
+            for line in _complete_lines(log):
                 if line.startswith(_NOTICES):
                     console.print(line.strip(), markup=False, highlight=False, soft_wrap=True)
             if row is not None and "split" not in row:
                 report(row)
     finally:
         close()
+
+
+def _complete_lines(file: TextIO) -> Iterator[str]:
+    """The lines from here on; the beginning of one that is being written is left for later."""
+    position = file.tell()
+    while (line := file.readline()).endswith("\n"):
+        position = file.tell()
+        yield line
+    file.seek(position)
 
 
 def _new_rows(
@@ -200,7 +209,7 @@ def _new_rows(
         if path.exists() and path.stat().st_mtime >= started:
             with path.open() as file:
                 file.seek(position)
-                while (line := file.readline()).endswith("\n"):
+                for line in _complete_lines(file):
                     position = file.tell()
                     yield json.loads(line)
         yield None

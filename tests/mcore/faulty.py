@@ -1,5 +1,5 @@
-"""The entry point with a fault, FAULT, in a step of the last rank (raise, die, hang, nan, inf) or in
-the writer of checkpoints (slow-writer).
+"""The entry point with a fault: FAULT=raise|die|hang|nan|inf in a step of the last rank, or
+FAULT=slow-writer in the process that writes checkpoints.
 """
 
 import os
