@@ -97,10 +97,9 @@ def _refuse_another_run(config: RunConfig) -> None:
 def command(argv: list[str], nproc: int) -> list[str]:
     """The torchrun command of a run on this machine.
 
-    SIGTERM is for the ranks, which save and end; torchrun would kill them after some seconds. Those
-    that are left when one has failed have nothing to save.
+    Ranks that are left when one has failed have nothing to save, and get little time.
     """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    torchrun = ["-m", "megatron.remoe.agent", "--standalone", f"--nproc-per-node={nproc}"]
     torchrun += ["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", "--shutdown-timeout=5"]
     return [sys.executable, "-W", "ignore", *torchrun, "-m", "megatron.remoe.pretrain", *argv]
 
@@ -111,7 +110,7 @@ def train(config: RunConfig, argv: list[str], console: Console) -> int:
     Returns:
         The exit code of torchrun.
     """
-    environment = dict(os.environ)
+    environment = dict(os.environ) | {processes.PARENT: str(os.getpid())}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.nproc)))
     log_path = config.run_dir / "log.txt"
     metrics = Path(config.flags["metrics_file"])
@@ -125,7 +124,6 @@ def train(config: RunConfig, argv: list[str], console: Console) -> int:
             stderr=subprocess.STDOUT,
             env=environment,
             pass_fds=(lock,),  # torchrun keeps it for as long as it has ranks
-            preexec_fn=_in_torchrun,
         )
         os.close(lock)
         previous = signal.signal(signal.SIGTERM, lambda *_: stop.requested.set())
@@ -168,11 +166,6 @@ class _Stop:
             if rank not in self._told and processes.catches(rank, signal.SIGTERM):
                 self._told.add(rank)
                 os.kill(rank, signal.SIGTERM)
-
-
-def _in_torchrun() -> None:
-    processes.end_with_parent()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _follow(

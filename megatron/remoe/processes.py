@@ -15,18 +15,30 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+PARENT = "REMOE_PARENT_PID"  # in the environment: who starts this process
 _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process when the one that started it ends. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Let the kernel kill this process when the one that started it ends. Linux only.
+
+    Ends it now if that has happened already and the environment says who it was.
+    """
+    _set_death_signal()
+    expected = os.environ.get(PARENT)
+    if expected and os.getppid() != int(expected):
+        os._exit(1)
 
 
 def end_children_with_me() -> None:
     """The same for every process that this one forks: data loaders, writers of checkpoints."""
-    os.register_at_fork(after_in_child=end_with_parent)
+    os.environ.pop(PARENT, None)
+    os.register_at_fork(after_in_child=_set_death_signal)
+
+
+def _set_death_signal() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def children(pid: int) -> list[int]:

@@ -40,7 +40,7 @@ def start(home, call):
     def start(run: str, *, nproc: int = 1, fault: str | None = None, **changes):
         argv = call(argv_of, home, run, nproc, FLAGS | changes)
         module = "tests.mcore.faulty" if fault else "megatron.remoe.pretrain"
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+        launcher = ["-m", "megatron.remoe.agent", "--standalone", f"--nproc-per-node={nproc}"]
         launcher += ["--signals-to-handle=SIGINT", "--shutdown-timeout=5"]
         command = [sys.executable, "-W", "ignore", *(launcher if nproc > 1 else []), "-m", module]
         marker = uuid.uuid4().hex

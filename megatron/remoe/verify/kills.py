@@ -11,7 +11,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -144,21 +143,25 @@ def _prepare(run: Path) -> list[str]:
 
 def _start(run: Path, command: list[str]) -> subprocess.Popen:
     environment = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment[processes.PARENT] = str(os.getpid())
     with (run / "log.txt").open("a") as log:
         return subprocess.Popen(
             command,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            preexec_fn=processes.end_with_parent if sys.platform == "linux" else None,
         )
 
 
 def _run_to_end(run: Path, command: list[str]) -> None:
-    code = _start(run, command).wait()
-    if code != 0:
-        tail = "\n".join((run / "log.txt").read_text(errors="replace").splitlines()[-15:])
-        raise RuntimeError(f"the run in {run} failed with code {code}:\n{tail}")
+    if code := _start(run, command).wait():
+        raise _failure(run, code)
+
+
+def _failure(run: Path, code: int) -> RuntimeError:
+    lines = (run / "log.txt").read_text(errors="replace").splitlines()
+    errors = [line for line in lines if line.startswith("remoe: error")][-3:]
+    return RuntimeError(f"nobody killed the run, and it failed ({code}): {errors or lines[-25:]}")
 
 
 def _run_and_kill(
@@ -172,12 +175,12 @@ def _run_and_kill(
     else:
         while process.poll() is None and _lines(run) == rows_before:
             time.sleep(0.05)
-        moment = time.monotonic() - started + rng.uniform(0, duration / 4)
+        moment = time.monotonic() - started + rng.uniform(0, duration / 5)
     while process.poll() is None and time.monotonic() - started < moment:
         time.sleep(0.01)
     if process.poll() is not None:
         if process.returncode != 0:
-            raise RuntimeError(f"the run in {run} failed by itself; see {run / 'log.txt'}")
+            raise _failure(run, process.returncode)
         return None
     kill = _kill(run, process, rng, time.monotonic() - started)
     process.wait(_SECONDS_TO_END)
