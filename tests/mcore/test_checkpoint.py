@@ -3,15 +3,13 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import time
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from megatron.remoe import checkpoint, processes, resume
+from megatron.remoe import checkpoint, resume
 from megatron.remoe.cli import main
 from tests.mcore import tiny
 
@@ -241,25 +239,6 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
         main(["checkpoint", "list", str(tmp_path)])
     assert end.value.code == 2
     assert "is neither a run directory" in capsys.readouterr().err
-
-
-def test_a_lock_is_held_until_its_process_and_its_children_end(tmp_path):
-    path = tmp_path / ".lock"
-    script = (
-        "import os, time; from pathlib import Path; from megatron.remoe import processes\n"
-        f"processes.hold_lock(Path({str(path)!r}), 'it')\n"
-        "print('held', flush=True)\n"
-        "if os.fork() == 0: time.sleep(1)\n"
-        "else: os._exit(0)\n"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "held\n"
-    holder.wait()
-    message = rf"it is in use by a run \(process {holder.pid} on .* since .*\); wait until it ends"
-    with pytest.raises(ValueError, match=message):
-        processes.hold_lock(path, "it")
-    holder.stdout.read()  # until the child has ended
-    os.close(processes.hold_lock(path, "it"))
 
 
 def test_the_optimizer_of_another_implementation_is_refused(tmp_path, call):
