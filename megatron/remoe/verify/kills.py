@@ -1,8 +1,8 @@
 """`remoe verify resume --kills N`: a run that is killed at random moments ends as if it was not.
 
 The run is a real one, with torchrun, two expert-parallel ranks, the distributed optimizer and
-asynchronous saves. Half of the kills come at any moment after the start, the other half while steps
-and saves go on. The victim is torchrun, a rank, a rank's process that writes a checkpoint, or all.
+asynchronous saves. Half of the kills come at any moment after the start, the other half soon after a
+checkpoint, while steps and saves go on. The victim is torchrun, a rank, a rank's process that writes a checkpoint, or all.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ _FLAGS: dict[str, Any] = {
     "moe_relu_routing": True, "num_experts": 4, "moe_router_topk": 1,
     "moe_relu_l1_reg_coeff_init": 0.01, "expert_model_parallel_size": 2,
     "moe_token_dispatcher_type": "alltoall", "use_distributed_optimizer": True,
-    "micro_batch_size": 2, "global_batch_size": 8, "train_iters": 30, "lr": 1.0e-3,
+    "micro_batch_size": 2, "global_batch_size": 8, "train_iters": 60, "lr": 1.0e-3,
     "lr_decay_style": "cosine", "clip_grad": 1.0, "log_interval": 1, "num_workers": 0,
-    "eval_iters": 1, "eval_interval": 14, "mock_data": True, "tokenizer_type": "NullTokenizer",
+    "eval_iters": 1, "eval_interval": 28, "mock_data": True, "tokenizer_type": "NullTokenizer",
     "vocab_size": 127, "async_save": True, "save_interval": 3, "save_keep_last": 3,
 }  # fmt: skip
 
@@ -167,15 +167,16 @@ def _failure(run: Path, code: int) -> RuntimeError:
 def _run_and_kill(
     run: Path, command: list[str], rng: random.Random, duration: float
 ) -> Kill | None:
-    rows_before = _lines(run)
+    folder = run / "checkpoints"
+    before = checkpoint.tracked(folder)
     process = _start(run, command)
     started = time.monotonic()
     if rng.random() < 0.5:
         moment = rng.uniform(0, duration)
     else:
-        while process.poll() is None and _lines(run) == rows_before:
+        while process.poll() is None and checkpoint.tracked(folder) == before:
             time.sleep(0.05)
-        moment = time.monotonic() - started + rng.uniform(0, duration / 5)
+        moment = time.monotonic() - started + rng.uniform(0, duration / 8)
     while process.poll() is None and time.monotonic() - started < moment:
         time.sleep(0.01)
     if process.poll() is not None:
