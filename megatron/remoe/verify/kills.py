@@ -1,8 +1,9 @@
 """`remoe verify resume --kills N`: a run that is killed at random moments ends as if it was not.
 
 The run is a real one, with torchrun, two expert-parallel ranks, the distributed optimizer and
-asynchronous saves. Half of the kills come at any moment after the start, the other half soon after a
-checkpoint, while steps and saves go on. The victim is torchrun, a rank, a rank's process that writes a checkpoint, or all.
+asynchronous saves. Half of the kills come at any moment after the start, the other half soon after
+a checkpoint, while steps and saves go on. The victim is torchrun, a rank, a rank's process that
+writes a checkpoint, or all.
 """
 
 import contextlib
