@@ -103,7 +103,7 @@ class FinalizeStep:
         self.report: StepReport | None = None
         self._iteration = iteration or _megatron_iteration
         self._last: int | None = None
-        self._before: list[Tensor] = []
+        self._before: Tensor | None = None
 
     def __call__(self, model, num_tokens=None, pg_collection=None, force_all_reduce=False) -> None:
         megatron_finalize_model_grads(
@@ -116,10 +116,10 @@ class FinalizeStep:
         num_layers = routers[0].config.num_layers
         coeffs = [router.l1_coeff for router in routers]
         if iteration != self._last:
-            self._before = [coeff.clone() for coeff in coeffs]
+            self._before = torch.stack(coeffs)
         self.report = update_routers(routers, num_layers, move_coeff=iteration != self._last)
         if iteration == self._last and compat.step_will_be_repeated():
-            torch._foreach_copy_(coeffs, self._before)
+            torch._foreach_copy_(coeffs, list(self._before.unbind()))
         self._last = iteration
 
 

@@ -1,8 +1,8 @@
 """`remoe verify resume --kills N`: a run that is killed at random moments ends as if it was not.
 
 The run is a real one, with torchrun, two expert-parallel ranks, the distributed optimizer and
-asynchronous saves. Half of the kills come at any moment after the start, the other half soon after
-a checkpoint, while steps and saves go on. The victim is torchrun, a rank, a rank's process that
+asynchronous saves. Most of the kills come at any moment after the start, the others soon after a
+checkpoint, while steps and saves go on. The victim is torchrun, a rank, a rank's process that
 writes a checkpoint, or all.
 """
 
@@ -172,7 +172,7 @@ def _run_and_kill(
     before = checkpoint.tracked(folder)
     process = _start(run, command)
     started = time.monotonic()
-    if rng.random() < 0.5:
+    if rng.random() < 0.7:
         moment = rng.uniform(0, duration)
     else:
         while process.poll() is None and checkpoint.tracked(folder) == before:
