@@ -56,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=None,
         help="Write one JSON object per logged step and evaluation to this file.",
     )
+    group.add_argument(
+        "--save-keep-last",
+        type=int,
+        default=None,
+        help="Keep that many of the last checkpoints, and those of --save-retain-interval.",
+    )
     parser.set_defaults(**_machine_defaults())
     return _Parser(
         prog=parser.prog,
@@ -93,6 +99,8 @@ def _machine_defaults() -> dict[str, Any]:
         defaults["no_persist_layer_norm"] = True
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         defaults["gradient_accumulation_fusion"] = False
+    if importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        defaults["async_strategy"] = "mcore"
     if cpu.is_enabled():
         defaults["distributed_backend"] = "gloo"
     return defaults
@@ -111,6 +119,7 @@ def finish(args: argparse.Namespace) -> None:
         args.eval_micro_batch_size = 1
         args.eval_global_batch_size = int(os.environ.get("WORLD_SIZE", "1")) // ranks
     _check_backend(args)
+    _finish_checkpoints(args)
     if args.metrics_file is not None and args.log_interval % args.tensorboard_log_interval:
         raise ValueError(
             f"log_interval is {args.log_interval}, no multiple of tensorboard_log_interval "
@@ -142,6 +151,36 @@ def finish(args: argparse.Namespace) -> None:
         args.sequence_parallel = True
     if args.moe_relu_routing:
         _finish_relu_routing(args)
+
+
+def _finish_checkpoints(args: argparse.Namespace) -> None:
+    args.adam_implementation = compat.adam()  # saved with every checkpoint
+    if args.use_persistent_ckpt_worker and cpu.is_enabled():
+        raise ValueError(
+            "use_persistent_ckpt_worker is set, but on a CPU that worker shares the memory of the "
+            "weights and writes values of later steps; leave it out (async_save forks a writer)"
+        )
+    args.fork_async_save = args.async_save and cpu.is_enabled()
+    if args.async_save and not args.fork_async_save and not args.use_persistent_ckpt_worker:
+        raise ValueError(
+            "async_save is set without use_persistent_ckpt_worker, and Megatron then saves "
+            "synchronously; set both, or neither"
+        )
+    args.save_milestone_interval = None
+    if args.save_keep_last is None:
+        return
+    if args.save_keep_last < 1:
+        raise ValueError(
+            f"save_keep_last is {args.save_keep_last}; keep at least 1, or leave it out to keep all"
+        )
+    interval = args.save_retain_interval
+    if interval is not None and (interval < 1 or interval % (args.save_interval or 1)):
+        raise ValueError(
+            f"save_retain_interval is {interval}, no multiple of save_interval "
+            f"{args.save_interval}; choose one that is"
+        )
+    # Megatron would delete all but the last itself.
+    args.save_milestone_interval, args.save_retain_interval = interval, None
 
 
 def _check_backend(args: argparse.Namespace) -> None:
@@ -224,4 +263,8 @@ def configure(model_config, args: argparse.Namespace):
     model_config.transformer_layer_spec = layer_spec(routing_from_args(args))
     hook = FinalizeStep()
     model_config.finalize_model_grads_func = hook
+    model_config.pre_wrap_hooks.append(compat.mark_experts)
+    if args.fork_async_save:
+        # Megatron switches it off without the persistent worker, which a CPU must not use.
+        args.async_save, args.async_strategy = True, "mcore"
     return hook

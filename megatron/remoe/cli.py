@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from megatron.remoe import cli_bench, cli_checkpoint
+
 app = typer.Typer(
     help="ReMoE: mixture-of-experts with ReLU routing, on unmodified Megatron.",
     no_args_is_help=True,
@@ -17,14 +19,10 @@ data = typer.Typer(help="Build corpora and token files.", no_args_is_help=True)
 app.add_typer(data, name="data")
 verify = typer.Typer(help="Check what this project claims, on this machine.", no_args_is_help=True)
 app.add_typer(verify, name="verify")
+app.add_typer(cli_checkpoint.app, name="checkpoint")
+app.add_typer(cli_bench.app, name="bench")
 
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
-bench = typer.Typer(help="Time alternatives side by side.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-
-Rounds = Annotated[int, typer.Option(min=1, help="Measured rounds, after two to warm up.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the results as JSON.")]
-Dtype = Annotated[str, typer.Option(help="fp32 or bf16.")]
 
 
 @data.command()
@@ -122,7 +120,7 @@ def train(
     from megatron.remoe import launch
     from megatron.remoe.config import load_config
 
-    _prepare_megatron()
+    prepare_megatron()
     console = Console()
     more = [] if nproc is None else [f"nproc={nproc}"]
     run = load_config(config, [*(overrides or []), *more])
@@ -157,7 +155,7 @@ def doctor() -> None:
 
     from megatron.remoe.doctor import examine
 
-    _prepare_megatron()
+    prepare_megatron()
     colors = {"ok": "green", "disabled": "yellow", "missing": "red"}
     table = Table(show_header=False)
     for finding in examine():
@@ -203,82 +201,72 @@ def parallel(
         raise typer.Exit(1)
 
 
-@bench.command("layer")
-def bench_layer(
-    tokens: int = 4096,
-    hidden: int = 512,
-    ffn: Annotated[int, typer.Option(help="Width of an expert.")] = 2048,
-    experts: Annotated[
-        list[int] | None,
-        typer.Option(help="Numbers of experts, 8 if none: all at the first, ReMoE at the others."),
+@verify.command()
+def resume(
+    only: Annotated[
+        list[str] | None, typer.Argument(help="Pairs whose names contain one of these.")
     ] = None,
-    topk: int = 1,
-    dtype: Dtype = "fp32",
-    rounds: Rounds = 10,
-    json_path: Json = None,
-) -> None:
-    """One layer, forward and backward, at exactly tokens x topk assignments of ReLU routing."""
-    from megatron.remoe.bench import main
-
-    _prepare_bench()
-    main.layer(tokens, hidden, ffn, experts or [8], topk, dtype, rounds, json_path)
-
-
-@bench.command("router")
-def bench_router(
-    tokens: int = 4096,
-    hidden: int = 512,
-    experts: int = 8,
-    topk: int = 1,
-    dtype: Dtype = "fp32",
-    rounds: Rounds = 30,
-    json_path: Json = None,
-) -> None:
-    """Router, permutation and combine alone: time, and bytes against the fewest possible."""
-    from megatron.remoe.bench import main
-
-    _prepare_bench()
-    main.router(tokens, hidden, experts, topk, dtype, rounds, json_path)
-
-
-@bench.command("step")
-def bench_step(
-    layers: int = 2,
-    hidden: int = 256,
-    ffn: Annotated[int, typer.Option(help="Width of an expert at granularity 1.")] = 1024,
-    sequence: int = 512,
-    micro_batch: int = 4,
-    experts: Annotated[
-        list[int] | None, typer.Option(help="Numbers of experts, 8 if none.")
+    steps: Annotated[int, typer.Option(min=1, help="Steps before the save, and after it.")] = 10,
+    kills: Annotated[
+        int | None, typer.Option(min=1, help="Instead, kill a real run so many times.")
     ] = None,
-    granularity: Annotated[list[int] | None, typer.Option(help="At the first of these.")] = None,
-    topk: int = 1,
-    rounds: Rounds = 10,
-    json_path: Json = None,
+    seed: Annotated[int, typer.Option(help="Of the moments of the kills.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the table as Markdown.")] = None,
 ) -> None:
-    """A training step in Megatron: ReMoE and TopK at equal assignments, and dense."""
-    from megatron.remoe.bench import main
+    """Save, load and train on, in one layout and across layouts; compare with no interruption.
 
-    _prepare_bench()
-    sizes = (layers, hidden, ffn, sequence, micro_batch, topk)
-    main.step(sizes, experts or [8], granularity or [], rounds, json_path)
+    Exits with 1 if a trajectory differs.
+    """
+    from rich.console import Console
+
+    from megatron.remoe.verify import resume
+
+    console = Console(soft_wrap=True)
+    if kills is not None:
+        _verify_kills(kills, seed, console)
+        return
+    pairs = [p for p in resume.pairs() if not only or any(part in p.name for part in only)]
+    if not pairs:
+        raise ValueError(f"no pair's name contains any of {only}; run without names for all")
+
+    def report(result: resume.Result) -> None:
+        worst = " ".join(f"{key} {value:.0e}" for key, value in result.deviations.items())
+        console.print(f"{result.verdict:11} {result.pair.name}: {worst}", highlight=False)
+
+    with console.status(f"{len(pairs)} pairs of layouts"):
+        results = resume.verify(pairs, steps=steps, report=report)
+    if out is not None:
+        out.write_text(resume.to_markdown(results) + "\n")
+    same = [max(r.deviations.values()) for r in results if r.pair.is_same and r.deviations]
+    if same:
+        console.print(f"largest difference in the same layout: {max(same):g}", highlight=False)
+    bad = [result.pair.name for result in results if not result.ok]
+    console.print(f"{len(results) - len(bad)} of {len(results)} pairs continue the run")
+    if bad:
+        raise typer.Exit(1)
 
 
-def _prepare_bench() -> None:
-    """Run with the environment of training, which torch reads when it starts."""
-    import os
+def _verify_kills(kills: int, seed: int, console) -> None:
+    import tempfile
 
-    from megatron.remoe.launch import cpu_environment
+    from megatron.remoe.verify import kills as runs
 
-    missing = {k: v for k, v in cpu_environment(1).items() if k not in os.environ}
-    if missing:
-        os.environ |= missing
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    _prepare_megatron()
-    logging.disable(logging.INFO)
+    prepare_megatron()
+    with tempfile.TemporaryDirectory() as folder:
+        result = runs.verify(
+            Path(folder), kills, seed=seed, report=lambda line: console.print(line, highlight=False)
+        )
+    in_save = sum(kill.in_save for kill in result.kills)
+    console.print(
+        f"{len(result.kills)} kills, {in_save} of them in a save; largest difference of "
+        f"{result.rows} rows: {result.difference:g} {result.problem or ''}",
+        highlight=False,
+    )
+    if not result.ok:
+        raise typer.Exit(1)
 
 
-def _prepare_megatron() -> None:
+def prepare_megatron() -> None:
     """Let the CPU stand in where there is no GPU, before anything imports `megatron.core`."""
     import torch
 

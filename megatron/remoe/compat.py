@@ -4,6 +4,7 @@ Each fix says what is wrong, names the version in which it was seen, and does no
 has mended it. `apply()` is called by the entry point and by `add_arguments`.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 
@@ -29,6 +30,7 @@ def apply() -> None:
             f"{TESTED_VERSION}; run: pip install megatron-core=={TESTED_VERSION}"
         )
     _skip_compiling_dataset_helpers()
+    _resume_distributed_optimizer()
 
 
 def _skip_compiling_dataset_helpers() -> None:
@@ -37,6 +39,92 @@ def _skip_compiling_dataset_helpers() -> None:
 
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         utils.compile_helpers = lambda: None
+
+
+def _resume_distributed_optimizer() -> None:
+    """0.19.2 cannot resume its distributed optimizer over torch's Adam (without TE and apex)."""
+    import megatron.core.optimizer as optimizers
+    from megatron.core.optimizer import distrib_optimizer
+
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        optimizers.DistributedOptimizer = _resumable_distributed_optimizer()
+
+
+@functools.cache
+def _resumable_distributed_optimizer() -> type:
+    import torch
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    class ResumableDistributedOptimizer(DistributedOptimizer):
+        """Megatron's, with torch's Adam, whose `step` is a tensor of each parameter's state."""
+
+        def state_dict(self):
+            # It reads the step from the state, which a new Adam makes in its first step only.
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    state = self.optimizer.state[parameter]
+                    if not state:
+                        state["step"] = torch.tensor(0.0)
+                        for key in self.optimizer_state_keys:
+                            dtype = self._get_state_key_dtype(key)
+                            state[key] = torch.zeros_like(parameter, dtype=dtype)
+            return super().state_dict()
+
+        @torch.no_grad()  # it copies into parameters
+        def load_state_dict(self, state_dict):
+            super().load_state_dict(state_dict)
+            # It gives all parameters one step tensor, which each of them would then count up.
+            for state in self.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+        def _set_main_param_and_optimizer_states(self, model_param, tensors):
+            # The step is loaded with the groups; some formats leave it out here, and it needs one.
+            super()._set_main_param_and_optimizer_states(model_param, tensors | {"step": None})
+
+    return ResumableDistributedOptimizer
+
+
+def mark_experts(models: list) -> list:
+    """Let expert parameters have an optimizer of their own, also without expert parallelism.
+
+    0.19.2 gives them one only with expert parallelism, and optimizers of different number cannot
+    read each other's checkpoints. On one expert-parallel rank it changes nothing else. For
+    `pre_wrap_hooks` of Megatron's model configuration.
+    """
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    for model in models:
+        for layer in model.modules():
+            if isinstance(layer, MoELayer):
+                for parameter in layer.experts.parameters():
+                    parameter.allreduce = False
+    return models
+
+
+def step_will_be_repeated() -> bool:
+    """Whether Megatron is about to save the state before this step and exit; on all ranks.
+
+    To be asked at the end of a forward-backward pass that it runs again, when its rerun state
+    machine has looked at the result: `checkpoint_requested` is what the machine acts on next.
+    """
+    import torch
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    requested = torch.tensor([int(get_rerun_state_machine().checkpoint_requested)], device="cuda")
+    torch.distributed.all_reduce(requested, op=torch.distributed.ReduceOp.MAX)
+    return bool(requested.item())
+
+
+def adam() -> str:
+    """Whose Adam Megatron uses here: "Transformer Engine", "apex" or "torch".
+
+    They keep their step counts in different places, and read each other's as zero.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    if distrib_optimizer.USING_TE_OPTIMIZER:
+        return "Transformer Engine"
+    return "apex" if distrib_optimizer.USING_APEX_OPTIMIZER else "torch"
 
 
 def tensorboard_writer():

@@ -5,22 +5,25 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from megatron.remoe import processes
 from megatron.remoe.config import RunConfig, check, megatron_parser, to_argv
 
 _POLL_SECONDS = 0.5
 _SECONDS_BETWEEN_LINES = 15  # where the output is not a terminal
 _STEPS_OF_ETA = 20
+_NOTICES = ("remoe: warning: ", "remoe: error: ", "remoe: continuing ")  # of the log, to be shown
 
 
 def default_nproc() -> int:
@@ -55,14 +58,26 @@ def prepare(config: RunConfig, *, force: bool = False) -> tuple[RunConfig, list[
     flags.setdefault("save", str(run_dir / "checkpoints"))
     flags.setdefault("load", flags["save"])
     flags.setdefault("save_interval", train_iters(flags))
+    # No fault loses the run: see docs/reliability.md.
+    flags.setdefault("exit_signal_handler", True)
+    flags.setdefault("rerun_mode", "disabled")
+    if flags.get("ckpt_format", "torch_dist") == "torch_dist":
+        flags.setdefault("verify_integrity", True)
+        if flags.get("use_distributed_optimizer"):
+            flags.setdefault("dist_ckpt_optim_fully_reshardable", True)
     config = RunConfig(run_dir, config.nproc or default_nproc(), flags)
     argv = to_argv(flags, megatron_parser())
     check(argv, config.nproc)
     if not force:
         _refuse_another_run(config)
     run_dir.mkdir(parents=True, exist_ok=True)
+    os.close(_lock(run_dir))
     (run_dir / "config.yaml").write_text(config.to_yaml())
     return config, argv
+
+
+def _lock(run_dir: Path) -> int:
+    return processes.hold_lock(run_dir / ".lock", run_dir)
 
 
 def _refuse_another_run(config: RunConfig) -> None:
@@ -80,8 +95,12 @@ def _refuse_another_run(config: RunConfig) -> None:
 
 
 def command(argv: list[str], nproc: int) -> list[str]:
-    """The torchrun command of a run on this machine."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    """The torchrun command of a run on this machine.
+
+    Ranks that are left when one has failed have nothing to save, and get little time.
+    """
+    torchrun = ["-m", "megatron.remoe.agent", "--standalone", f"--nproc-per-node={nproc}"]
+    torchrun += ["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", "--shutdown-timeout=5"]
     return [sys.executable, "-W", "ignore", *torchrun, "-m", "megatron.remoe.pretrain", *argv]
 
 
@@ -103,16 +122,27 @@ def train(config: RunConfig, argv: list[str], console: Console) -> int:
     Returns:
         The exit code of torchrun.
     """
-    environment = cpu_environment(config.nproc) | os.environ
+    environment = cpu_environment(config.nproc) | os.environ | {processes.PARENT: str(os.getpid())}
     log_path = config.run_dir / "log.txt"
     metrics = Path(config.flags["metrics_file"])
+    lock = _lock(config.run_dir)
+    stop = _Stop(saves=bool(config.flags.get("exit_signal_handler")))
     with log_path.open("a") as log:
+        start = log.tell()
         process = subprocess.Popen(
-            command(argv, config.nproc), stdout=log, stderr=subprocess.STDOUT, env=environment
+            command(argv, config.nproc),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=(lock,),  # torchrun keeps it for as long as it has ranks
         )
-        previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        os.close(lock)
+        previous = signal.signal(signal.SIGTERM, lambda *_: stop.requested.set())
         try:
-            _follow(process, metrics, train_iters(config.flags), console)
+            with log_path.open(errors="replace") as own_log:
+                own_log.seek(start)
+                rows = _new_rows(metrics, process, stop)
+                _follow(rows, own_log, train_iters(config.flags), console)
         except KeyboardInterrupt:  # the terminal has sent it to torchrun too
             process.wait()
         finally:
@@ -121,20 +151,61 @@ def train(config: RunConfig, argv: list[str], console: Console) -> int:
         tail = log_path.read_text(errors="replace").splitlines()[-25:]
         console.print("\n".join(tail), markup=False, highlight=False)
         console.print(f"the run failed (exit code {process.returncode}); see {log_path}")
+    elif stop.requested.is_set():
+        console.print("stopped by SIGTERM after a checkpoint; the same command continues")
     return process.returncode
 
 
-def _follow(process: subprocess.Popen, metrics: Path, total: int | None, console: Console) -> None:
+class _Stop:
+    """SIGTERM on its way to the ranks, each of which hears it once, as soon as it listens.
+
+    Attributes:
+        saves: the ranks save on SIGTERM; otherwise the run is killed.
+        requested: set by the signal.
+    """
+
+    def __init__(self, *, saves: bool) -> None:
+        self.saves, self.requested = saves, threading.Event()
+        self._told: set[int] = set()
+
+    def pass_on(self, torchrun: subprocess.Popen) -> None:
+        if not self.requested.is_set():
+            return
+        if not self.saves:
+            torchrun.kill()
+        for rank in processes.children(torchrun.pid):
+            if rank not in self._told and processes.catches(rank, signal.SIGTERM):
+                self._told.add(rank)
+                os.kill(rank, signal.SIGTERM)
+
+
+def _follow(
+    rows: Iterator[dict[str, Any] | None], log: TextIO, total: int | None, console: Console
+) -> None:
     report, close = (_bar if console.is_terminal else _lines)(total, console)
     try:
-        for row in _new_rows(metrics, process):
+        for row in rows:
+            for line in _complete_lines(log):
+                if line.startswith(_NOTICES):
+                    console.print(line.strip(), markup=False, highlight=False, soft_wrap=True)
             if row is not None and "split" not in row:
                 report(row)
     finally:
         close()
 
 
-def _new_rows(path: Path, process: subprocess.Popen) -> Iterator[dict[str, Any] | None]:
+def _complete_lines(file: TextIO) -> Iterator[str]:
+    """The lines from here on; the beginning of one that is being written is left for later."""
+    position = file.tell()
+    while (line := file.readline()).endswith("\n"):
+        position = file.tell()
+        yield line
+    file.seek(position)
+
+
+def _new_rows(
+    path: Path, process: subprocess.Popen, stop: "_Stop"
+) -> Iterator[dict[str, Any] | None]:
     """Rows as they are written by this process, until it ends; None while there is nothing new."""
     started, position = time.time(), 0
     while True:
@@ -142,12 +213,13 @@ def _new_rows(path: Path, process: subprocess.Popen) -> Iterator[dict[str, Any] 
         if path.exists() and path.stat().st_mtime >= started:
             with path.open() as file:
                 file.seek(position)
-                while (line := file.readline()).endswith("\n"):
+                for line in _complete_lines(file):
                     position = file.tell()
                     yield json.loads(line)
+        yield None
         if ended:
             return
-        yield None
+        stop.pass_on(process)
         time.sleep(_POLL_SECONDS)
 
 

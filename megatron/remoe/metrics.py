@@ -165,7 +165,7 @@ class MetricsWriter:
 
     def _write(self, row: dict[str, Any]) -> None:
         if not self._has_written:
-            _keep_rows_before(row, self.path)
+            _keep_rows_before(row, self.path, self.args.iteration)
             self._has_written = True
         with self.path.open("a") as file:
             file.write(json.dumps(_without_nan(row), allow_nan=False) + "\n")
@@ -195,11 +195,18 @@ def routing_metrics(report: StepReport) -> dict[str, Any]:
     }
 
 
-def _keep_rows_before(row: dict[str, Any], path: Path) -> None:
-    """Drop the rows of an earlier run from this one on; replaces the file as a whole."""
+def _keep_rows_before(row: dict[str, Any], path: Path, checkpoint: int) -> None:
+    """Drop an earlier run's rows from this one on, and all after the iteration of the checkpoint.
+
+    Replaces the file as a whole.
+    """
     kept = []
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _position(line) < _order(row)]
+        kept = [
+            line
+            for line in path.read_text().splitlines()
+            if _position(line) < _order(row) and _position(line)[0] <= checkpoint
+        ]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept))

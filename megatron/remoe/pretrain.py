@@ -5,12 +5,14 @@
 On a machine without a GPU the same command trains on the CPU over gloo.
 """
 
+import os
+import signal
 import sys
 from functools import partial
 
 import torch
 
-from megatron.remoe import cpu
+from megatron.remoe import cpu, processes
 
 
 def get_batch(data_iterator, args, *, training: bool, vp_stage: int | None = None):
@@ -72,7 +74,9 @@ def loss_func(loss_mask: torch.Tensor, output: torch.Tensor, *, check_for_nan: b
             get_rerun_state_machine().validate_result(
                 result=loss,
                 rejection_func=rejection,
-                message=f"found {rejection.__name__.removeprefix('is')} in the loss",
+                message=f"the loss is {rejection.__name__.removeprefix('is')}, the step is not "
+                "taken; lower lr or look at the data, the same command continues from the last "
+                "checkpoint",
                 tolerance=0.0,  # forward is deterministic
                 fatal=True,
             )
@@ -150,6 +154,15 @@ datasets_provider.is_distributed = True
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `remoe train` ignores it in torchrun
+    processes.end_with_parent()
+    processes.end_children_with_me()
+    with processes.exit_at_once(int(os.environ.get("RANK", "0"))):
+        _pretrain()
+    return 0
+
+
+def _pretrain() -> None:
     if not torch.cuda.is_available():
         cpu.enable()
     from megatron.core.enums import ModelType
@@ -160,6 +173,7 @@ def main() -> int:
     )
     from megatron.training.arguments import parse_and_validate_args
 
+    from megatron.remoe import checkpoint, resume
     from megatron.remoe.arguments import add_arguments, configure
     from megatron.remoe.metrics import MetricsWriter
 
@@ -167,14 +181,17 @@ def main() -> int:
     model_config = gpt_config_from_args(args)
     hook = configure(model_config, args)
     MetricsWriter.install(args, hook)
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
-    return 0
+    resume.prepare(args)
+    with checkpoint.retention(args), resume.explained(args):
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
 
 
 if __name__ == "__main__":
     sys.exit(main())
+elif __name__ == "__mp_main__":  # a helper of an asynchronous save, which is not forked
+    processes.end_with_parent()

@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads as megatron_finalize_model_grads
 from torch import Tensor
 
+from megatron.remoe import compat
 from megatron.remoe.router import ReLURouter
 from remoe.controller import next_l1_coeff
 from remoe.routing import sparsity
@@ -91,7 +92,8 @@ class FinalizeStep:
         config.finalize_model_grads_func = FinalizeStep()
 
     Megatron may run forward and backward again in one iteration (its rerun state machine): the
-    statistics are those of the last run, and the coefficient moves once.
+    statistics are those of the last run, and the coefficient moves once. It may then write a
+    checkpoint of the step before and exit, to repeat the step elsewhere: the coefficient goes back.
 
     Attributes:
         report: what the last step measured; None before the first, or without ReLU routers.
@@ -101,6 +103,7 @@ class FinalizeStep:
         self.report: StepReport | None = None
         self._iteration = iteration or _megatron_iteration
         self._last: int | None = None
+        self._before: Tensor | None = None
 
     def __call__(self, model, num_tokens=None, pg_collection=None, force_all_reduce=False) -> None:
         megatron_finalize_model_grads(
@@ -111,7 +114,12 @@ class FinalizeStep:
             return
         iteration = self._iteration()
         num_layers = routers[0].config.num_layers
+        coeffs = [router.l1_coeff for router in routers]
+        if iteration != self._last:
+            self._before = torch.stack(coeffs)
         self.report = update_routers(routers, num_layers, move_coeff=iteration != self._last)
+        if iteration == self._last and compat.step_will_be_repeated():
+            torch._foreach_copy_(coeffs, list(self._before.unbind()))
         self._last = iteration
 
 

@@ -126,7 +126,8 @@ def test_another_run_in_the_directory_is_refused_unless_forced(call, tmp_path):
         "(run_dir=PATH), or continue that run with these settings (--force)\n"
     )
     assert (tmp_path / "run/config.yaml").read_text() == there
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {".lock", "config.yaml"}
 
     assert call(prepare, tmp_path) is None  # the same settings go on
     assert call(prepare, tmp_path, "lr=0.5", "seed=7", force=True) is None

@@ -273,6 +273,12 @@ def test_a_resumed_run_replaces_the_rows_that_it_does_again(megatron_on, path):
     assert [loss for _, _, loss in evaluations(path)] == [2, 2, 3, 3, 3]
 
 
+def test_rows_after_the_checkpoint_are_cut_also_when_the_next_row_is_far(megatron_on, path):
+    run_steps(megatron_on(), 5)
+    run_steps(megatron_on(start=2, log_interval=4), 2)
+    assert [r["iteration"] for r in rows(path)] == [1, 2, 4]
+
+
 def test_a_run_from_the_beginning_replaces_everything(megatron_on, path):
     run_steps(megatron_on(), 3)
     run_steps(megatron_on(), 1)

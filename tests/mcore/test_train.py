@@ -106,7 +106,7 @@ def test_a_run_directory_holds_everything_about_a_run(first, home):
     run = home / "relu"
     names = {path.name for path in run.iterdir()}
     assert names == {
-        "cache", "checkpoints", "config.yaml", "curves.png", "log.txt", "metrics.jsonl",
+        ".lock", "cache", "checkpoints", "config.yaml", "curves.png", "log.txt", "metrics.jsonl",
         "tensorboard",
     }  # fmt: skip
     assert (run / "checkpoints/latest_checkpointed_iteration.txt").read_text() == str(STOP)

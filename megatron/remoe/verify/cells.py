@@ -75,7 +75,7 @@ def run_cell(cell: Cell, golden: dict[str, Any], steps: int, weights: Path) -> l
         weights: a checkpoint written by `save_golden_weights` for the same model.
     """
     config = cell.config(golden)
-    _initialize(cell)
+    initialize(cell)
     training = Training(cell, config, weights)
     return [training.step(batch) for batch in golden_tokens(config)[:steps]]
 
@@ -118,7 +118,7 @@ def save_golden_weights(cell: Cell, golden: dict[str, Any], weights: Path) -> No
     from megatron.core import dist_checkpointing
 
     config = cell.config(golden)
-    _initialize(cell)
+    initialize(cell)
     (model,), _ = _models(cell, config, wrap=False)
     fill_with_golden_weights(model, config["seed"])
     if cell.routing is not None:
@@ -127,7 +127,8 @@ def save_golden_weights(cell: Cell, golden: dict[str, Any], weights: Path) -> No
     dist_checkpointing.save(model.sharded_state_dict(), str(weights))
 
 
-def _initialize(cell: Cell) -> None:
+def initialize(cell: Cell) -> None:
+    """Process groups of a layout, replacing those of the cell before."""
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

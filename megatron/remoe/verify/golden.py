@@ -149,6 +149,7 @@ def gpt_config(transformer, config: dict[str, Any], routing):
     """Megatron's GPTModelConfig of a golden run, with our layers."""
     from megatron.training.models.gpt import GPTModelConfig
 
+    from megatron.remoe import compat
     from megatron.remoe.spec import layer_spec
 
     return GPTModelConfig(
@@ -159,4 +160,5 @@ def gpt_config(transformer, config: dict[str, Any], routing):
         position_embedding_type="rope",
         rotary_base=1_000_000,
         share_embeddings_and_output_weights=False,
+        pre_wrap_hooks=[compat.mark_experts],
     )

@@ -7,9 +7,7 @@ first steps from the published coefficient 1e-8.
 """
 
 import tempfile
-from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import numpy as np
 
 from megatron.remoe.verify.cells import Cell, run_cell, save_golden_weights
 from megatron.remoe.verify.golden import CLOSED_LOOP, OPEN_LOOP_STEPS, PUBLISHED_COEFF_INIT
-from megatron.remoe.verify.ranks import Ranks
+from megatron.remoe.verify.ranks import Pools
 
 QUANTITIES = ("lm_loss", "grad_norm", "l1_reg", "sparsity", "sparsity_per_layer", "l1_coeff_used")
 
@@ -44,11 +42,6 @@ BF16 = {
     "sparsity_per_layer": 4e-2,
     "l1_coeff_used": 0.5,
 }
-
-
-# A model that Megatron's DDP has wrapped stays alive, and so do its two dozen process groups, each
-# with a polling thread of gloo: after some runs the ranks start afresh.
-_RUNS_PER_POOL = 8
 
 
 @dataclass(frozen=True)
@@ -216,44 +209,28 @@ def verify(
     """
     results = []
     references: dict[Cell, list[dict[str, Any]]] = {}
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        pools: dict[int, Ranks] = {}
-        runs: Counter[int] = Counter()
+    with tempfile.TemporaryDirectory() as folder, Pools() as pools:
 
-        def pool(world: int) -> Ranks:
-            if runs[world] % _RUNS_PER_POOL == 0 and world in pools:
-                pools.pop(world).close()
-            runs[world] += 1
-            if world not in pools:
-                pools[world] = stack.enter_context(Ranks(world))
-            return pools[world]
+        def run_on(cell: Cell, steps: int, weights: Path) -> list[dict[str, Any]]:
+            """The trajectory, as seen by a rank that knows the loss."""
+            trajectories = pools.run(cell.world, run_cell, cell, CLOSED_LOOP, steps, weights)
+            return next(t for t in trajectories if "lm_loss" in t[0])
 
         for cell in sorted(cells, key=lambda cell: cell.world):
             reference = reference_of(cell)
             steps_here = min(steps or 10**9, cell.config(CLOSED_LOOP)["steps"])
-            weights = folder / str(abs(hash(reference)))
+            weights = Path(folder) / str(abs(hash(reference)))
             try:
                 if reference not in references:
-                    one = pool(1)
-                    one.run(save_golden_weights, reference, CLOSED_LOOP, weights)
-                    references[reference] = run_on(one, reference, steps_here, weights)
-                ours = run_on(pool(cell.world), cell, steps_here, weights)
+                    pools.run(1, save_golden_weights, reference, CLOSED_LOOP, weights)
+                    references[reference] = run_on(reference, steps_here, weights)
+                ours = run_on(cell, steps_here, weights)
                 result = Result(cell, steps_here, deviations(ours, references[reference]))
             except AssertionError as error:
                 result = Result(cell, steps_here, {}, str(error).strip().splitlines()[-1])
-                for world in {1, cell.world} & set(pools):  # some wait at another place now
-                    pools.pop(world).close()
-                    runs[world] = 0
             results.append(result)
             report(result)
     return results
-
-
-def run_on(ranks: Ranks, cell: Cell, steps: int, weights: Path) -> list[dict[str, Any]]:
-    """A cell's trajectory, as seen by a rank that knows the loss."""
-    trajectories = ranks.run(run_cell, cell, CLOSED_LOOP, steps, weights)
-    return next(t for t in trajectories if "lm_loss" in t[0])
 
 
 def deviations(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, float]:

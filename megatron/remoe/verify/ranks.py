@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +75,43 @@ class Ranks:
             assert ok, f"rank {rank}:\n{value}"
             results.append(value)
         return results
+
+
+# A model that Megatron's DDP has wrapped stays alive, and so do its two dozen process groups, each
+# with a polling thread of gloo: after some runs the ranks start afresh.
+_RUNS_PER_POOL = 8
+
+
+class Pools:
+    """Groups of ranks by size, started when they are first needed and renewed after some runs."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[int, Ranks] = {}
+        self._runs: Counter[int] = Counter()
+
+    def __enter__(self) -> "Pools":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for world in list(self._ranks):
+            self._close(world)
+
+    def run(self, world: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Call the function on every rank of a group of this size; see `Ranks.run`."""
+        if self._runs[world] == _RUNS_PER_POOL:
+            self._close(world)
+        if world not in self._ranks:
+            self._ranks[world] = Ranks(world)
+        self._runs[world] += 1
+        try:
+            return self._ranks[world].run(function, *args, **kwargs)
+        except AssertionError:
+            self._close(world)  # its ranks no longer wait at the same place
+            raise
+
+    def _close(self, world: int) -> None:
+        self._ranks.pop(world).close()
+        self._runs[world] = 0
 
 
 def renew_groups() -> None:

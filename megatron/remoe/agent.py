@@ -1,0 +1,25 @@
+"""torchrun as `remoe train` starts it: it ends with its parent, and leaves SIGTERM to the ranks.
+
+    python -m megatron.remoe.agent --standalone --nproc-per-node 2 -m megatron.remoe.pretrain ...
+
+torchrun itself would end the ranks some seconds after SIGTERM, whether they have saved or not. The
+ranks are told whose children they are, so that they notice when it has ended before they looked.
+"""
+
+import os
+import signal
+
+from megatron.remoe import processes
+
+
+def main() -> None:
+    processes.end_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.environ[processes.PARENT] = str(os.getpid())
+    from torch.distributed import run
+
+    run.main()
+
+
+if __name__ == "__main__":
+    main()

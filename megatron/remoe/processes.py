@@ -1,0 +1,123 @@
+"""Processes of a run: nobody outlives the one that started it, and no two runs share a directory.
+
+The kernel does both (a death signal and a lock), so that they hold after kill -9 too.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+PARENT = "REMOE_PARENT_PID"  # in the environment: who starts this process
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when the one that started it ends. Linux only.
+
+    Ends it now if that has happened already and the environment says who it was.
+    """
+    _set_death_signal()
+    expected = os.environ.get(PARENT)
+    if expected and os.getppid() != int(expected):
+        os._exit(1)
+
+
+def end_children_with_me() -> None:
+    """The same for every process that this one forks: data loaders, writers of checkpoints."""
+    os.environ.pop(PARENT, None)
+    os.register_at_fork(after_in_child=_set_death_signal)
+
+
+def _set_death_signal() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that this one has started and that still run. Linux only."""
+    found: list[int] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            found += map(int, (thread / "children").read_text().split())
+    return found
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has installed a handler for a signal. Linux only."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
+def hold_lock(path: Path, subject: object) -> int:
+    """Lock a file until this process and the children that share it have ended.
+
+    Args:
+        path: made if it does not exist.
+        subject: what is locked, for the message.
+
+    Returns:
+        The file descriptor, to be closed to give the lock back, or passed on.
+
+    Raises:
+        ValueError: it is locked, naming by whom.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(lock, 200).decode(errors="replace").strip() or "another process"
+        os.close(lock)
+        raise ValueError(
+            f"{subject} is in use by a run ({owner}); wait until it ends or stop it, or give this "
+            f"run its own directory (run_dir=PATH)"
+        ) from None
+    os.ftruncate(lock, 0)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    os.write(lock, f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
+    return lock
+
+
+@contextlib.contextmanager
+def exit_at_once(rank: int) -> Iterator[None]:
+    """End this process without cleaning up when it fails, so that nothing can keep it.
+
+    With Megatron's exit-signal handler the data loaders ignore SIGTERM, and Python would wait for
+    them; the other ranks would wait for this one.
+
+    Args:
+        rank: of this process, for the message.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if end.code in (None, 0):
+            raise
+        code = end.code if isinstance(end.code, int) else 1
+        _end(code, f"remoe: error: rank {rank} ended with code {code}")
+    except BaseException as error:
+        lines = str(error).strip().splitlines() or [""]
+        _end(
+            1,
+            traceback.format_exc(),
+            f"remoe: error: rank {rank}: {type(error).__name__}: {lines[0]}",
+        )
+
+
+def _end(code: int, *messages: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk must not keep it either
+        for message in messages:
+            print(message, flush=True)
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,111 @@
+"""Before a run starts: may it write there, and from which checkpoint does it continue?"""
+
+import argparse
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron.remoe import checkpoint, processes
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Make sure that a run may write its checkpoints, and choose the one to continue from.
+
+    For rank 0, before the process groups are made: the other ranks wait there, and read the tracker
+    afterwards. Incomplete checkpoints after the chosen one, of saves that were killed, are deleted.
+
+    Args:
+        args: Megatron's, with ours.
+
+    Raises:
+        ValueError: another run writes there, no checkpoint is whole, or the optimizer's state of
+            the chosen one is another implementation's.
+    """
+    if args.rank != 0:
+        return
+    if args.save:
+        Path(args.save).mkdir(parents=True, exist_ok=True)
+        processes.hold_lock(Path(args.save) / ".lock", args.save)
+    if not args.load or _is_release(Path(args.load)):
+        return
+    folder = Path(args.load)
+    chosen = _chosen(args, folder)
+    if chosen is None:
+        return
+    print(f"remoe: continuing from {chosen.path}", flush=True)
+    _check_adam(args, chosen)
+    is_ours = args.save and folder.resolve() == Path(args.save).resolve()
+    if is_ours and not args.ckpt_step:
+        for other in checkpoint.find(folder):
+            if other.iteration > chosen.iteration and not other.is_complete:
+                shutil.rmtree(other.path)
+    if not args.ckpt_step and checkpoint.tracked(folder) != chosen.iteration:
+        if not is_ours:
+            raise ValueError(
+                f"load: the last checkpoint of {folder} is damaged; pass ckpt_step="
+                f"{chosen.iteration} to load the last one that is whole"
+            )
+        print(f"remoe: warning: continuing from iteration {chosen.iteration} instead", flush=True)
+        checkpoint.write_tracker(folder, chosen.iteration)
+
+
+@contextmanager
+def explained(args: argparse.Namespace) -> Iterator[None]:
+    """Say that the disk is full when the run fails and there is no room for a checkpoint."""
+    try:
+        yield
+    except BaseException:  # torch's CheckpointException is no Exception
+        complete = [c for c in checkpoint.find(Path(args.save or "")) if c.is_complete]
+        if args.rank == 0 and complete:
+            free, size = shutil.disk_usage(args.save).free, complete[-1].size
+            if free < size:
+                print(
+                    f"remoe: error: {args.save} has {free / 1e6:.1f} MB left, and a checkpoint has "
+                    f"{size / 1e6:.1f} MB; make room, and the same command continues",
+                    flush=True,
+                )
+        raise
+
+
+def _chosen(args: argparse.Namespace, folder: Path) -> checkpoint.Checkpoint | None:
+    if args.ckpt_step:
+        named = [c for c in checkpoint.find(folder) if c.iteration == args.ckpt_step]
+        if not named:
+            there = ", ".join(str(c.iteration) for c in checkpoint.find(folder)) or "none"
+            raise ValueError(
+                f"ckpt_step: {folder} has no iteration {args.ckpt_step} (it has {there})"
+            )
+        if named[0].damage:
+            raise ValueError(
+                f"ckpt_step: checkpoint {named[0].path} is damaged: {'; '.join(named[0].damage)}; "
+                f"choose another"
+            )
+        return named[0]
+
+    def warn(message: str) -> None:
+        print(f"remoe: warning: {message}", flush=True)
+
+    return checkpoint.choose(folder, need_manifest=args.verify_integrity, warn=warn)
+
+
+def _is_release(folder: Path) -> bool:
+    path = folder / checkpoint.TRACKER
+    return path.is_file() and path.read_text(errors="replace").strip() == "release"
+
+
+def _check_adam(args: argparse.Namespace, saved_in: checkpoint.Checkpoint) -> None:
+    """Refuse the optimizer state of another implementation of Adam (see `compat.adam`)."""
+    from megatron.core import dist_checkpointing
+
+    if args.no_load_optim or args.finetune or args.ckpt_format != "torch_dist":
+        return
+    saved = dist_checkpointing.load_common_state_dict(str(saved_in.path)).get("args")
+    saved_adam = getattr(saved, "adam_implementation", args.adam_implementation)
+    if saved_adam != args.adam_implementation:
+        raise ValueError(
+            f"checkpoint {saved_in.path} holds the state of Adam of {saved_adam}, and this "
+            f"environment has that of {args.adam_implementation}; they count steps in different "
+            f"places, so the bias correction would silently start anew. Continue where "
+            f"{saved_adam} is installed, or start with new moments (no_load_optim=true)"
+        )

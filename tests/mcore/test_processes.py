@@ -1,0 +1,121 @@
+"""Nobody outlives the one that started it, and two runs do not share a directory."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron.remoe import processes
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="death signals are Linux's")
+
+
+def start(script: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", "from megatron.remoe import processes\n" + script],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ) | environment,
+    )
+
+
+def test_a_lock_is_held_until_its_process_and_its_children_end(tmp_path):
+    path = tmp_path / ".lock"
+    script = (
+        "import os, time; from pathlib import Path; from megatron.remoe import processes\n"
+        f"processes.hold_lock(Path({str(path)!r}), 'it')\n"
+        "print('held', flush=True)\n"
+        "if os.fork() == 0: time.sleep(1)\n"
+        "else: os._exit(0)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    holder.wait()
+    message = rf"it is in use by a run \(process {holder.pid} on .* since .*\); wait until it ends"
+    with pytest.raises(ValueError, match=message):
+        processes.hold_lock(path, "it")
+    holder.stdout.read()  # until the child has ended
+    os.close(processes.hold_lock(path, "it"))
+
+
+@LINUX
+def test_a_process_ends_with_the_one_that_started_it():
+    child = "import time; from megatron.remoe import processes; processes.end_with_parent()\n"
+    child += "print('ready', flush=True); time.sleep(60)"
+    parent = start(
+        "import subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "print(child.pid, flush=True)\n"
+        "child.wait()"
+    )
+    pid = int(parent.stdout.readline())
+    assert parent.stdout.readline() == "ready\n"
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    end = time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize(("parent", "code", "out"), [("mine", 0, "here\n"), ("another", 1, "")])
+def test_a_process_whose_parent_has_ended_before_it_looked_ends(parent, code, out):
+    pid = os.getpid() if parent == "mine" else os.getppid()
+    process = start("processes.end_with_parent(); print('here')", **{processes.PARENT: str(pid)})
+    assert process.communicate()[0] == out and process.returncode == code
+
+
+@LINUX
+def test_a_forked_process_ends_with_the_one_that_forked_it():
+    process = start(
+        "import os, time\n"
+        "processes.end_children_with_me()\n"
+        "pid = os.fork()\n"
+        "if pid: print(pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    pid = int(process.stdout.readline())
+    time.sleep(0.2)  # until it has asked for its death signal
+    assert is_running(pid)
+    process.send_signal(signal.SIGKILL)
+    assert process.stdout.read() == ""  # closed by both
+    assert not is_running(pid)
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "line"),
+    [
+        ("raise RuntimeError('boom')", 1, "remoe: error: rank 3: RuntimeError: boom"),
+        ("raise SystemExit(17)", 17, "remoe: error: rank 3 ended with code 17"),
+        ("raise SystemExit(0)", 0, "cleaned up"),
+        ("pass", 0, "cleaned up"),
+    ],
+)
+def test_a_rank_that_fails_leaves_without_cleaning_up(body, code, line):
+    process = start(
+        "import atexit; atexit.register(print, 'cleaned up')\n"
+        f"with processes.exit_at_once(3): {body}"
+    )
+    lines = process.communicate()[0].splitlines()
+    assert process.returncode == code and lines[-1] == line
+
+
+@LINUX
+def test_whether_a_process_listens_to_a_signal_is_seen():
+    assert not processes.catches(2**22 + 1, signal.SIGTERM)  # no such process
+    previous = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert not processes.catches(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        assert processes.catches(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
