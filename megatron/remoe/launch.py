@@ -210,7 +210,9 @@ def summarise(run_dir: Path, console: Console) -> None:
 def _describe(row: dict[str, Any]) -> str:
     text = f"loss {_loss(row['lm_loss'], 3)}"
     if "sparsity" in row:
-        text += f"  sparsity {row['sparsity']:.3f}  coefficient {row['l1_coeff']:.1e}"
+        text += f"  sparsity {row['sparsity']:.3f}"
+    if "l1_coeff" in row:
+        text += f"  coefficient {row['l1_coeff']:.1e}"
     return text
 
 

@@ -14,14 +14,18 @@ from megatron.remoe import options
 from megatron.remoe.backend import TorchSpecProvider
 from megatron.remoe.layer import ReLUMoELayer
 from megatron.remoe.router import ReLURouter, ReLURouting
+from megatron.remoe.warmup import CountingTopKRouter, TopKRouting
+
+Routing = ReLURouting | TopKRouting
 
 
-def layer_spec(routing: ReLURouting | None) -> Callable[..., TransformerBlockSubmodules]:
+def layer_spec(routing: Routing | None) -> Callable[..., TransformerBlockSubmodules]:
     """A value for `GPTModelConfig.transformer_layer_spec`.
 
     Args:
-        routing: settings of ReLU routing; None keeps Megatron's TopK router. Without experts in the
-            model config the layers are dense either way.
+        routing: settings of ReLU routing, or of TopK routing that counts and may warm up; None
+            keeps Megatron's TopK router. Without experts in the model config the layers are dense
+            either way.
     """
 
     def build(model_config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -31,7 +35,7 @@ def layer_spec(routing: ReLURouting | None) -> Callable[..., TransformerBlockSub
 
 
 def block_spec(
-    config: TransformerConfig, routing: ReLURouting | None, *, vp_stage: int | None = None
+    config: TransformerConfig, routing: Routing | None, *, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, for the local or the Transformer Engine backend.
 
@@ -41,7 +45,7 @@ def block_spec(
     Raises:
         ValueError: an option that ReLU routing refuses (`options`).
     """
-    if routing is not None and config.num_moe_experts is not None:
+    if isinstance(routing, ReLURouting) and config.num_moe_experts is not None:
         options.check(config)
     use_te = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(
@@ -55,7 +59,7 @@ def block_spec(
         block.layer_norm = TorchSpecProvider().layer_norm()
         block.layer_specs = [_with_torch_modules(spec) for spec in block.layer_specs]
     if routing is not None:
-        block.layer_specs = [_with_relu_routing(spec, routing) for spec in block.layer_specs]
+        block.layer_specs = [_with_routing(spec, routing) for spec in block.layer_specs]
     return block
 
 
@@ -85,10 +89,14 @@ def _with_torch_modules(layer: ModuleSpec) -> ModuleSpec:
     return replace(layer, submodules=submodules)
 
 
-def _with_relu_routing(layer: ModuleSpec, routing: ReLURouting) -> ModuleSpec:
+def _with_routing(layer: ModuleSpec, routing: Routing) -> ModuleSpec:
     if not _has_experts(layer):
         return layer
-    moe = layer.submodules.mlp.keywords["submodules"]
-    router = partial(ReLURouter, routing=routing)
-    mlp = partial(ReLUMoELayer, submodules=replace(moe, router=router))
+    kind = ReLURouter if isinstance(routing, ReLURouting) else CountingTopKRouter
+    moe = replace(
+        layer.submodules.mlp.keywords["submodules"], router=partial(kind, routing=routing)
+    )
+    # Plain TopK has tokens * k assignments, which Megatron's own layer assumes.
+    plain = isinstance(routing, TopKRouting) and not routing.warmup_steps
+    mlp = partial(MoELayer if plain else ReLUMoELayer, submodules=moe)
     return replace(layer, submodules=replace(layer.submodules, mlp=mlp))
