@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from megatron.remoe import cli_runs
+
 app = typer.Typer(
     help="ReMoE: mixture-of-experts with ReLU routing, on unmodified Megatron.",
     no_args_is_help=True,
@@ -17,6 +19,7 @@ data = typer.Typer(help="Build corpora and token files.", no_args_is_help=True)
 app.add_typer(data, name="data")
 verify = typer.Typer(help="Check what this project claims, on this machine.", no_args_is_help=True)
 app.add_typer(verify, name="verify")
+cli_runs.register(app)
 
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
@@ -116,7 +119,7 @@ def train(
     from megatron.remoe import launch
     from megatron.remoe.config import load_config
 
-    _prepare_megatron()
+    prepare_megatron()
     console = Console()
     more = [] if nproc is None else [f"nproc={nproc}"]
     run = load_config(config, [*(overrides or []), *more])
@@ -151,7 +154,7 @@ def doctor() -> None:
 
     from megatron.remoe.doctor import examine
 
-    _prepare_megatron()
+    prepare_megatron()
     colors = {"ok": "green", "disabled": "yellow", "missing": "red"}
     table = Table(show_header=False)
     for finding in examine():
@@ -197,7 +200,7 @@ def parallel(
         raise typer.Exit(1)
 
 
-def _prepare_megatron() -> None:
+def prepare_megatron() -> None:
     """Let the CPU stand in where there is no GPU, before anything imports `megatron.core`."""
     import torch
 

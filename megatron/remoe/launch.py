@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -38,10 +39,31 @@ def train_iters(flags: dict[str, Any]) -> int | None:
     return flags.get("train_iters")
 
 
-def prepare(config: RunConfig, *, force: bool = False) -> tuple[RunConfig, list[str]]:
+def complete(config: RunConfig) -> RunConfig:
+    """Add what follows from the run directory: where metrics, checkpoints and logs go."""
+    run_dir, flags = config.run_dir, dict(config.flags)
+    flags.setdefault("metrics_file", str(run_dir / "metrics.jsonl"))
+    flags.setdefault("data_cache_path", str(run_dir / "cache"))
+    flags.setdefault("save", str(run_dir / "checkpoints"))
+    flags.setdefault("load", flags["save"])
+    flags.setdefault("save_interval", train_iters(flags))
+    if flags.get("wandb_project"):
+        flags.setdefault("wandb_exp_name", run_dir.name)
+        flags.setdefault("wandb_save_dir", str(run_dir))
+    return RunConfig(run_dir, config.nproc or default_nproc(), flags)
+
+
+def prepare(
+    config: RunConfig, *, force: bool = False, nodes: int = 1
+) -> tuple[RunConfig, list[str]]:
     """Complete a config with its run directory's paths, check it, and write `config.yaml`.
 
     Nothing is written before everything is checked.
+
+    Args:
+        config: a run.
+        force: continue a run with other settings.
+        nodes: machines, each with the config's number of processes.
 
     Returns:
         The completed config, with a number of processes, and its command line.
@@ -49,23 +71,25 @@ def prepare(config: RunConfig, *, force: bool = False) -> tuple[RunConfig, list[
     Raises:
         ValueError: arguments that the run would reject, or a directory that holds another run.
     """
-    run_dir, flags = config.run_dir, dict(config.flags)
-    flags.setdefault("metrics_file", str(run_dir / "metrics.jsonl"))
-    flags.setdefault("data_cache_path", str(run_dir / "cache"))
-    flags.setdefault("save", str(run_dir / "checkpoints"))
-    flags.setdefault("load", flags["save"])
-    flags.setdefault("save_interval", train_iters(flags))
-    config = RunConfig(run_dir, config.nproc or default_nproc(), flags)
-    argv = to_argv(flags, megatron_parser())
-    check(argv, config.nproc)
+    config = complete(config)
+    argv = to_argv(config.flags, megatron_parser())
+    check(argv, nodes * (config.nproc or 1))
     if not force:
-        _refuse_another_run(config)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(config.to_yaml())
+        refuse_another_run(config)
+    write_config(config)
     return config, argv
 
 
-def _refuse_another_run(config: RunConfig) -> None:
+def write_config(config: RunConfig) -> None:
+    """Write `config.yaml` at once: the machines of a run write the same file together."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = config.run_dir / f".config.yaml.{socket.gethostname()}.{os.getpid()}"
+    temporary.write_text(config.to_yaml())
+    os.replace(temporary, config.run_dir / "config.yaml")
+
+
+def refuse_another_run(config: RunConfig) -> None:
+    """Raise `ValueError` when the run directory holds a run with other settings."""
     path = config.run_dir / "config.yaml"
     if not path.exists():
         return
