@@ -92,6 +92,72 @@ def launch(
         ) from None
 
 
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML file with base: and sweep:.")],
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time on this machine.")] = 1,
+    only: Annotated[
+        str | None, typer.Option(help="Runs whose names match (*, ?) or contain this.")
+    ] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit a job for each run.")] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines of a run, with --slurm.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Their GPUs, with --slurm.")] = 8,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and list the runs.")
+    ] = False,
+) -> None:
+    """Train every run of a sweep; goes on where it stopped. Exits with 1 if a run failed."""
+    from rich.console import Console
+
+    from megatron.remoe import sweep_jobs
+    from megatron.remoe.cli import prepare_megatron
+    from megatron.remoe.cluster import Cluster
+    from megatron.remoe.sweep import load_sweep
+
+    prepare_megatron()
+    console = Console()
+    with console.status("checking every run"):
+        runs = load_sweep(file, only=only)
+    if dry_run:
+        for run in runs:
+            state = "finished" if sweep_jobs.is_finished(run) else "to do"
+            typer.echo(f"{run.config.run_dir}: {state}")
+        return
+    if slurm:
+        outcome = sweep_jobs.submit(runs, Cluster(nodes, gpus_per_node), typer.echo)
+    else:
+        try:
+            outcome = sweep_jobs.run_here(runs, jobs, console)
+        except KeyboardInterrupt:
+            typer.echo("interrupted; the same command goes on from here", err=True)
+            raise typer.Exit(130) from None
+    typer.echo(f"{len(outcome.finished)} of {len(runs)} runs " + ("are in" if slurm else "done"))
+    for name, reason in outcome.failed.items():
+        typer.echo(f"failed: {name}: {reason}", err=True)
+    if outcome.failed:
+        raise typer.Exit(1)
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, or folders of them.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of table.md, table.csv and figures.")
+    ] = None,
+) -> None:
+    """Compare runs: a table, paired differences between routers, and figures as in the paper."""
+    from remoe.analysis import compare as tables
+    from remoe.analysis import figures
+
+    loaded = tables.load_runs(runs)
+    comparison = tables.compare(loaded)
+    typer.echo(comparison.to_markdown())
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "table.md").write_text(comparison.to_markdown() + "\n")
+        (out / "table.csv").write_text(comparison.to_csv())
+        for path in figures.draw_all(comparison, out):
+            typer.echo(path)
+
+
 def register(app: typer.Typer) -> None:
-    for command in (describe, launch):
+    for command in (describe, launch, sweep, compare):
         app.command()(command)

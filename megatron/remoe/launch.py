@@ -176,7 +176,7 @@ def _bar(total: int | None, console: Console) -> Report:
     speeds: deque[float] = deque(maxlen=_STEPS_OF_ETA)
 
     def report(row: dict[str, Any]) -> None:
-        text = _describe(row) + _eta(row, speeds, total)
+        text = describe_row(row) + _eta(row, speeds, total)
         progress.update(task, completed=row["iteration"], description=text)
 
     return report, progress.stop
@@ -188,7 +188,7 @@ def _lines(total: int | None, console: Console) -> Report:
 
     def report(row: dict[str, Any]) -> None:
         nonlocal last_time
-        text = _describe(row) + _eta(row, speeds, total)
+        text = describe_row(row) + _eta(row, speeds, total)
         now, iteration = time.monotonic(), row["iteration"]
         if now - last_time >= _SECONDS_BETWEEN_LINES or iteration == total:
             last_time = now
@@ -231,7 +231,8 @@ def summarise(run_dir: Path, console: Console) -> None:
     console.print(f"curves: {run_dir / 'curves.png'}", highlight=False)
 
 
-def _describe(row: dict[str, Any]) -> str:
+def describe_row(row: dict[str, Any]) -> str:
+    """A training row in a few words."""
     text = f"loss {_loss(row['lm_loss'], 3)}"
     if "sparsity" in row:
         text += f"  sparsity {row['sparsity']:.3f}"

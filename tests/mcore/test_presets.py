@@ -151,6 +151,7 @@ def build(flags: dict, *, split: bool = True):
     if "moe_topk_warmup_steps" in flags:
         import megatron.training
 
+        args.iteration = 0
         megatron.training.get_args = lambda: args
     chunks = GPTModelBuilder(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
@@ -279,11 +280,11 @@ def test_activations_are_about_what_autograd_keeps(call, router):
 
 
 def write_shards(folder: Path) -> None:
-    """Shards named as the Pile's, of a few documents each."""
+    """Shards named as the Pile's, with enough documents for a split of 969,30,1."""
     folder.mkdir()
     for shard in range(30):
         words = random.Random(shard)
-        texts = (" ".join(words.choices(tiny.WORDS, k=60)) for _ in range(12))
+        texts = (" ".join(words.choices(tiny.WORDS, k=40)) for _ in range(1000))
         lines = "".join(json.dumps({"text": text, "meta": {}}) + "\n" for text in texts)
         path = folder / f"{shard:02}.jsonl.zst"
         path.write_bytes(zstandard.compress(lines.encode()))
