@@ -17,11 +17,18 @@ _LAST_ROWS = 20
 _DEFAULT_SEED = 1234
 # Settings in which runs differ without being other experiments.
 _PLACES = {
-    "run_dir", "nproc", "seed", "metrics_file", "save", "load", "data_cache_path", "tensorboard_dir",
-    "wandb_exp_name", "wandb_save_dir", "wandb_project", "wandb_tags", "wandb_mode", "save_interval",
+    "run_dir", "nproc", "seed", "metrics_file", "save", "load", "save_interval", "data_cache_path",
+    "tensorboard_dir", "wandb_exp_name", "wandb_save_dir", "wandb_project", "wandb_tags",
+    "wandb_mode",
 }  # fmt: skip
 # Settings that make the router, beyond which two routers must agree to be compared.
-_ROUTER_SETTINGS = ("moe_relu_", "moe_topk_warmup_", "moe_router_", "moe_aux_loss_coeff")
+_ROUTER_SETTINGS = (
+    "moe_relu_",
+    "moe_topk_warmup_",
+    "moe_router_load_balancing_type",
+    "moe_router_pre_softmax",
+    "moe_aux_loss_coeff",
+)
 # Two-sided 95% quantiles of Student's t, for 1 to 30 degrees of freedom.
 _T95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
