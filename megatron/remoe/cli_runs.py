@@ -116,14 +116,15 @@ def sweep(
     prepare_megatron()
     console = Console()
     with console.status("checking every run"):
-        runs = load_sweep(file, only=only)
+        machines = Cluster(nodes, gpus_per_node) if slurm else None
+        runs = load_sweep(file, only=only, machines=machines)
     if dry_run:
         for run in runs:
             state = "finished" if sweep_jobs.is_finished(run) else "to do"
             typer.echo(f"{run.config.run_dir}: {state}")
         return
-    if slurm:
-        outcome = sweep_jobs.submit(runs, Cluster(nodes, gpus_per_node), typer.echo)
+    if machines is not None:
+        outcome = sweep_jobs.submit(runs, machines, typer.echo)
     else:
         try:
             outcome = sweep_jobs.run_here(runs, jobs, console)

@@ -17,9 +17,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from megatron.remoe.cluster import Cluster, for_cluster
 from megatron.remoe.config import RunConfig, check, load_config, megatron_parser, to_argv
 from megatron.remoe.launch import complete, refuse_another_run
 
@@ -35,12 +37,15 @@ class SweepRun:
     argv: list[str]
 
 
-def load_sweep(path: Path, *, only: str | None = None) -> list[SweepRun]:
+def load_sweep(
+    path: Path, *, only: str | None = None, machines: Cluster | None = None
+) -> list[SweepRun]:
     """Read a sweep and check every run of it.
 
     Args:
         path: the sweep's file.
         only: a pattern (`*`, `?`) that names must match, or a part of them.
+        machines: where each run will be submitted to; None is this machine.
 
     Raises:
         ValueError: naming everything that is wrong in any of the runs, a line each.
@@ -58,7 +63,7 @@ def load_sweep(path: Path, *, only: str | None = None) -> list[SweepRun]:
     runs = []
     for name in names:
         flags = document | settings[name]
-        run, found = _check_run(path, name, folder / name, flags, missing)
+        run, found = _check_run(path, name, folder / name, flags, missing, machines)
         for problem in found:
             problems.setdefault(problem, []).append(name)
         if run is not None:
@@ -73,8 +78,8 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"sweep {path} does not exist; pass the path of a YAML file")
     try:
-        document = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        document = OmegaConf.to_container(OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(document, dict):
         raise ValueError(f"{path} is not a mapping; a sweep has the keys base and sweep")
@@ -125,7 +130,12 @@ def _missing_bases(path: Path, document: dict, settings: list[dict]) -> list[str
 
 
 def _check_run(
-    path: Path, name: str, run_dir: Path, flags: dict[str, Any], missing: Collection[str]
+    path: Path,
+    name: str,
+    run_dir: Path,
+    flags: dict[str, Any],
+    missing: Collection[str],
+    machines: Cluster | None,
 ) -> tuple[SweepRun | None, list[str]]:
     """The run, unless something is wrong with it, and everything that is."""
     bases = [str((path.parent / b).resolve()) for b in _bases(flags) if b not in missing]
@@ -142,11 +152,14 @@ def _check_run(
             known[key] = value
         except ValueError as error:
             problems.append(str(error))
-    config = complete(RunConfig(config.run_dir, config.nproc, known))
+    config = RunConfig(config.run_dir, config.nproc, known)
+    if machines is not None:
+        config = for_cluster(config, machines, gpus=True)
+    config = complete(config)
     argv = to_argv(config.flags, parser)
     try:
         if is_whole:
-            check(argv, config.nproc or 1)
+            check(argv, machines.world if machines else config.nproc or 1)
             refuse_another_run(config)
         else:  # without its base Megatron would miss half of the model: our own checks only
             _parse(argv)

@@ -222,6 +222,11 @@ def submit(
 ) -> Outcome:
     """Submit every run that is neither finished nor in Slurm's queue, as a job of its own.
 
+    Args:
+        runs: loaded for these machines.
+        machines: of each run.
+        report: gets a line for each run.
+
     Raises:
         ValueError: this machine has no Slurm.
     """
@@ -235,8 +240,7 @@ def submit(
         elif job_file.exists() and _is_queued(job_file.read_text().strip()):
             report(f"{run.name}: in the queue as job {job_file.read_text().strip()}")
         else:
-            config = cluster.for_cluster(run.config, machines, gpus=True)
-            launch.write_config(config)
+            launch.write_config(run.config)
             path = run.config.run_dir / "config.yaml"
             command = cluster.sbatch(path, [], machines, name=run.name)
             done = subprocess.run(

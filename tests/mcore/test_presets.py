@@ -14,6 +14,7 @@ from megatron.remoe.verify.ranks import Ranks, renew_groups
 from remoe.analysis.memory import Layout, activation_bytes
 from remoe.analysis.size import ModelSize
 from tests.mcore import tiny
+from tests.mcore.test_metrics import ROUTING
 from tests.mcore.test_train import finish, training
 
 EXAMPLES = tiny.EXAMPLES
@@ -284,23 +285,86 @@ def write_shards(folder: Path) -> None:
     folder.mkdir()
     for shard in range(30):
         words = random.Random(shard)
-        texts = (" ".join(words.choices(tiny.WORDS, k=40)) for _ in range(1000))
+        texts = (" ".join(words.choices(tiny.WORDS, k=40)) for _ in range(520))
         lines = "".join(json.dumps({"text": text, "meta": {}}) + "\n" for text in texts)
         path = folder / f"{shard:02}.jsonl.zst"
         path.write_bytes(zstandard.compress(lines.encode()))
 
 
-def test_from_the_piles_shards_to_training(call, tmp_path):
+# Stands in the place of W&B, which sends nothing in offline mode: writes what it is told.
+WANDB = """
+import json, os
+from unittest.mock import MagicMock
+
+config, run, Artifact = MagicMock(), MagicMock(), MagicMock()
+
+def _write(entry):
+    with open("wandb.jsonl", "a") as file:
+        file.write(json.dumps(entry, default=float) + "\\n")
+
+def init(*, config, **settings):
+    environment = {k: v for k, v in os.environ.items() if k.startswith("WANDB_")}
+    _write({"settings": settings, "environment": environment, "lr": config["lr"]})
+
+def log(values, step=None):
+    _write({"step": step} | values)
+
+def finish(*args):
+    _write("finished")
+"""
+
+
+@pytest.fixture(scope="module")
+def pile_run(call, tmp_path_factory):
     """The recipe of docs/experiments.md, on synthetic shards and a shrunken preset."""
-    write_shards(tmp_path / "pile")
+    home = tmp_path_factory.mktemp("pile")
+    write_shards(home / "pile")
     argv = ["data", "tokenize", "pile", "--out", "tokens", "--vocab-size", "300", "--workers", "1"]
-    code, out, error = call(tiny.remoe, tmp_path, *argv)
+    code, out, error = call(tiny.remoe, home, *argv)
     assert code == 0, out + error
-    overrides = [*SHRUNK, "data_root=tokens", "padded_vocab_size=512", "run_dir=run"]
+    (home / "stub").mkdir()
+    (home / "stub/wandb.py").write_text(WANDB)
+    overrides = [*SHRUNK, "data_root=tokens", "padded_vocab_size=512", "run_dir=runs/first"]
     overrides += ["train_iters=4", "eval_interval=4", "eval_iters=1", "save_interval=4"]
+    overrides += ["wandb_project=pile", "wandb_tags=[a,b]", "wandb_mode=offline"]
     path = str(EXAMPLES / "llama_182m/remoe.yaml")
-    finish(tiny.start("train", path, *overrides, cwd=tmp_path))
-    rows = training(tiny.rows(tmp_path / "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(home / "stub"), prepend=":")
+        finish(tiny.start("train", path, *overrides, cwd=home))
+    return home
+
+
+def test_from_the_piles_shards_to_training(pile_run):
+    rows = training(tiny.rows(pile_run / "runs/first"))
     assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
     assert all(abs(row["lm_loss"] - math.log(512)) < 0.5 for row in rows)
     assert all(row["sparsity"] > 0 for row in rows)
+
+
+def test_wandb_gets_project_name_tags_mode_and_every_number(pile_run):
+    lines = [json.loads(line) for line in (pile_run / "wandb.jsonl").read_text().splitlines()]
+    start = lines[0]
+    assert start["settings"] == {"dir": "runs/first", "name": "first", "project": "pile"}
+    assert start["environment"] == {"WANDB_MODE": "offline", "WANDB_TAGS": "a,b"}
+    assert start["lr"] == 5e-4 and lines[-1] == "finished"
+    logged: dict[tuple[int, str], float] = {}
+    for line in lines[1:-1]:
+        step = line.pop("step")
+        logged |= {(step, name): value for name, value in line.items()}
+    for row in training(tiny.rows(pile_run / "runs/first")):
+        for key in ROUTING - {"sparsity_per_layer", "silent_layers", "dense_layers"}:
+            assert logged[row["iteration"], f"remoe/{key}"] == row[key]
+        for layer, value in enumerate(row["sparsity_per_layer"], start=1):
+            assert logged[row["iteration"], f"remoe/sparsity_per_layer/{layer}"] == value
+        assert logged[row["iteration"], "lm loss"] == pytest.approx(row["lm_loss"])
+
+
+def test_wandb_that_is_not_installed_is_one_line(call, tmp_path):
+    import importlib.util
+
+    if importlib.util.find_spec("wandb") is not None:
+        pytest.skip("wandb is installed here, so nothing is missing")
+    tiny.write_config(tmp_path / "tiny.yaml")
+    code, _, error = call(tiny.remoe, tmp_path, "train", "tiny.yaml", "wandb_project=x")
+    assert code == 2
+    assert error.startswith("error: wandb_project is x, but wandb is not installed; run: pip inst")

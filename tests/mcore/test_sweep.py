@@ -193,35 +193,45 @@ def test_an_interrupted_sweep_stops_its_runs(monkeypatch, tmp_path):
     assert [p.returncode for p in processes] == [-signal.SIGTERM]
 
 
-def test_slurm_gets_a_job_for_each_run_that_is_not_there(monkeypatch, tmp_path):
-    from megatron.remoe.cluster import Cluster
+SLURM = {
+    "sbatch": 'echo "$@" >> calls.txt; echo "4$(wc -l < calls.txt);cluster"',
+    "squeue": '[[ $3 == 41 ]] && echo "41 running"',
+}
 
-    calls = tmp_path / "calls.txt"
-    bin_folder = tmp_path / "bin"
-    bin_folder.mkdir()
-    for name, body in (
-        ("sbatch", f'echo "$@" >> {calls}; echo "4$(wc -l < {calls});cluster"'),
-        ("squeue", '[[ $3 == 41 ]] && echo "41 running"'),
-    ):
-        (bin_folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (bin_folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
-    runs = [fake_run(tmp_path, name) for name in "abc"]
-    runs[0].config.run_dir.mkdir()
-    Path(runs[0].config.flags["metrics_file"]).write_text(ROWS + LAST)
-    said: list[str] = []
-    for _ in range(2):
-        outcome = sweep_jobs.submit(runs, Cluster(1, 4), said.append)
-        assert outcome.finished == ["a", "b", "c"]
-    assert said == [
-        "a: finished already", "b: submitted as job 41", "c: submitted as job 42",
-        "a: finished already", "b: in the queue as job 41", "c: submitted as job 43",
-    ]  # fmt: skip
-    first = calls.read_text().splitlines()[0]
-    assert first.startswith("--parsable --job-name=b --nodes=1 --gpus-per-node=4 --export=ALL,")
-    assert first.endswith(f"scripts/pretrain.sbatch {tmp_path / 'b/config.yaml'}")
-    written = yaml.safe_load((tmp_path / "b/config.yaml").read_text())
+
+def test_slurm_gets_a_job_for_each_run_that_is_not_there(call, monkeypatch, tmp_path):
+    write_sweep(tmp_path, sweep={"list": {"a": {}, "b": {}, "c": {}}})
+    for name, body in SLURM.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    finished = tmp_path / "runs/sweep/a/metrics.jsonl"
+    finished.parent.mkdir(parents=True)
+    last = {"iteration": tiny.CONFIG["train_iters"], "split": "valid", "lm_loss": 1.0}
+    finished.write_text(json.dumps(last) + "\n")
+    argv = ["sweep", "sweep.yaml", "--slurm", "--gpus-per-node", "4"]
+    first, second = (call(with_path, tmp_path, *argv) for _ in range(2))
+    end = "3 of 3 runs are in\n"
+    assert first == (
+        0, f"a: finished already\nb: submitted as job 41\nc: submitted as job 42\n{end}", "",
+    )  # fmt: skip
+    assert second == (
+        0, f"a: finished already\nb: in the queue as job 41\nc: submitted as job 43\n{end}", "",
+    )  # fmt: skip
+    submitted = (tmp_path / "calls.txt").read_text().splitlines()[0]
+    assert submitted.startswith("--parsable --job-name=b --nodes=1 --gpus-per-node=4 --export=ALL,")
+    assert submitted.endswith("scripts/pretrain.sbatch runs/sweep/b/config.yaml")
+    written = yaml.safe_load((tmp_path / "runs/sweep/b/config.yaml").read_text())
     assert written["exit_signal"] == "SIGUSR1" and written["nproc"] == 4
+
+
+def with_path(folder: Path, *argv: str):
+    """The `remoe` command, with the folder's programs first on the PATH."""
+    before = os.environ["PATH"]
+    os.environ["PATH"] = f"{folder}:{before}"
+    try:
+        return tiny.remoe(folder, *argv)
+    finally:
+        os.environ["PATH"] = before
 
 
 def names_of(path: Path) -> list[str]:
