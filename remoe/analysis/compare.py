@@ -15,6 +15,8 @@ from remoe.analysis.size import ModelSize
 _SETTLED_STEPS, _SETTLED_WITHIN = 20, 0.02
 _LAST_ROWS = 20
 _DEFAULT_SEED = 1234
+# In the order of a table, and of a difference: later minus earlier.
+ROUTERS = ("dense", "TopK", "TopK with warm-up", "ReMoE")
 # Settings in which runs differ without being other experiments.
 _PLACES = {
     "run_dir", "nproc", "seed", "metrics_file", "save", "load", "save_interval", "data_cache_path",
@@ -58,7 +60,7 @@ def load_runs(paths: Iterable[Path]) -> list[Run]:
 
 
 def router_of(config: dict[str, Any]) -> str:
-    """The router of a run: dense, TopK, TopK with warm-up, or ReMoE."""
+    """The router of a run, one of `ROUTERS`."""
     if not config.get("num_experts"):
         return "dense"
     if config.get("moe_relu_routing"):
@@ -264,7 +266,7 @@ def compare(runs: list[Run]) -> Comparison:
                 f"leave one of them out"
             )
         group.runs[seed] = run
-    ordered = list(groups.values())
+    ordered = sorted(groups.values(), key=lambda group: ROUTERS.index(group.router))
     differences = []
     for index, second in enumerate(ordered):
         for first in ordered[index + 1 :]:
