@@ -52,6 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="G: multiplies --num-experts and --moe-router-topk, divides the expert width.",
     )
     group.add_argument(
+        "--moe-topk-warmup-steps",
+        type=int,
+        default=0,
+        help="TopK routing: activate --moe-topk-warmup-topk experts in the first training steps.",
+    )
+    group.add_argument(
+        "--moe-topk-warmup-topk",
+        type=int,
+        default=None,
+        help="TopK routing: k of the near-dense warm-up, before granularity.",
+    )
+    group.add_argument(
         "--metrics-file",
         default=None,
         help="Write one JSON object per logged step and evaluation to this file.",
@@ -61,6 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         type=int,
         default=None,
         help="Keep that many of the last checkpoints, and those of --save-retain-interval.",
+    )
+    group.add_argument("--wandb-tags", nargs="+", default=None, help="Tags of the W&B run.")
+    group.add_argument(
+        "--wandb-mode",
+        choices=("online", "offline", "disabled"),
+        default=None,
+        help="Whether W&B sends what it logs, or writes it to --wandb-save-dir only.",
     )
     parser.set_defaults(**_machine_defaults())
     return _Parser(
@@ -120,6 +139,7 @@ def finish(args: argparse.Namespace) -> None:
         args.eval_global_batch_size = int(os.environ.get("WORLD_SIZE", "1")) // ranks
     _check_backend(args)
     _finish_checkpoints(args)
+    _finish_wandb(args)
     if args.metrics_file is not None and args.log_interval % args.tensorboard_log_interval:
         raise ValueError(
             f"log_interval is {args.log_interval}, no multiple of tensorboard_log_interval "
@@ -134,6 +154,7 @@ def finish(args: argparse.Namespace) -> None:
             f"moe_granularity is {args.moe_granularity}, but the width that it divides is not "
             f"given; pass --moe-ffn-hidden-size or --ffn-hidden-size"
         )
+    _check_topk_warmup(args)
     if args.num_experts is not None:
         width = args.moe_ffn_hidden_size or args.ffn_hidden_size
         shape = apply_granularity(
@@ -143,6 +164,8 @@ def finish(args: argparse.Namespace) -> None:
             granularity=args.moe_granularity,
         )
         args.num_experts, args.moe_router_topk = shape.num_experts, shape.topk
+        if args.moe_topk_warmup_topk is not None:
+            args.moe_topk_warmup_topk *= args.moe_granularity
         if width is not None:
             args.moe_ffn_hidden_size = shape.ffn_hidden_size
     _refuse_uneven_gather_on_gloo(args)
@@ -201,13 +224,54 @@ def _has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def _refuse_moe_flags_of_a_dense_model(args: argparse.Namespace) -> None:
-    if args.moe_relu_routing or args.moe_granularity != 1:
-        flag = "moe_relu_routing" if args.moe_relu_routing else "moe_granularity"
+def _finish_wandb(args: argparse.Namespace) -> None:
+    """Check W&B, and hand it what Megatron has no flag for, through its environment variables."""
+    if args.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ValueError(
-            f"{flag} is set but num_experts is not; pass --num-experts, or leave {flag} out "
-            f"for a dense model"
+            f"wandb_project is {args.wandb_project}, but wandb is not installed; run: pip install "
+            f"'remoe[wandb]', or leave wandb_project out"
         )
+    if args.wandb_mode is not None:
+        os.environ["WANDB_MODE"] = args.wandb_mode
+    if args.wandb_tags is not None:
+        os.environ["WANDB_TAGS"] = ",".join(args.wandb_tags)
+
+
+def _refuse_moe_flags_of_a_dense_model(args: argparse.Namespace) -> None:
+    for flag, off in (
+        ("moe_relu_routing", False),
+        ("moe_granularity", 1),
+        ("moe_topk_warmup_steps", 0),
+    ):
+        if getattr(args, flag) != off:
+            raise ValueError(
+                f"{flag} is set but num_experts is not; pass --num-experts, or leave {flag} out "
+                f"for a dense model"
+            )
+
+
+def _check_topk_warmup(args: argparse.Namespace) -> None:
+    steps, topk = args.moe_topk_warmup_steps, args.moe_topk_warmup_topk
+    if steps < 0:
+        raise ValueError(f"moe_topk_warmup_steps is {steps}; it must be 0 (no warm-up) or more")
+    if steps == 0 and topk is None:
+        return
+    if steps == 0 or topk is None:
+        raise ValueError(
+            f"moe_topk_warmup_steps is {steps} and moe_topk_warmup_topk is {topk}; give both (the "
+            f"published control: 100 steps with 6 experts), or neither"
+        )
+    if args.moe_relu_routing:
+        raise ValueError(
+            "moe_topk_warmup_steps is set with moe_relu_routing, which has a dense stage of its "
+            "own; leave one of them out"
+        )
+    if args.num_experts is not None and not 1 <= topk <= args.num_experts:
+        raise ValueError(
+            f"moe_topk_warmup_topk is {topk} of {args.num_experts} experts; choose it between 1 "
+            f"and num_experts"
+        )
+    options.check(args, names=options.NEEDS_KNOWN_COUNT, by="TopK with near-dense warm-up")
 
 
 def _refuse_uneven_gather_on_gloo(args: argparse.Namespace) -> None:
@@ -236,16 +300,24 @@ def _finish_relu_routing(args: argparse.Namespace) -> None:
 
 
 def routing_from_args(args: argparse.Namespace):
-    """The settings of ReLU routing, or None when another router was asked for."""
-    if not args.moe_relu_routing:
-        return None
-    from megatron.remoe.router import ReLURouting
+    """The settings of ReLU routing, or of TopK routing; None for a router that does not count.
 
-    return ReLURouting(
-        l1_reg_coeff_init=args.moe_relu_l1_reg_coeff_init,
-        l1_reg_coeff_multiplier=args.moe_relu_l1_reg_coeff_multiplier,
-        load_balancing=args.moe_relu_load_balancing,
-    )
+    Routers count together over all pipeline stages, so TopK counts where every stage has experts.
+    """
+    from megatron.remoe.router import ReLURouting
+    from megatron.remoe.warmup import TopKRouting
+
+    if args.moe_relu_routing:
+        return ReLURouting(
+            l1_reg_coeff_init=args.moe_relu_l1_reg_coeff_init,
+            l1_reg_coeff_multiplier=args.moe_relu_l1_reg_coeff_multiplier,
+            load_balancing=args.moe_relu_load_balancing,
+        )
+    if args.moe_topk_warmup_steps:
+        return TopKRouting(args.moe_topk_warmup_steps, args.moe_topk_warmup_topk)
+    if args.moe_layer_freq != 1 and args.pipeline_model_parallel_size > 1:
+        return None
+    return TopKRouting()
 
 
 def configure(model_config, args: argparse.Namespace):

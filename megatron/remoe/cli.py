@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megatron.remoe import cli_bench, cli_checkpoint
+from megatron.remoe import cli_bench, cli_checkpoint, cli_runs
 
 app = typer.Typer(
     help="ReMoE: mixture-of-experts with ReLU routing, on unmodified Megatron.",
@@ -21,6 +21,7 @@ verify = typer.Typer(help="Check what this project claims, on this machine.", no
 app.add_typer(verify, name="verify")
 app.add_typer(cli_checkpoint.app, name="checkpoint")
 app.add_typer(cli_bench.app, name="bench")
+cli_runs.register(app)
 
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 

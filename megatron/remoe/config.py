@@ -1,8 +1,8 @@
 """YAML configs: Megatron's flags with underscores, `base:` inheritance, `key=value` overrides.
 
-A config is a page of flags. Three keys are ours: `base` (a path, or a list of paths, relative to
-the file), `run_dir` and `nproc` (processes on this machine). Other paths are relative to the
-working directory, as for Megatron.
+A config is a page of flags. Four keys are ours: `base` (a path, or a list of paths, relative to
+the file), `run_dir`, `nproc` (processes on this machine), and `data_root`, a variable for the other
+values (`${data_root}/01`). Other paths are relative to the working directory, as for Megatron.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-_OWN_KEYS = ("base", "run_dir", "nproc")
+_OWN_KEYS = ("base", "run_dir", "nproc", "data_root")
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     if config.get("num_experts") is None:
         config = {k: v for k, v in config.items() if not _concerns_experts(k)}
     default_dir = Path("runs") / "-".join([path.stem, *(o.replace("/", "_") for o in overrides)])
+    config.pop("data_root", None)
     nproc = config.pop("nproc", None)
     if nproc is not None and (not isinstance(nproc, int) or nproc < 1):
         raise ValueError(f"nproc is {nproc!r}; it must be a positive number of processes")
@@ -143,8 +144,16 @@ def _opposite(option: str) -> str:
     return f"--no-{option[2:]}"
 
 
-def check(argv: list[str], nproc: int) -> argparse.Namespace:
+def check(argv: list[str], nproc: int, *, paths: bool = True) -> argparse.Namespace:
     """Let our checks and Megatron's own run over a command line, before anything is started.
+
+    Args:
+        argv: the command line.
+        nproc: processes of the whole run, on all machines.
+        paths: whether data and tokenizer must exist here.
+
+    Returns:
+        The arguments as the run will have them.
 
     Raises:
         ValueError: arguments that the run would reject, and data or tokenizers that do not exist.
@@ -158,7 +167,8 @@ def check(argv: list[str], nproc: int) -> argparse.Namespace:
     try:
         with _as_rank_zero(argv, nproc), contextlib.redirect_stderr(complaints):
             args = parse_args(extra_args_provider=add_arguments)
-            check_paths(args)
+            if paths:
+                check_paths(args)
             validate_args(args)
             core_transformer_config_from_args(args)
             _check_what_megatron_finds_late(args)

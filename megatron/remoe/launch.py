@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -41,17 +42,8 @@ def train_iters(flags: dict[str, Any]) -> int | None:
     return flags.get("train_iters")
 
 
-def prepare(config: RunConfig, *, force: bool = False) -> tuple[RunConfig, list[str]]:
-    """Complete a config with its run directory's paths, check it, and write `config.yaml`.
-
-    Nothing is written before everything is checked.
-
-    Returns:
-        The completed config, with a number of processes, and its command line.
-
-    Raises:
-        ValueError: arguments that the run would reject, or a directory that holds another run.
-    """
+def complete(config: RunConfig) -> RunConfig:
+    """Add what follows from the run directory: where metrics, checkpoints and logs go, and how."""
     run_dir, flags = config.run_dir, dict(config.flags)
     flags.setdefault("metrics_file", str(run_dir / "metrics.jsonl"))
     flags.setdefault("data_cache_path", str(run_dir / "cache"))
@@ -65,14 +57,38 @@ def prepare(config: RunConfig, *, force: bool = False) -> tuple[RunConfig, list[
         flags.setdefault("verify_integrity", True)
         if flags.get("use_distributed_optimizer"):
             flags.setdefault("dist_ckpt_optim_fully_reshardable", True)
-    config = RunConfig(run_dir, config.nproc or default_nproc(), flags)
-    argv = to_argv(flags, megatron_parser())
-    check(argv, config.nproc)
+    if flags.get("wandb_project"):
+        flags.setdefault("wandb_exp_name", run_dir.name)
+        flags.setdefault("wandb_save_dir", str(run_dir))
+    return RunConfig(run_dir, config.nproc or default_nproc(), flags)
+
+
+def prepare(
+    config: RunConfig, *, force: bool = False, nodes: int = 1
+) -> tuple[RunConfig, list[str]]:
+    """Complete a config with its run directory's paths, check it, and write `config.yaml`.
+
+    Nothing is written before everything is checked.
+
+    Args:
+        config: a run.
+        force: continue a run with other settings.
+        nodes: machines, each with the config's number of processes.
+
+    Returns:
+        The completed config, with a number of processes, and its command line.
+
+    Raises:
+        ValueError: arguments that the run would reject, or a directory that holds another run.
+    """
+    config = complete(config)
+    argv = to_argv(config.flags, megatron_parser())
+    check(argv, nodes * (config.nproc or 1))
     if not force:
-        _refuse_another_run(config)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    os.close(_lock(run_dir))
-    (run_dir / "config.yaml").write_text(config.to_yaml())
+        refuse_another_run(config)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    os.close(_lock(config.run_dir))
+    write_config(config)
     return config, argv
 
 
@@ -80,7 +96,16 @@ def _lock(run_dir: Path) -> int:
     return processes.hold_lock(run_dir / ".lock", run_dir)
 
 
-def _refuse_another_run(config: RunConfig) -> None:
+def write_config(config: RunConfig) -> None:
+    """Write `config.yaml` at once: the machines of a run write the same file together."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = config.run_dir / f".config.yaml.{socket.gethostname()}.{os.getpid()}"
+    temporary.write_text(config.to_yaml())
+    os.replace(temporary, config.run_dir / "config.yaml")
+
+
+def refuse_another_run(config: RunConfig) -> None:
+    """Raise `ValueError` when the run directory holds a run with other settings."""
     path = config.run_dir / "config.yaml"
     if not path.exists():
         return
@@ -235,7 +260,7 @@ def _bar(total: int | None, console: Console) -> Report:
     speeds: deque[float] = deque(maxlen=_STEPS_OF_ETA)
 
     def report(row: dict[str, Any]) -> None:
-        text = _describe(row) + _eta(row, speeds, total)
+        text = describe_row(row) + _eta(row, speeds, total)
         progress.update(task, completed=row["iteration"], description=text)
 
     return report, progress.stop
@@ -247,7 +272,7 @@ def _lines(total: int | None, console: Console) -> Report:
 
     def report(row: dict[str, Any]) -> None:
         nonlocal last_time
-        text = _describe(row) + _eta(row, speeds, total)
+        text = describe_row(row) + _eta(row, speeds, total)
         now, iteration = time.monotonic(), row["iteration"]
         if now - last_time >= _SECONDS_BETWEEN_LINES or iteration == total:
             last_time = now
@@ -290,10 +315,13 @@ def summarise(run_dir: Path, console: Console) -> None:
     console.print(f"curves: {run_dir / 'curves.png'}", highlight=False)
 
 
-def _describe(row: dict[str, Any]) -> str:
+def describe_row(row: dict[str, Any]) -> str:
+    """A training row in a few words."""
     text = f"loss {_loss(row['lm_loss'], 3)}"
     if "sparsity" in row:
-        text += f"  sparsity {row['sparsity']:.3f}  coefficient {row['l1_coeff']:.1e}"
+        text += f"  sparsity {row['sparsity']:.3f}"
+    if "l1_coeff" in row:
+        text += f"  coefficient {row['l1_coeff']:.1e}"
     return text
 
 

@@ -19,15 +19,14 @@ from megatron.remoe import compat
 from megatron.remoe.step import FinalizeStep, StepReport
 
 _EVALUATION = "lm loss validation"
+DEAD_SHARE = 8  # a dead expert has less than the balanced share of tokens divided by this
 
 
 class MetricsWriter:
     """Stands in for `torch.utils.tensorboard.SummaryWriter`.
 
     A training row has iteration, lm_loss, grad_norm, learning_rate, tokens (so far) and
-    tokens_per_second, and with ReLU routing sparsity, sparsity_per_layer, active_experts (mean per
-    token), l1_coeff, l1_reg (sum over layers, before the coefficient), and the numbers of
-    silent_layers (no token activates an expert) and dense_layers (all tokens activate all).
+    tokens_per_second. With experts it also has what `routing_metrics` says.
     An evaluation row has iteration, split and lm_loss; several validation sets also give their
     mean by tokens.
 
@@ -172,7 +171,16 @@ class MetricsWriter:
 
 
 def routing_metrics(report: StepReport) -> dict[str, Any]:
-    """The report as numbers for a row; copies to the host."""
+    """The report as numbers for a row; copies to the host.
+
+    sparsity, sparsity_per_layer; active_experts and active_experts_max, mean and most per token;
+    silent_layers (no token activates an expert) and dense_layers (all tokens activate all);
+    expert_load_min, expert_load_max and expert_load_cv: tokens of an expert relative to the mean
+    expert of its layer, least and most of all, and the coefficient of variation, mean over layers;
+    dead_experts: how many, of all layers, have less than an eighth of a balanced share, which is
+    k/E of the tokens (1/64 of the tokens for k = 1 of E = 8, the published threshold). With ReLU
+    routing l1_coeff, and l1_reg (sum over layers, before the coefficient).
+    """
     has_router = report.has_router.tolist()
 
     def per_layer(values: torch.Tensor) -> list[float]:
@@ -184,14 +192,34 @@ def routing_metrics(report: StepReport) -> dict[str, Any]:
 
     num_experts = report.tokens_per_expert_LE.shape[1]
     sparsity = report.sparsity.item()
-    return {
+    row = {
         "sparsity": sparsity,
         "sparsity_per_layer": per_layer(report.sparsity_L),
         "active_experts": num_experts * (1 - sparsity),
-        "l1_coeff": report.l1_coeff.item(),
-        "l1_reg": sum(per_layer(report.l1_reg_L)),
+        "active_experts_max": int(max(per_layer(report.most_active_L))),
+        **_load_metrics(report),
         "silent_layers": layers_at(1.0),
         "dense_layers": layers_at(0.0),
+    }
+    if report.l1_coeff is not None and report.l1_reg_L is not None:
+        row["l1_coeff"] = report.l1_coeff.item()
+        row["l1_reg"] = sum(per_layer(report.l1_reg_L))
+    return row
+
+
+def _load_metrics(report: StepReport) -> dict[str, float]:
+    counts_LE = report.tokens_per_expert_LE[report.has_router].double()
+    tokens_L = report.tokens_L[report.has_router].double()
+    num_experts = counts_LE.shape[1]
+    # A silent layer has no load: every expert counts as balanced there, and as dead.
+    mean_L1 = counts_LE.mean(dim=1, keepdim=True)
+    load_LE = torch.where(mean_L1 > 0, counts_LE / mean_L1, 1.0)
+    balanced_L1 = (tokens_L * report.topk / num_experts).unsqueeze(1)
+    return {
+        "expert_load_min": load_LE.min().item(),
+        "expert_load_max": load_LE.max().item(),
+        "expert_load_cv": load_LE.std(dim=1, correction=0).mean().item(),
+        "dead_experts": int((counts_LE < balanced_L1 / DEAD_SHARE).sum().item()),
     }
 
 

@@ -5,6 +5,7 @@ ignored: a test fails on a field that is not here, `check` refuses at the start,
 `docs/options.md` is printed from this one.
 """
 
+from collections.abc import Collection
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
@@ -178,23 +179,38 @@ def moe_fields() -> dict[str, Any]:
     }
 
 
-def check(config: Any) -> None:
-    """Refuse what ReLU routing cannot do.
+# Options that hold only for a number of assignments known in advance.
+NEEDS_KNOWN_COUNT = (
+    "moe_token_dispatcher_type", "moe_permute_fusion", "moe_expert_capacity_factor",
+    "moe_pad_expert_input_to_capacity", "moe_expert_rank_capacity_factor",
+    "moe_router_padding_for_quantization", "moe_enable_routing_replay", "moe_paged_stash",
+    "overlap_moe_expert_parallel_comm", "enable_cuda_graph", "external_cuda_graph",
+    "cuda_graph_impl",
+)  # fmt: skip
+
+
+def check(
+    config: Any, *, names: Collection[str] = tuple(OPTIONS), by: str = "ReLU routing"
+) -> None:
+    """Refuse what a varying number of assignments cannot do.
 
     Args:
         config: a TransformerConfig, or Megatron's arguments, which have the same names.
+        names: the options that matter.
+        by: who refuses, for the message.
 
     Raises:
         ValueError: naming the option, its value, the reason and the remedy.
     """
     defaults = moe_fields()
-    for name, option in OPTIONS.items():
+    for name in names:
+        option = OPTIONS[name]
         if option.answer != "refused":
             continue
         allowed = option.allowed or (defaults.get(name), None)
         value = getattr(config, name, allowed[0])
         if not all(v in allowed for v in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"{name} is {value}, which ReLU routing refuses: {option.why}")
+            raise ValueError(f"{name} is {value}, which {by} refuses: {option.why}")
 
 
 def to_markdown() -> str:

@@ -12,10 +12,10 @@ from megatron.core.transformer.moe.router import Router, TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from remoe.buffers import ExactBuffers
+from megatron.remoe.counting import CountsRouting
 from remoe.config import ControllerConfig, LoadBalancing
 from remoe.regularization import l1_regularization, load_weights
-from remoe.routing import relu_routing, tokens_per_expert
+from remoe.routing import relu_routing
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,14 @@ class ReLURouting:
         )
 
 
-class ReLURouter(ExactBuffers, Router):
+class ReLURouter(CountsRouting, Router):
     """Routes with `relu(x W)`, adds the L1 penalty in backward, and counts what it routed.
 
-    Buffers:
+    Buffers beside the counters:
         l1_coeff: fp32, 0-d, persistent: the coefficient of the penalty.
-        stats: fp64 `[3 + E]`, not persistent, sums over the micro-batches of a step on this rank:
-            regulariser, micro-batches (as fractions over the ranks that share one), tokens, and
-            tokens per expert.
     """
 
     l1_coeff: Tensor
-    stats: Tensor
     # Megatron's own, which need nothing of its top-k router.
     apply_input_jitter = TopKRouter.apply_input_jitter
     apply_z_loss = TopKRouter.apply_z_loss
@@ -64,8 +60,7 @@ class ReLURouter(ExactBuffers, Router):
         device = torch.cuda.current_device()
         coeff = torch.tensor(self.controller.init, dtype=torch.float32, device=device)
         self.register_buffer("l1_coeff", coeff)
-        stats = torch.zeros(3 + self.num_experts, dtype=torch.float64, device=device)
-        self.register_buffer("stats", stats, persistent=False)
+        self.register_counters(self.num_experts)
 
     @cached_property
     def controller(self) -> ControllerConfig:
@@ -106,13 +101,10 @@ class ReLURouter(ExactBuffers, Router):
         published code does.
         """
         num_ranks = self.tp_cp_group.size()
-        counts = tokens_per_expert(routing_map, padding_mask)
-        if padding_mask is None:
-            num_tokens, penalised = counts.new_full((1,), probs.shape[0]), probs
-        else:
-            num_tokens = (~padding_mask).sum(dim=0, keepdim=True)
+        local = self.count(routing_map, padding_mask, num_ranks=num_ranks)
+        penalised = probs
+        if padding_mask is not None:
             penalised = probs.masked_fill(padding_mask.unsqueeze(1), 0)
-        local = torch.cat([num_tokens, counts])
         total = local.clone()
         if num_ranks > 1:
             torch.distributed.all_reduce(total, group=self.tp_cp_group)
@@ -123,8 +115,6 @@ class ReLURouter(ExactBuffers, Router):
         l1_reg = l1_regularization(penalised, num_tokens=total[0], load_weights_E=weights)
         with torch.no_grad():
             self.stats[0] += l1_reg
-            self.stats[1] += 1 / num_ranks
-            self.stats[2:] += local
         penalty = self.l1_coeff * l1_reg
         if self.calculate_per_token_loss:
             # Megatron will divide every gradient by the number of tokens of the global batch.

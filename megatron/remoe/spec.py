@@ -15,14 +15,18 @@ from megatron.remoe import options
 from megatron.remoe.backend import TorchSpecProvider
 from megatron.remoe.layer import DroplessMoELayer
 from megatron.remoe.router import ReLURouter, ReLURouting
+from megatron.remoe.warmup import CountingTopKRouter, TopKRouting
+
+Routing = ReLURouting | TopKRouting
 
 
-def layer_spec(routing: ReLURouting | None) -> Callable[..., TransformerBlockSubmodules]:
+def layer_spec(routing: Routing | None) -> Callable[..., TransformerBlockSubmodules]:
     """A value for `GPTModelConfig.transformer_layer_spec`.
 
     Args:
-        routing: settings of ReLU routing; None keeps Megatron's TopK router. Without experts in the
-            model config the layers are dense either way.
+        routing: settings of ReLU routing, or of TopK routing that counts and may warm up; None
+            keeps Megatron's TopK router. Without experts in the model config the layers are dense
+            either way.
     """
 
     def build(model_config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -32,7 +36,7 @@ def layer_spec(routing: ReLURouting | None) -> Callable[..., TransformerBlockSub
 
 
 def block_spec(
-    config: TransformerConfig, routing: ReLURouting | None, *, vp_stage: int | None = None
+    config: TransformerConfig, routing: Routing | None, *, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, for the local or the Transformer Engine backend.
 
@@ -42,7 +46,7 @@ def block_spec(
     Raises:
         ValueError: an option that ReLU routing refuses (`options`).
     """
-    if routing is not None and config.num_moe_experts is not None:
+    if isinstance(routing, ReLURouting) and config.num_moe_experts is not None:
         options.check(config)
     use_te = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(
@@ -57,7 +61,7 @@ def block_spec(
         block.layer_specs = [_with_torch_modules(spec, config) for spec in block.layer_specs]
     if routing is not None:
         block.layer_specs = [
-            _with_relu_routing(spec, routing) if _has_experts(spec) else spec
+            _with_routing(spec, routing) if _has_experts(spec) else spec
             for spec in block.layer_specs
         ]
     return block
@@ -93,9 +97,10 @@ def _with_torch_modules(layer: ModuleSpec, config: TransformerConfig) -> ModuleS
     return replace(layer, submodules=submodules)
 
 
-def _with_relu_routing(layer: ModuleSpec, routing: ReLURouting) -> ModuleSpec:
-    router = partial(ReLURouter, routing=routing)
-    return replace(layer, submodules=replace(layer.submodules, mlp=_moe(layer, router=router)))
+def _with_routing(layer: ModuleSpec, routing: Routing) -> ModuleSpec:
+    kind = ReLURouter if isinstance(routing, ReLURouting) else CountingTopKRouter
+    mlp = _moe(layer, router=partial(kind, routing=routing))
+    return replace(layer, submodules=replace(layer.submodules, mlp=mlp))
 
 
 def _moe(layer: ModuleSpec, **modules: Any) -> partial:

@@ -15,6 +15,7 @@ from megatron.core.distributed import finalize_model_grads as megatron_finalize_
 from torch import Tensor
 
 from megatron.remoe import compat
+from megatron.remoe.counting import CountsRouting
 from megatron.remoe.router import ReLURouter
 from remoe.controller import next_l1_coeff
 from remoe.routing import sparsity
@@ -25,19 +26,25 @@ class StepReport:
     """Routing of one step, over all layers, micro-batches and tokens of the global batch.
 
     Attributes:
-        has_router: bool `[L]`, True for layers with a ReLU router; other entries are meaningless.
+        has_router: bool `[L]`, True for layers with a router; other entries are meaningless.
         sparsity_L: `[L]`; `sparsity` is its mean over routers, what the controller acts on.
-        l1_reg_L: `[L]`, the regulariser before its coefficient, mean over micro-batches.
-        tokens_per_expert_LE: `[L, E]`.
-        l1_coeff: 0-d, the coefficient used in this step.
+        tokens_L: `[L]`, and tokens_per_expert_LE: `[L, E]`.
+        most_active_L: `[L]`, the most experts that a token activated.
+        topk: k of the model, after granularity.
+        l1_reg_L: `[L]`, the regulariser before its coefficient, mean over micro-batches; None
+            without ReLU routing.
+        l1_coeff: 0-d, the coefficient used in this step; None without ReLU routing.
     """
 
     has_router: Tensor
     sparsity: Tensor
     sparsity_L: Tensor
-    l1_reg_L: Tensor
+    tokens_L: Tensor
     tokens_per_expert_LE: Tensor
-    l1_coeff: Tensor
+    most_active_L: Tensor
+    topk: int
+    l1_reg_L: Tensor | None = None
+    l1_coeff: Tensor | None = None
 
 
 def relu_routers(model: list[torch.nn.Module]) -> list[ReLURouter]:
@@ -45,43 +52,60 @@ def relu_routers(model: list[torch.nn.Module]) -> list[ReLURouter]:
     return [m for chunk in model for m in chunk.modules() if isinstance(m, ReLURouter)]
 
 
+def counting_routers(model: list[torch.nn.Module]) -> list[CountsRouting]:
+    """The routers of this rank's model chunks that count, of ReLU or TopK routing."""
+    modules = (m for chunk in model for m in chunk.modules() if isinstance(m, CountsRouting))
+    # Layers of multi-token prediction (TopK only) are numbered on their own.
+    return [m for m in modules if not m.is_mtp_layer]
+
+
 @torch.no_grad()
 def update_routers(
-    routers: list[ReLURouter], num_layers: int, *, move_coeff: bool = True
+    routers: list[CountsRouting], num_layers: int, *, move_coeff: bool = True
 ) -> StepReport:
-    """Reduce and clear the statistics, and move every router's coefficient in place.
+    """Reduce and clear the statistics, and move every ReLU router's coefficient in place.
 
     Args:
-        routers: the routers of this rank; every pipeline stage must have at least one.
+        routers: the routers of this rank, all of one kind; every pipeline stage must have at least
+            one.
         num_layers: L.
         move_coeff: False only measures, when the step's coefficient has moved already.
     """
     first = routers[0]
     stats = first.stats.new_zeros(num_layers, first.stats.numel())
+    most_active = first.most_active.new_zeros(num_layers)
     for router in routers:
         stats[router.layer_number - 1] = router.stats
-        router.stats.zero_()
+        most_active[router.layer_number - 1] = router.most_active
+        router.clear_counters()
     # Ranks that share tokens (tensor parallelism without sequence parallelism) count them equally
     # often above and below the line.
     for group in (first.tp_dp_cp_group, parallel_state.get_pipeline_model_parallel_group()):
         if group.size() > 1:
             torch.distributed.all_reduce(stats, group=group)
+            torch.distributed.all_reduce(
+                most_active, op=torch.distributed.ReduceOp.MAX, group=group
+            )
 
     l1_reg, micro_batches, tokens, counts = stats.split([1, 1, 1, first.num_experts], dim=1)
     has_router = tokens.squeeze(1) > 0
     sparsity_L = sparsity(counts, tokens.squeeze(1))
     mean_sparsity = sparsity_L.where(has_router, 0).sum() / has_router.sum()
+    relu = [router for router in routers if isinstance(router, ReLURouter)]
     report = StepReport(
         has_router=has_router,
         sparsity=mean_sparsity,
         sparsity_L=sparsity_L,
-        l1_reg_L=(l1_reg / micro_batches).squeeze(1),
+        tokens_L=tokens.squeeze(1),
         tokens_per_expert_LE=counts,
-        l1_coeff=first.l1_coeff.clone(),
+        most_active_L=most_active,
+        topk=first.config.moe_router_topk,
+        l1_reg_L=(l1_reg / micro_batches).squeeze(1) if relu else None,
+        l1_coeff=relu[0].l1_coeff.clone() if relu else None,
     )
-    if move_coeff:
-        coeffs = [router.l1_coeff for router in routers]
-        moved = next_l1_coeff(torch.stack(coeffs), mean_sparsity, first.controller)
+    if relu and move_coeff:
+        coeffs = [router.l1_coeff for router in relu]
+        moved = next_l1_coeff(torch.stack(coeffs), mean_sparsity, relu[0].controller)
         torch._foreach_copy_(coeffs, list(moved.unbind()))
     return report
 
@@ -96,7 +120,7 @@ class FinalizeStep:
     checkpoint of the step before and exit, to repeat the step elsewhere: the coefficient goes back.
 
     Attributes:
-        report: what the last step measured; None before the first, or without ReLU routers.
+        report: what the last step measured; None before the first, or without routers that count.
     """
 
     def __init__(self, iteration: Callable[[], int] | None = None) -> None:
@@ -109,16 +133,16 @@ class FinalizeStep:
         megatron_finalize_model_grads(
             model, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce
         )
-        routers = relu_routers(model)
+        routers = counting_routers(model)
         if not routers:
             return
         iteration = self._iteration()
         num_layers = routers[0].config.num_layers
-        coeffs = [router.l1_coeff for router in routers]
-        if iteration != self._last:
+        coeffs = [router.l1_coeff for router in routers if isinstance(router, ReLURouter)]
+        if coeffs and iteration != self._last:
             self._before = torch.stack(coeffs)
         self.report = update_routers(routers, num_layers, move_coeff=iteration != self._last)
-        if iteration == self._last and compat.step_will_be_repeated():
+        if coeffs and iteration == self._last and compat.step_will_be_repeated():
             torch._foreach_copy_(coeffs, list(self._before.unbind()))
         self._last = iteration
 

@@ -62,7 +62,7 @@ class Run:
 
     @property
     def has_relu_routing(self) -> bool:
-        return "sparsity" in self.train[0]
+        return "l1_coeff" in self.train[0]
 
     @property
     def target_sparsity(self) -> float:

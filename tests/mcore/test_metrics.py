@@ -14,8 +14,10 @@ from megatron.remoe.metrics import MetricsWriter
 from megatron.remoe.step import StepReport
 
 EVERY = {"grad_norm", "iteration", "learning_rate", "lm_loss", "tokens", "tokens_per_second"}
-ROUTING = {"sparsity", "sparsity_per_layer", "active_experts", "l1_coeff", "l1_reg"}
-ROUTING |= {"silent_layers", "dense_layers"}
+COUNTED = {"sparsity", "sparsity_per_layer", "active_experts", "active_experts_max"}
+COUNTED |= {"expert_load_min", "expert_load_max", "expert_load_cv", "dead_experts"}
+COUNTED |= {"silent_layers", "dense_layers"}
+ROUTING = COUNTED | {"l1_coeff", "l1_reg"}
 
 
 def report(l1_reg: float = 0.25) -> StepReport:
@@ -24,8 +26,12 @@ def report(l1_reg: float = 0.25) -> StepReport:
         has_router=torch.tensor([True, False, True]),
         sparsity=torch.tensor(0.625),
         sparsity_L=torch.tensor([0.5, math.nan, 0.75]),
+        tokens_L=torch.tensor([32, 0, 32]),
+        # k = 1 of 4: a balanced share is 8 tokens, and an expert with fewer than 1 is dead.
+        tokens_per_expert_LE=torch.tensor([[16, 16, 16, 16], [0, 0, 0, 0], [24, 7, 1, 0]]),
+        most_active_L=torch.tensor([3, 0, 2]),
+        topk=1,
         l1_reg_L=torch.tensor([l1_reg, math.nan, 0.5]),
-        tokens_per_expert_LE=torch.zeros(3, 4),
         l1_coeff=torch.tensor(1e-8),
     )
 
@@ -141,6 +147,12 @@ def test_a_training_row_has_what_is_documented(megatron_on, path):
         "sparsity": 0.625,
         "sparsity_per_layer": [0.5, 0.75],  # layers with experts only
         "active_experts": 4 * 0.375,
+        "active_experts_max": 3,
+        "expert_load_min": 0.0,
+        "expert_load_max": 3.0,
+        # the first layer is balanced; in the third loads are 3, 7/8, 1/8 and 0
+        "expert_load_cv": pytest.approx(math.sqrt((4 + 1 / 64 + 49 / 64 + 1) / 4) / 2),
+        "dead_experts": 1,
         "l1_coeff": torch.tensor(1e-8).item(),
         "l1_reg": 0.75,
         "silent_layers": [],
@@ -170,7 +182,20 @@ def test_layers_that_go_silent_or_dense_are_named_in_row_and_log(megatron_on, pa
     ]
 
 
-def test_without_relu_routers_a_row_has_no_routing(megatron_on, path):
+def test_a_topk_row_has_the_routing_without_a_penalty(megatron_on, path):
+    megatron_on(report=replace(report(), l1_reg_L=None, l1_coeff=None)).step()
+    assert set(rows(path)[0]) == EVERY | COUNTED
+
+
+def test_a_silent_layer_has_balanced_load_and_dead_experts(megatron_on, path):
+    counts = torch.tensor([[16, 16, 16, 16], [0, 0, 0, 0], [0, 0, 0, 0]])
+    megatron_on(report=replace(report(), tokens_per_expert_LE=counts)).step()
+    (row,) = rows(path)
+    assert (row["expert_load_min"], row["expert_load_max"], row["expert_load_cv"]) == (1, 1, 0)
+    assert row["dead_experts"] == 4
+
+
+def test_without_routers_that_count_a_row_has_no_routing(megatron_on, path):
     megatron_on().step()
     assert set(rows(path)[0]) == EVERY
 
@@ -317,10 +342,11 @@ def test_tensorboard_and_wandb_get_the_same_numbers(megatron_on, path):
     (row, _) = rows(path)
     routing = [("remoe/sparsity", row["sparsity"], 1)]
     routing += [(f"remoe/sparsity_per_layer/{i}", v, 1) for i, v in ((1, 0.5), (2, 0.75))]
-    routing += [(f"remoe/{k}", row[k], 1) for k in ("active_experts", "l1_coeff", "l1_reg")]
+    plain = ROUTING - {"sparsity", "sparsity_per_layer", "silent_layers", "dense_layers"}
+    routing += [(f"remoe/{k}", row[k], 1) for k in plain]
     routing += [("remoe/silent_layers", 0, 1), ("remoe/dense_layers", 0, 1)]  # how many
     # W&B has Megatron's own numbers from Megatron.
-    assert megatron_on.wandb.scalars == routing
+    assert sorted(megatron_on.wandb.scalars) == sorted(routing)
     by_megatron = {tag for tag, _, _ in tensorboard.scalars} - {tag for tag, _, _ in routing}
     assert set(tensorboard.scalars) >= {*routing, ("lm loss", 2.0, 1), ("grad-norm", 0.5, 1)}
     assert {"lm loss vs samples", "lm loss validation", "batch-size"} <= by_megatron

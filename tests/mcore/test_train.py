@@ -11,7 +11,7 @@ import pytest
 
 from megatron.remoe.config import load_config, to_argv
 from tests.mcore import tiny
-from tests.mcore.test_metrics import EVERY, ROUTING
+from tests.mcore.test_metrics import COUNTED, EVERY, ROUTING
 
 STEPS, STOP, TOKENS = 12, 6, 8 * 32
 DATA = {
@@ -219,12 +219,16 @@ def shapes_from_checkpoint(home: Path) -> list[tuple[int, int, int]]:
     return tiny.shapes(*argv, from_checkpoint=True)
 
 
-def test_topk_and_dense_rows_have_no_routing(others):
+def test_topk_rows_count_and_dense_rows_have_no_routing(others):
     topk, dense = training(others["topk"]), training(others["dense"])
     assert [row["iteration"] for row in topk] == [1, 2, 3]
     assert [row["iteration"] for row in dense] == [2, 4]
+    assert all(set(row) == EVERY | COUNTED for row in topk)
+    assert all(set(row) == EVERY for row in dense)
+    for row in topk:
+        assert (row["active_experts"], row["active_experts_max"]) == (1, 1)
+        assert row["sparsity"] == 0.75
     for row in topk + dense:
-        assert set(row) == EVERY
         assert math.log(128) - 2 < row["lm_loss"] < math.log(128) + 0.5
         assert row["tokens_per_second"] > 0
 

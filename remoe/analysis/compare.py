@@ -1,0 +1,292 @@
+"""Runs side by side: means over seeds, paired differences between routers, and how they settled."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from remoe.analysis.runs import Run
+from remoe.analysis.size import ModelSize
+
+_SETTLED_STEPS, _SETTLED_WITHIN = 20, 0.02
+_LAST_ROWS = 20
+_DEFAULT_SEED = 1234
+# In the order of a table, and of a difference: later minus earlier.
+ROUTERS = ("dense", "TopK", "TopK with warm-up", "ReMoE")
+# Settings in which runs differ without being other experiments.
+_PLACES = {
+    "run_dir", "nproc", "seed", "metrics_file", "save", "load", "save_interval", "data_cache_path",
+    "tensorboard_dir", "wandb_exp_name", "wandb_save_dir", "wandb_project", "wandb_tags",
+    "wandb_mode",
+}  # fmt: skip
+# Settings that make the router, beyond which two routers must agree to be compared.
+_ROUTER_SETTINGS = (
+    "moe_relu_",
+    "moe_topk_warmup_",
+    "moe_router_load_balancing_type",
+    "moe_router_pre_softmax",
+    "moe_aux_loss_coeff",
+)
+# Two-sided 95% quantiles of Student's t, for 1 to 30 degrees of freedom.
+_T95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
+    2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def load_runs(paths: Iterable[Path]) -> list[Run]:
+    """Read run directories, and every run directory directly in a folder that is none itself.
+
+    Raises:
+        ValueError: a path without a run.
+    """
+    runs = []
+    for path in paths:
+        if not path.is_dir():
+            raise ValueError(f"{path} is not a folder; pass run directories, or folders of them")
+        inside = sorted(p for p in path.iterdir() if (p / "metrics.jsonl").is_file())
+        if (path / "metrics.jsonl").is_file():
+            runs.append(Run.load(path))
+        elif inside:
+            runs += [Run.load(p) for p in inside]
+        else:
+            raise ValueError(f"{path} holds no run: there is no metrics.jsonl in it or below it")
+    return runs
+
+
+def router_of(config: dict[str, Any]) -> str:
+    """The router of a run, one of `ROUTERS`."""
+    if not config.get("num_experts"):
+        return "dense"
+    if config.get("moe_relu_routing"):
+        return "ReMoE"
+    return "TopK with warm-up" if config.get("moe_topk_warmup_steps") else "TopK"
+
+
+def validation_loss(run: Run) -> float:
+    """The last overall validation loss; NaN without one, or where it diverged."""
+    loss = run.last_evaluation().get("valid")
+    return math.nan if loss is None else loss
+
+
+def steps_to_settle(run: Run) -> int | None:
+    """First step that opens 20 consecutive ones with |S - target| <= 0.02; None if there is none.
+
+    Steps are counted in logged rows, so log every step.
+    """
+    if not run.has_relu_routing:
+        return None
+    target, length = run.target_sparsity, 0
+    steps = run.series("iteration")
+    for index, sparsity in enumerate(run.series("sparsity")):
+        length = length + 1 if abs(sparsity - target) <= _SETTLED_WITHIN else 0
+        if length == _SETTLED_STEPS:
+            return int(steps[index - _SETTLED_STEPS + 1])
+    return None
+
+
+def _last_mean(run: Run, key: str) -> float | None:
+    values = [row[key] for row in run.train[-_LAST_ROWS:] if row.get(key) is not None]
+    return statistics.fmean(values) if values else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed only.
+
+    Attributes:
+        router: see `router_of`.
+        settings: what else distinguishes the group from others of the comparison.
+        runs: by seed.
+    """
+
+    router: str
+    settings: tuple[tuple[str, Any], ...]
+    runs: dict[int, Run]
+
+    @property
+    def name(self) -> str:
+        return ", ".join([self.router, *(f"{key} {value}" for key, value in self.settings)])
+
+    @property
+    def any_run(self) -> Run:
+        return next(iter(self.runs.values()))
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return {seed: validation_loss(run) for seed, run in self.runs.items()}
+
+    @property
+    def size(self) -> ModelSize | None:
+        """Of the model; None where the config does not determine it."""
+        try:
+            return ModelSize.from_flags(self.any_run.config)
+        except ValueError:
+            return None
+
+    def row(self) -> dict[str, Any]:
+        """The line of the table, unrounded."""
+        runs, losses = list(self.runs.values()), list(self.losses.values())
+        settled = [steps_to_settle(run) for run in runs]
+        steps = [step for step in settled if step is not None]
+        return {
+            "run": self.name,
+            "seeds": len(runs),
+            "steps": min(run.train[-1]["iteration"] for run in runs),
+            "active_params": self.size.active_params if self.size else None,
+            "total_params": self.size.total_params if self.size else None,
+            "valid_loss_mean": statistics.fmean(losses),
+            "valid_loss_std": statistics.stdev(losses) if len(losses) > 1 else None,
+            "sparsity": _mean(_last_mean(run, "sparsity") for run in runs),
+            "settled_runs": len(steps) if self.router == "ReMoE" else None,
+            "steps_to_settle": _mean(steps),
+            "dead_experts": _mean(_last_mean(run, "dead_experts") for run in runs),
+            "tokens_per_second": _mean(_last_mean(run, "tokens_per_second") for run in runs),
+        }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Validation loss of one group minus another's, at equal seeds.
+
+    Attributes:
+        first, second: names of the groups.
+        seeds: how many seeds both have.
+        mean: of the differences; negative where the first is better.
+        half_width: of the 95% confidence interval by Student's t; None with one seed.
+    """
+
+    first: str
+    second: str
+    seeds: int
+    mean: float
+    half_width: float | None
+
+
+def paired_difference(first: Group, second: Group) -> Difference | None:
+    """None where the groups share no seed."""
+    a, b = first.losses, second.losses
+    deltas = [a[seed] - b[seed] for seed in a if seed in b]
+    if not deltas:
+        return None
+    half = None
+    if len(deltas) > 1:
+        t = _T95[min(len(deltas) - 1, len(_T95)) - 1]
+        half = t * statistics.stdev(deltas) / math.sqrt(len(deltas))
+    return Difference(first.name, second.name, len(deltas), statistics.fmean(deltas), half)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Groups of runs, and the differences between routers that are otherwise set alike."""
+
+    groups: list[Group]
+    differences: list[Difference]
+
+    def to_csv(self) -> str:
+        rows = [group.row() for group in self.groups]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def to_markdown(self) -> str:
+        header = ("run", "seeds", "steps", "active / total parameters", "validation loss",
+                  "sparsity", "settles at step", "dead experts", "tokens/s")  # fmt: skip
+        lines = [_line(header), _line(["---"] * len(header))]
+        lines += [_line(_cells(group.row())) for group in self.groups]
+        if self.differences:
+            text = "Validation loss, first minus second, at equal seed; 95% confidence interval by"
+            lines += ["", f"{text} Student's t:", ""]
+            lines += [_line(("first", "second", "seeds", "difference")), _line(["---"] * 4)]
+            for d in self.differences:
+                interval = "" if d.half_width is None else f" ± {d.half_width:.4f}"
+                lines.append(_line((d.first, d.second, d.seeds, f"{d.mean:+.4f}{interval}")))
+        return "\n".join(lines)
+
+
+def _line(cells: Iterable[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    def number(key: str, digits: int) -> str:
+        return "" if row[key] is None else f"{row[key]:.{digits}f}"
+
+    loss = number("valid_loss_mean", 4)
+    if row["valid_loss_std"] is not None:
+        loss += f" ± {row['valid_loss_std']:.4f}"
+    settled = number("steps_to_settle", 0)
+    if row["settled_runs"] is not None and row["settled_runs"] < row["seeds"]:
+        settled = f"{settled or '-'} ({row['settled_runs']} of {row['seeds']})"
+    params = ""
+    if row["total_params"] is not None:
+        params = f"{row['active_params'] / 1e6:.1f}M / {row['total_params'] / 1e6:.1f}M"
+    return [
+        row["run"],
+        str(row["seeds"]),
+        str(row["steps"]),
+        params,
+        loss,
+        number("sparsity", 4),
+        settled,
+        number("dead_experts", 1),
+        number("tokens_per_second", 0),
+    ]
+
+
+def compare(runs: list[Run]) -> Comparison:
+    """Group runs by everything but their seed, and pair the routers.
+
+    Raises:
+        ValueError: two runs with the same settings and seed.
+    """
+    routers = {run.path: router_of(run.config) for run in runs}
+    groups: dict[tuple[str, str], Group] = {}
+    for run in runs:
+        alike = [r for r in runs if routers[r.path] == routers[run.path]]
+        settings = _varying(run, alike)
+        key = (routers[run.path], repr(settings))
+        group = groups.setdefault(key, Group(routers[run.path], settings, {}))
+        seed = int(run.config.get("seed") or _DEFAULT_SEED)
+        if seed in group.runs:
+            raise ValueError(
+                f"{group.runs[seed].path} and {run.path} have the same settings and seed {seed}; "
+                f"leave one of them out"
+            )
+        group.runs[seed] = run
+    ordered = sorted(groups.values(), key=lambda group: ROUTERS.index(group.router))
+    differences = []
+    for index, second in enumerate(ordered):
+        for first in ordered[index + 1 :]:
+            if first.router != second.router and _comparable(first, second):
+                differences.append(paired_difference(first, second))
+    return Comparison(ordered, [d for d in differences if d is not None])
+
+
+def _varying(run: Run, alike: list[Run]) -> tuple[tuple[str, Any], ...]:
+    """The settings of a run in which runs of its router differ."""
+    keys = dict.fromkeys(key for r in alike for key in r.config if key not in _PLACES)
+    return tuple(
+        (key, run.config.get(key))
+        for key in keys
+        if any(r.config.get(key) != run.config.get(key) for r in alike)
+    )
+
+
+def _comparable(first: Group, second: Group) -> bool:
+    """Whether two routers are set alike in all that both have and that is not the router's."""
+    a, b = first.any_run.config, second.any_run.config
+    common = [key for key in a if key in b and key not in _PLACES]
+    return all(a[key] == b[key] for key in common if not key.startswith(_ROUTER_SETTINGS))

@@ -1,0 +1,370 @@
+"""The published configs: what they say, what they count to, and that shrunken ones run."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import zstandard
+
+from megatron.remoe.config import load_config, to_argv
+from megatron.remoe.verify.ranks import Ranks, renew_groups
+from remoe.analysis.memory import Layout, activation_bytes
+from remoe.analysis.size import ModelSize
+from tests.mcore import tiny
+from tests.mcore.test_metrics import ROUTING
+from tests.mcore.test_train import finish, training
+
+EXAMPLES = tiny.EXAMPLES
+SHRUNK = [
+    "num_layers=2",
+    "hidden_size=64",
+    "ffn_hidden_size=128",
+    "num_attention_heads=4",
+    "seq_length=32",
+    "max_position_embeddings=32",
+    "micro_batch_size=1",
+    "global_batch_size=8",
+    # of torch's own optimizer and experts, until those of a GPU are there
+    "use_distributed_optimizer=false",
+    "moe_grouped_gemm=false",
+]
+
+
+def preset(size: str, router: str, *overrides: str) -> dict:
+    return load_config(EXAMPLES / f"llama_{size}/{router}.yaml", list(overrides)).flags
+
+
+PUBLISHED = {
+    "seq_length": 1024, "global_batch_size": 512, "train_iters": 60000, "lr": 5e-4, "min_lr": 5e-5,
+    "lr_decay_style": "cosine", "lr_warmup_fraction": 0.01, "clip_grad": 1.0, "bf16": True,
+    "init_method_std": 0.01, "untie_embeddings_and_output_weights": True, "rotary_base": 1000000,
+    "position_embedding_type": "rope", "swiglu": True, "normalization": "RMSNorm",
+    "group_query_attention": True, "num_query_groups": 4, "padded_vocab_size": 51200,
+    "split": "969,30,1", "micro_batch_size": 16, "eval_interval": 1000, "eval_iters": 100,
+    "adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": 0.01,
+}  # fmt: skip
+SIZES = {"182m": (12, 768, 12), "469m": (24, 1024, 16), "978m": (24, 1536, 16)}
+PARAMS = {"182m": ("182.5M", "777.0M"), "469m": ("469.8M", "2.58B"), "978m": ("978.4M", "5.73B")}
+GFLOPS = {"182m": 995, "469m": 2873, "978m": 5991}
+
+
+@pytest.mark.parametrize("router", ["dense", "moe", "moe_warmup", "remoe"])
+@pytest.mark.parametrize("size", SIZES)
+def test_presets_have_every_published_value(size, router):
+    flags = preset(size, router)
+    assert {key: flags[key] for key in PUBLISHED} == PUBLISHED
+    shape = tuple(flags[k] for k in ("num_layers", "hidden_size", "num_attention_heads"))
+    assert shape == SIZES[size] and flags["ffn_hidden_size"] == 4 * shape[1]
+    experts = {k: v for k, v in flags.items() if k.startswith("moe_")}
+    if router == "dense":
+        assert experts == {} and "num_experts" not in flags
+        return
+    assert (flags["num_experts"], flags["moe_router_topk"]) == (8, 1)
+    assert experts["moe_router_load_balancing_type"] == "aux_loss"
+    assert experts["moe_aux_loss_coeff"] == 0.01
+    assert experts.get("moe_relu_routing", False) == (router == "remoe")
+    warmup = experts.get("moe_topk_warmup_steps"), experts.get("moe_topk_warmup_topk")
+    assert warmup == ((100, 6) if router == "moe_warmup" else (None, None))
+    assert experts["moe_relu_l1_reg_coeff_init"] == 1e-8
+    assert experts["moe_relu_l1_reg_coeff_multiplier"] == 1.2
+    expected = ("selective", ["moe"]) if size == "182m" else ("full", None)
+    assert (flags["recompute_granularity"], flags.get("recompute_modules")) == expected
+
+
+@pytest.mark.parametrize("router", ["moe", "remoe"])
+def test_the_long_runs_are_120b_tokens_in_batches_of_4m(router):
+    flags = preset("469m", f"{router}_120b")
+    batch = flags["global_batch_size"] * flags["seq_length"]
+    assert batch == 4 * 1024**2
+    assert flags["train_iters"] * batch == pytest.approx(120e9, rel=1e-4)
+
+
+def test_the_data_are_one_variable():
+    flags = preset("182m", "remoe", "data_root=/somewhere/pile")
+    assert flags["data_path"] == [f"/somewhere/pile/{i:02}" for i in range(1, 30)]
+    assert flags["tokenizer_model"] == "/somewhere/pile/tokenizer"
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("router", ["dense", "moe", "remoe"])
+def test_describe_prints_the_published_size_and_cost(call, tmp_path, size, router):
+    path = str(EXAMPLES / f"llama_{size}/{router}.yaml")
+    code, out, error = call(tiny.remoe, tmp_path, "describe", path, "--tflops", "100")
+    assert code == 0, error
+    rows = {row[0].strip(): row[1].strip() for row in table(out)}
+    active, total = PARAMS[size]
+    assert rows["active parameters"] == active
+    assert rows["total parameters"] == (active if router == "dense" else total)
+    assert float(rows["GFLOPs per sequence"]) == pytest.approx(GFLOPS[size], abs=1)
+    assert rows["tokens"] == "31.46B"  # 60k x 512 x 1024, published as 30B
+    hours = GFLOPS[size] * 1e9 * 512 * 60000 / (100e12 * 8) / 3600
+    assert float(rows["hours at this throughput"]) == pytest.approx(hours, rel=2e-3)
+
+
+def table(out: str) -> list[list[str]]:
+    return [line.strip("│").split("│") for line in out.splitlines() if line.startswith("│")]
+
+
+def test_describe_refuses_two_throughputs(call, tmp_path):
+    argv = ["describe", str(EXAMPLES / "llama_182m/remoe.yaml"), "--tflops", "1"]
+    code, _, error = call(tiny.remoe, tmp_path, *argv, "--tokens-per-second", "1")
+    assert code == 2 and "give one throughput" in error
+
+
+# What follows builds models, on ranks.
+
+
+def build(flags: dict, *, split: bool = True):
+    """The model of a command line on this rank, and its config."""
+    import os
+    import sys
+
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    from megatron.remoe.arguments import add_arguments, configure
+    from megatron.remoe.config import megatron_parser
+
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
+    sys.argv = ["pretrain", *to_argv(flags, megatron_parser())]
+    args = parse_args(extra_args_provider=add_arguments)
+    validate_args(args)
+    unset_num_microbatches_calculator()
+    renew_groups()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+    )
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    config = gpt_config_from_args(args)
+    configure(config, args)
+    if "moe_topk_warmup_steps" in flags:
+        import megatron.training
+
+        args.iteration = 0
+        megatron.training.get_args = lambda: args
+    chunks = GPTModelBuilder(config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        ddp_config=DistributedDataParallelConfig(),
+        wrap_with_ddp=False,
+        data_parallel_random_init=False,
+    )
+    return chunks, args
+
+
+def forward_loss(flags: dict) -> float | None:
+    """Mean loss of a random batch, on the last pipeline stage."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron.remoe.verify.cells import _forward_step
+
+    chunks, args = build(flags)
+    shape = (args.micro_batch_size, args.seq_length + 1)
+    tokens = torch.randint(0, args.padded_vocab_size, shape, generator=torch.Generator())
+
+    def step(data, model):
+        return _forward_step(data, model, router="any")
+
+    losses = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter([tokens]),
+        model=chunks,
+        num_microbatches=1,
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        forward_only=True,
+    )
+    if not losses:
+        return None
+    total = losses[0]["lm loss"]
+    return (total[0] / total[1]).item()
+
+
+FORWARDS = {
+    "EP4": ["expert_model_parallel_size=4"],
+    "TP2 EP2, expert TP1": [
+        "tensor_model_parallel_size=2",
+        "expert_model_parallel_size=2",
+        "expert_tensor_parallel_size=1",
+    ],
+    "PP2 EP2": ["pipeline_model_parallel_size=2", "expert_model_parallel_size=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def four():
+    with Ranks(4) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize("layout", FORWARDS)
+@pytest.mark.parametrize("router", ["dense", "moe", "moe_warmup", "remoe"])
+def test_a_shrunken_preset_runs_forward_under_every_layout_of_four_ranks(four, router, layout):
+    overrides = [o for o in FORWARDS[layout] if router != "dense" or "expert" not in o]
+    small = ["padded_vocab_size=512", "tokenizer_type=NullTokenizer", "vocab_size=511"]
+    flags = preset("182m", router, *SHRUNK, *small, *overrides)
+    for name in ("data_path", "tokenizer_model"):
+        del flags[name]
+    losses = four.run(forward_loss, flags | {"mock_data": True})
+    seen = [loss for loss in losses if loss is not None]
+    assert len(seen) == (2 if "PP2" in layout else 4)
+    # untrained: every token is about equally probable
+    assert seen == pytest.approx([math.log(512)] * len(seen), abs=0.1)
+
+
+def counted(flags: dict) -> tuple[int, int]:
+    """Parameters of the routers, and of the rest of the model."""
+    chunks, _ = build(flags)
+    sizes = {name: p.numel() for chunk in chunks for name, p in chunk.named_parameters()}
+    routers = sum(n for name, n in sizes.items() if "router" in name)
+    return routers, sum(sizes.values()) - routers
+
+
+@pytest.mark.parametrize("granularity", [1, 2])
+@pytest.mark.parametrize("router", ["dense", "remoe"])
+def test_parameters_are_those_of_the_module(call, router, granularity):
+    more = [] if router == "dense" else [f"moe_granularity={granularity}"]
+    flags = preset("469m", router, *SHRUNK, "padded_vocab_size=512", *more)
+    size = ModelSize.from_flags(flags)
+    assert call(counted, flags) == (size.router_params, size.total_params)
+    active = ModelSize.from_flags(preset("469m", "dense", *SHRUNK, "padded_vocab_size=512"))
+    assert size.active_params == active.total_params
+
+
+def saved_bytes(flags: dict, tokens: int) -> tuple[int, float]:
+    """Bytes that autograd keeps for the backward of a model, and mean active experts."""
+    (model,), args = build(flags)
+    parameters = {p.data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.train()
+    inputs = torch.randint(0, 512, (args.micro_batch_size, args.seq_length))
+    positions = torch.arange(args.seq_length).expand_as(inputs)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(inputs, positions, None, labels=inputs)
+        total = sum(kept.values())
+    loss.sum().backward()
+    counts = [m.stats for m in model.modules() if hasattr(m, "most_active")]
+    active = sum((s[3:].sum() / s[2]).item() for s in counts) / max(1, len(counts))
+    return total, active
+
+
+@pytest.mark.parametrize("router", ["dense", "moe", "remoe"])
+def test_activations_are_about_what_autograd_keeps(call, router):
+    overrides = [o for o in SHRUNK if not o.startswith(("hidden", "ffn", "seq", "max_"))]
+    overrides += ["hidden_size=256", "ffn_hidden_size=1024", "seq_length=256"]
+    overrides += ["max_position_embeddings=256", "padded_vocab_size=512"]
+    overrides += ["recompute_granularity=null", "recompute_modules=null"]
+    flags = preset("182m", router, *overrides)
+    kept, active = call(saved_bytes, flags, 256)
+    size = ModelSize.from_flags(flags)
+    estimate = activation_bytes(size, Layout(), active)
+    # routing, masks, casts of norms and rope are not counted
+    assert 0.5 < estimate / kept < 1.1, (estimate, kept)
+
+
+def write_shards(folder: Path) -> None:
+    """Shards named as the Pile's, with enough documents for a split of 969,30,1."""
+    folder.mkdir()
+    for shard in range(30):
+        words = random.Random(shard)
+        texts = (" ".join(words.choices(tiny.WORDS, k=40)) for _ in range(520))
+        lines = "".join(json.dumps({"text": text, "meta": {}}) + "\n" for text in texts)
+        path = folder / f"{shard:02}.jsonl.zst"
+        path.write_bytes(zstandard.compress(lines.encode()))
+
+
+# Stands in the place of W&B, which sends nothing in offline mode: writes what it is told.
+WANDB = """
+import json, os
+from unittest.mock import MagicMock
+
+config, run, Artifact = MagicMock(), MagicMock(), MagicMock()
+
+def _write(entry):
+    with open("wandb.jsonl", "a") as file:
+        file.write(json.dumps(entry, default=float) + "\\n")
+
+def init(*, config, **settings):
+    environment = {k: v for k, v in os.environ.items() if k.startswith("WANDB_")}
+    _write({"settings": settings, "environment": environment, "lr": config["lr"]})
+
+def log(values, step=None):
+    _write({"step": step} | values)
+
+def finish(*args):
+    _write("finished")
+"""
+
+
+@pytest.fixture(scope="module")
+def pile_run(call, tmp_path_factory):
+    """The recipe of docs/experiments.md, on synthetic shards and a shrunken preset."""
+    home = tmp_path_factory.mktemp("pile")
+    write_shards(home / "pile")
+    argv = ["data", "tokenize", "pile", "--out", "tokens", "--vocab-size", "300", "--workers", "1"]
+    code, out, error = call(tiny.remoe, home, *argv)
+    assert code == 0, out + error
+    (home / "stub").mkdir()
+    (home / "stub/wandb.py").write_text(WANDB)
+    overrides = [*SHRUNK, "data_root=tokens", "padded_vocab_size=512", "run_dir=runs/first"]
+    overrides += ["train_iters=4", "eval_interval=4", "eval_iters=1", "save_interval=4"]
+    overrides += ["wandb_project=pile", "wandb_tags=[a,b]", "wandb_mode=offline"]
+    path = str(EXAMPLES / "llama_182m/remoe.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(home / "stub"), prepend=":")
+        finish(tiny.start("train", path, *overrides, cwd=home))
+    return home
+
+
+def test_from_the_piles_shards_to_training(pile_run):
+    rows = training(tiny.rows(pile_run / "runs/first"))
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
+    assert all(abs(row["lm_loss"] - math.log(512)) < 0.5 for row in rows)
+    assert all(row["sparsity"] > 0 for row in rows)
+
+
+def test_wandb_gets_project_name_tags_mode_and_every_number(pile_run):
+    lines = [json.loads(line) for line in (pile_run / "wandb.jsonl").read_text().splitlines()]
+    start = lines[0]
+    assert start["settings"] == {"dir": "runs/first", "name": "first", "project": "pile"}
+    assert start["environment"] == {"WANDB_MODE": "offline", "WANDB_TAGS": "a,b"}
+    assert start["lr"] == 5e-4 and lines[-1] == "finished"
+    logged: dict[tuple[int, str], float] = {}
+    for line in lines[1:-1]:
+        step = line.pop("step")
+        logged |= {(step, name): value for name, value in line.items()}
+    for row in training(tiny.rows(pile_run / "runs/first")):
+        for key in ROUTING - {"sparsity_per_layer", "silent_layers", "dense_layers"}:
+            assert logged[row["iteration"], f"remoe/{key}"] == row[key]
+        for layer, value in enumerate(row["sparsity_per_layer"], start=1):
+            assert logged[row["iteration"], f"remoe/sparsity_per_layer/{layer}"] == value
+        assert logged[row["iteration"], "lm loss"] == pytest.approx(row["lm_loss"])
+
+
+def test_wandb_that_is_not_installed_is_one_line(call, tmp_path):
+    import importlib.util
+
+    if importlib.util.find_spec("wandb") is not None:
+        pytest.skip("wandb is installed here, so nothing is missing")
+    tiny.write_config(tmp_path / "tiny.yaml")
+    code, _, error = call(tiny.remoe, tmp_path, "train", "tiny.yaml", "wandb_project=x")
+    assert code == 2
+    assert error.startswith("error: wandb_project is x, but wandb is not installed; run: pip inst")

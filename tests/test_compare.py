@@ -1,0 +1,185 @@
+"""Comparisons of runs, on files written by hand: settling, grouping, differences, figures."""
+
+import csv
+import io
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from remoe.analysis import compare as tables
+from remoe.analysis import figures
+from remoe.analysis.runs import Run
+from tests.test_runs import evaluation, size_of_png
+
+SHAPE = {
+    "num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "ffn_hidden_size": 16,
+    "seq_length": 4, "padded_vocab_size": 32, "swiglu": True, "normalization": "RMSNorm",
+    "disable_bias_linear": True, "untie_embeddings_and_output_weights": True,
+}  # fmt: skip
+EXPERTS = {"num_experts": 8, "moe_router_topk": 2}
+TARGET = 0.75
+
+
+def write(folder: Path, name: str, loss: float | None, sparsity: list[float] | None, **config):
+    path = folder / name
+    path.mkdir(parents=True)
+    config = SHAPE | {"run_dir": str(path), "save": str(path)} | config
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    rows = []
+    for i, value in enumerate(sparsity or [0.0] * 30, start=1):
+        row = {"iteration": i, "lm_loss": 9.0 / i, "tokens_per_second": 100.0}
+        if "num_experts" in config:
+            row |= {"sparsity": value, "dead_experts": 2}
+        if config.get("moe_relu_routing"):
+            row |= {"l1_coeff": 1e-8, "l1_reg": 1.0, "sparsity_per_layer": [value]}
+        rows.append(row)
+    rows.append(evaluation(len(rows), "valid", loss))
+    import json
+
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def remoe(folder: Path, name: str, loss: float, sparsity: list[float] | None = None, **config):
+    sparsity = sparsity or [TARGET] * 30
+    return write(folder, name, loss, sparsity, moe_relu_routing=True, **EXPERTS, **config)
+
+
+def topk(folder: Path, name: str, loss: float, **config):
+    return write(folder, name, loss, [TARGET] * 30, **EXPERTS, **config)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "step"),
+    [
+        ([TARGET] * 20, 1),
+        ([TARGET] * 19, None),
+        ([0.5] * 7 + [TARGET + 0.0199] * 10 + [TARGET - 0.0199] * 10, 8),
+        ([TARGET] * 19 + [TARGET + 0.021] + [TARGET] * 20, 21),  # too early the first time
+        ([TARGET] * 19 + [0.9] + [TARGET] * 19, None),
+        ([0.5] * 3 + [TARGET] * 25 + [0.9] * 5, 4),  # later steps do not matter
+    ],
+)
+def test_a_run_settles_where_twenty_steps_near_the_target_begin(tmp_path, sparsity, step):
+    assert tables.steps_to_settle(Run.load(remoe(tmp_path, "run", 1.0, sparsity))) == step
+
+
+def test_t_quantiles_are_those_of_the_distribution():
+    for degrees, quantile in enumerate(tables._T95, start=1):
+        # density of Student's t, integrated by the trapezoidal rule
+        scale = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2)
+        scale /= math.sqrt(degrees * math.pi)
+        steps = 20000
+        xs = [quantile * i / steps for i in range(steps + 1)]
+        ys = [scale * (1 + x * x / degrees) ** (-(degrees + 1) / 2) for x in xs]
+        inside = 2 * (sum(ys) - (ys[0] + ys[-1]) / 2) * quantile / steps
+        assert inside == pytest.approx(0.95, abs=5e-5), degrees
+
+
+@pytest.fixture
+def four_routers(tmp_path) -> tables.Comparison:
+    for seed, loss in ((1, 2.0), (2, 3.0), (3, 4.0)):
+        topk(tmp_path, f"topk-{seed}", loss, seed=seed)
+        remoe(tmp_path, f"remoe-{seed}", loss - 0.1 * seed, seed=seed)
+        write(tmp_path, f"dense-{seed}", loss + 1, None, seed=seed)
+    topk(tmp_path, "warm-1", 1.5, seed=1, moe_topk_warmup_steps=5, moe_topk_warmup_topk=4)
+    return tables.compare(tables.load_runs([tmp_path]))
+
+
+def test_seeds_are_one_row_with_mean_and_deviation(four_routers):
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(four_routers.to_csv()))}
+    assert set(rows) == {"dense", "TopK", "TopK with warm-up", "ReMoE"}
+    assert [float(rows["TopK"][k]) for k in ("valid_loss_mean", "valid_loss_std")] == [3.0, 1.0]
+    assert rows["TopK"]["seeds"] == "3" and rows["TopK with warm-up"]["valid_loss_std"] == ""
+    assert float(rows["ReMoE"]["sparsity"]) == TARGET
+    assert float(rows["ReMoE"]["steps_to_settle"]) == 1 and rows["TopK"]["steps_to_settle"] == ""
+    assert float(rows["TopK"]["dead_experts"]) == 2 and rows["dense"]["dead_experts"] == ""
+    assert float(rows["dense"]["tokens_per_second"]) == 100
+    # 2 embeddings of 32 x 8, 2 layers of attention 4 x 64 and MLP 3 x 128, 5 norms of 8
+    assert rows["dense"]["total_params"] == str(512 + 2 * (256 + 384) + 40)
+    assert rows["ReMoE"]["total_params"] == str(512 + 2 * (256 + 8 * 384) + 40)
+
+
+def test_differences_are_paired_by_seed(four_routers):
+    (pair,) = [d for d in four_routers.differences if {d.first, d.second} == {"TopK", "ReMoE"}]
+    sign = 1 if pair.first == "TopK" else -1
+    assert pair.seeds == 3 and sign * pair.mean == pytest.approx(0.2)
+    # 0.1, 0.2, 0.3: deviation 0.1, whatever the losses themselves do
+    assert pair.half_width == pytest.approx(4.303 * 0.1 / math.sqrt(3))
+    (single,) = [d for d in four_routers.differences if "TopK with warm-up" in (d.first, d.second)
+                 and "TopK" in (d.first, d.second)]  # fmt: skip
+    assert single.seeds == 1 and single.half_width is None
+    assert len(four_routers.differences) == 6
+    assert f"{pair.mean:+.4f} ± {pair.half_width:.4f}" in four_routers.to_markdown()
+
+
+def test_routers_are_paired_at_equal_settings_only(tmp_path):
+    for experts in (8, 16):
+        more = {"num_experts": experts, "moe_router_topk": 2}
+        for router, relu in (("topk", False), ("remoe", True)):
+            path = f"{router}-{experts}"
+            write(tmp_path, path, 2.0, [TARGET] * 30, moe_relu_routing=relu, **more)
+    write(tmp_path, "dense", 3.0, None)
+    comparison = tables.compare(tables.load_runs([tmp_path]))
+    pairs = {frozenset((d.first, d.second)) for d in comparison.differences}
+    names = {f"{r}, num_experts {e}" for r in ("TopK", "ReMoE") for e in (8, 16)}
+    assert {g.name for g in comparison.groups} == names | {"dense"}
+    expected = {frozenset((f"TopK, num_experts {e}", f"ReMoE, num_experts {e}")) for e in (8, 16)}
+    assert pairs == expected | {frozenset(("dense", name)) for name in names}
+
+
+def test_two_runs_of_a_seed_are_refused(tmp_path):
+    paths = [topk(tmp_path, name, 2.0, seed=1) for name in ("a", "b")]
+    with pytest.raises(ValueError, match="the same settings and seed 1; leave one of them out"):
+        tables.compare(tables.load_runs(paths))
+
+
+def test_a_folder_without_runs_is_named(tmp_path):
+    with pytest.raises(ValueError, match="holds no run"):
+        tables.load_runs([tmp_path])
+
+
+def test_a_run_that_diverged_has_no_loss(tmp_path):
+    write(tmp_path, "a", None, None)
+    comparison = tables.compare(tables.load_runs([tmp_path]))
+    assert "nan" in comparison.to_markdown()
+
+
+def test_figures_are_of_what_varies(four_routers, tmp_path):
+    drawn = {path.name for path in figures.draw_all(four_routers, tmp_path)}
+    # two active experts have more parameters than one dense layer
+    assert drawn == {"loss.png", "sparsity.png", "coefficient.png", "parameters.png"}
+    for name in drawn:
+        width, height = size_of_png(tmp_path / name)
+        assert width > 800 and height > 500
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "figure"),
+    [
+        ("num_experts", (4, 8), "experts.png"),
+        ("moe_granularity", (1, 2), "granularity.png"),
+        ("ffn_hidden_size", (16, 32), "parameters.png"),
+    ],
+)
+def test_loss_is_drawn_against_what_a_sweep_varies(tmp_path, monkeypatch, key, values, figure):
+    from matplotlib import pyplot
+
+    for value in values:
+        config = EXPERTS | {key: value}
+        write(tmp_path / "runs", f"{value}", 1.0 / value, [TARGET] * 30, **config)
+    comparison = tables.compare(tables.load_runs([tmp_path / "runs"]))
+    kept = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    paths = figures.draw_all(comparison, tmp_path)
+    assert figure in {path.name for path in paths}
+    (axis,) = kept[[path.name for path in paths].index(figure)].axes
+    monkeypatch.undo()
+    for each in kept:
+        pyplot.close(each)
+    points = sorted(zip(axis.lines[0].get_xdata(), axis.lines[0].get_ydata(), strict=True))
+    assert [y for _, y in points] == pytest.approx([1.0 / v for v in values])
+    if key != "ffn_hidden_size":
+        assert [x for x, _ in points] == list(values)
