@@ -147,25 +147,16 @@ def train(config: RunConfig, argv: list[str], console: Console) -> int:
     Returns:
         The exit code of torchrun.
     """
-    environment = cpu_environment(config.nproc) | os.environ | {processes.PARENT: str(os.getpid())}
     log_path = config.run_dir / "log.txt"
     metrics = Path(config.flags["metrics_file"])
-    lock = _lock(config.run_dir)
-    stop = _Stop(saves=bool(config.flags.get("exit_signal_handler")))
+    stop = Stop(saves=bool(config.flags.get("exit_signal_handler")))
     with log_path.open("a") as log:
-        start = log.tell()
-        process = subprocess.Popen(
-            command(argv, config.nproc),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            pass_fds=(lock,),  # torchrun keeps it for as long as it has ranks
-        )
-        os.close(lock)
+        start_of_log = log.tell()
+        process = start(config, argv, log)
         previous = signal.signal(signal.SIGTERM, lambda *_: stop.requested.set())
         try:
             with log_path.open(errors="replace") as own_log:
-                own_log.seek(start)
+                own_log.seek(start_of_log)
                 rows = _new_rows(metrics, process, stop)
                 _follow(rows, own_log, train_iters(config.flags), console)
         except KeyboardInterrupt:  # the terminal has sent it to torchrun too
@@ -181,7 +172,38 @@ def train(config: RunConfig, argv: list[str], console: Console) -> int:
     return process.returncode
 
 
-class _Stop:
+def start(
+    config: RunConfig, argv: list[str], log: TextIO, *, runs_beside: int = 1, **options: Any
+) -> subprocess.Popen:
+    """Start torchrun, which holds the run's directory for as long as it has ranks.
+
+    Args:
+        config: of a run that `prepare` or a sweep has checked.
+        argv: its command line.
+        log: gets the output.
+        runs_beside: how many runs share this machine, this one included.
+        options: of `Popen`.
+
+    Raises:
+        ValueError: another process holds the directory.
+    """
+    nproc = config.nproc or 1
+    environment = cpu_environment(nproc * runs_beside) | os.environ
+    lock = _lock(config.run_dir)
+    try:
+        return subprocess.Popen(
+            command(argv, nproc),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment | {processes.PARENT: str(os.getpid())},
+            pass_fds=(lock,),
+            **options,
+        )
+    finally:
+        os.close(lock)
+
+
+class Stop:
     """SIGTERM on its way to the ranks, each of which hears it once, as soon as it listens.
 
     Attributes:
@@ -229,7 +251,7 @@ def _complete_lines(file: TextIO) -> Iterator[str]:
 
 
 def _new_rows(
-    path: Path, process: subprocess.Popen, stop: "_Stop"
+    path: Path, process: subprocess.Popen, stop: "Stop"
 ) -> Iterator[dict[str, Any] | None]:
     """Rows as they are written by this process, until it ends; None while there is nothing new."""
     started, position = time.time(), 0

@@ -23,6 +23,8 @@ _SECONDS_BETWEEN_LINES = 30  # where the output is not a terminal
 _SECONDS_TO_SAVE = 60
 _JOB_FILE = "slurm_job"
 
+Active = dict[str, tuple[SweepRun, subprocess.Popen]]  # runs that are going on, by name
+
 
 def is_finished(run: SweepRun) -> bool:
     """Whether the last step is logged, and the validation after it where there is one."""
@@ -61,7 +63,7 @@ def run_here(runs: list[SweepRun], jobs: int, console: Console) -> Outcome:
     """
     outcome = Outcome(finished=[run.name for run in runs if is_finished(run)])
     waiting = [run for run in runs if run.name not in outcome.finished]
-    active: dict[str, tuple[SweepRun, subprocess.Popen]] = {}
+    active: Active = {}
     report = (_Bars if console.is_terminal else _Lines)(len(runs), outcome, console)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -69,8 +71,12 @@ def run_here(runs: list[SweepRun], jobs: int, console: Console) -> Outcome:
         while waiting or active:
             while waiting and len(active) < jobs:
                 run = waiting.pop(0)
-                active[run.name] = (run, _start(run, jobs))
-                report.started(run.name)
+                try:
+                    active[run.name] = (run, _start(run, jobs))
+                except ValueError as error:  # its directory is in use
+                    outcome.failed[run.name] = str(error)
+                else:
+                    report.started(run.name)
             time.sleep(_POLL_SECONDS)
             for name in [name for name, (_, p) in active.items() if p.poll() is not None]:
                 run, process = active.pop(name)
@@ -78,7 +84,7 @@ def run_here(runs: list[SweepRun], jobs: int, console: Console) -> Outcome:
                 report.ended(name)
             report.show(active)
     finally:
-        _stop([process for _, process in active.values()])
+        _stop(active)
         report.close()
         signal.signal(signal.SIGTERM, previous)
     return outcome
@@ -91,16 +97,8 @@ def _interrupt(*_: object) -> None:
 def _start(run: SweepRun, jobs: int) -> subprocess.Popen:
     """Start a run in a session of its own, so that Ctrl-C reaches it through us only."""
     launch.write_config(run.config)
-    nproc = run.config.nproc or 1
-    threads = max(1, (os.cpu_count() or 1) // (jobs * nproc))
     with (run.config.run_dir / "log.txt").open("a") as log:
-        return subprocess.Popen(
-            launch.command(run.argv, nproc),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={"OMP_NUM_THREADS": str(threads)} | os.environ,
-            start_new_session=True,
-        )
+        return launch.start(run.config, run.argv, log, runs_beside=jobs, start_new_session=True)
 
 
 def _finish(run: SweepRun, process: subprocess.Popen, outcome: Outcome) -> None:
@@ -126,14 +124,20 @@ def _reason(log: Path) -> str:
     return f": {own[-1]}" if own else ""
 
 
-def _stop(processes: list[subprocess.Popen]) -> None:
-    for process in processes:
-        process.terminate()
+def _stop(active: Active) -> None:
+    """Let the runs save, those that do, and end the others."""
+    stops = []
+    for run, process in active.values():
+        stop = launch.Stop(saves=bool(run.config.flags.get("exit_signal_handler")))
+        stop.requested.set()
+        stops.append((stop, process))
     deadline = time.monotonic() + _SECONDS_TO_SAVE
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+    while time.monotonic() < deadline and any(p.poll() is None for _, p in stops):
+        for stop, process in stops:
+            stop.pass_on(process)
+        time.sleep(_POLL_SECONDS)
+    for _, process in stops:
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
@@ -142,9 +146,6 @@ def _progress(run: SweepRun) -> tuple[int, str]:
     """Last logged step, and what it says."""
     rows = [row for row in _rows(run) if "split" not in row]
     return (rows[-1]["iteration"], launch.describe_row(rows[-1])) if rows else (0, "starting")
-
-
-Active = dict[str, tuple[SweepRun, subprocess.Popen]]
 
 
 class _Bars:
