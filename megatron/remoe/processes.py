@@ -125,8 +125,9 @@ def exit_at_once(rank: int) -> Iterator[None]:
 
 def _end(code: int, *messages: str) -> None:
     with contextlib.suppress(OSError):  # a full disk must not keep it either
-        for message in messages:
-            print(message, flush=True)
+        for message in messages:  # each in one piece, since all ranks write to one file
+            sys.stdout.write(f"{message}\n")
+            sys.stdout.flush()
     with contextlib.suppress(OSError):
         sys.stderr.flush()
     os._exit(code)

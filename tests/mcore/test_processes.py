@@ -132,7 +132,7 @@ processes.end_with_parent()
 processes.end_children_with_me()
 signal.signal(signal.SIGTERM, lambda *_: None)  # as Megatron's exit-signal handler does
 pid = os.fork()  # a data loader, which inherits that
-print('process', pid or os.getpid(), flush=True)
+os.write(1, f"process {{pid or os.getpid()}}\\n".encode())  # in one piece
 with processes.exit_at_once(int(os.environ["RANK"])):
     while pid and os.environ["RANK"] == "1":
         {fault}
