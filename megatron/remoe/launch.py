@@ -120,12 +120,9 @@ def refuse_another_run(config: RunConfig) -> None:
 
 
 def command(argv: list[str], nproc: int) -> list[str]:
-    """The torchrun command of a run on this machine.
-
-    Ranks that are left when one has failed have nothing to save, and get little time.
-    """
+    """The torchrun command of a run on this machine."""
     torchrun = ["-m", "megatron.remoe.agent", "--standalone", f"--nproc-per-node={nproc}"]
-    torchrun += ["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", "--shutdown-timeout=5"]
+    torchrun += ["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT"]
     return [sys.executable, "-W", "ignore", *torchrun, "-m", "megatron.remoe.pretrain", *argv]
 
 

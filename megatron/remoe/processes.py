@@ -33,7 +33,16 @@ def end_with_parent() -> None:
 def end_children_with_me() -> None:
     """The same for every process that this one forks: data loaders, writers of checkpoints."""
     os.environ.pop(PARENT, None)
-    os.register_at_fork(after_in_child=_set_death_signal)
+    parent = os.getpid()
+
+    def in_child() -> None:
+        nonlocal parent
+        _set_death_signal()
+        if os.getppid() != parent:  # it has ended before this process looked
+            os._exit(1)
+        parent = os.getpid()
+
+    os.register_at_fork(after_in_child=in_child)
 
 
 def _set_death_signal() -> None:
@@ -116,8 +125,9 @@ def exit_at_once(rank: int) -> Iterator[None]:
 
 def _end(code: int, *messages: str) -> None:
     with contextlib.suppress(OSError):  # a full disk must not keep it either
-        for message in messages:
-            print(message, flush=True)
+        for message in messages:  # each in one piece, since all ranks write to one file
+            sys.stdout.write(f"{message}\n")
+            sys.stdout.flush()
     with contextlib.suppress(OSError):
         sys.stderr.flush()
     os._exit(code)

@@ -56,10 +56,14 @@ def test_a_process_ends_with_the_one_that_started_it():
     assert parent.stdout.readline() == "ready\n"
     parent.send_signal(signal.SIGKILL)
     parent.wait()
+    wait_for_the_end_of(pid)
+
+
+def wait_for_the_end_of(pid: int) -> None:
     end = time.monotonic() + 10
-    while is_running(pid) and time.monotonic() < end:
+    while is_running(pid):
+        assert time.monotonic() < end
         time.sleep(0.01)
-    assert not is_running(pid)
 
 
 def is_running(pid: int) -> bool:
@@ -88,7 +92,7 @@ def test_a_forked_process_ends_with_the_one_that_forked_it():
     assert is_running(pid)
     process.send_signal(signal.SIGKILL)
     assert process.stdout.read() == ""  # closed by both
-    assert not is_running(pid)
+    wait_for_the_end_of(pid)
 
 
 @pytest.mark.parametrize(
@@ -119,3 +123,41 @@ def test_whether_a_process_listens_to_a_signal_is_seen():
         assert processes.catches(os.getpid(), signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+RANK = """
+import os, signal, time
+from megatron.remoe import processes
+processes.end_with_parent()
+processes.end_children_with_me()
+signal.signal(signal.SIGTERM, lambda *_: None)  # as Megatron's exit-signal handler does
+pid = os.fork()  # a data loader, which inherits that
+os.write(1, f"process {{pid or os.getpid()}}\\n".encode())  # in one piece
+with processes.exit_at_once(int(os.environ["RANK"])):
+    while pid and os.environ["RANK"] == "1":
+        {fault}
+    while True:
+        time.sleep(1)
+"""
+
+
+@LINUX
+def test_when_one_rank_raises_or_dies_all_end(tmp_path):
+    """torchrun gives the other, which does not hear SIGTERM, 30 seconds."""
+    faults = {"raise": "raise RuntimeError('broken')", "die": "os.kill(os.getpid(), 9)"}
+    agents = {}
+    for name, fault in faults.items():
+        script = tmp_path / f"{name}.py"
+        script.write_text(RANK.format(fault=fault))
+        command = [sys.executable, "-m", "megatron.remoe.agent", "--standalone"]
+        agents[name] = subprocess.Popen(
+            [*command, "--nproc-per-node=2", str(script)], stdout=subprocess.PIPE, text=True
+        )
+    for name, agent in agents.items():
+        lines = agent.communicate(timeout=90)[0].splitlines()
+        assert agent.returncode == 1
+        pids = {int(line.split()[1]) for line in lines if line.startswith("process ")}
+        assert len(pids) == 2  # of the data loaders, each named by itself and by its rank
+        for pid in pids:
+            wait_for_the_end_of(pid)
+        assert ("remoe: error: rank 1: RuntimeError: broken" in lines) == (name == "raise")
