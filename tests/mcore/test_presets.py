@@ -150,10 +150,10 @@ def build(flags: dict, *, split: bool = True):
     config = gpt_config_from_args(args)
     configure(config, args)
     if "moe_topk_warmup_steps" in flags:
-        import megatron.training
+        from megatron.training import global_vars
 
         args.iteration = 0
-        megatron.training.get_args = lambda: args
+        global_vars._GLOBAL_ARGS = args
     chunks = GPTModelBuilder(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
         ddp_config=DistributedDataParallelConfig(),

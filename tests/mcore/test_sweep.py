@@ -238,8 +238,9 @@ def names_of(path: Path) -> list[str]:
     """The runs of an example, without its data."""
     from megatron.remoe import config, sweep
 
-    config.check_paths = lambda args: None
-    return [run.name for run in sweep.load_sweep(path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "check_paths", lambda args: None)
+        return [run.name for run in sweep.load_sweep(path)]
 
 
 def test_the_routers_example_is_four_routers_with_three_seeds(call):
