@@ -86,4 +86,4 @@ def _prepare() -> None:
         os.environ |= missing
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     prepare_megatron()
-    logging.disable(logging.INFO)
+    logging.disable(logging.WARNING)
