@@ -77,6 +77,7 @@ def test_without_experts_every_key_of_theirs_is_dropped():
     dropped = set(sparse.flags) - set(dense.flags)
     assert dropped == {
         "num_experts",
+        "moe_grouped_gemm",
         "expert_model_parallel_size",
         "moe_relu_routing",
         "moe_router_topk",

@@ -1,5 +1,6 @@
 """`remoe launch` and the shell launchers: the command, Slurm against stubs, stopping for real."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -142,7 +143,7 @@ def stubs(folder: Path) -> dict[str, str]:
 
 
 def wait_for(path: Path) -> None:
-    for _ in range(300):
+    for _ in range(1200):
         if path.exists():
             return
         time.sleep(0.1)
@@ -203,12 +204,17 @@ def test_a_run_that_is_told_to_stop_saves_and_ends_well(tmp_path):
     process = subprocess.Popen(
         [SCRIPTS / "pretrain.sh", "tiny.yaml"],
         cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT,
+        start_new_session=True,
     )  # fmt: skip
     metrics = tmp_path / "run/metrics.jsonl"
-    wait_for(metrics)
-    process.send_signal(signal.SIGTERM)
     text = (tmp_path / "log.txt").read_text
-    assert process.wait(timeout=100) == 0, text()
+    try:
+        wait_for(metrics)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=100) == 0, text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     saved = int((tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").read_text())
     last = json.loads(metrics.read_text().splitlines()[-1])
     assert saved == last["iteration"] > 0
