@@ -12,6 +12,7 @@ Dimensions: V vocabulary, P padded rows beyond V, H hidden, Q query heads x head
 head, E experts, F expert width, G = 2F, D dense width.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -235,7 +236,7 @@ def plan(config: Config, padded_vocab_size: int, table: Sequence[Rule] = TABLE) 
     tied = config["tie_word_embeddings"]
     items += [_item(r, dims, None) for r in last if not (r.when == "untied" and tied)]
     for side in ([i.megatron for i in items], [name for i in items for name in i.hf]):
-        repeated = sorted({name for name in side if side.count(name) > 1})
+        repeated = sorted(name for name, count in Counter(side).items() if count > 1)
         if repeated:
             raise ValueError(f"the conversion table names {', '.join(repeated)} more than once")
     return items
