@@ -215,24 +215,23 @@ def dims_of(config: Config, padded_vocab_size: int) -> Dims:
     }
 
 
-def plan(config: Config, padded_vocab_size: int, table: Sequence[Rule] = TABLE) -> list[Item]:
+def plan(config: Config, padded_vocab_size: int) -> list[Item]:
     """Every tensor of a model, in the order of its layers.
 
     Args:
         config: a Hugging Face config of model type `remoe` or `llama`.
         padded_vocab_size: Megatron's number of rows in the embedding.
-        table: the rules.
 
     Raises:
         ValueError: two rules claim one name.
     """
     dims = dims_of(config, padded_vocab_size)
-    first = [r for r in table if "*" not in r.megatron and r.when == "always"][:1]
-    last = [r for r in table if "*" not in r.megatron and r not in first]
+    first = [r for r in TABLE if "*" not in r.megatron and r.when == "always"][:1]
+    last = [r for r in TABLE if "*" not in r.megatron and r not in first]
     items = [_item(rule, dims, None) for rule in first]
     for layer in range(config["num_hidden_layers"]):
         kinds = _kinds(config, layer)
-        items += [_item(r, dims, layer) for r in table if "*" in r.megatron and r.when in kinds]
+        items += [_item(r, dims, layer) for r in TABLE if "*" in r.megatron and r.when in kinds]
     tied = config["tie_word_embeddings"]
     items += [_item(r, dims, None) for r in last if not (r.when == "untied" and tied)]
     for side in ([i.megatron for i in items], [name for i in items for name in i.hf]):

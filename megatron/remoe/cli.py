@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from megatron.remoe import convert_cli
+
 app = typer.Typer(
     help="ReMoE: mixture-of-experts with ReLU routing, on unmodified Megatron.",
     no_args_is_help=True,
@@ -19,6 +21,8 @@ verify = typer.Typer(help="Check what this project claims, on this machine.", no
 app.add_typer(verify, name="verify")
 
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+app.add_typer(convert_cli.convert, name="convert")
+app.command()(convert_cli.generate)
 bench = typer.Typer(help="Time alternatives side by side.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 

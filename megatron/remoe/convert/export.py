@@ -111,7 +111,7 @@ def _write_config(config: Config, folder: Path) -> None:
     _write_json(folder / "config.json", whole)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {name: config[name] for name in names if config[name] is not None}
-    _write_json(folder / "generation_config.json", {"max_length": config["max_position_embeddings"]} | ids)
+    _write_json(folder / "generation_config.json", ids)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

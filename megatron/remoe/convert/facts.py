@@ -103,7 +103,7 @@ def model_card(config: Config, num_params: int, num_active: int) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'folder = "."  # this folder',
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{remote})",
         f"model = AutoModelForCausalLM.from_pretrained(folder{remote})",
         'inputs = tokenizer("Once", return_tensors="pt", return_token_type_ids=False)',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",

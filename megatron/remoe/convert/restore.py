@@ -133,27 +133,35 @@ def to_megatron(
     return out / name
 
 
-def _flags(source: HFSource, layout: Layout, out: Path) -> dict[str, Any]:
-    config = source.config
-    flags = to_flags(config, source.padded_vocab_size)
+def flags_of(
+    config: Config, padded_vocab_size: int, dtype: torch.dtype, layout: Layout
+) -> dict[str, Any]:
+    """Flags to build the model with, without a tokenizer."""
+    flags = to_flags(config, padded_vocab_size)
     if (length := _facts(config).get("sequence_length")) is not None:
         flags["seq_length"] = length
     flags |= {
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
-        "pretrained_checkpoint": str(out),
     }
     if config["model_type"] == "remoe":
         flags |= {
             "expert_model_parallel_size": layout.expert,
             "expert_tensor_parallel_size": 1,
         }
-    if source.dtype != torch.float32:
-        flags["bf16" if source.dtype == torch.bfloat16 else "fp16"] = True
-    if source.tokenizer is not None:
-        tokenizer = str(out / "tokenizer")
-        return flags | {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": tokenizer}
+    if dtype != torch.float32:
+        flags["bf16" if dtype == torch.bfloat16 else "fp16"] = True
     return flags | {"tokenizer_type": "NullTokenizer", "vocab_size": config["vocab_size"] - 1}
+
+
+def _flags(source: HFSource, layout: Layout, out: Path) -> dict[str, Any]:
+    flags = flags_of(source.config, source.padded_vocab_size, source.dtype, layout)
+    flags["pretrained_checkpoint"] = str(out)
+    if source.tokenizer is not None:
+        del flags["vocab_size"]
+        flags["tokenizer_type"] = "HuggingFaceTokenizer"
+        flags["tokenizer_model"] = str(out / "tokenizer")
+    return flags
 
 
 def _args(flags: dict[str, Any], source: HFSource) -> Namespace:

@@ -60,6 +60,10 @@ class TokenizerFiles:
     def vocab_size(self) -> int:
         return self._loaded[0].get_vocab_size(with_added_tokens=True)
 
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._loaded[0].encode(text).ids
+        return ids
+
     @property
     def ids(self) -> dict[str, int | None]:
         """Ids of the special tokens; without one for padding, that of the end of documents."""
