@@ -95,9 +95,7 @@ TABLE: tuple[Rule, ...] = (
         _concatenate,
     ),
     # attention; norms are named as Transformer Engine names them, fused into the next linear
-    Rule(
-        _M + "self_attention.linear_qkv.layer_norm_weight", {_H + "input_layernorm.weight": "H"}
-    ),
+    Rule(_M + "self_attention.linear_qkv.layer_norm_weight", {_H + "input_layernorm.weight": "H"}),
     Rule(
         _M + "self_attention.linear_qkv.weight",
         {
@@ -277,7 +275,8 @@ def check_names(where: str, found: Iterable[str], expected: Iterable[str]) -> No
     """
     there, wanted = set(found), set(expected)
     problems = [
-        f"{what} {', '.join(sorted(names)[:8])}" + (f" and {len(names) - 8} more" * (len(names) > 8))
+        f"{what} {', '.join(sorted(names)[:8])}"
+        + (f" and {len(names) - 8} more" * (len(names) > 8))
         for what, names in (("lacks", wanted - there), ("has the unknown", there - wanted))
         if names
     ]

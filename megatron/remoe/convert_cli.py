@@ -78,9 +78,7 @@ def to_megatron(
 
     _quiet()
     _stand_in()
-    layout = restore.Layout(
-        tensor_parallel, pipeline_parallel, expert_parallel, padded_vocab_size
-    )
+    layout = restore.Layout(tensor_parallel, pipeline_parallel, expert_parallel, padded_vocab_size)
     with _progress("tensors") as report:
         folder = restore.to_megatron(source, out, layout=layout, force=force, progress=report)
     typer.echo(f"{folder}; continue with a config whose base is {out / 'model.yaml'}")
@@ -128,7 +126,9 @@ def verify(
     for position in differences.argsort(descending=True)[:3].tolist():
         typer.echo(f"  at token {position}: {float(differences[position]):.3g}")
     typer.echo(f"active experts: {result.flipped:.4%} of (token, expert) pairs differ")
-    typer.echo(f"{new_tokens} tokens generated greedily: {'same' if result.greedy else 'DIFFERENT'}")
+    typer.echo(
+        f"{new_tokens} tokens generated greedily: {'same' if result.greedy else 'DIFFERENT'}"
+    )
     if not result.ok:
         typer.echo("the models DIFFER")
         raise typer.Exit(1)

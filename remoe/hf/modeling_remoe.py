@@ -155,7 +155,7 @@ class ReMoEDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """New hidden states, attention weights (eager only), gates and active map (experts only)."""
+        """New hidden states, attention weights (eager only), gates and active map (experts)."""
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
@@ -265,7 +265,9 @@ class ReMoEModel(ReMoEPreTrainedModel):
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             length = inputs_embeds.shape[1]
             position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
-        with_attentions = config.output_attentions if output_attentions is None else output_attentions
+        with_attentions = (
+            config.output_attentions if output_attentions is None else output_attentions
+        )
         with_hidden = (
             config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )

@@ -226,4 +226,9 @@ def write_synthetic(folder: Path, *, layers: int, hidden: int, width: int) -> in
 
 
 if __name__ == "__main__":
-    print(write_synthetic(Path(sys.argv[1]), **dict(zip(("layers", "hidden", "width"), map(int, sys.argv[2:]), strict=True))))
+    print(
+        write_synthetic(
+            Path(sys.argv[1]),
+            **dict(zip(("layers", "hidden", "width"), map(int, sys.argv[2:]), strict=True)),
+        )
+    )

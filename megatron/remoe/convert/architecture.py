@@ -183,8 +183,8 @@ def to_flags(config: Config, padded_vocab_size: int) -> dict[str, Any]:
         "moe_aux_loss_coeff": 0.01,
     }
     if dense:
-        pattern = [int(i not in dense) for i in range(config["num_hidden_layers"])]
-        flags["moe_layer_freq"] = str(pattern)
+        pattern = (str(int(i not in dense)) for i in range(config["num_hidden_layers"]))
+        flags["moe_layer_freq"] = f"[{','.join(pattern)}]"  # Megatron takes no spaces
     if router == "relu":
         flags |= {
             "moe_relu_routing": True,

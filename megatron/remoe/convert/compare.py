@@ -10,8 +10,8 @@ from megatron.remoe.convert.forward import Forward, forward
 from megatron.remoe.convert.source import HFSource, MegatronSource, open_source
 from remoe.conversion import PADDING, check_names
 
-# fp32: sums in another order. Logits of a trained model are of order 10, an fp32 rounding of them is
-# 1e-6, and the paths differ by a few of those.
+# fp32: sums in another order. Logits of a trained model are of order 10, an fp32 rounding of them
+# is 1e-6, and the paths differ by a few of those.
 # bf16: 8 bits. Both sides round every activation, at other places, by up to 2**-9 of its size; over
 # the layers this adds up to a few roundings of the largest logits, of order 10.
 LOGIT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.25}

@@ -166,7 +166,9 @@ def _training(config: Config, facts: Config) -> dict[str, Any]:
     for split, loss in sorted((facts.get("validation_loss") or {}).items()):
         rows[f"validation loss, {split} (step {facts['validation_iteration']})"] = f"{loss:.4f}"
     if config.get("l1_coeff"):
-        rows["coefficient of the L1 penalty"] = f"{math.fsum(config['l1_coeff']) / len(config['l1_coeff']):.3e}"
+        rows["coefficient of the L1 penalty"] = (
+            f"{math.fsum(config['l1_coeff']) / len(config['l1_coeff']):.3e}"
+        )
     rows["commit of the converter"] = facts.get("commit")
     return {name: value for name, value in rows.items() if value is not None}
 

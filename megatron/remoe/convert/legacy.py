@@ -1,4 +1,4 @@
-"""Megatron's old `torch` checkpoints (`mp_rank_00/model_optim_rng.pt`), as the 2024 code wrote them.
+"""Megatron's old `torch` checkpoints: `mp_rank_00/model_optim_rng.pt`.
 
 One file of one rank: the published runs have no tensor, pipeline or expert parallelism. It is a
 pickle, read with `weights_only=True` and the allow-list of `torch_dist`, and mapped into memory, so

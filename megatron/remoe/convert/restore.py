@@ -179,7 +179,7 @@ def _args(flags: dict[str, Any], source: HFSource) -> Namespace:
 
 
 def _linears(items: list[Item], config: Config) -> list[tuple[str, int | None]]:
-    """Linears for which Megatron keeps an extra state, with the number of experts they stand for."""
+    """Linears for which Megatron keeps an extra state, and how many experts they stand for."""
     found = []
     for item in items:
         name = item.megatron.removesuffix(".weight")

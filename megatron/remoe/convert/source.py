@@ -182,8 +182,7 @@ class HFSource:
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype = self.reader.read("model.norm.weight").dtype
-        return dtype
+        return self.reader.read("model.norm.weight").dtype
 
     def hf_tensors(self, item: Item) -> dict[str, Tensor]:
         return {name: self._read(name, shape) for name, shape in item.hf.items()}

@@ -86,7 +86,7 @@ class TokenizerFiles:
         return settings
 
     def write(self, folder: Path) -> None:
-        """Put its files into a folder, with a token for padding, on the left as generation needs."""
+        """Put its files into a folder, with a token for padding, on the left, for generation."""
         tokenizer, end = self._loaded
         has_files = self.path.is_dir() and (self.path / "tokenizer.json").is_file()
         if has_files and self._settings:

@@ -74,7 +74,17 @@ _ALLOWED_IN_METADATA = {
         "WriteItemType",
     },
     "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"},
+    "torch": {
+        "Size",
+        "float64",
+        "float32",
+        "float16",
+        "bfloat16",
+        "int64",
+        "int32",
+        "uint8",
+        "bool",
+    },
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
 }
 
@@ -100,7 +110,7 @@ class TorchDistReader:
     """The model in one `iter_*` folder.
 
     Raises:
-        ValueError: the folder is not a complete torch_dist checkpoint, or holds what is not allowed.
+        ValueError: not a complete torch_dist checkpoint, or one that holds what is not allowed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -185,7 +195,9 @@ class TorchDistReader:
         common = load_allowed(raw, f"the common state of {self.folder}")
         common = common[0] if isinstance(common, list) else common
         if not isinstance(common, dict) or "args" not in common:
-            raise ValueError(f"the common state of {self.folder} has no args; save them (no_save_*)")
+            raise ValueError(
+                f"the common state of {self.folder} has no args; save them (no_save_*)"
+            )
         return common
 
     def _load(self, key: str, offset: tuple[int, ...]) -> Tensor:
@@ -264,7 +276,7 @@ class TorchDistWriter:
         self._save(index, tensor.contiguous() if owns_all else tensor.clone())
 
     def write_extra_state(self, name: str, num_experts: int | None = None) -> None:
-        """Store the empty extra state that Megatron keeps for a linear, or for that of every expert."""
+        """Store the empty extra state that Megatron keeps for a linear, or for every expert's."""
         key, layer = self._key(f"{name}._extra_state")
         for expert in range(num_experts or 1):
             offset, shape = [], []
