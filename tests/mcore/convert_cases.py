@@ -151,6 +151,7 @@ def save_legacy(flags: dict[str, Any], home: Path) -> None:
 
     model = save(flags, home / "new/iter_0000003")
     args = MegatronSource(home / "new").args
+    args = Namespace(**{k: v for k, v in vars(args).items() if isinstance(v, PLAIN)})
     old = home / "old/iter_0000003/mp_rank_00"
     old.mkdir(parents=True)
     state = {"model": model.state_dict(), "args": args, "iteration": 3, "checkpoint_version": 3.0}

@@ -218,6 +218,23 @@ def test_a_layout_that_does_not_fit_is_refused(call, model, tmp_path, options, m
     assert message in error and not any(tmp_path.iterdir())
 
 
+def test_a_restored_model_trains_on_from_its_coefficient(model, tmp_path):
+    """`model.yaml` is the base of a config; weights and coefficient are where they were left."""
+    steps = {"train_iters": 2, "lr": 1e-4, "micro_batch_size": 2, "global_batch_size": 4}
+    config = {"base": str(model / "back/model.yaml"), "run_dir": "run", "mock_data": True}
+    config |= steps | {"log_interval": 1, "eval_iters": 0, "num_workers": 0}
+    # made under the folder's first name; Megatron loads by path
+    (tmp_path / "on.yaml").write_text(
+        json.dumps(config | {"pretrained_checkpoint": str(model / "back")})
+    )
+    process = tiny.start("train", "on.yaml", cwd=tmp_path)
+    out, error = process.communicate()
+    assert process.returncode == 0, out + error
+    first = tiny.rows(tmp_path / "run")[0]
+    saved = json.loads((model / "hf/config.json").read_text())["l1_coeff"]
+    assert first["iteration"] == 1 and first["l1_coeff"] == saved[0]
+
+
 def test_a_damaged_checkpoint_leaves_nothing(call, model, tmp_path):
     shutil.copytree(model / "iter_0000003", tmp_path / "iter_0000003")
     for file in (tmp_path / "iter_0000003").glob("*.distcp"):
@@ -301,7 +318,7 @@ print(peak() - before)
 
 def test_the_memory_of_an_export_is_a_fraction_of_the_model(call, tmp_path):
     size = call(write_synthetic, tmp_path / "iter_0000001", layers=12, hidden=256, width=768)
-    assert size > 250e6
+    assert size > 200e6
     command = [sys.executable, "-W", "ignore", "-c", MEMORY, "iter_0000001", "hf"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert int(done.stdout.split()[-1]) < 0.4 * size

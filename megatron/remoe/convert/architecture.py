@@ -93,7 +93,7 @@ def to_config(args: argparse.Namespace) -> Config:
     }
     if args.num_experts is None:
         return config
-    dense = _dense_layers(args.moe_layer_freq, args.num_layers)
+    dense = _dense_layers(getattr(args, "moe_layer_freq", 1), args.num_layers)
     is_relu = getattr(args, "moe_relu_routing", False)
     softmax = "topk_pre_softmax" if args.moe_router_pre_softmax else "topk_post_softmax"
     config |= {
@@ -111,7 +111,8 @@ def to_config(args: argparse.Namespace) -> Config:
         config |= {
             "l1_coeff_init": args.moe_relu_l1_reg_coeff_init,
             "l1_coeff_multiplier": args.moe_relu_l1_reg_coeff_multiplier,
-            "load_balancing": args.moe_relu_load_balancing,
+            # the published code has no such argument, and always balances
+            "load_balancing": getattr(args, "moe_relu_load_balancing", "aux_loss"),
         }
     return config
 

@@ -61,7 +61,8 @@ class MegatronSource:
 
     def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
         self.checkpoint = find_checkpoint(path)
-        self._run_dir = path if (path / "config.yaml").is_file() else self.checkpoint.parents[1]
+        has_config = (path / "config.yaml").is_file()
+        self._run_dir = path if has_config else self.checkpoint.absolute().parents[1]
         self.reader: TorchDistReader | LegacyReader = (
             LegacyReader(self.checkpoint)
             if is_legacy(self.checkpoint)

@@ -12,10 +12,12 @@ Pickles are read with explicit allow-lists.
 import argparse
 import io
 import json
+import os
 import pickle
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -160,8 +162,8 @@ class TorchDistReader:
             ValueError: shards that do not cover it, or that cannot be read.
         """
         where = self._locations[name]
-        out = torch.empty(where.shape, dtype=where.dtype)
-        covered = 0
+        out: Tensor | None = None
+        size, covered = torch.Size(where.shape).numel(), 0
         for chunk in self._metadata.state_dict_metadata[where.key].chunks:
             offsets, sizes = list(chunk.offsets), list(chunk.sizes)
             index: Any = ...
@@ -171,14 +173,17 @@ class TorchDistReader:
                     continue
                 index = where.layer - first
             data = self._load(where.key, tuple(chunk.offsets))[index]
+            if tuple(sizes) == where.shape:  # it is the whole, and needs no copy
+                return data
+            out = torch.empty(where.shape, dtype=where.dtype) if out is None else out
             target = out
             for axis, (start, length) in enumerate(zip(offsets, sizes, strict=True)):
                 target = target.narrow(axis, start, length)
             target.copy_(data)
             covered += target.numel()
-        if covered != out.numel():
+        if out is None or covered != size:
             raise ValueError(
-                f"{self.folder} holds {covered} of the {out.numel()} values of {name}; "
+                f"{self.folder} holds {covered} of the {size} values of {name}; "
                 f"the checkpoint is damaged"
             )
         return out
@@ -189,7 +194,7 @@ class TorchDistReader:
         if (self.folder / "common.pt").is_file():  # before 0.19
             raw = (self.folder / "common.pt").read_bytes()
         elif _COMMON in self._shards:
-            raw = self._bytes(_COMMON, ())
+            raw = self._bytes(_COMMON)
         else:
             raise ValueError(f"{self.folder} has no common state, so its arguments are unknown")
         common = load_allowed(raw, f"the common state of {self.folder}")
@@ -201,24 +206,33 @@ class TorchDistReader:
         return common
 
     def _load(self, key: str, offset: tuple[int, ...]) -> Tensor:
-        tensor = torch.load(io.BytesIO(self._bytes(key, offset)), weights_only=True)
+        with self._open(key, offset) as view:
+            tensor = torch.load(view, weights_only=True)
         assert isinstance(tensor, Tensor)
         return tensor.detach()
 
-    def _bytes(self, key: str, offset: tuple[int, ...]) -> bytes:
+    def _bytes(self, key: str) -> bytes:
+        with self._open(key, ()) as view:
+            data: bytes = view.read()
+            return data
+
+    @contextmanager
+    def _open(self, key: str, offset: tuple[int, ...]) -> Iterator[Any]:
+        """A shard as a file of its own; torch reads from it what it needs."""
         info = self._shards.get(key, {}).get(offset)
         if info is None:
             raise ValueError(f"{self.folder} has no shard of {key} at {list(offset)}")
         path = self.folder / info.relative_path
         try:
             with path.open("rb") as file:
-                file.seek(info.offset)
-                data = file.read(info.length)
+                if os.fstat(file.fileno()).st_size < info.offset + info.length:
+                    raise ValueError(f"{path} is cut off: the values of {key} are missing")
+                yield filesystem._create_file_view(file, info.offset, info.length)
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror})") from error
-        if len(data) != info.length:
-            raise ValueError(f"{path} is cut off: {key} needs {info.length} bytes, not {len(data)}")
-        return data
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} is damaged: {key} cannot be read ({reason})") from error
 
 
 def load_allowed(source: bytes | Path, what: str) -> Any:
