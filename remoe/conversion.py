@@ -56,7 +56,8 @@ def _split_qkv(tensor: Tensor, dims: Dims) -> list[Tensor]:
     head = dims["K"] // dims["groups"]
     grouped = tensor.view(dims["groups"], per_group + 2 * head, -1)
     return [
-        part.reshape(-1, tensor.shape[-1]) for part in grouped.split([per_group, head, head], dim=1)
+        part.reshape(-1, tensor.shape[-1])
+        for part in torch.split(grouped, [per_group, head, head], dim=1)
     ]
 
 

@@ -97,11 +97,11 @@ def test_topk_before_and_after_the_softmax_by_hand():
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_block_is_the_sum_of_its_active_experts_also_in_backward(router):
-    config = ReMoEConfig(**(SIZES | {"router_type": router}))
-    block = modeling_remoe.ReMoEBlock(config)
+    config = ReMoEConfig(**(SIZES | {"router_type": router, "router_dtype": "float64"}))
+    block = modeling_remoe.ReMoEBlock(config).double()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    x = torch.randn(2, 5, 32, requires_grad=True)
+    x = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
     y, probs, active = block(x)
     inputs = [x, *block.parameters()]
     ours = torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)
@@ -295,3 +295,30 @@ def test_an_exported_folder_loads_where_this_package_is_missing(tmp_path):
     assert done.returncode == 0, done.stderr
     count = sum(p.numel() for p in model.parameters())
     assert done.stdout.split() == ["transformers_modules", str(count)]
+
+
+def test_the_example_trains_on_under_control(tmp_path):
+    """The coefficient starts where the config left it and follows the rule; both are saved."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["the", "router", "is", "a", "relu"]
+    vocabulary = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="the"))
+    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=vocabulary).save_pretrained(tmp_path / "model")
+    build(l1_coeff=[1e-3, 1e-3], target_sparsity=0.5).save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_text(" ".join(words) * 30)
+
+    example = Path(__file__).parents[1] / "examples/continue_training.py"
+    argv = ["model", "text", "--out", "new", "--steps", "3", "--length", "16", "--batch", "2"]
+    command = [sys.executable, "-W", "ignore", str(example), *argv]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    coeff = torch.tensor(1e-3)
+    for line in done.stdout.splitlines():
+        sparsity = float(line.split()[4])
+        coeff = coeff * 1.2 if sparsity < 0.5 else coeff / 1.2
+        assert float(line.split()[6]) == pytest.approx(float(coeff), rel=1e-2)
+    assert len(done.stdout.splitlines()) == 3
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert again.config.l1_coeff == pytest.approx([float(coeff)] * 2)
