@@ -55,10 +55,8 @@ def _split_qkv(tensor: Tensor, dims: Dims) -> list[Tensor]:
     per_group = dims["Q"] // dims["groups"]
     head = dims["K"] // dims["groups"]
     grouped = tensor.view(dims["groups"], per_group + 2 * head, -1)
-    return [
-        part.reshape(-1, tensor.shape[-1])
-        for part in torch.split(grouped, [per_group, head, head], dim=1)
-    ]
+    parts = torch.split(grouped, [per_group, head, head], dim=1)
+    return [part.reshape(-1, tensor.shape[-1]) for part in parts]
 
 
 def _join_qkv(tensors: Sequence[Tensor], dims: Dims) -> Tensor:

@@ -127,7 +127,7 @@ def through_hf(flags: dict[str, Any], home: Path) -> Outcome:
     to_megatron(home / "hf", home / "back", layout=Layout())
     first, second = MegatronSource(home / "iter_0000003"), MegatronSource(home / "back")
     assert first.reader.names and set(first.reader.names) == set(second.reader.names)
-    restored = forward._load(second.checkpoint, FLAGS | flags)
+    restored = forward.load_model(second.checkpoint, FLAGS | flags)
     again, _ = forward.logits_and_maps(restored, TOKENS, 100)
     different = [
         name

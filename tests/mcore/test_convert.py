@@ -222,7 +222,7 @@ def test_a_restored_model_trains_on_from_its_coefficient(model, tmp_path):
     """`model.yaml` is the base of a config; weights and coefficient are where they were left."""
     steps = {"train_iters": 2, "lr": 1e-4, "micro_batch_size": 2, "global_batch_size": 4}
     config = {"base": str(model / "back/model.yaml"), "run_dir": "run", "mock_data": True}
-    config |= steps | {"log_interval": 1, "eval_iters": 0, "num_workers": 0}
+    config |= steps | {"log_interval": 1, "eval_iters": 0, "eval_interval": 2, "num_workers": 0}
     # made under the folder's first name; Megatron loads by path
     (tmp_path / "on.yaml").write_text(
         json.dumps(config | {"pretrained_checkpoint": str(model / "back")})

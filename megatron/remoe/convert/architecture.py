@@ -82,9 +82,7 @@ def to_config(args: argparse.Namespace) -> Config:
         "hidden_act": "silu",
         "max_position_embeddings": args.max_position_embeddings,
         "initializer_range": args.init_method_std,
-        "rms_norm_eps": args.layernorm_epsilon
-        if hasattr(args, "layernorm_epsilon")
-        else args.norm_epsilon,
+        "rms_norm_eps": args.layernorm_epsilon,
         "rope_parameters": {"rope_type": "default", "rope_theta": float(args.rotary_base)},
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
         "attention_bias": False,

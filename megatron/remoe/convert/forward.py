@@ -98,7 +98,7 @@ def megatron_forward(
     new_tokens: int,
 ) -> Forward:
     """`forward` for a Megatron checkpoint; on a rank that is alone in its group."""
-    model = _load(checkpoint, flags)
+    model = load_model(checkpoint, flags)
     logits, maps = logits_and_maps(model, tokens, vocab_size)
     greedy = list(tokens[:prompt])
     for _ in range(new_tokens):
@@ -130,7 +130,8 @@ def _logits(model: torch.nn.Module, tokens: list[int], vocab_size: int) -> Tenso
     return logits
 
 
-def _load(checkpoint: Path, flags: dict[str, Any]) -> torch.nn.Module:
+def load_model(checkpoint: Path, flags: dict[str, Any]) -> torch.nn.Module:
+    """A checkpoint of any layout as a model on this one rank."""
     from megatron.core import dist_checkpointing
 
     model, _ = build_model(flags)

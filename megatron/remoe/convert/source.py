@@ -7,7 +7,7 @@ import argparse
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import yaml
@@ -25,20 +25,6 @@ PADDING_FILE = "megatron_padding.safetensors"
 MODEL_TYPES = ("remoe", "llama")
 _TRACKER = "latest_checkpointed_iteration.txt"
 _EMBEDDING = "embedding.word_embeddings.weight"
-
-
-class Source(Protocol):
-    """A model to convert or to compare."""
-
-    @property
-    def config(self) -> Config: ...
-
-    @property
-    def items(self) -> list[Item]: ...
-
-    def hf_tensors(self, item: Item) -> dict[str, Tensor]:
-        """Hugging Face's tensors of an item, by name, values in the config included."""
-        ...
 
 
 def open_source(path: Path, tokenizer: Path | None = None) -> "MegatronSource | HFSource":
