@@ -16,6 +16,7 @@ from megatron.remoe.convert.torch_dist import load_allowed
 
 _FILE = "mp_rank_00/model_optim_rng.pt"
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12])\.weight")
+_STACKED = re.compile(r"(.*\.mlp\.experts)\.(linear_fc[12])")  # ours
 _GROUPED = re.compile(r"(.*\.mlp\.experts)\.weight([12])")
 # Local specs have a module for each norm, which Transformer Engine fuses into the next linear.
 _NORMS = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight"}
@@ -57,6 +58,8 @@ class LegacyReader:
                 parts = self._parts.setdefault(key, [])
                 assert int(match[2]) == len(parts), "experts come in order"
                 parts.append(value)
+            elif match := _STACKED.fullmatch(name):
+                self._parts[f"{match[1]}.experts.{match[2]}.weight"] = list(value)
             elif match := _GROUPED.fullmatch(name):
                 self._parts[f"{match[1]}.experts.linear_fc{match[2]}.weight"] = list(
                     _grouped(value, int(match[2]), args)
