@@ -32,7 +32,7 @@ class ReMoEConfig(LlamaConfig):
 
     model_type = "remoe"
     # The layers' experts are no part of LLaMA's plans for tensor and pipeline parallelism.
-    base_model_tp_plan = None
+    base_model_tp_plan = {}
 
     router_type: str = "relu"
     router_dtype: str | None = "float32"

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -27,6 +27,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.utils.generic import ModelOutput
 
 from .configuration_remoe import ReMoEConfig
 
@@ -392,7 +393,7 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
             )
             if penalty is not None:
-                share = 1.0
+                share: Tensor | float = 1.0
                 if num_items_in_batch is not None:  # this micro-batch's part of the step
                     share = (labels[:, 1:] != -100).sum() / num_items_in_batch
                 loss = loss + penalty * share
@@ -410,8 +411,8 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
         return output if _wants_dict(self.config, return_dict) else output.to_tuple()
 
 
-def _wants_dict(config: ReMoEConfig, return_dict: bool | None) -> bool:
-    return config.return_dict if return_dict is None else return_dict
+def _wants_dict(config: PreTrainedConfig, return_dict: bool | None) -> bool:
+    return bool(config.return_dict if return_dict is None else return_dict)
 
 
 __all__ = ["ReMoEForCausalLM", "ReMoEModel", "ReMoEPreTrainedModel"]

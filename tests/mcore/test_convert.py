@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron.remoe.verify.ranks import Ranks
 from tests.mcore import tiny
@@ -304,6 +305,51 @@ def test_verify_says_what_differs(call, model, tmp_path):
     code, out, _ = call(tiny.remoe, tmp_path, "convert", "verify", *argv)
     assert code == 1 and "model.layers.0.mlp.experts.down_proj: 0.5" in out
     assert out.endswith("the models DIFFER\n")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    """One word for each of the model's 100 entries."""
+    words = {f"w{i}": i for i in range(99)} | {"<|endoftext|>": 99}
+    tokens = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokens.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_generates_alike_from_a_checkpoint_and_from_its_export(call, model, tokenizer, tmp_path):
+    checkpoint, chosen = str(model / "iter_0000003"), ["--tokenizer", str(tokenizer)]
+    code, _, error = call(tiny.remoe, tmp_path, "convert", "to-hf", checkpoint, "hf", *chosen)
+    assert code == 0, error
+    names = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["eos_token_id"] == config["pad_token_id"] == 99
+
+    request = ["w7 w3 w41", "--max-new-tokens", "5"]
+    code, out, error = call(tiny.remoe, tmp_path, "generate", checkpoint, *request, *chosen)
+    assert code == 0, error
+    assert out.startswith("w7 w3 w41") and 3 < len(out.split()) <= 8
+    assert call(tiny.remoe, tmp_path, "generate", "hf", *request)[1] == out
+    sampled = [*request, "--temperature", "2.0", "--seed"]
+    texts = [call(tiny.remoe, tmp_path, "generate", "hf", *sampled, s)[1] for s in "112"]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_tokenizer_that_does_not_fit_is_a_vocabulary_mismatch(call, model, tokenizer, tmp_path):
+    shutil.copytree(model / "hf", tmp_path / "hf")
+    words = json.loads((tokenizer / "tokenizer.json").read_text())
+    words["model"]["vocab"] |= {f"more{i}": 100 + i for i in range(40)}
+    (tmp_path / "hf/tokenizer.json").write_text(json.dumps(words))
+    error = fails(call, tmp_path, "convert", "to-megatron", "hf", "out")
+    assert "vocabulary mismatch: the tokenizer of hf has 140 entries, config.json has" in error
+    chosen = ["--tokenizer", "hf/tokenizer.json"]
+    source = str(model / "iter_0000003")
+    error = fails(call, tmp_path, "convert", "to-hf", source, "out", *chosen)
+    assert "has 140 entries, the model's embedding has 128" in error
+    assert "has no tokenizer; name one" in fails(call, tmp_path, "generate", source, "text")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
 MEMORY = """
