@@ -33,6 +33,7 @@ class ReMoEConfig(LlamaConfig):
     model_type = "remoe"
     # The layers' experts are no part of LLaMA's plans for tensor and pipeline parallelism.
     base_model_tp_plan = {}
+    base_model_pp_plan = {}
 
     router_type: str = "relu"
     router_dtype: str | None = "float32"
