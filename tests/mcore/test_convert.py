@@ -204,6 +204,25 @@ def test_a_spoiled_model_is_named_and_leaves_nothing(call, model, tmp_path, spoi
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
+def test_a_model_of_unknown_origin_becomes_a_release(call, model, tmp_path):
+    """Without facts and rows of padding: iteration 0, and the fewest rows, of zeros."""
+    shutil.copytree(model / "hf", tmp_path / "hf")
+    _edit_config(tmp_path / "hf", training_facts=None)
+    (tmp_path / "hf/megatron_padding.safetensors").unlink()
+    for argv in (["to-megatron", "hf", "out"], ["to-hf", "out", "again"]):
+        code, _, error = call(tiny.remoe, tmp_path, "convert", *argv)
+        assert code == 0, error
+    assert (tmp_path / "out/latest_checkpointed_iteration.txt").read_text() == "release"
+    rows = load_file(tmp_path / "again/megatron_padding.safetensors")
+    assert {name: tuple(t.shape) for name, t in rows.items()} == {
+        "padding.embed_tokens.weight": (28, 32),
+        "padding.lm_head.weight": (28, 32),
+    }
+    assert not any(t.any() for t in rows.values())
+    weights = [load_file(tmp_path / f / "model.safetensors") for f in ("hf", "again")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 LAYOUT_MISTAKES = {
     "experts": (["--expert-parallel", "3"], "does not divide the model's num_experts of 4"),
     "heads": (["--tensor-parallel", "4"], "does not divide the model's num_key_value_heads of 2"),

@@ -110,7 +110,8 @@ def to_megatron(
     flags = _flags(source, layout, out)
     args = _args(flags, source)
     iteration = int(_facts(config).get("iteration") or 0)
-    name = f"iter_{iteration:07d}"
+    # Megatron takes no tracker of iteration 0, and calls what it did not train a release.
+    name, tracked = (f"iter_{iteration:07d}", str(iteration)) if iteration else ("release",) * 2
     with new_folder(out, force=force) as folder:
         (folder / name).mkdir()
         writer = TorchDistWriter(
@@ -125,7 +126,7 @@ def to_megatron(
             for linear, experts in _linears(source.items, config):
                 writer.write_extra_state(linear, experts)
             writer.finish(_common(args, iteration))
-        (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+        (folder / "latest_checkpointed_iteration.txt").write_text(tracked)
         (folder / "model.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(flags)))
         if source.tokenizer is not None:
             (folder / "tokenizer").mkdir()
