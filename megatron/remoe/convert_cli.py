@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -195,9 +196,14 @@ def _quiet() -> None:
 
 
 def _stand_in() -> None:
-    from megatron.remoe.cli import _prepare_megatron
+    """Let the CPU stand in where there is no GPU, before anything imports `megatron.core`."""
+    import torch
 
-    _prepare_megatron()
+    from megatron.remoe import cpu
+
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.(core|training)")
+    if not torch.cuda.is_available():
+        cpu.enable()
 
 
 @contextmanager
