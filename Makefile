@@ -24,6 +24,8 @@ quickstart: setup
 	$(BIN)/remoe data tokenize $(DATA)/corpus --out $(DATA)/tokens
 	$(BIN)/remoe train examples/quickstart.yaml
 	@echo "the run is in $(RUN): config.yaml, metrics.jsonl, curves.png, checkpoints"
+	@echo "what it has learned so far, sampled:"
+	$(BIN)/remoe generate $(RUN) "def __init__(" --max-new-tokens 48 --temperature 0.7
 
 test: setup
 	$(BIN)/python -m pytest

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megatron.remoe import cli_bench, cli_checkpoint, cli_runs
+from megatron.remoe import cli_bench, cli_checkpoint, cli_convert, cli_runs
 
 app = typer.Typer(
     help="ReMoE: mixture-of-experts with ReLU routing, on unmodified Megatron.",
@@ -24,6 +24,8 @@ app.add_typer(cli_bench.app, name="bench")
 cli_runs.register(app)
 
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+app.add_typer(cli_convert.convert, name="convert")
+app.command()(cli_convert.generate)
 
 
 @data.command()

@@ -1,0 +1,69 @@
+"""Continue training an exported model in plain torch, with its sparsity under control.
+
+    python examples/continue_training.py MODEL TEXT --out NEW --steps 100
+
+MODEL is a folder of `remoe convert to-hf`, TEXT a text file. The controller starts from the
+coefficient that travelled in the model's config and moves it once per step, as in pretraining.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import remoe.hf  # noqa: F401, registers the model with transformers
+from remoe import ControllerConfig, SparsityController, sparsity, tokens_per_expert
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model).train()
+    ids = tokenizer(options.text.read_text(), return_tensors="pt")["input_ids"][0]
+    if len(ids) <= options.length:
+        parser.error(f"{options.text} has {len(ids)} tokens; it needs more than {options.length}")
+
+    config = model.config
+    controller = SparsityController(
+        ControllerConfig(
+            target_sparsity=config.target_sparsity,
+            init=config.l1_coeff_init,
+            multiplier=config.l1_coeff_multiplier,
+        ),
+        num_coeffs=len(config.l1_coeff),
+    )
+    controller.load_state_dict({"l1_coeff": torch.tensor(config.l1_coeff)})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01)
+
+    for step in range(1, options.steps + 1):
+        starts = torch.randint(len(ids) - options.length, (options.batch, 1))
+        batch = ids[starts + torch.arange(options.length)]
+        output = model(batch, labels=batch, output_routing=True)  # the loss has the penalty in it
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        counts = torch.stack([tokens_per_expert(p.flatten(0, 1) > 0) for p in output.router_probs])
+        mean = sparsity(counts, batch.numel()).mean()
+        config.l1_coeff = controller.update(mean).tolist()  # saved with the model
+        print(f"{step} loss {output.loss - output.penalty:.4f} sparsity {mean:.4f} "
+              f"coefficient {config.l1_coeff[0]:.2e}")  # fmt: skip
+
+    model.save_pretrained(options.out)
+    tokenizer.save_pretrained(options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Whether two models are the same: their tensors bit by bit, and what they say about a text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron.remoe.convert.forward import Forward, forward
+from megatron.remoe.convert.source import HFSource, MegatronSource, open_source
+from remoe.conversion import PADDING, check_names
+
+# fp32: sums in another order. Logits of a trained model are of order 10, an fp32 rounding of them
+# is 1e-6, and the paths differ by a few of those.
+# bf16: 8 bits. Both sides round every activation, at other places, by up to 2**-9 of its size; over
+# the layers this adds up to a few roundings of the largest logits, of order 10.
+LOGIT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.25}
+# Flipped (token, expert) pairs: none in fp32; in bf16 a logit near zero or near another may flip.
+FLIP_TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 0.02}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models, compared.
+
+    Attributes:
+        tensors: number of tensors, in Hugging Face's terms.
+        differing: the largest difference of every tensor that is not bit-equal.
+        logit_differences: largest absolute difference at every token.
+        flipped: share of (token, expert) pairs that are active in one model only.
+        greedy: whether both generate the same tokens greedily.
+        dtype: of the forward passes.
+    """
+
+    tensors: int
+    differing: dict[str, float]
+    logit_differences: Tensor
+    flipped: float
+    greedy: bool
+    dtype: torch.dtype
+
+    @property
+    def ok(self) -> bool:
+        logits = float(self.logit_differences.max()) <= LOGIT_TOLERANCE[self.dtype]
+        flips = self.flipped <= FLIP_TOLERANCE[self.dtype]
+        same_text = self.greedy or self.dtype != torch.float32
+        return not self.differing and logits and flips and same_text
+
+
+def compare(
+    a: Path,
+    b: Path,
+    text: str | list[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    new_tokens: int = 20,
+    tokenizer: Path | None = None,
+) -> Comparison:
+    """Compare two models, each a Megatron run or checkpoint or a Hugging Face folder.
+
+    Args:
+        a, b: the models.
+        text: to run them on; token ids for models without a tokenizer.
+        dtype: of the forward passes.
+        new_tokens: how many tokens to generate greedily after the first half of the text.
+        tokenizer: in place of the one that a run names.
+
+    Raises:
+        ValueError: models of other architectures, or a text that cannot be tokenized.
+    """
+    one, other = open_source(a, tokenizer), open_source(b, tokenizer)
+    if dtype not in LOGIT_TOLERANCE:
+        raise ValueError("models are compared in fp32 or bf16; choose one of them")
+    count, differing = _compare_tensors(one, other)
+    positions = one.config["max_position_embeddings"]
+    tokens = _tokenize(one, text)[:positions]
+    prompt = max(1, min(len(tokens) // 2, positions - new_tokens))
+    request = {"dtype": dtype, "prompt": prompt, "new_tokens": new_tokens}
+    first, second = (forward(source, tokens, **request) for source in (one, other))
+    return Comparison(
+        count,
+        differing,
+        (first.logits - second.logits).abs().amax(dim=1),
+        _flipped(first, second),
+        first.greedy == second.greedy,
+        dtype,
+    )
+
+
+def _tokenize(source: MegatronSource | HFSource, text: str | list[int]) -> list[int]:
+    if not isinstance(text, str):
+        return text
+    if source.tokenizer is None:
+        raise ValueError("the model has no tokenizer; name one (--tokenizer PATH)")
+    tokens = source.tokenizer.encode(text)
+    if len(tokens) < 2:
+        raise ValueError(f"the text {text!r} has {len(tokens)} tokens; it needs at least 2")
+    return tokens
+
+
+def _compare_tensors(
+    one: MegatronSource | HFSource, other: MegatronSource | HFSource
+) -> tuple[int, dict[str, float]]:
+    shared = [{name for item in s.items for name in item.hf} for s in (one, other)]
+    check_names("the second model", shared[1], shared[0])
+    differing, count = {}, 0
+    theirs = {next(iter(item.hf)): item for item in other.items}
+    for item in one.items:
+        ours = one.hf_tensors(item)
+        counterpart = other.hf_tensors(theirs[next(iter(item.hf))])
+        for name, tensor in ours.items():
+            if name.startswith(PADDING) and tensor.shape != counterpart[name].shape:
+                continue  # rows of no token; each layout has as many as it needs
+            count += 1
+            match = counterpart[name]
+            if tensor.shape != match.shape:
+                raise ValueError(
+                    f"{name} has shape {list(tensor.shape)} in one model and {list(match.shape)} "
+                    f"in the other; only models of one architecture can be compared"
+                )
+            if tensor.dtype != match.dtype or not torch.equal(tensor, match):
+                differing[name] = float((tensor.double() - match.double()).abs().max())
+    return count, differing
+
+
+def _flipped(first: Forward, second: Forward) -> float:
+    pairs = list(zip(first.active, second.active, strict=True))
+    if not pairs:
+        return 0.0
+    return float(torch.stack([(a != b).float().mean() for a, b in pairs]).mean())

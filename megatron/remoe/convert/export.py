@@ -1,0 +1,132 @@
+"""A Megatron checkpoint to a Hugging Face folder."""
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import remoe.hf
+from megatron.remoe.convert.facts import model_card
+from megatron.remoe.convert.output import new_folder
+from megatron.remoe.convert.shards import ShardWriter, Spec
+from megatron.remoe.convert.source import PADDING_FILE, MegatronSource, validated
+from remoe.conversion import CONFIG, PADDING, Config, Item
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEFAULT_SHARD_BYTES = 5 * 10**9
+_SOURCES = ("configuration_remoe.py", "modeling_remoe.py")
+Progress = Callable[[int, int], None]
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """A dtype by its short name; None stays None.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
+    return None if name is None else DTYPES[name]
+
+
+def to_hf(
+    path: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    tokenizer: Path | None = None,
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Config:
+    """Write a model as transformers loads it; one tensor at a time is in memory.
+
+    Args:
+        path: a run directory, a folder of checkpoints, or a checkpoint of any parallel layout.
+        out: the folder to make.
+        dtype: of the weights; None is that of the checkpoint.
+        max_shard_bytes: most bytes of a file of weights.
+        tokenizer: in place of the one that the run names.
+        force: replace `out`.
+        progress: told how many bytes are written, and how many there are.
+
+    Returns:
+        The model's `config.json`.
+
+    Raises:
+        ValueError: no checkpoint, a model that cannot be converted, or something in `out`.
+    """
+    source = MegatronSource(path, tokenizer)
+    dtype = dtype or source.dtype
+    config = source.config | {"dtype": str(dtype).removeprefix("torch.")}
+    validated(config)
+    with new_folder(out, force=force) as folder:
+        _write_weights(source, folder, dtype, max_shard_bytes, progress)
+        _write_config(config, folder)
+        if source.tokenizer is not None:
+            source.tokenizer.write(folder)
+        card = model_card(config, *_count(source.items, config))
+        (folder / "README.md").write_text(card)
+    return config
+
+
+def _write_weights(
+    source: MegatronSource, folder: Path, dtype: torch.dtype, shard_bytes: int, progress: Progress
+) -> None:
+    shapes = [(name, shape) for item in source.items for name, shape in item.hf.items()]
+    stored = [(n, s) for n, s in shapes if not n.startswith(CONFIG) and 0 not in s]
+    weights: Spec = {n: (dtype, s) for n, s in stored if not n.startswith(PADDING)}
+    padding: Spec = {n: (dtype, s) for n, s in stored if n.startswith(PADDING)}
+    with ExitStack() as stack:
+        model = stack.enter_context(ShardWriter(folder, weights, shard_bytes))
+        rows = None
+        if padding:
+            whole = ShardWriter(folder, padding, 2**63, name=PADDING_FILE)
+            rows = stack.enter_context(whole)
+        done, total = 0, model.total
+        for item in source.items:
+            for name, tensor in source.hf_tensors(item).items():
+                if name in weights:
+                    model.write(name, tensor.to(dtype))
+                    done += tensor.numel() * dtype.itemsize
+                elif name in padding and rows is not None:
+                    rows.write(name, tensor.to(dtype))
+            progress(done, total)
+
+
+def _write_config(config: Config, folder: Path) -> None:
+    whole = dict(config)
+    if config["model_type"] == "remoe":
+        whole["auto_map"] = {
+            "AutoConfig": "configuration_remoe.ReMoEConfig",
+            "AutoModel": "modeling_remoe.ReMoEModel",
+            "AutoModelForCausalLM": "modeling_remoe.ReMoEForCausalLM",
+        }
+        for name in _SOURCES:
+            shutil.copyfile(Path(remoe.hf.__file__).with_name(name), folder / name)
+    _write_json(folder / "config.json", whole)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: config[name] for name in names if config[name] is not None}
+    _write_json(folder / "generation_config.json", ids)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _count(items: list[Item], config: Config) -> tuple[int, int]:
+    """Parameters, and those that an average token uses."""
+    sizes = {
+        name: torch.Size(shape).numel()
+        for item in items
+        for name, shape in item.hf.items()
+        if not name.startswith((CONFIG, PADDING))
+    }
+    experts = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
+    total = sum(sizes.values())
+    share = config["num_experts_per_tok"] / config["num_experts"] if experts else 0
+    return total, total - round(experts * (1 - share))

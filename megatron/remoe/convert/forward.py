@@ -1,0 +1,184 @@
+"""Logits, active experts and greedy tokens of a model, by Megatron's own forward or transformers'.
+
+Shapes: T tokens, V vocabulary, E experts.
+"""
+
+import contextlib
+import io
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.remoe.convert.legacy import LegacyReader
+from megatron.remoe.convert.restore import Layout, flags_of
+from megatron.remoe.convert.source import HFSource, MegatronSource
+from megatron.remoe.verify.ranks import Ranks, renew_groups
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a model says about a text.
+
+    Attributes:
+        logits: fp32 `[T, V]`.
+        active: bool `[T, E]` for every layer with experts.
+        greedy: the tokens that it generates greedily after the text's beginning.
+    """
+
+    logits: Tensor
+    active: list[Tensor]
+    greedy: list[int]
+
+
+def forward(
+    source: MegatronSource | HFSource,
+    tokens: list[int],
+    *,
+    dtype: torch.dtype,
+    prompt: int,
+    new_tokens: int,
+) -> Forward:
+    """Run a model over a text on the CPU, whatever it is stored as.
+
+    Args:
+        source: the model.
+        tokens: the text, of at most the model's number of positions.
+        dtype: of weights and activations.
+        prompt: how many of the tokens to continue greedily.
+        new_tokens: how many to generate.
+    """
+    request = (tokens, dtype, prompt, new_tokens)
+    if isinstance(source, HFSource):
+        return _transformers(source, *request)
+    if isinstance(source.reader, LegacyReader):
+        raise ValueError(
+            f"{source.checkpoint} is an old checkpoint, which this Megatron cannot run; compare "
+            f"what it is converted to (remoe convert to-hf, then to-megatron)"
+        )
+    config = source.config | {"dtype": str(dtype).removeprefix("torch.")}
+    flags = flags_of(config, source.padded_vocab_size, dtype, Layout())
+    with Ranks(1) as ranks:  # a process of its own: Megatron has global state
+        result: Forward = ranks.run(
+            megatron_forward, source.checkpoint, flags, config["vocab_size"], *request
+        )[0]
+    return result
+
+
+def _transformers(
+    source: HFSource, tokens: list[int], dtype: torch.dtype, prompt: int, new_tokens: int
+) -> Forward:
+    from transformers import LlamaForCausalLM
+
+    from remoe.hf import ReMoEForCausalLM
+
+    is_moe = source.config["model_type"] == "remoe"
+    cls = ReMoEForCausalLM if is_moe else LlamaForCausalLM
+    model = cls.from_pretrained(source.path, dtype=dtype).eval()
+    routing = {"output_routing": True} if is_moe else {}
+    with torch.no_grad():
+        output = model(torch.tensor([tokens]), **routing)
+        probs = output.router_probs if is_moe else ()
+        beginning = torch.tensor([tokens[:prompt]])
+        whole = model.generate(
+            beginning,
+            attention_mask=torch.ones_like(beginning),
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return Forward(output.logits[0].float(), [p[0] > 0 for p in probs], whole[0, prompt:].tolist())
+
+
+def megatron_forward(
+    checkpoint: Path,
+    flags: dict[str, Any],
+    vocab_size: int,
+    tokens: list[int],
+    dtype: torch.dtype,
+    prompt: int,
+    new_tokens: int,
+) -> Forward:
+    """`forward` for a Megatron checkpoint; on a rank that is alone in its group."""
+    model = load_model(checkpoint, flags)
+    logits, maps = logits_and_maps(model, tokens, vocab_size)
+    greedy = list(tokens[:prompt])
+    for _ in range(new_tokens):
+        greedy.append(int(_logits(model, greedy, vocab_size)[-1].argmax()))
+    return Forward(logits, maps, greedy[prompt:])
+
+
+def logits_and_maps(
+    model: torch.nn.Module, tokens: list[int], vocab_size: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits of a Megatron model, fp32 `[T, V]`, and its routing maps, bool `[T, E]` each."""
+    maps: list[Tensor] = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, out: maps.append(out[1]))
+        for name, module in model.named_modules()
+        if name.endswith(".mlp.router")
+    ]
+    logits = _logits(model, tokens, vocab_size)
+    for hook in hooks:
+        hook.remove()
+    return logits, maps
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, tokens: list[int], vocab_size: int) -> Tensor:
+    inputs = torch.tensor([tokens])
+    positions = torch.arange(len(tokens))[None]
+    logits: Tensor = model(inputs, positions, None)[0, :, :vocab_size].float()
+    return logits
+
+
+def load_model(checkpoint: Path, flags: dict[str, Any]) -> torch.nn.Module:
+    """A checkpoint of any layout as a model on this one rank."""
+    from megatron.core import dist_checkpointing
+
+    model, _ = build_model(flags)
+    with contextlib.redirect_stdout(io.StringIO()):
+        state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint))
+    model.load_state_dict(state["model"])
+    return model
+
+
+def build_model(flags: dict[str, Any], nproc: int = 1) -> tuple[torch.nn.Module, Namespace]:
+    """This rank's part of a model with Megatron's modules, and Megatron's arguments.
+
+    Args:
+        flags: the model's and the layout's, as in a config of `remoe train`.
+        nproc: ranks; all of them call this.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    from megatron.remoe.arguments import configure
+    from megatron.remoe.config import check, megatron_parser, to_argv
+
+    needed = {"lr": 1.0, "train_iters": 1, "micro_batch_size": 1, "mock_data": True}
+    with contextlib.redirect_stdout(io.StringIO()):
+        args = check(to_argv(flags | needed, megatron_parser()), nproc)
+        renew_groups()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=args.tensor_model_parallel_size,
+            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+            expert_model_parallel_size=args.expert_model_parallel_size,
+            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        )
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        model_config = gpt_config_from_args(args)
+        configure(model_config, args)
+        (model,) = GPTModelBuilder(model_config).build_distributed_models(
+            ProcessGroupCollection.use_mpu_process_groups(),
+            wrap_with_ddp=False,
+            data_parallel_random_init=False,
+        )
+    return model.eval(), args

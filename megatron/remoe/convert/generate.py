@@ -1,0 +1,87 @@
+"""Text from a model: a Hugging Face folder, or a run that is converted on the way."""
+
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.remoe.convert.export import to_hf
+
+
+def generate(
+    path: Path,
+    prompt: str,
+    emit: Callable[[str], None],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    tokenizer: Path | None = None,
+) -> None:
+    """Continue a prompt, and hand the text out as it comes, the prompt first.
+
+    Args:
+        path: a Hugging Face folder, a run directory or a checkpoint.
+        prompt: at least one token.
+        emit: called with pieces of text.
+        max_new_tokens: how many tokens at most.
+        temperature: of sampling; 0 is greedy.
+        top_p: smallest share of the probability to sample from.
+        seed: of sampling.
+        dtype: of the model; None is that of its weights.
+        tokenizer: in place of the one that a run names.
+
+    Raises:
+        ValueError: no model or no tokenizer there, or values out of range.
+    """
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"max-new-tokens is {max_new_tokens}, temperature {temperature}, top-p {top_p}; they "
+            f"must be at least 1, at least 0, and in (0, 1]"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+    import remoe.hf  # noqa: F401, registers the model
+    from megatron.remoe.convert.source import HFSource
+
+    with ExitStack() as stack:
+        if not (path / "config.json").is_file():
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
+            to_hf(path, Path(scratch) / "model", tokenizer=tokenizer)
+            path = Path(scratch) / "model"
+        source = HFSource(path)
+        if source.tokenizer is None:
+            raise ValueError(f"{path} has no tokenizer; name one (--tokenizer PATH)")
+        tokens = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", trust_remote_code=False
+        )
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            emit(text + "\n" * stream_end)
+
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        torch.manual_seed(seed)
+    inputs = tokens(prompt, return_tensors="pt").to(model.device)
+    room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
+    if inputs["input_ids"].shape[1] == 0 or room < 1:
+        raise ValueError(
+            f"the prompt has {inputs['input_ids'].shape[1]} tokens; the model takes 1 to "
+            f"{model.config.max_position_embeddings - 1}"
+        )
+    model.generate(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=min(max_new_tokens, room),
+        streamer=Streamer(tokens),
+        **sampling,
+    )

@@ -1,0 +1,255 @@
+"""Where a model comes from: a Megatron checkpoint or a Hugging Face folder, read in the same terms.
+
+A source has a config, the items of the conversion plan, and each item's tensors on either side.
+"""
+
+import argparse
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from megatron.remoe.convert.architecture import moe_layers, to_config
+from megatron.remoe.convert.facts import training_facts
+from megatron.remoe.convert.legacy import LegacyReader, is_legacy
+from megatron.remoe.convert.shards import SafetensorsReader
+from megatron.remoe.convert.tokenizer import TokenizerFiles
+from megatron.remoe.convert.torch_dist import TorchDistReader
+from remoe.conversion import CONFIG, PADDING, Config, Item, check_names, check_shape, plan
+
+PADDING_FILE = "megatron_padding.safetensors"
+MODEL_TYPES = ("remoe", "llama")
+_TRACKER = "latest_checkpointed_iteration.txt"
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def open_source(path: Path, tokenizer: Path | None = None) -> "MegatronSource | HFSource":
+    """A Hugging Face folder, or else whatever Megatron's checkpoints may be found in."""
+    if (path / "config.json").is_file():
+        return HFSource(path)
+    return MegatronSource(path, tokenizer)
+
+
+class MegatronSource:
+    """A model in a Megatron checkpoint; every tensor of it is in the plan, or it is refused.
+
+    Args:
+        path: a run directory, a folder of checkpoints, or a checkpoint.
+        tokenizer: in place of the one that the run names.
+
+    Raises:
+        ValueError: no checkpoint there, or one that does not fit the plan.
+    """
+
+    def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
+        self.checkpoint = find_checkpoint(path)
+        has_config = (path / "config.yaml").is_file()
+        self._run_dir = path if has_config else self.checkpoint.absolute().parents[1]
+        self.reader: TorchDistReader | LegacyReader = (
+            LegacyReader(self.checkpoint)
+            if is_legacy(self.checkpoint)
+            else TorchDistReader(self.checkpoint)
+        )
+        self.args: argparse.Namespace = self.reader.common["args"]
+        self.iteration = int(self.reader.common.get("iteration") or 0)
+        self.tokenizer = TokenizerFiles.find(self.args, tokenizer)
+        architecture = to_config(self.args) | {"vocab_size": self._vocab_size()}
+        self.items = plan(architecture, self.padded_vocab_size)
+        check_names(str(self.checkpoint), self.reader.names, [i.megatron for i in self.items])
+        for item in self.items:
+            check_shape(item.megatron, self.reader.shape(item.megatron), item.megatron_shape)
+        self.config = self._complete(architecture)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.reader.dtype(_EMBEDDING)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        if _EMBEDDING not in self.reader.names:
+            check_names(str(self.checkpoint), [], [_EMBEDDING])
+        return self.reader.shape(_EMBEDDING)[0]
+
+    def _vocab_size(self) -> int:
+        """Entries that the tokenizer can produce; the rest of the rows is padding."""
+        padded = self.padded_vocab_size
+        if self.tokenizer is not None:
+            size = self.tokenizer.vocab_size
+            if size > padded:
+                raise ValueError(
+                    f"vocabulary mismatch: tokenizer {self.tokenizer.path} has {size} entries, the "
+                    f"model's embedding has {padded}; name the model's own (--tokenizer PATH)"
+                )
+            return size
+        if self.args.tokenizer_type == "NullTokenizer" and self.args.vocab_size:
+            return min(self.args.vocab_size + 1, padded)  # and the end of documents
+        return padded
+
+    def _complete(self, architecture: Config) -> Config:
+        ids = self.tokenizer.ids if self.tokenizer else {}
+        config = architecture | {"use_cache": True, "bos_token_id": None, "eos_token_id": None}
+        config |= {"pad_token_id": None} | ids
+        config["dtype"] = str(self.dtype).removeprefix("torch.")
+        coeffs = [item for item in self.items if next(iter(item.hf)).startswith(CONFIG)]
+        if coeffs:
+            values = [self.hf_tensors(item).values() for item in coeffs]
+            config["l1_coeff"] = [float(next(iter(value))) for value in values]
+        config["training_facts"] = training_facts(
+            self.args, self.iteration, self.padded_vocab_size, self._run_dir
+        )
+        return config
+
+    def hf_tensors(self, item: Item) -> dict[str, Tensor]:
+        return item.to_hf(self.reader.read(item.megatron))
+
+
+class HFSource:
+    """A model in a Hugging Face folder; names and shapes are checked before anything is read.
+
+    Args:
+        path: the folder.
+        padded_vocab_size: rows of Megatron's embedding; as in the run that the model is from, or
+            the vocabulary's, when None.
+
+    Raises:
+        ValueError: files that do not make a model of type `remoe` or `llama`.
+    """
+
+    def __init__(self, path: Path, padded_vocab_size: int | None = None) -> None:
+        self.path = path
+        self.config = _read_config(path)
+        self.reader = SafetensorsReader(path, extra=(PADDING_FILE,))
+        if padded_vocab_size is None:
+            padded_vocab_size = self.config["vocab_size"] + self._stored_padding()
+        self.padded_vocab_size = padded_vocab_size
+        self.items = plan(self.config, padded_vocab_size)
+        self._check()
+
+    def _stored_padding(self) -> int:
+        rows = [self.reader.shape(n)[0] for n in self.reader.names if n.startswith(PADDING)]
+        return rows[0] if rows else 0
+
+    def _check(self) -> None:
+        expected = {name: shape for item in self.items for name, shape in item.hf.items()}
+        weights = {n: s for n, s in expected.items() if not n.startswith((CONFIG, PADDING))}
+        found = [name for name in self.reader.names if not name.startswith(PADDING)]
+        if self.config["tie_word_embeddings"]:  # some savers write the shared tensor twice
+            found = [name for name in found if name != "lm_head.weight"]
+        check_names(str(self.path), found, weights)
+        vocab = self.config["vocab_size"]
+        rows = self.reader.shape("model.embed_tokens.weight")[0]
+        if rows != vocab:
+            raise ValueError(
+                f"vocabulary mismatch: {self.path / 'config.json'} has vocab_size {vocab}, but "
+                f"model.embed_tokens.weight has {rows} rows; they must be of one model"
+            )
+        for name, shape in weights.items():
+            check_shape(f"{self.path}: {name}", self.reader.shape(name), shape)
+        tokenizer = self.tokenizer
+        if tokenizer is not None and tokenizer.vocab_size > vocab:
+            raise ValueError(
+                f"vocabulary mismatch: the tokenizer of {self.path} has {tokenizer.vocab_size} "
+                f"entries, config.json has vocab_size {vocab}; they must be of one model"
+            )
+        coeffs = [name for name in expected if name.startswith(CONFIG)]
+        if coeffs and len(self.config.get("l1_coeff") or ()) != len(coeffs):
+            raise ValueError(
+                f"{self.path / 'config.json'} has no l1_coeff of {len(coeffs)} values, one for "
+                f"every layer with experts; add it (the published initial value is 1e-8)"
+            )
+
+    @cached_property
+    def tokenizer(self) -> TokenizerFiles | None:
+        has_one = (self.path / "tokenizer.json").is_file()
+        return TokenizerFiles(self.path) if has_one else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.reader.read("model.norm.weight").dtype
+
+    def hf_tensors(self, item: Item) -> dict[str, Tensor]:
+        return {name: self._read(name, shape) for name, shape in item.hf.items()}
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name.startswith(CONFIG):
+            index = moe_layers(self.config).index(int(name.rpartition(".")[2]))
+            return torch.tensor(self.config["l1_coeff"][index], dtype=torch.float32)
+        if name.startswith(PADDING):
+            stored = name in self.reader.names and self.reader.shape(name) == shape
+            return self.reader.read(name) if stored else torch.zeros(shape, dtype=self.dtype)
+        return self.reader.read(name)
+
+
+def _read_config(path: Path) -> Config:
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path} is no Hugging Face model: it has no config.json")
+    try:
+        raw: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error})") from error
+    kind = raw.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise ValueError(
+            f"{file} has model_type {kind!r}; {' and '.join(MODEL_TYPES)} can be converted"
+        )
+    return validated(raw)
+
+
+def validated(config: Config) -> Config:
+    """A config as transformers reads it, with its defaults.
+
+    Raises:
+        ValueError: values that the config class refuses.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import LlamaConfig
+
+    from remoe.hf import ReMoEConfig
+
+    cls = ReMoEConfig if config["model_type"] == "remoe" else LlamaConfig
+    try:
+        complete: Config = cls.from_dict(dict(config)).to_dict()
+    except (StrictDataclassError, TypeError, KeyError) as error:
+        raise ValueError(f"config.json: {' '.join(str(error).split())}") from error
+    return complete
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The last complete checkpoint of a run directory or a folder of checkpoints, or `path` itself.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} does not exist; name a run directory, a checkpoint or a model")
+    folder = path
+    if (path / "config.yaml").is_file():
+        saved = yaml.safe_load((path / "config.yaml").read_text()).get("save")
+        folder = path / "checkpoints"
+        folder = Path(saved) if saved and not folder.is_dir() else folder
+        if not folder.is_dir():
+            raise ValueError(f"{path} has no checkpoints yet; train it first")
+    if _is_checkpoint(folder):
+        return folder
+    tracker = folder / _TRACKER
+    name = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+    if name == "release" or (name.isascii() and name.isdigit()):
+        tracked = folder / (name if name == "release" else f"iter_{int(name):07d}")
+        if _is_checkpoint(tracked):
+            return tracked
+    complete = [p for p in sorted(folder.glob("iter_*")) if _is_checkpoint(p)]
+    if not complete:
+        raise ValueError(
+            f"{path} holds no complete checkpoint; name a run directory, a folder of checkpoints "
+            f"(iter_*), or one of them"
+        )
+    return complete[-1]
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "metadata.json").is_file() or is_legacy(folder)

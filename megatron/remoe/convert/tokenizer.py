@@ -1,0 +1,106 @@
+"""The tokenizer of a run: found by its arguments, copied for Hugging Face."""
+
+import argparse
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from megatron.remoe.data.tokenizer import load_gpt2_tokenizer, load_tokenizer, save_tokenizer
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+          "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer on disk.
+
+    Attributes:
+        path: a folder or `tokenizer.json`, or GPT-2's vocabulary.
+        merges: GPT-2's merges, beside that vocabulary.
+    """
+
+    path: Path
+    merges: Path | None = None
+
+    @classmethod
+    def find(cls, args: argparse.Namespace, chosen: Path | None) -> "TokenizerFiles | None":
+        """The chosen one, or the one that the arguments name; None if they name none.
+
+        Raises:
+            ValueError: it does not exist here.
+        """
+        if chosen is None:
+            kind = args.tokenizer_type
+            if kind == "GPT2BPETokenizer" and args.vocab_file and args.merge_file:
+                return cls(Path(args.vocab_file), Path(args.merge_file))
+            if kind != "HuggingFaceTokenizer" or not args.tokenizer_model:
+                return None
+            chosen = Path(args.tokenizer_model)
+        if not chosen.exists():
+            raise ValueError(
+                f"the tokenizer {chosen} does not exist here; go to the directory that the run was "
+                f"started in, or name a copy (--tokenizer PATH)"
+            )
+        return cls(chosen)
+
+    @cached_property
+    def _loaded(self) -> tuple[Tokenizer, str]:
+        if self.merges is not None:
+            return load_gpt2_tokenizer(self.path, self.merges)
+        return load_tokenizer(self.path)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._loaded[0].get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._loaded[0].encode(text).ids
+        return ids
+
+    @property
+    def ids(self) -> dict[str, int | None]:
+        """Ids of the special tokens; without one for padding, that of the end of documents."""
+        tokenizer, end = self._loaded
+        settings = self._settings
+        ids = {}
+        for name in _IDS:
+            token = settings.get(name.removesuffix("_id"))
+            token = token["content"] if isinstance(token, dict) else token
+            ids[name] = tokenizer.token_to_id(token) if token else None
+        ids["eos_token_id"] = tokenizer.token_to_id(end)
+        if ids["pad_token_id"] is None:
+            ids["pad_token_id"] = ids["eos_token_id"]
+        return ids
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        path = self.path / "tokenizer_config.json"
+        settings: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        return settings
+
+    def write(self, folder: Path) -> None:
+        """Put its files into a folder, with a token for padding, on the left, for generation."""
+        tokenizer, end = self._loaded
+        has_files = self.path.is_dir() and (self.path / "tokenizer.json").is_file()
+        if has_files and self._settings:
+            for name in _FILES:
+                if (self.path / name).is_file():
+                    shutil.copyfile(self.path / name, folder / name)
+            settings = dict(self._settings)
+        else:
+            scratch = folder / ".tokenizer"
+            save_tokenizer(tokenizer, end, scratch)
+            for file in scratch.iterdir():
+                file.rename(folder / file.name)
+            scratch.rmdir()
+            settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings.setdefault("pad_token", end)
+        settings.setdefault("padding_side", "left")
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,285 @@
+"""Megatron and Hugging Face: one table of how parameters correspond, read in both directions.
+
+A rule maps one tensor of Megatron to one or several of Hugging Face. Its two functions are inverse
+to each other, so that a round trip is bit-equal. `plan` applies the table to a model and lists
+every tensor of both sides; converters then consume and produce each of them exactly once.
+
+Three kinds of targets are told apart by the prefix of their name: `config.` is a value in the
+model's config, `padding.` is a tensor for a file beside the weights (rows of the vocabulary that
+only Megatron has), everything else is a weight.
+
+Dimensions: V vocabulary, P padded rows beyond V, H hidden, Q query heads x head, K query groups x
+head, E experts, F expert width, G = 2F, D dense width.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Dims = dict[str, int]
+Config = dict[str, Any]
+Shape = tuple[int, ...]
+
+CONFIG, PADDING = "config.", "padding."
+
+
+def _same(tensor: Tensor, dims: Dims) -> list[Tensor]:
+    return [tensor]
+
+
+def _only(tensors: Sequence[Tensor], dims: Dims) -> Tensor:
+    return tensors[0]
+
+
+def _split_vocab(tensor: Tensor, dims: Dims) -> list[Tensor]:
+    return [tensor[: dims["V"]], tensor[dims["V"] :]]
+
+
+def _split_half(tensor: Tensor, dims: Dims) -> list[Tensor]:
+    return list(tensor.chunk(2))
+
+
+def _concatenate(tensors: Sequence[Tensor], dims: Dims) -> Tensor:
+    return torch.cat(list(tensors))
+
+
+def _split_qkv(tensor: Tensor, dims: Dims) -> list[Tensor]:
+    """Megatron's rows are, group by group: the group's query heads, its key head, its value head.
+
+    Here heads are counted in rows: `[groups * (q + 1 + 1) * head, H]`.
+    """
+    per_group = dims["Q"] // dims["groups"]
+    head = dims["K"] // dims["groups"]
+    grouped = tensor.view(dims["groups"], per_group + 2 * head, -1)
+    parts = torch.split(grouped, [per_group, head, head], dim=1)
+    return [part.reshape(-1, tensor.shape[-1]) for part in parts]
+
+
+def _join_qkv(tensors: Sequence[Tensor], dims: Dims) -> Tensor:
+    hidden = tensors[0].shape[-1]
+    grouped = [t.reshape(dims["groups"], -1, hidden) for t in tensors]
+    return torch.cat(grouped, dim=1).reshape(-1, hidden)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One tensor of Megatron and what it is in Hugging Face.
+
+    Attributes:
+        megatron: name in a Megatron checkpoint; `*` is the index of the layer.
+        hf: names on the other side, with their dimensions, a letter each.
+        to_hf, to_megatron: the tensor to its parts in the order of `hf`, and back.
+        when: "always", "untied" (separate output layer), or the kind of layer: "moe", "relu" (moe
+            with a ReLU router), "dense".
+    """
+
+    megatron: str
+    hf: dict[str, str]
+    to_hf: Callable[[Tensor, Dims], list[Tensor]] = _same
+    to_megatron: Callable[[Sequence[Tensor], Dims], Tensor] = _only
+    when: str = "always"
+
+
+_M, _H = "decoder.layers.*.", "model.layers.*."
+
+TABLE: tuple[Rule, ...] = (
+    Rule(
+        "embedding.word_embeddings.weight",
+        {"model.embed_tokens.weight": "VH", "padding.embed_tokens.weight": "PH"},
+        _split_vocab,
+        _concatenate,
+    ),
+    # attention; norms are named as Transformer Engine names them, fused into the next linear
+    Rule(_M + "self_attention.linear_qkv.layer_norm_weight", {_H + "input_layernorm.weight": "H"}),
+    Rule(
+        _M + "self_attention.linear_qkv.weight",
+        {
+            _H + "self_attn.q_proj.weight": "QH",
+            _H + "self_attn.k_proj.weight": "KH",
+            _H + "self_attn.v_proj.weight": "KH",
+        },
+        _split_qkv,
+        _join_qkv,
+    ),
+    Rule(_M + "self_attention.linear_proj.weight", {_H + "self_attn.o_proj.weight": "HQ"}),
+    # experts
+    Rule(
+        _M + "pre_mlp_layernorm.weight",
+        {_H + "post_attention_layernorm.weight": "H"},
+        when="moe",
+    ),
+    Rule(_M + "mlp.router.weight", {_H + "mlp.router.weight": "EH"}, when="moe"),
+    Rule(_M + "mlp.router.l1_coeff", {"config.l1_coeff.*": ""}, when="relu"),
+    Rule(
+        _M + "mlp.experts.experts.linear_fc1.weight",
+        {_H + "mlp.experts.gate_up_proj": "EGH"},
+        when="moe",
+    ),
+    Rule(
+        _M + "mlp.experts.experts.linear_fc2.weight",
+        {_H + "mlp.experts.down_proj": "EHF"},
+        when="moe",
+    ),
+    # dense layers
+    Rule(
+        _M + "mlp.linear_fc1.layer_norm_weight",
+        {_H + "post_attention_layernorm.weight": "H"},
+        when="dense",
+    ),
+    Rule(
+        _M + "mlp.linear_fc1.weight",
+        {_H + "mlp.gate_proj.weight": "DH", _H + "mlp.up_proj.weight": "DH"},
+        _split_half,
+        _concatenate,
+        when="dense",
+    ),
+    Rule(_M + "mlp.linear_fc2.weight", {_H + "mlp.down_proj.weight": "HD"}, when="dense"),
+    Rule("decoder.final_layernorm.weight", {"model.norm.weight": "H"}),
+    Rule(
+        "output_layer.weight",
+        {"lm_head.weight": "VH", "padding.lm_head.weight": "PH"},
+        _split_vocab,
+        _concatenate,
+        when="untied",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A rule applied to one layer, or to the model: names and shapes, on both sides."""
+
+    rule: Rule
+    dims: Dims
+    megatron: str
+    megatron_shape: Shape
+    hf: dict[str, Shape]
+
+    def to_hf(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Megatron's tensor to Hugging Face's, by name.
+
+        Raises:
+            ValueError: a tensor of another shape.
+        """
+        check_shape(self.megatron, tuple(tensor.shape), self.megatron_shape)
+        parts = self.rule.to_hf(tensor, self.dims)
+        named = dict(zip(self.hf, parts, strict=True))
+        for name, part in named.items():
+            check_shape(name, tuple(part.shape), self.hf[name])
+        return named
+
+    def to_megatron(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Hugging Face's tensors, by name, to Megatron's.
+
+        Raises:
+            ValueError: a tensor of another shape.
+        """
+        for name, shape in self.hf.items():
+            check_shape(name, tuple(tensors[name].shape), shape)
+        tensor = self.rule.to_megatron([tensors[name] for name in self.hf], self.dims)
+        check_shape(self.megatron, tuple(tensor.shape), self.megatron_shape)
+        return tensor
+
+
+def dims_of(config: Config, padded_vocab_size: int) -> Dims:
+    """Dimensions of a model, from its Hugging Face config.
+
+    Raises:
+        ValueError: a padded vocabulary that is smaller than the vocabulary.
+    """
+    vocab = config["vocab_size"]
+    if padded_vocab_size < vocab:
+        raise ValueError(
+            f"the padded vocabulary has {padded_vocab_size} entries, fewer than the model's "
+            f"vocab_size of {vocab}; pad to at least {vocab}"
+        )
+    expert = config.get("moe_intermediate_size", 0)
+    return {
+        "V": vocab,
+        "P": padded_vocab_size - vocab,
+        "H": config["hidden_size"],
+        "Q": config["num_attention_heads"] * config["head_dim"],
+        "K": config["num_key_value_heads"] * config["head_dim"],
+        "E": config.get("num_experts", 0),
+        "F": expert,
+        "G": 2 * expert,
+        "D": config["intermediate_size"],
+        "groups": config["num_key_value_heads"],
+    }
+
+
+def plan(config: Config, padded_vocab_size: int) -> list[Item]:
+    """Every tensor of a model, in the order of its layers.
+
+    Args:
+        config: a Hugging Face config of model type `remoe` or `llama`.
+        padded_vocab_size: Megatron's number of rows in the embedding.
+
+    Raises:
+        ValueError: two rules claim one name.
+    """
+    dims = dims_of(config, padded_vocab_size)
+    first = [r for r in TABLE if "*" not in r.megatron and r.when == "always"][:1]
+    last = [r for r in TABLE if "*" not in r.megatron and r not in first]
+    items = [_item(rule, dims, None) for rule in first]
+    for layer in range(config["num_hidden_layers"]):
+        kinds = _kinds(config, layer)
+        items += [_item(r, dims, layer) for r in TABLE if "*" in r.megatron and r.when in kinds]
+    tied = config["tie_word_embeddings"]
+    items += [_item(r, dims, None) for r in last if not (r.when == "untied" and tied)]
+    for side in ([i.megatron for i in items], [name for i in items for name in i.hf]):
+        repeated = sorted(name for name, count in Counter(side).items() if count > 1)
+        if repeated:
+            raise ValueError(f"the conversion table names {', '.join(repeated)} more than once")
+    return items
+
+
+def _kinds(config: Config, layer: int) -> set[str]:
+    has_experts = config["model_type"] == "remoe" and layer not in (
+        config.get("mlp_only_layers") or ()
+    )
+    if not has_experts:
+        return {"always", "dense"}
+    return {"always", "moe", "relu"} if config["router_type"] == "relu" else {"always", "moe"}
+
+
+def _item(rule: Rule, dims: Dims, layer: int | None) -> Item:
+    def named(pattern: str) -> str:
+        return pattern.replace("*", str(layer))
+
+    shapes = {name: tuple(dims[letter] for letter in letters) for name, letters in rule.hf.items()}
+    parts = [torch.empty(shape, device="meta") for shape in shapes.values()]
+    whole = rule.to_megatron(parts, dims)
+    hf = {named(name): shape for name, shape in shapes.items()}
+    return Item(rule, dims, named(rule.megatron), tuple(whole.shape), hf)
+
+
+def check_shape(name: str, found: Shape, expected: Shape) -> None:
+    if found != expected:
+        raise ValueError(
+            f"{name} has shape {list(found)}, but the model's configuration asks for "
+            f"{list(expected)}"
+        )
+
+
+def check_names(where: str, found: Iterable[str], expected: Iterable[str]) -> None:
+    """Every name exactly once.
+
+    Raises:
+        ValueError: naming what is missing and what nobody asks for.
+    """
+    there, wanted = set(found), set(expected)
+    problems = [
+        f"{what} {', '.join(sorted(names)[:8])}"
+        + (f" and {len(names) - 8} more" * (len(names) > 8))
+        for what, names in (("lacks", wanted - there), ("has the unknown", there - wanted))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"{where} {' and '.join(problems)}; weights and configuration must be of one model"
+        )

@@ -1,0 +1,16 @@
+"""ReMoE for transformers: importing this package registers it with the `Auto*` classes.
+
+The two modules beside this file are self-contained (torch and transformers only) and are exported
+with every model, so that it loads with `trust_remote_code=True` where this package is missing.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from remoe.hf.configuration_remoe import ReMoEConfig
+from remoe.hf.modeling_remoe import ReMoEForCausalLM, ReMoEModel
+
+AutoConfig.register(ReMoEConfig.model_type, ReMoEConfig, exist_ok=True)
+AutoModel.register(ReMoEConfig, ReMoEModel, exist_ok=True)
+AutoModelForCausalLM.register(ReMoEConfig, ReMoEForCausalLM, exist_ok=True)
+
+__all__ = ["ReMoEConfig", "ReMoEForCausalLM", "ReMoEModel"]

@@ -1,0 +1,418 @@
+"""ReMoE for transformers: LLaMA whose MLPs are mixtures of SwiGLU experts behind a ReLU router.
+
+Self-contained: exported with every model, so the routing functions are a copy of `remoe`'s, which a
+test compares with their originals. Paper: arXiv 2412.14711.
+
+Shapes: B batch, S sequence, T = B * S tokens, H hidden, E experts, F expert width, L layers with
+experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation.utils import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.utils.generic import ModelOutput
+
+from .configuration_remoe import ReMoEConfig
+
+
+def relu_routing(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """Gates `relu(logits)` and the map of active experts, both `[T, E]` (Eq. 5)."""
+    dtype = torch.promote_types(logits_TE.dtype, torch.float32)
+    probs_TE = torch.relu(logits_TE.to(dtype))
+    return probs_TE, probs_TE > 0
+
+
+def load_weights(tokens_per_expert_E: Tensor, *, num_tokens: Tensor | int, topk: int) -> Tensor:
+    """Load weights f of the penalty, `[E]` (Eq. 11)."""
+    num_experts = tokens_per_expert_E.shape[0]
+    return tokens_per_expert_E.detach() * (num_experts / (topk * num_tokens))
+
+
+def l1_regularization(
+    probs_TE: Tensor, *, num_tokens: Tensor | int, load_weights_E: Tensor | None = None
+) -> Tensor:
+    """The regulariser of one layer, a 0-d tensor (Eq. 9 or 10)."""
+    l1_E = probs_TE.sum(dim=0)
+    if load_weights_E is not None:
+        l1_E = l1_E * load_weights_E
+    return l1_E.sum() / num_tokens
+
+
+def topk_pre_softmax(logits_TE: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of the softmax, and the map of active experts, both `[T, E]`."""
+    probs_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
+    return _scatter(*torch.topk(probs_TE, topk, dim=-1), logits_TE)
+
+
+def topk_post_softmax(logits_TE: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The softmax of the k largest logits, and the map of active experts, both `[T, E]`."""
+    chosen_Tk, index_Tk = torch.topk(logits_TE, topk, dim=-1)
+    return _scatter(torch.softmax(chosen_Tk, dim=-1, dtype=torch.float32), index_Tk, logits_TE)
+
+
+def _scatter(probs_Tk: Tensor, index_Tk: Tensor, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    probs_TE = torch.zeros_like(logits_TE).scatter(1, index_Tk, probs_Tk.to(logits_TE.dtype))
+    active_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, index_Tk, True)
+    return probs_TE, active_TE
+
+
+ROUTERS: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]] = {
+    "relu": lambda logits_TE, topk: relu_routing(logits_TE),
+    "topk_pre_softmax": topk_pre_softmax,
+    "topk_post_softmax": topk_post_softmax,
+}
+
+
+class ReMoERouter(nn.Module):
+    """`[T, H]` to gates and the map of active experts, both `[T, E]`."""
+
+    def __init__(self, config: ReMoEConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.topk = config.num_experts_per_tok
+        self.route = ROUTERS[config.router_type]
+        self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
+
+    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = self.dtype or x_TH.dtype
+        # A cast is not enough under autocast, which would cast it back.
+        with torch.autocast(x_TH.device.type, enabled=False):
+            logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype))
+            return self.route(logits_TE, self.topk)
+
+
+class ReMoEExperts(nn.Module):
+    """Stacked SwiGLU experts: `gate_up_proj` is `[E, 2F, H]` (gate first), `down_proj` `[E, H, F]`.
+
+    Only active (token, expert) pairs are computed, and experts without tokens cost nothing.
+    """
+
+    def __init__(self, config: ReMoEConfig) -> None:
+        super().__init__()
+        experts, hidden, width = (
+            config.num_experts, config.hidden_size, config.moe_intermediate_size
+        )  # fmt: skip
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, x_TH: Tensor, probs_TE: Tensor, active_TE: Tensor) -> Tensor:
+        y_TH = torch.zeros_like(x_TH)
+        # Unbound once, gradients of all experts are stacked once in backward.
+        gate_up, down = self.gate_up_proj.unbind(0), self.down_proj.unbind(0)
+        counts = active_TE.sum(dim=0).tolist()
+        token_A = active_TE.T.nonzero()[:, 1]
+        for expert, token_a in enumerate(token_A.split(counts)):
+            if counts[expert] == 0:
+                continue
+            gate, up = F.linear(x_TH[token_a], gate_up[expert]).chunk(2, dim=-1)
+            out = F.linear(F.silu(gate) * up, down[expert])
+            out = out * probs_TE[token_a, expert, None].to(out.dtype)
+            y_TH = y_TH.index_add(0, token_a, out.to(y_TH.dtype))
+        return y_TH
+
+
+class ReMoEBlock(nn.Module):
+    """Router and experts: `[B, S, H]` to the same, and the gates `[B, S, E]` and active map."""
+
+    def __init__(self, config: ReMoEConfig) -> None:
+        super().__init__()
+        self.router = ReMoERouter(config)
+        self.experts = ReMoEExperts(config)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_TH = hidden_states.flatten(0, 1)
+        probs_TE, active_TE = self.router(x_TH)
+        y_TH = self.experts(x_TH, probs_TE.to(x_TH.dtype), active_TE)
+        shape = (*hidden_states.shape[:2], -1)
+        return y_TH.view_as(hidden_states), probs_TE.view(shape), active_TE.view(shape)
+
+
+class ReMoEDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: ReMoEConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(config, layer_idx)
+        self.is_dense = layer_idx in (config.mlp_only_layers or ())
+        self.mlp = LlamaMLP(config) if self.is_dense else ReMoEBlock(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, hidden_states: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """New hidden states, attention weights (eager only), gates and active map (experts)."""
+        attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        if self.is_dense:
+            return hidden_states + self.mlp(normed), weights, None, None
+        output, probs, active = self.mlp(normed)
+        return hidden_states + output, weights, probs, active
+
+
+@dataclass
+class ReMoEModelOutput(ModelOutput):
+    """What `ReMoEModel` returns.
+
+    Attributes:
+        router_probs: gates of every layer with experts, `[B, S, E]`, zero where inactive.
+        active_experts: number of active experts per token of every such layer, int64 `[B, S]`.
+        l1_reg: the L1 regulariser of every such layer, `[L]`, of tokens that are no padding.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_probs: tuple[Tensor, ...] | None = None
+    active_experts: tuple[Tensor, ...] | None = None
+    l1_reg: Tensor | None = None
+
+
+@dataclass
+class ReMoECausalLMOutput(ModelOutput):
+    """What `ReMoEForCausalLM` returns; see `ReMoEModelOutput`.
+
+    Attributes:
+        loss: cross-entropy, plus `penalty` in training mode.
+        penalty: `sum of l1_coeff * l1_reg` over layers (Eq. 6), when the model is training.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_probs: tuple[Tensor, ...] | None = None
+    active_experts: tuple[Tensor, ...] | None = None
+    l1_reg: Tensor | None = None
+    penalty: Tensor | None = None
+
+
+class ReMoEPreTrainedModel(PreTrainedModel):
+    config_class = ReMoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ReMoEDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ReMoEExperts | ReMoERouter):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+
+
+class ReMoEModel(ReMoEPreTrainedModel):
+    """The transformer without its head."""
+
+    def __init__(self, config: ReMoEConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(ReMoEDecoderLayer(config, i) for i in layers)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_routing: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ReMoEModelOutput | tuple[Any, ...]:
+        """`[B, S]` tokens to hidden states; `output_routing` adds the routing of every layer."""
+        config = self.config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            length = inputs_embeds.shape[1]
+            position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
+        with_attentions = (
+            config.output_attentions if output_attentions is None else output_attentions
+        )
+        with_hidden = (
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        common = {
+            "attention_mask": create_causal_mask(
+                config=config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            ),
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=position_ids),
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+        }
+        hidden_states = inputs_embeds
+        all_hidden: list[Tensor] = []
+        all_attentions: list[Tensor] = []
+        routing: list[tuple[Tensor, Tensor]] = []
+        for layer in self.layers:
+            all_hidden += [hidden_states] if with_hidden else []
+            hidden_states, weights, probs, active = layer(hidden_states, **common, **kwargs)
+            all_attentions += [weights] if with_attentions else []
+            if probs is not None and (output_routing or self.training):
+                routing.append((probs, active))
+        hidden_states = self.norm(hidden_states)
+        output = ReMoEModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*all_hidden, hidden_states) if with_hidden else None,
+            attentions=tuple(all_attentions) if with_attentions else None,
+        )
+        if output_routing:
+            output.router_probs = tuple(probs for probs, _ in routing)
+            output.active_experts = tuple(active.sum(dim=-1) for _, active in routing)
+        if routing and config.router_type == "relu":
+            output.l1_reg = self._l1_reg(routing, attention_mask)
+        return output if _wants_dict(config, return_dict) else output.to_tuple()
+
+    def _l1_reg(self, routing: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> Tensor:
+        regularisers = []
+        for probs, active in routing:
+            probs_TE, active_TE = probs.flatten(0, 1), active.flatten(0, 1)
+            if mask is not None and mask.dim() == 2:  # the last S columns are this call's tokens
+                real_T = mask[:, -probs.shape[1] :].bool().reshape(-1)
+                probs_TE, active_TE = probs_TE[real_T], active_TE[real_T]
+            num_tokens, weights_E = max(len(probs_TE), 1), None
+            if self.config.load_balancing == "aux_loss":
+                weights_E = load_weights(
+                    active_TE.sum(dim=0),
+                    num_tokens=num_tokens,
+                    topk=self.config.num_experts_per_tok,
+                )
+            regularisers.append(
+                l1_regularization(probs_TE, num_tokens=num_tokens, load_weights_E=weights_E)
+            )
+        return torch.stack(regularisers)
+
+
+class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
+    """The language model.
+
+    In training mode the loss includes the L1 penalty with the coefficients of `config.l1_coeff`;
+    whoever trains moves them once per step (see the project's example) or leaves them as they are.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: ReMoEConfig) -> None:
+        super().__init__(config)
+        self.model = ReMoEModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_routing: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> ReMoECausalLMOutput | tuple[Any, ...]:
+        """`[B, S]` tokens to logits `[B, S, V]`; with `labels` `[B, S]` (unshifted) also the loss.
+
+        Args:
+            logits_to_keep: the last so many positions only, or the given ones; 0 is all.
+            num_items_in_batch: labels of all micro-batches of a step, when losses are to be summed.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            output_routing=output_routing,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, keep])
+        loss = penalty = None
+        if self.training and outputs.l1_reg is not None and self.config.l1_coeff is not None:
+            penalty = (outputs.l1_reg * outputs.l1_reg.new_tensor(self.config.l1_coeff)).sum()
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+            if penalty is not None:
+                share: Tensor | float = 1.0
+                if num_items_in_batch is not None:  # this micro-batch's part of the step
+                    share = (labels[:, 1:] != -100).sum() / num_items_in_batch
+                loss = loss + penalty * share
+        output = ReMoECausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_probs=outputs.router_probs,
+            active_experts=outputs.active_experts,
+            l1_reg=outputs.l1_reg,
+            penalty=penalty,
+        )
+        return output if _wants_dict(self.config, return_dict) else output.to_tuple()
+
+
+def _wants_dict(config: PreTrainedConfig, return_dict: bool | None) -> bool:
+    return bool(config.return_dict if return_dict is None else return_dict)
+
+
+__all__ = ["ReMoEForCausalLM", "ReMoEModel", "ReMoEPreTrainedModel"]

@@ -1,0 +1,324 @@
+"""The transformers model: its copies of our equations, caching, padding, training, and its cost."""
+
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("transformers")
+
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+
+import remoe
+from remoe.hf import ReMoEConfig, ReMoEForCausalLM, ReMoEModel, modeling_remoe
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "mlp_only_layers": [1],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+ROUTERS = ("relu", "topk_pre_softmax", "topk_post_softmax")
+
+
+def build(**changes) -> ReMoEForCausalLM:
+    torch.manual_seed(0)
+    return ReMoEForCausalLM(ReMoEConfig(**(SIZES | changes))).eval()
+
+
+def some_tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(1, 64, shape, generator=torch.Generator().manual_seed(1))
+
+
+def code(function) -> str:
+    """The source of a function's body without its docstring."""
+    lines = inspect.getsource(function)
+    return textwrap.dedent(lines.split('"""')[2])
+
+
+@pytest.mark.parametrize("name", ["relu_routing", "load_weights", "l1_regularization"])
+def test_the_copied_equations_are_those_of_the_package(name):
+    from remoe import regularization, routing
+
+    original = getattr(routing, name, None) or getattr(regularization, name)
+    assert code(getattr(modeling_remoe, name)) == code(original)
+
+
+def test_registered_with_the_auto_classes():
+    config = ReMoEConfig(**SIZES)
+    assert type(AutoModelForCausalLM.from_config(config)) is ReMoEForCausalLM
+    assert type(AutoModel.from_config(config)) is ReMoEModel
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"router_type": "soft"}, "router_type is 'soft'.* must be one of relu, topk_pre_softmax"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5 of 4 experts"),
+        ({"l1_coeff": [0.1]}, "l1_coeff has 1 values for 2 layers"),
+        ({"router_dtype": "int8"}, "router_dtype is 'int8'"),
+        ({"load_balancing": "some"}, "load_balancing is 'some'"),
+    ],
+)
+def test_a_wrong_config_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ReMoEConfig(**(SIZES | changes))
+
+
+def test_topk_before_and_after_the_softmax_by_hand():
+    logits = torch.tensor([[0.0, 1.0, 3.0, 2.0]])
+    weights = logits.exp()
+    pre, active = modeling_remoe.topk_pre_softmax(logits, 2)
+    torch.testing.assert_close(pre, weights / weights.sum() * torch.tensor([0.0, 0, 1, 1]))
+    assert active.tolist() == [[False, False, True, True]]
+    post, active = modeling_remoe.topk_post_softmax(logits, 2)
+    chosen = weights * torch.tensor([0.0, 0, 1, 1])
+    torch.testing.assert_close(post, chosen / chosen.sum())
+    assert active.tolist() == [[False, False, True, True]]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_block_is_the_sum_of_its_active_experts_also_in_backward(router):
+    config = ReMoEConfig(**(SIZES | {"router_type": router, "router_dtype": "float64"}))
+    block = modeling_remoe.ReMoEBlock(config).double()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
+    y, probs, active = block(x)
+    inputs = [x, *block.parameters()]
+    ours = torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)
+    dense = torch.zeros_like(y)
+    for e in range(4):
+        gate, up = (x @ block.experts.gate_up_proj[e].T).chunk(2, dim=-1)
+        out = (torch.nn.functional.silu(gate) * up) @ block.experts.down_proj[e].T
+        dense = dense + probs[..., e, None] * out
+    torch.testing.assert_close(y, dense)
+    theirs = torch.autograd.grad(dense.square().sum(), inputs)
+    torch.testing.assert_close(ours, theirs)
+    assert torch.equal(active, probs > 0)
+
+
+def test_experts_cost_what_they_use():
+    experts = modeling_remoe.ReMoEExperts(ReMoEConfig(**SIZES))
+    for parameter in experts.parameters():
+        torch.nn.init.ones_(parameter)
+    x, active = torch.ones(10, 32), torch.zeros(10, 4, dtype=torch.bool)
+
+    def flops() -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            experts(x, active.float(), active)
+        return counter.get_total_flops()
+
+    assert flops() == 0
+    active[:3, 0] = active[5, 2] = True
+    assert flops() == 4 * 2 * 3 * 32 * 24  # 4 pairs, multiply and add, 3 matrices of H x F
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_with_a_cache_logits_are_those_of_the_whole_text(router):
+    model, tokens = build(router_type=router), some_tokens(2, 9)
+    with torch.no_grad():
+        whole = model(tokens).logits
+        first = model(tokens[:, :6], use_cache=True)
+        rest = model(tokens[:, 6:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], dim=1), whole)
+
+
+def test_attention_implementations_agree():
+    tokens = some_tokens(2, 9)
+    logits = {}
+    for name in ("eager", "sdpa"):
+        model = build()
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            logits[name] = model(tokens).logits
+    torch.testing.assert_close(logits["eager"], logits["sdpa"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_with_left_padding_generates_what_each_prompt_generates():
+    model, tokens = build(pad_token_id=0), some_tokens(2, 6)
+    request = {"do_sample": False, "max_new_tokens": 8}
+    short = tokens[:1, 2:]
+    alone = [
+        model.generate(t, attention_mask=torch.ones_like(t), **request)[0, t.shape[1] :]
+        for t in (short, tokens[1:])
+    ]
+    batch, mask = tokens.clone(), torch.ones_like(tokens)
+    batch[0, :2] = mask[0, :2] = 0
+    together = model.generate(batch, attention_mask=mask, **request)[:, 6:]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_sampling_follows_the_seed():
+    model, tokens = build(), some_tokens(1, 4)
+    request = {"do_sample": True, "max_new_tokens": 8, "attention_mask": torch.ones_like(tokens)}
+
+    def sample(seed: int) -> list[int]:
+        torch.manual_seed(seed)
+        return model.generate(tokens, **request)[0].tolist()
+
+    assert sample(1) == sample(1)
+    assert len({tuple(sample(seed)) for seed in range(4)}) > 1
+
+
+def test_loss_is_the_cross_entropy_and_in_training_the_penalty():
+    coeffs = [0.5, 0.25]
+    model, tokens = build(l1_coeff=coeffs), some_tokens(2, 9)
+    output = model(tokens, labels=tokens)
+    expected = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    )
+    torch.testing.assert_close(output.loss, expected)
+    assert output.penalty is None
+
+    output = model.train()(tokens, labels=tokens, output_routing=True)
+    penalty = 0.0
+    for coeff, probs in zip(coeffs, output.router_probs, strict=True):
+        flat = probs.flatten(0, 1)
+        load = remoe.load_weights((flat > 0).sum(dim=0), num_tokens=18, topk=2)
+        penalty += coeff * remoe.l1_regularization(flat, num_tokens=18, load_weights_E=load)
+    torch.testing.assert_close(output.penalty, penalty)
+    torch.testing.assert_close(output.loss, expected + penalty)
+
+
+def test_the_penalty_is_not_of_padding():
+    model, tokens = build(l1_coeff=[1.0, 1.0], load_balancing="none").train(), some_tokens(1, 6)
+    alone = model(tokens[:, 2:]).l1_reg
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    positions = torch.tensor([[0, 0, 0, 1, 2, 3]])
+    padded = model(tokens, attention_mask=mask, position_ids=positions).l1_reg
+    torch.testing.assert_close(alone, padded)
+
+
+def test_routing_is_what_the_layers_did():
+    model, tokens = build(), some_tokens(2, 9)
+    with torch.no_grad():
+        output = model(tokens, output_routing=True)
+    assert [p.shape for p in output.router_probs] == [(2, 9, 4)] * 2  # the middle layer is dense
+    counts = [(probs > 0).sum(dim=-1) for probs in output.router_probs]
+    assert all(map(torch.equal, output.active_experts, counts))
+    assert len({int(n) for count in counts for n in count.flatten()}) > 1
+    assert model(tokens).router_probs is None
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    tokens, gradients = some_tokens(2, 9), []
+    for enabled in (False, True):
+        model = build(l1_coeff=[0.1, 0.1]).train()
+        if enabled:
+            model.gradient_checkpointing_enable()
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_trains_with_the_trainer(tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in some_tokens(1, 12).repeat(16, 1)]
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=12,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=3e-3,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    model = build(l1_coeff=[1e-3, 1e-3], initializer_range=0.05)
+    before = model.model.layers[0].mlp.experts.down_proj.detach().clone()
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.5
+    assert not torch.equal(before, model.model.layers[0].mlp.experts.down_proj)
+
+
+def test_saved_and_loaded_alike_also_in_bf16(tmp_path):
+    model, tokens = build(l1_coeff=[1e-8 / 3, 0.1]), some_tokens(1, 9)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+    assert again.config.l1_coeff == [1e-8 / 3, 0.1]
+    narrow = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert narrow(tokens).logits.dtype == torch.bfloat16
+
+
+WITHOUT_US = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("remoe", "megatron"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert "remoe" not in sys.modules
+print(type(model).__module__.split(".")[0], sum(p.numel() for p in model.parameters()))
+"""
+
+
+def test_an_exported_folder_loads_where_this_package_is_missing(tmp_path):
+    model = build()
+    model.config.auto_map = {
+        "AutoConfig": "configuration_remoe.ReMoEConfig",
+        "AutoModelForCausalLM": "modeling_remoe.ReMoEForCausalLM",
+    }
+    model.save_pretrained(tmp_path / "model")
+    for name in ("configuration_remoe.py", "modeling_remoe.py"):
+        source = Path(modeling_remoe.__file__).with_name(name)
+        shutil.copyfile(source, tmp_path / "model" / name)
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_US, str(tmp_path / "model")]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    count = sum(p.numel() for p in model.parameters())
+    assert done.stdout.split() == ["transformers_modules", str(count)]
+
+
+def test_the_example_trains_on_under_control(tmp_path):
+    """The coefficient starts where the config left it and follows the rule; both are saved."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["the", "router", "is", "a", "relu"]
+    vocabulary = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="the"))
+    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=vocabulary).save_pretrained(tmp_path / "model")
+    build(l1_coeff=[1e-3, 1e-3], target_sparsity=0.5).save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_text(" ".join(words) * 30)
+
+    example = Path(__file__).parents[1] / "examples/continue_training.py"
+    argv = ["model", "text", "--out", "new", "--steps", "3", "--length", "16", "--batch", "2"]
+    command = [sys.executable, "-W", "ignore", str(example), *argv]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    coeff = torch.tensor(1e-3)
+    for line in done.stdout.splitlines():
+        sparsity = float(line.split()[4])
+        coeff = coeff * 1.2 if sparsity < 0.5 else coeff / 1.2
+        assert float(line.split()[6]) == pytest.approx(float(coeff), rel=1e-2)
+    assert len(done.stdout.splitlines()) == 3
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert again.config.l1_coeff == pytest.approx([float(coeff)] * 2)
