@@ -174,7 +174,7 @@ def forward_loss(flags: dict) -> float | None:
     tokens = torch.randint(0, args.padded_vocab_size, shape, generator=torch.Generator())
 
     def step(data, model):
-        return _forward_step(data, model, router="any")
+        return _forward_step(data, model, padded=False)
 
     losses = get_forward_backward_func()(
         forward_step_func=step,
