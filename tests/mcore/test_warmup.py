@@ -29,9 +29,9 @@ def run_layer(layout: Layout, iteration: int):
     router, fc1, fc2 = moe_cases.weights(0.0)
     with torch.no_grad():
         layer.router.weight.copy_(router)
-        for index, expert in moe_cases.local_experts(layer):
-            expert.linear_fc1.weight.copy_(fc1[index])
-            expert.linear_fc2.weight.copy_(fc2[index])
+        for index, (ours1, ours2) in moe_cases.local_experts(layer):
+            ours1.copy_(fc1[index])
+            ours2.copy_(fc2[index])
     layer.router._iteration = lambda: iteration
     x = moe_cases.inputs(torch.distributed.get_rank())
     output, _ = layer.train()(x)
