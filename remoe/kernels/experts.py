@@ -18,6 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
 
+_FEW_TOKENS = 128
+
+
 def grouped_swiglu(
     x_AH: Tensor,
     prob_A: Tensor,
@@ -158,10 +161,12 @@ def uses_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
 def _matmul(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
     """One product, or one for each segment of rows of `a` (of columns, when `b` is 2-d as well).
 
-    For one expert it is computed transposed, weights first and tokens as columns: with few tokens
-    an expert that is up to 1.6 times faster on a CPU, and with many the same.
+    For an expert with few tokens it is computed transposed, weights first and tokens as columns: on
+    a CPU that is up to 1.6 times faster.
     """
-    return torch.mm(b.mT, a.mT).mT if ends is None else F.grouped_mm(a, b, offs=ends)
+    if ends is not None:
+        return F.grouped_mm(a, b, offs=ends)
+    return torch.mm(b.mT, a.mT).mT if len(a) <= _FEW_TOKENS else torch.mm(a, b)
 
 
 def _fused(function: Callable[..., Any], z: Tensor) -> Callable[..., Any]:
