@@ -24,6 +24,7 @@ from pathlib import Path
 import yaml
 
 TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # in the tracker and as a directory: weights that no iteration is known of
 _MANIFEST = "integrity.json"
 _SECONDS_BETWEEN_PRUNES = 2.0
 
@@ -87,20 +88,33 @@ def find(folder: Path) -> list[Checkpoint]:
 
 def tracked(folder: Path) -> int | None:
     """The iteration that Megatron's tracker names; None if there is no tracker or it is damaged."""
-    path = folder / TRACKER
-    text = path.read_text(errors="replace").strip() if path.is_file() else ""
+    text = _tracker_text(folder)
     return int(text) if text.isascii() and text.isdigit() else None
 
 
+def tracked_path(folder: Path) -> Path | None:
+    """The directory that the tracker names: of an iteration, or of a release (no run's)."""
+    if _tracker_text(folder) == RELEASE:
+        return folder / RELEASE
+    iteration = tracked(folder)
+    return None if iteration is None else folder / f"iter_{iteration:07d}"
+
+
+def _tracker_text(folder: Path) -> str:
+    path = folder / TRACKER
+    return path.read_text(errors="replace").strip() if path.is_file() else ""
+
+
 def folder_of(run: Path) -> Path:
-    """The folder of a run's checkpoints.
+    """The folder of a run's checkpoints, also when the run was moved with them.
 
     Raises:
         ValueError: neither a run directory nor a folder of checkpoints.
     """
     config = run / "config.yaml"
     if config.is_file():
-        return Path(yaml.safe_load(config.read_text()).get("save") or run / "checkpoints")
+        saved = yaml.safe_load(config.read_text()).get("save")
+        return Path(saved) if saved and Path(saved).is_dir() else run / "checkpoints"
     if find(run) or (run / TRACKER).is_file():
         return run
     raise ValueError(
@@ -149,11 +163,17 @@ def _check_tracked(
     folder: Path, latest: int, complete: list[Checkpoint], need_manifest: bool
 ) -> None:
     for checkpoint in complete:
-        if checkpoint.iteration == latest and need_manifest and not checkpoint.has_manifest:
-            raise ValueError(
-                f"checkpoint {checkpoint.path} has no {_MANIFEST}, so it cannot be verified; "
-                f"continue without verification (verify_integrity=false)"
-            )
+        if checkpoint.iteration == latest and need_manifest:
+            check_has_manifest(checkpoint)
+
+
+def check_has_manifest(checkpoint: Checkpoint) -> None:
+    """Raises ValueError when there is none."""
+    if not checkpoint.has_manifest:
+        raise ValueError(
+            f"checkpoint {checkpoint.path} has no {_MANIFEST}, so it cannot be verified; "
+            f"continue without verification (verify_integrity=false)"
+        )
 
 
 def write_tracker(folder: Path, iteration: int) -> None:

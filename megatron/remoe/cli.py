@@ -1,8 +1,6 @@
 """The `remoe` command. Every command is a thin call into the package, which it imports itself."""
 
-import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -81,10 +79,11 @@ def tokenize(
     force: Force = False,
 ) -> None:
     """Write Megatron's token files, one pair per file or per domain and split of a corpus."""
+    from megatron.remoe import cpu
     from megatron.remoe.data.tokenize import TokenizeConfig
     from megatron.remoe.data.tokenize import tokenize as run
 
-    _silence_megatron()
+    cpu.silence_megatron()
     config = TokenizeConfig(
         tokenizer=tokenizer,
         vocab_file=vocab_file,
@@ -120,10 +119,10 @@ def train(
     """Train on this machine: checks everything, starts torchrun, shows progress, draws curves."""
     from rich.console import Console
 
-    from megatron.remoe import launch
+    from megatron.remoe import cpu, launch
     from megatron.remoe.config import load_config
 
-    prepare_megatron()
+    cpu.prepare_megatron()
     console = Console()
     more = [] if nproc is None else [f"nproc={nproc}"]
     run = load_config(config, [*(overrides or []), *more])
@@ -156,9 +155,10 @@ def doctor() -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from megatron.remoe import cpu
     from megatron.remoe.doctor import examine
 
-    prepare_megatron()
+    cpu.prepare_megatron()
     colors = {"ok": "green", "disabled": "yellow", "missing": "red"}
     table = Table(show_header=False)
     for finding in examine():
@@ -185,23 +185,13 @@ def parallel(
 
     from megatron.remoe.verify import grid
 
-    cells = [c for c in grid.grid() if not only or any(part in c.name for part in only)]
-    if not cells:
-        raise ValueError(f"no cell's name contains any of {only}; run without names for all")
+    cells = _named(grid.grid(), only, "cell")
     console = Console()
-
-    def report(result: grid.Result) -> None:
-        worst = " ".join(f"{key} {value:.0e}" for key, value in result.deviations.items())
-        console.print(f"{result.verdict:8} {result.cell.name}: {worst}", highlight=False)
-
     with console.status(f"{len(cells)} cells"):
-        results = grid.verify(cells, steps=steps, report=report)
+        results = grid.verify(cells, steps=steps, report=_reporter(console))
     if out is not None:
         out.write_text(grid.to_markdown(results) + "\n")
-    bad = [result.cell.name for result in results if not result.ok]
-    console.print(f"{len(results) - len(bad)} of {len(results)} cells agree with one rank")
-    if bad:
-        raise typer.Exit(1)
+    _conclude(results, "cells agree with one rank", console)
 
 
 @verify.command()
@@ -228,33 +218,50 @@ def resume(
     if kills is not None:
         _verify_kills(kills, seed, console)
         return
-    pairs = [p for p in resume.pairs() if not only or any(part in p.name for part in only)]
-    if not pairs:
-        raise ValueError(f"no pair's name contains any of {only}; run without names for all")
-
-    def report(result: resume.Result) -> None:
-        worst = " ".join(f"{key} {value:.0e}" for key, value in result.deviations.items())
-        console.print(f"{result.verdict:11} {result.pair.name}: {worst}", highlight=False)
-
+    pairs = _named(resume.pairs(), only, "pair")
     with console.status(f"{len(pairs)} pairs of layouts"):
-        results = resume.verify(pairs, steps=steps, report=report)
+        results = resume.verify(pairs, steps=steps, report=_reporter(console))
     if out is not None:
         out.write_text(resume.to_markdown(results) + "\n")
     same = [max(r.deviations.values()) for r in results if r.pair.is_same and r.deviations]
     if same:
         console.print(f"largest difference in the same layout: {max(same):g}", highlight=False)
-    bad = [result.pair.name for result in results if not result.ok]
-    console.print(f"{len(results) - len(bad)} of {len(results)} pairs continue the run")
-    if bad:
+    _conclude(results, "pairs continue the run", console)
+
+
+def _named(everything: list, only: list[str] | None, what: str) -> list:
+    """Those whose names contain one of the given parts."""
+    found = [one for one in everything if not only or any(part in one.name for part in only)]
+    if not found:
+        raise ValueError(f"no {what}'s name contains any of {only}; run without names for all")
+    return found
+
+
+def _reporter(console):
+    """Prints a result as it is known."""
+
+    def report(result) -> None:
+        worst = " ".join(f"{key} {value:.0e}" for key, value in result.deviations.items())
+        console.print(f"{result.verdict:11} {result.name}: {worst}", highlight=False)
+
+    return report
+
+
+def _conclude(results: list, claim: str, console) -> None:
+    """Say how many results are as claimed; exit with 1 if one is not."""
+    good = sum(result.ok for result in results)
+    console.print(f"{good} of {len(results)} {claim}")
+    if good < len(results):
         raise typer.Exit(1)
 
 
 def _verify_kills(kills: int, seed: int, console) -> None:
     import tempfile
 
+    from megatron.remoe import cpu
     from megatron.remoe.verify import kills as runs
 
-    prepare_megatron()
+    cpu.prepare_megatron()
     with tempfile.TemporaryDirectory() as folder:
         result = runs.verify(
             Path(folder), kills, seed=seed, report=lambda line: console.print(line, highlight=False)
@@ -267,23 +274,6 @@ def _verify_kills(kills: int, seed: int, console) -> None:
     )
     if not result.ok:
         raise typer.Exit(1)
-
-
-def prepare_megatron() -> None:
-    """Let the CPU stand in where there is no GPU, before anything imports `megatron.core`."""
-    import torch
-
-    from megatron.remoe import cpu
-
-    _silence_megatron()
-    if not torch.cuda.is_available():
-        cpu.enable()
-
-
-def _silence_megatron() -> None:
-    """Hide what importing Megatron says on every machine without a GPU or without TE."""
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.(core|training)")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def main(argv: list[str] | None = None) -> None:

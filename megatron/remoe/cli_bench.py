@@ -78,12 +78,12 @@ def step(
 
 def _prepare() -> None:
     """Run with the environment of training, which torch reads when it starts."""
-    from megatron.remoe.cli import prepare_megatron
+    from megatron.remoe import cpu
     from megatron.remoe.launch import cpu_environment
 
     missing = {k: v for k, v in cpu_environment(1).items() if k not in os.environ}
     if missing:
         os.environ |= missing
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    prepare_megatron()
+    cpu.prepare_megatron()
     logging.disable(logging.WARNING)

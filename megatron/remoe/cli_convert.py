@@ -1,8 +1,6 @@
 """The commands `remoe convert ...` and `remoe generate`."""
 
-import logging
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,10 +39,10 @@ def to_hf(
     force: Force = False,
 ) -> None:
     """Export a model as transformers loads it: weights, tokenizer, code and model card."""
+    _prepare()
     from megatron.remoe.convert import export
     from megatron.remoe.convert.shards import parse_size
 
-    _quiet()
     chosen, size = export.parse_dtype(dtype), parse_size(max_shard_size)
     with _progress("bytes") as report:
         config = export.to_hf(
@@ -75,10 +73,9 @@ def to_megatron(
     force: Force = False,
 ) -> None:
     """Make a checkpoint that Megatron trains on, with the model's flags in model.yaml."""
+    _prepare()
     from megatron.remoe.convert import restore
 
-    _quiet()
-    _stand_in()
     layout = restore.Layout(tensor_parallel, pipeline_parallel, expert_parallel, padded_vocab_size)
     with _progress("tensors") as report:
         folder = restore.to_megatron(source, out, layout=layout, force=force, progress=report)
@@ -100,11 +97,10 @@ def verify(
 
     Exits with 1 if they differ more than the dtype allows.
     """
+    _prepare()
     from megatron.remoe.convert import compare
     from megatron.remoe.convert.export import parse_dtype
 
-    _quiet()
-    _stand_in()
     chosen = parse_dtype(dtype)
     assert chosen is not None
     result = compare.compare(
@@ -149,10 +145,9 @@ def generate(
     tokenizer: Tokenizer = None,
 ) -> None:
     """Continue a prompt, streamed."""
+    _prepare()
     from megatron.remoe.convert.export import parse_dtype
     from megatron.remoe.convert.generate import generate as run
-
-    _quiet()
 
     def emit(text: str) -> None:
         sys.stdout.write(text)
@@ -186,24 +181,15 @@ def _text_or_ids(text: str | None, file: Path | None, tokens: str | None) -> str
     return _TEXT if text is None else text
 
 
-def _quiet() -> None:
-    """Transformers shows bars of its own, and Megatron's imports warn on machines without a GPU."""
+def _prepare() -> None:
+    """As for training, and without the bars that transformers shows of its own."""
     from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-
-
-def _stand_in() -> None:
-    """Let the CPU stand in where there is no GPU, before anything imports `megatron.core`."""
-    import torch
 
     from megatron.remoe import cpu
 
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.(core|training)")
-    if not torch.cuda.is_available():
-        cpu.enable()
+    cpu.prepare_megatron()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 @contextmanager

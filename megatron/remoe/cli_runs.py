@@ -25,11 +25,11 @@ def describe(
     from rich.console import Console
     from rich.table import Table
 
-    from megatron.remoe.cli import prepare_megatron
+    from megatron.remoe import cpu
     from megatron.remoe.config import load_config
     from megatron.remoe.describe import describe as run
 
-    prepare_megatron()
+    cpu.prepare_megatron()
     if tflops is not None and tokens_per_second is not None:
         raise ValueError("--tflops and --tokens-per-second are both given; give one throughput")
     description = run(load_config(config, overrides), nodes * gpus_per_node)
@@ -62,10 +62,9 @@ def launch(
 
     from megatron.remoe import cluster, cpu
     from megatron.remoe import launch as local
-    from megatron.remoe.cli import prepare_megatron
     from megatron.remoe.config import check, load_config, megatron_parser, to_argv
 
-    prepare_megatron()
+    cpu.prepare_megatron()
     machines = cluster.Cluster(nodes, gpus_per_node)
     elsewhere = slurm or dry_run
     run = load_config(config, overrides)
@@ -108,12 +107,11 @@ def sweep(
     """Train every run of a sweep; goes on where it stopped. Exits with 1 if a run failed."""
     from rich.console import Console
 
-    from megatron.remoe import sweep_jobs
-    from megatron.remoe.cli import prepare_megatron
+    from megatron.remoe import cpu, sweep_jobs
     from megatron.remoe.cluster import Cluster
     from megatron.remoe.sweep import load_sweep
 
-    prepare_megatron()
+    cpu.prepare_megatron()
     console = Console()
     with console.status("checking every run"):
         machines = Cluster(nodes, gpus_per_node) if slurm else None

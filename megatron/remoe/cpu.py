@@ -9,6 +9,7 @@ gloo. This is the one module that replaces functions of other packages, apart fr
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -87,6 +88,24 @@ def _splits_as_on_cuda(tensor: Any, as_numpy: bool = False, record_stream: bool 
 
 def is_enabled() -> bool:
     return _enabled
+
+
+def has_gpu() -> bool:
+    """Whether there is a real GPU, not the stand-in."""
+    return not _enabled and torch.cuda.is_available()
+
+
+def prepare_megatron() -> None:
+    """Let the CPU stand in where there is no GPU, before anything imports `megatron.core`."""
+    silence_megatron()
+    if not torch.cuda.is_available():
+        enable()
+
+
+def silence_megatron() -> None:
+    """Hide what importing Megatron says on every machine without a GPU or without TE."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.(core|training)")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def enable() -> None:

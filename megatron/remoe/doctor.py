@@ -67,7 +67,7 @@ def _versions() -> list[Finding]:
 
 
 def _device() -> list[Finding]:
-    if cpu.is_enabled() or not torch.cuda.is_available():
+    if not cpu.has_gpu():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
         threads = torch.get_num_threads()
         return [
@@ -86,7 +86,7 @@ def _device() -> list[Finding]:
 def _backends() -> list[Finding]:
     has_te = _version("transformer-engine") is not None
     has_apex_fusion = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    device = torch.device("cpu" if cpu.is_enabled() or not torch.cuda.is_available() else "cuda")
+    device = torch.device("cuda" if cpu.has_gpu() else "cpu")
     grouped_mm = uses_grouped_mm(device, torch.bfloat16)
     without_te = "Transformer Engine is not installed; torch's own kernels are used"
     return [

@@ -27,11 +27,9 @@ def prepare(args: argparse.Namespace) -> None:
     if args.save:
         Path(args.save).mkdir(parents=True, exist_ok=True)
         processes.hold_lock(Path(args.save) / ".lock", args.save)
-    if not args.load or _is_release(Path(args.load)):
-        return
-    folder = Path(args.load)
-    chosen = _chosen(args, folder)
-    if chosen is None:
+    folder = Path(args.load) if args.load else None
+    if folder is None or _is_release(folder) or (chosen := _chosen(args, folder)) is None:
+        _check_start(args, folder)
         return
     print(f"remoe: continuing from {chosen.path}", flush=True)
     _check_adam(args, chosen)
@@ -90,8 +88,25 @@ def _chosen(args: argparse.Namespace, folder: Path) -> checkpoint.Checkpoint | N
 
 
 def _is_release(folder: Path) -> bool:
-    path = folder / checkpoint.TRACKER
-    return path.is_file() and path.read_text(errors="replace").strip() == "release"
+    path = checkpoint.tracked_path(folder)
+    return path is not None and path.name == checkpoint.RELEASE
+
+
+def _check_start(args: argparse.Namespace, load: Path | None) -> None:
+    """Refuse a damaged checkpoint, or one without a manifest, to start a run from."""
+    folder, flag = args.pretrained_checkpoint, "pretrained_checkpoint"
+    if load is not None and _is_release(load):
+        folder, flag = load, "load"
+    if folder is None or args.ckpt_format != "torch_dist":
+        return
+    path = checkpoint.tracked_path(Path(folder))
+    if path is None:
+        raise ValueError(f"{flag}: {folder} is no folder of checkpoints (no {checkpoint.TRACKER})")
+    start = checkpoint.Checkpoint(path, 0)
+    if args.verify_integrity:
+        checkpoint.check_has_manifest(start)
+    if start.damage:
+        raise ValueError(f"{flag}: checkpoint {path} is damaged: {'; '.join(start.damage)}")
 
 
 def _check_adam(args: argparse.Namespace, saved_in: checkpoint.Checkpoint) -> None:

@@ -74,6 +74,7 @@ class ModelSize:
         granularity = _int(flags, "moe_granularity") or 1
         experts = _int(flags, "num_experts") * granularity
         ffn = _int(flags, "ffn_hidden_size")
+        moe_layers = layers_with_experts(flags.get("moe_layer_freq"), layers)
         return cls(
             num_layers=layers,
             hidden=hidden,
@@ -83,7 +84,7 @@ class ModelSize:
             vocab=_int(flags, "padded_vocab_size"),
             seq_length=_int(flags, "seq_length"),
             matrices=3 if flags.get("swiglu") else 2,
-            num_moe_layers=_moe_layers(flags.get("moe_layer_freq"), layers) if experts else 0,
+            num_moe_layers=len(moe_layers) if experts else 0,
             num_experts=experts,
             topk=(_int(flags, "moe_router_topk") or 2) * granularity if experts else 0,
             expert_width=(_int(flags, "moe_ffn_hidden_size") or ffn) // granularity,
@@ -108,17 +109,15 @@ class ModelSize:
 
     def _params(self, experts: int) -> int:
         norms = (2 * self.num_layers + 1) * self.hidden * self.norm_weights
+        embeddings = (1 if self.tied else 2) * self.vocab * self.hidden
+        return embeddings + norms + self._layer_weights(experts)
+
+    def _layer_weights(self, experts: int) -> int:
+        """Attention's and MLPs' matrices of all layers, with so many experts per layer."""
+        attention = self.num_layers * 2 * (self.query_width + self.key_width)
         mlps = (self.num_layers - self.num_moe_layers) * self.ffn_width
         mlps += self.num_moe_layers * (experts * self.expert_width + self.shared_width)
-        embeddings = (1 if self.tied else 2) * self.vocab * self.hidden
-        return (
-            embeddings + norms
-            + self.num_layers * self._attention_weights + mlps * self.matrices * self.hidden
-        )  # fmt: skip
-
-    @property
-    def _attention_weights(self) -> int:
-        return self.hidden * 2 * (self.query_width + self.key_width)
+        return self.hidden * (attention + mlps * self.matrices)
 
     @property
     def flops_per_sequence(self) -> int:
@@ -127,21 +126,17 @@ class ModelSize:
         Two operations per weight and token; the router, a thousandth of the whole, is left out as
         in the published figures.
         """
-        mlps = (self.num_layers - self.num_moe_layers) * self.ffn_width
-        mlps += self.num_moe_layers * (self.topk * self.expert_width + self.shared_width)
-        weights = self.num_layers * self._attention_weights + mlps * self.matrices * self.hidden
-        weights += self.vocab * self.hidden
+        weights = self._layer_weights(self.topk) + self.vocab * self.hidden
         scores = 2 * self.num_layers * self.seq_length * self.query_width
         return 3 * 2 * self.seq_length * (weights + scores)
 
 
+def layers_with_experts(frequency: int | list[int] | None, num_layers: int) -> list[int]:
+    """By Megatron's `moe_layer_freq`: every n-th from the first on, or a pattern of 0 and 1."""
+    if isinstance(frequency, list):
+        return [i for i in range(num_layers) if frequency[i]]
+    return list(range(0, num_layers, int(frequency or 1)))
+
+
 def _int(flags: Mapping[str, Any], name: str) -> int:
     return int(flags.get(name) or 0)
-
-
-def _moe_layers(frequency: Any, num_layers: int) -> int:
-    """Layers with experts, by Megatron's `moe_layer_freq`: every n-th, or a pattern of 0 and 1."""
-    if isinstance(frequency, list):
-        return sum(frequency)
-    every = int(frequency or 1)
-    return len(range(0, num_layers, every))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.remoe.verify.ranks import renew_groups
+from megatron.remoe.verify.ranks import initialize_layout
 
 HIDDEN, WIDTH, EXPERTS, SEQUENCE, BATCH = 8, 6, 4, 8, 2
 
@@ -53,16 +53,7 @@ def weights(shift: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 def initialize(layout: Layout) -> None:
     """Process groups of a layout, replacing those of the case before."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    renew_groups()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.expert_tp,
-    )
-    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    initialize_layout(tensor=layout.tp, expert=layout.ep, expert_tensor=layout.expert_tp)
 
 
 def transformer_config(layout: Layout, **changes):

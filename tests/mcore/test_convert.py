@@ -268,7 +268,7 @@ def test_a_damaged_checkpoint_leaves_nothing(call, model, tmp_path):
 
 EXPORT_MISTAKES = {
     "nothing there": (["nowhere", "out"], "nowhere does not exist; name a run directory"),
-    "no checkpoint": (["empty", "out"], "empty holds no complete checkpoint"),
+    "no checkpoint": (["empty", "out"], "empty is neither a run directory"),
     "dtype": (["model", "out", "--dtype", "int8"], "dtype is 'int8'; it must be one of fp32"),
     "size": (["model", "out", "--max-shard-size", "big"], "max-shard-size is 'big'"),
     "full": (["model", "full"], "full is not empty; choose another folder, or replace it"),

@@ -10,7 +10,7 @@ import torch
 import zstandard
 
 from megatron.remoe.config import load_config, to_argv
-from megatron.remoe.verify.ranks import Ranks, renew_groups
+from megatron.remoe.verify.ranks import Ranks, initialize_layout
 from remoe.analysis.memory import Layout, activation_bytes
 from remoe.analysis.size import ModelSize
 from tests.mcore import tiny
@@ -122,11 +122,9 @@ def build(flags: dict, *, split: bool = True):
     import os
     import sys
 
-    from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.models.gpt import GPTModelBuilder
@@ -139,14 +137,12 @@ def build(flags: dict, *, split: bool = True):
     args = parse_args(extra_args_provider=add_arguments)
     validate_args(args)
     unset_num_microbatches_calculator()
-    renew_groups()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        expert_model_parallel_size=args.expert_model_parallel_size,
-        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+    initialize_layout(
+        tensor=args.tensor_model_parallel_size,
+        pipeline=args.pipeline_model_parallel_size,
+        expert=args.expert_model_parallel_size,
+        expert_tensor=args.expert_tensor_parallel_size,
     )
-    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     config = gpt_config_from_args(args)
     configure(config, args)
     if "moe_topk_warmup_steps" in flags:

@@ -6,6 +6,7 @@ Shapes: T tokens, H hidden, E experts, F expert width.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,14 +50,18 @@ def inputs(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor]:
     router = 0.02 * torch.randn(shape.num_experts, shape.hidden_size, generator=generator)
     x[:, 0], router[:, 0] = 1, 0
     x, router = x.to(**shape.like), router.to(**shape.like)
-    logits = F.linear(x.float(), router.float()).flatten()
     wanted = shape.tokens * shape.topk
-    highest = logits.topk(min(wanted + 1, logits.numel())).values
-    router[:, 0] = -(highest[wanted - 1] + highest[-1]) / 2
+    router[:, 0] = -threshold(F.linear(x.float(), router.float()), wanted)
     found = int((F.linear(x.float(), router.float()) > 0).sum())
     if abs(found - wanted) > wanted // 1000:  # bf16 weights round the threshold
         raise ValueError(f"{found} assignments instead of {wanted}; choose another size or seed")
     return x, router
+
+
+def threshold(logits: Tensor, count: int) -> Tensor:
+    """A value that so many logits are above, halfway to the next one."""
+    highest = logits.flatten().topk(min(count + 1, logits.numel())).values
+    return (highest[count - 1] + highest[-1]) / 2
 
 
 def weights(shape: Shape, *leading: int, topk: int = 1) -> tuple[Tensor, Tensor]:
@@ -153,11 +158,9 @@ def _megatron(
     from megatron.remoe.spec import block_spec
 
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=shape.device))
-    relu, topk = _config(shape), _config(shape)
-    topk.moe_router_load_balancing_type, topk.moe_aux_loss_coeff = "aux_loss", 0.01
-    sequential = _config(shape)
-    sequential.moe_grouped_gemm = False
-    sequential.moe_router_load_balancing_type, sequential.moe_aux_loss_coeff = "aux_loss", 0.01
+    balanced = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
+    relu, topk = _config(shape), _config(shape, **balanced)
+    sequential = _config(shape, **balanced, moe_grouped_gemm=False)
     variants = [
         ("ReMoE in Megatron", relu, block_spec(relu, ReLURouting())),
         ("TopK in our layer", topk, block_spec(topk, None)),
@@ -180,32 +183,33 @@ def _megatron(
     return found
 
 
-def _config(shape: Shape):
+def _config(shape: Shape, **changes: Any):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    return TransformerConfig(
-        num_layers=1,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        num_attention_heads=8,
-        num_moe_experts=shape.num_experts,
-        moe_router_topk=shape.topk,
-        moe_ffn_hidden_size=shape.ffn_hidden_size,
-        moe_router_load_balancing_type="none",
-        moe_router_pre_softmax=True,
-        moe_router_dtype="fp32",
-        moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=True,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        normalization="RMSNorm",
-        bias_activation_fusion=False,
-        gradient_accumulation_fusion=False,
-        params_dtype=shape.dtype,
-        bf16=shape.dtype == torch.bfloat16,
-        transformer_impl="local",
-    )
+    settings: dict[str, Any] = {
+        "num_layers": 1,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": 8,
+        "num_moe_experts": shape.num_experts,
+        "moe_router_topk": shape.topk,
+        "moe_ffn_hidden_size": shape.ffn_hidden_size,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_pre_softmax": True,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": True,
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "normalization": "RMSNorm",
+        "bias_activation_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "params_dtype": shape.dtype,
+        "bf16": shape.dtype == torch.bfloat16,
+        "transformer_impl": "local",
+    }
+    return TransformerConfig(**settings | changes)
 
 
 @torch.no_grad()

@@ -102,4 +102,4 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _device() -> str:
-    return "cpu" if cpu.is_enabled() or not torch.cuda.is_available() else "cuda"
+    return "cuda" if cpu.has_gpu() else "cpu"

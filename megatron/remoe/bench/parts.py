@@ -23,7 +23,11 @@ def alternatives(shape: Shape) -> list[Alternative]:
     """Every part, forward and backward, with its bytes."""
     x, router = inputs(shape)
     x, router = x.requires_grad_(), router.requires_grad_()
-    probs, routing_map = relu_routing(torch.nn.functional.linear(x.float(), router.float()))
+
+    def route() -> tuple[Tensor, Tensor]:
+        return relu_routing(torch.nn.functional.linear(x.float(), router.float()))
+
+    probs, routing_map = route()
     probs = probs.detach().to(shape.dtype).requires_grad_()
     count = sum(tokens_per_expert(routing_map).tolist())
     permutation = Permutation.of(routing_map, count)
@@ -32,9 +36,6 @@ def alternatives(shape: Shape) -> list[Alternative]:
     item, hidden = x.element_size(), shape.hidden_size
     tokens, pairs = shape.tokens * hidden * item, count * hidden * item
     gates = shape.tokens * shape.num_experts
-
-    def route() -> tuple[Tensor, Tensor]:
-        return relu_routing(torch.nn.functional.linear(x.float(), router.float()))
 
     def route_and_back() -> None:
         torch.autograd.grad(route()[0], (x, router), probs.detach().float())

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.remoe.bench.layer import threshold
 from megatron.remoe.bench.timing import Alternative
 from megatron.remoe.verify.cells import Cell, Training
 from megatron.remoe.verify.golden import golden_tokens
@@ -85,10 +86,8 @@ def route_exactly(training: Training, batch: Tensor) -> None:
         model(tokens, positions, None)
         hook.remove()
         x = seen[0].flatten(end_dim=-2).float()
-        logits = (x @ router.weight.float().T).flatten()
-        wanted = len(x) * router.config.moe_router_topk
-        highest = logits.topk(wanted + 1).values
-        bias = -(highest[-2] + highest[-1]) / 2
+        logits = x @ router.weight.float().T
+        bias = -threshold(logits, len(x) * router.config.moe_router_topk)
         router.bias = torch.nn.Parameter(
             bias.expand(router.num_experts).contiguous(), requires_grad=False
         )

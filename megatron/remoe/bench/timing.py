@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from megatron.remoe import cpu
+
 WARM_UP_ROUNDS = 2
 
 
@@ -79,7 +81,7 @@ def _time(run: Callable[[], Any]) -> float:
 
 
 def _synchronize() -> None:
-    if torch.version.cuda and torch.cuda.is_available():
+    if cpu.has_gpu():
         torch.cuda.synchronize()
 
 
@@ -124,11 +126,8 @@ def report(
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    from megatron.remoe import cpu
-
-    on_gpu = not cpu.is_enabled() and torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        "device": torch.cuda.get_device_name() if cpu.has_gpu() else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

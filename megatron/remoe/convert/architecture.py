@@ -6,6 +6,7 @@ Whatever the model in `remoe.hf` (or LLaMA, without experts) does not do is refu
 import argparse
 from typing import Any
 
+from remoe.analysis.size import layers_with_experts
 from remoe.conversion import Config
 
 # Arguments whose other values make a model that neither of our two is. Absent is as required.
@@ -91,7 +92,9 @@ def to_config(args: argparse.Namespace) -> Config:
     }
     if args.num_experts is None:
         return config
-    dense = _dense_layers(getattr(args, "moe_layer_freq", 1), args.num_layers)
+    layers = range(args.num_layers)
+    with_experts = layers_with_experts(getattr(args, "moe_layer_freq", 1), args.num_layers)
+    dense = [layer for layer in layers if layer not in with_experts]
     is_relu = getattr(args, "moe_relu_routing", False)
     softmax = "topk_pre_softmax" if args.moe_router_pre_softmax else "topk_post_softmax"
     config |= {
@@ -113,13 +116,6 @@ def to_config(args: argparse.Namespace) -> Config:
             "load_balancing": getattr(args, "moe_relu_load_balancing", "aux_loss"),
         }
     return config
-
-
-def _dense_layers(frequency: int | list[int], num_layers: int) -> list[int]:
-    """Layers without experts: every n-th layer has them, or a list says which."""
-    if isinstance(frequency, int):
-        return [i for i in range(num_layers) if i % frequency]
-    return [i for i in range(num_layers) if not frequency[i]]
 
 
 def to_flags(config: Config, padded_vocab_size: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron.remoe.convert.legacy import LegacyReader
 from megatron.remoe.convert.restore import Layout, flags_of
 from megatron.remoe.convert.source import HFSource, MegatronSource
-from megatron.remoe.verify.ranks import Ranks, renew_groups
+from megatron.remoe.verify.ranks import Ranks, initialize_layout
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,7 @@ def build_model(flags: dict[str, Any], nproc: int = 1) -> tuple[torch.nn.Module,
         flags: the model's and the layout's, as in a config of `remoe train`.
         nproc: ranks; all of them call this.
     """
-    from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder
 
@@ -166,14 +164,12 @@ def build_model(flags: dict[str, Any], nproc: int = 1) -> tuple[torch.nn.Module,
     needed = {"lr": 1.0, "train_iters": 1, "micro_batch_size": 1, "mock_data": True}
     with contextlib.redirect_stdout(io.StringIO()):
         args = check(to_argv(flags | needed, megatron_parser()), nproc)
-        renew_groups()
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=args.tensor_model_parallel_size,
-            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-            expert_model_parallel_size=args.expert_model_parallel_size,
-            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        initialize_layout(
+            tensor=args.tensor_model_parallel_size,
+            pipeline=args.pipeline_model_parallel_size,
+            expert=args.expert_model_parallel_size,
+            expert_tensor=args.expert_tensor_parallel_size,
         )
-        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         model_config = gpt_config_from_args(args)
         configure(model_config, args)
         (model,) = GPTModelBuilder(model_config).build_distributed_models(

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.validation import save_integrity_manifest
 from omegaconf import OmegaConf
 
+from megatron.remoe import checkpoint
 from megatron.remoe.config import megatron_parser, to_argv
 from megatron.remoe.convert.architecture import moe_layers, to_flags
 from megatron.remoe.convert.output import new_folder
@@ -111,7 +113,9 @@ def to_megatron(
     args = _args(flags, source)
     iteration = int(_facts(config).get("iteration") or 0)
     # Megatron takes no tracker of iteration 0, and calls what it did not train a release.
-    name, tracked = (f"iter_{iteration:07d}", str(iteration)) if iteration else ("release",) * 2
+    name, tracked = (
+        (f"iter_{iteration:07d}", str(iteration)) if iteration else (checkpoint.RELEASE,) * 2
+    )
     with new_folder(out, force=force) as folder:
         (folder / name).mkdir()
         writer = TorchDistWriter(
@@ -126,7 +130,8 @@ def to_megatron(
             for linear, experts in _linears(source.items, config):
                 writer.write_extra_state(linear, experts)
             writer.finish(_common(args, iteration))
-        (folder / "latest_checkpointed_iteration.txt").write_text(tracked)
+        save_integrity_manifest(str(folder / name))
+        (folder / checkpoint.TRACKER).write_text(tracked)
         (folder / "model.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(flags)))
         if source.tokenizer is not None:
             (folder / "tokenizer").mkdir()

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
+from megatron.remoe import checkpoint
 from megatron.remoe.convert.architecture import moe_layers, to_config
 from megatron.remoe.convert.facts import training_facts
 from megatron.remoe.convert.legacy import LegacyReader, is_legacy
@@ -23,7 +23,6 @@ from remoe.conversion import CONFIG, PADDING, Config, Item, check_names, check_s
 
 PADDING_FILE = "megatron_padding.safetensors"
 MODEL_TYPES = ("remoe", "llama")
-_TRACKER = "latest_checkpointed_iteration.txt"
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -227,28 +226,17 @@ def find_checkpoint(path: Path) -> Path:
     """
     if not path.is_dir():
         raise ValueError(f"{path} does not exist; name a run directory, a checkpoint or a model")
-    folder = path
-    if (path / "config.yaml").is_file():
-        saved = yaml.safe_load((path / "config.yaml").read_text()).get("save")
-        folder = path / "checkpoints"
-        folder = Path(saved) if saved and not folder.is_dir() else folder
-        if not folder.is_dir():
-            raise ValueError(f"{path} has no checkpoints yet; train it first")
-    if _is_checkpoint(folder):
-        return folder
-    tracker = folder / _TRACKER
-    name = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
-    if name == "release" or (name.isascii() and name.isdigit()):
-        tracked = folder / (name if name == "release" else f"iter_{int(name):07d}")
-        if _is_checkpoint(tracked):
-            return tracked
-    complete = [p for p in sorted(folder.glob("iter_*")) if _is_checkpoint(p)]
-    if not complete:
-        raise ValueError(
-            f"{path} holds no complete checkpoint; name a run directory, a folder of checkpoints "
-            f"(iter_*), or one of them"
-        )
-    return complete[-1]
+    if _is_checkpoint(path):
+        return path
+    folder = checkpoint.folder_of(path)
+    newest_first = [found.path for found in reversed(checkpoint.find(folder))]
+    for candidate in (checkpoint.tracked_path(folder), *newest_first):
+        if candidate is not None and _is_checkpoint(candidate):
+            return candidate
+    raise ValueError(
+        f"{path} holds no complete checkpoint; name a run directory, a folder of checkpoints "
+        f"(iter_*), or one of them"
+    )
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from megatron.remoe.verify.golden import (
     make_extreme,
     transformer_config,
 )
-from megatron.remoe.verify.ranks import renew_groups
+from megatron.remoe.verify.ranks import initialize_layout
 
 
 @dataclass(frozen=True)
@@ -129,22 +129,18 @@ def save_golden_weights(cell: Cell, golden: dict[str, Any], weights: Path) -> No
 
 def initialize(cell: Cell) -> None:
     """Process groups of a layout, replacing those of the cell before."""
-    from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
     unset_num_microbatches_calculator()
     destroy_moe_metrics_tracker()  # it has the number of layers of the model before
-    renew_groups()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=cell.tp,
-        pipeline_model_parallel_size=cell.pp,
-        virtual_pipeline_model_parallel_size=cell.vp,
-        expert_model_parallel_size=cell.ep,
-        expert_tensor_parallel_size=cell.expert_tp,
+    initialize_layout(
+        tensor=cell.tp,
+        pipeline=cell.pp,
+        virtual_pipeline=cell.vp,
+        expert=cell.ep,
+        expert_tensor=cell.expert_tp,
     )
-    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
 
 
 def _models(cell: Cell, config: dict[str, Any], *, wrap: bool):

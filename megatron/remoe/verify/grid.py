@@ -7,7 +7,7 @@ first steps from the published coefficient 1e-8.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,10 @@ class Result:
     steps: int
     deviations: dict[str, float]
     error: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.cell.name
 
     @property
     def tolerances(self) -> dict[str, float]:
@@ -249,14 +253,15 @@ def deviations(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict
 
 def to_markdown(results: list[Result]) -> str:
     """A table of the largest deviations, a row per cell."""
-    header = ["cell", "ranks", "steps", *QUANTITIES, ""]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for result in results:
-        values = [
-            f"{result.deviations[key]:.1e}" if key in result.deviations else ""
-            for key in QUANTITIES
-        ]
-        row = [result.cell.name, str(result.cell.world), str(result.steps), *values]
-        row.append(result.verdict)
-        lines.append("| " + " | ".join(row) + " |")
+    rows = [(r.name, r.cell.world, r.steps, r.deviations, r.verdict) for r in results]
+    return table(("cell", "ranks", "steps"), rows)
+
+
+def table(header: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> str:
+    """Markdown of rows that end with the deviations of each quantity and a verdict."""
+    columns = [*header, *QUANTITIES, ""]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for *leading, found, verdict in rows:
+        values = [f"{found[key]:.1e}" if key in found else "" for key in QUANTITIES]
+        lines.append("| " + " | ".join([*map(str, leading), *values, verdict]) + " |")
     return "\n".join(lines)

@@ -135,6 +135,29 @@ def renew_groups() -> None:
     )
 
 
+def initialize_layout(
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual_pipeline: int | None = None,
+    expert: int = 1,
+    expert_tensor: int | None = None,
+) -> None:
+    """Process groups of a layout and its random states, replacing those of the one before."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    renew_groups()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=expert_tensor,
+    )
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+
+
 def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     import logging
     import warnings

@@ -16,7 +16,7 @@ from typing import Any
 from megatron.remoe.verify import cells
 from megatron.remoe.verify.cells import Cell
 from megatron.remoe.verify.golden import CLOSED_LOOP, golden_tokens
-from megatron.remoe.verify.grid import BF16, FP32, QUANTITIES, deviations, reference_of
+from megatron.remoe.verify.grid import BF16, FP32, deviations, reference_of, table
 from megatron.remoe.verify.ranks import Pools
 
 Trajectory = list[dict[str, Any]]
@@ -46,6 +46,10 @@ class Result:
     steps: int
     deviations: dict[str, float]
     error: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.pair.name
 
     @property
     def ok(self) -> bool:
@@ -157,16 +161,8 @@ def verify(
 
 def to_markdown(results: list[Result]) -> str:
     """A table of the largest deviations, a row per pair."""
-    header = ["saved in -> loaded in", "steps", *QUANTITIES, ""]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for result in results:
-        values = [
-            f"{result.deviations[key]:.1e}" if key in result.deviations else ""
-            for key in QUANTITIES
-        ]
-        row = [result.pair.name, str(result.steps), *values, result.verdict]
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+    rows = [(r.name, r.steps, r.deviations, r.verdict) for r in results]
+    return table(("saved in -> loaded in", "steps"), rows)
 
 
 # What follows runs on all ranks of a cell.
