@@ -136,3 +136,20 @@ def test_the_grid_covers_what_it_claims():
     for part in ("TopK: ", "bf16: ", "dense stage: ", "virtual stages", "recompute", "overlap"):
         assert any(part in name for name in cells), part
     assert {c.routing for c in cells.values()} >= {"all active", "silent layer", "silent rank"}
+
+
+def test_a_flip_loosens_what_load_weights_move_and_only_from_its_step_on():
+    """One assignment more changes the load that the penalty is weighted with, discontinuously."""
+
+    def step(l1_reg=1.0, sparsity=0.5, loss=2.0):
+        whole = {"lm_loss": loss, "grad_norm": 1.0, "l1_reg": l1_reg, "l1_coeff_used": 1.0}
+        return whole | {"sparsity": sparsity, "sparsity_per_layer": [sparsity]}
+
+    one_rank = [step(), step(), step()]
+    flipped = step(l1_reg=1.005, sparsity=0.5001)
+    after = grid.Comparison.of([step(), flipped, step(l1_reg=1.005)], one_rank)
+    assert (after.is_within("fp32"), after.flipped) == (True, 2)
+    assert not grid.Comparison.of([step(l1_reg=1.005), flipped, step()], one_rank).is_within("fp32")
+    assert not grid.Comparison.of([step(), step(l1_reg=1.005), step()], one_rank).is_within("fp32")
+    assert not grid.Comparison.of([step(), flipped, step(loss=2.1)], one_rank).is_within("fp32")
+    assert not grid.Comparison.of([step(), step(sparsity=0.51), step()], one_rank).is_within("fp32")

@@ -8,7 +8,7 @@ first steps from the published coefficient 1e-8.
 
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from megatron.remoe.verify.cells import Cell, run_cell, save_golden_weights
 from megatron.remoe.verify.golden import CLOSED_LOOP, OPEN_LOOP_STEPS, PUBLISHED_COEFF_INIT
 from megatron.remoe.verify.ranks import Pools
 
+Trajectory = list[dict[str, Any]]
 QUANTITIES = ("lm_loss", "grad_norm", "l1_reg", "sparsity", "sparsity_per_layer", "l1_coeff_used")
 
 # fp32: sums in another order. One rounding (6e-8) of the loss and its growth over the steps stay
-# below 1e-5; norm and regulariser sum over more terms; one (token, expert) pair of the 8192 of a
-# step may flip when its logit is within rounding of zero, in 1 of L layers.
+# below 1e-5; norm and regulariser sum over more terms; one (token, expert) pair of a step may flip
+# when its logit is within rounding of zero, in 1 of L layers.
 FP32 = {
     "lm_loss": 1e-5,
     "grad_norm": 1e-4,
@@ -31,6 +32,9 @@ FP32 = {
     "sparsity_per_layer": 4e-4,
     "l1_coeff_used": 1e-6,
 }
+# Routing is continuous at a flip, load is not: one more of an expert's few dozen assignments in a
+# micro-batch moves its weight in the penalty by a few percent, and the regulariser by its share.
+FROM_A_FLIP_ON = FP32 | {"grad_norm": 1e-2, "l1_reg": 1e-2}
 # bf16: activations have 8 bits (4e-3); layouts round partial sums at other places. Losses are means
 # over 512 tokens, so their error is well below one rounding, but it feeds back through 8-bit
 # weights; logits near zero flip.
@@ -46,31 +50,72 @@ BF16 = {
 
 @dataclass(frozen=True)
 class Result:
-    """Largest deviations of a cell from one rank: sparsity absolute, the rest relative."""
+    """Of a cell against one rank."""
 
     cell: Cell
     steps: int
-    deviations: dict[str, float]
+    compared: "Comparison"
     error: str | None = None
+
+    @property
+    def deviations(self) -> dict[str, float]:
+        return self.compared.deviations
 
     @property
     def name(self) -> str:
         return self.cell.name
 
     @property
-    def tolerances(self) -> dict[str, float]:
-        return BF16 if self.cell.dtype == "bf16" else FP32
-
-    @property
     def ok(self) -> bool:
-        within = all(d <= self.tolerances[key] for key, d in self.deviations.items())
+        within = self.compared.is_within(self.cell.dtype)
         return self.error is None and (within or self.cell.informational)
 
     @property
     def verdict(self) -> str:
         if self.cell.informational and self.error is None:
             return "differs by definition"
-        return self.error or ("ok" if self.ok else "DIFFERS")
+        return self.error or (f"ok{self.compared.flip}" if self.ok else "DIFFERS")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of two trajectories.
+
+    Attributes:
+        deviations: largest of every quantity over all steps; sparsity absolute, the rest relative.
+        before_flip: the same over the steps before the first in which sparsity differs.
+        flipped: that step, counted from 1.
+    """
+
+    deviations: dict[str, float] = field(default_factory=dict)
+    before_flip: dict[str, float] = field(default_factory=dict)
+    flipped: int | None = None
+
+    @classmethod
+    def of(cls, ours: Trajectory, theirs: Trajectory) -> "Comparison":
+        key = "sparsity_per_layer"
+        pairs = zip(ours, theirs, strict=True)
+        flips = [i for i, (a, b) in enumerate(pairs) if key in b and a[key] != b[key]]
+        if not flips:
+            whole = deviations(ours, theirs)
+            return cls(whole, whole)
+        first = flips[0]
+        before = deviations(ours[:first], theirs[:first]) if first else {}
+        return cls(deviations(ours, theirs), before, first + 1)
+
+    @property
+    def flip(self) -> str:
+        return "" if self.flipped is None else f"; an assignment flips at step {self.flipped}"
+
+    def is_within(self, dtype: str) -> bool:
+        """Whether the tolerances hold."""
+        if dtype == "bf16":
+            return _within(self.deviations, BF16)
+        return _within(self.before_flip, FP32) and _within(self.deviations, FROM_A_FLIP_ON)
+
+
+def _within(found: dict[str, float], tolerances: dict[str, float]) -> bool:
+    return all(deviation <= tolerances[key] for key, deviation in found.items())
 
 
 def _layouts() -> list[Cell]:
@@ -212,10 +257,10 @@ def verify(
         report: called with each result as it is known.
     """
     results = []
-    references: dict[Cell, list[dict[str, Any]]] = {}
+    references: dict[Cell, Trajectory] = {}
     with tempfile.TemporaryDirectory() as folder, Pools() as pools:
 
-        def run_on(cell: Cell, steps: int, weights: Path) -> list[dict[str, Any]]:
+        def run_on(cell: Cell, steps: int, weights: Path) -> Trajectory:
             """The trajectory, as seen by a rank that knows the loss."""
             trajectories = pools.run(cell.world, run_cell, cell, CLOSED_LOOP, steps, weights)
             return next(t for t in trajectories if "lm_loss" in t[0])
@@ -229,15 +274,16 @@ def verify(
                     pools.run(1, save_golden_weights, reference, CLOSED_LOOP, weights)
                     references[reference] = run_on(reference, steps_here, weights)
                 ours = run_on(cell, steps_here, weights)
-                result = Result(cell, steps_here, deviations(ours, references[reference]))
+                result = Result(cell, steps_here, Comparison.of(ours, references[reference]))
             except AssertionError as error:
-                result = Result(cell, steps_here, {}, str(error).strip().splitlines()[-1])
+                problem = str(error).strip().splitlines()[-1]
+                result = Result(cell, steps_here, Comparison(), problem)
             results.append(result)
             report(result)
     return results
 
 
-def deviations(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, float]:
+def deviations(ours: Trajectory, theirs: Trajectory) -> dict[str, float]:
     """Largest deviation of every quantity over all steps; sparsity absolute, the rest relative."""
     largest = {}
     for key in QUANTITIES:

@@ -16,10 +16,8 @@ from typing import Any
 from megatron.remoe.verify import cells
 from megatron.remoe.verify.cells import Cell
 from megatron.remoe.verify.golden import CLOSED_LOOP, golden_tokens
-from megatron.remoe.verify.grid import BF16, FP32, deviations, reference_of, table
+from megatron.remoe.verify.grid import Comparison, Trajectory, reference_of, table
 from megatron.remoe.verify.ranks import Pools
-
-Trajectory = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Result:
-    """Largest deviations of an interrupted run: sparsity absolute, the rest relative."""
+    """Of an interrupted run against one that was not interrupted."""
 
     pair: Pair
     steps: int
-    deviations: dict[str, float]
+    compared: Comparison
     error: str | None = None
+
+    @property
+    def deviations(self) -> dict[str, float]:
+        return self.compared.deviations
 
     @property
     def name(self) -> str:
@@ -57,8 +59,7 @@ class Result:
             return False
         if self.pair.is_same:
             return not any(self.deviations.values())
-        tolerances = BF16 if self.pair.before.dtype == "bf16" else FP32
-        return all(value <= tolerances[key] for key, value in self.deviations.items())
+        return self.compared.is_within(self.pair.before.dtype)
 
     @property
     def verdict(self) -> str:
@@ -66,7 +67,7 @@ class Result:
             return self.error
         if not self.ok:
             return "DIFFERS"
-        return "bit for bit" if self.pair.is_same else "ok"
+        return "bit for bit" if self.pair.is_same else f"ok{self.compared.flip}"
 
 
 def pairs() -> list[Pair]:
@@ -150,10 +151,11 @@ def verify(
                     straight[expected_of] = run(cells.run_cell, expected_of, 2 * steps, start)
                 first = run(train_and_save, before, steps, start, checkpoint)
                 second = run(load_and_train, after, steps, start, checkpoint)
-                differences = deviations([*first, *second], straight[expected_of])
-                result = Result(pair, 2 * steps, differences)
+                compared = Comparison.of([*first, *second], straight[expected_of])
+                result = Result(pair, 2 * steps, compared)
             except AssertionError as error:
-                result = Result(pair, 2 * steps, {}, str(error).strip().splitlines()[-1])
+                problem = str(error).strip().splitlines()[-1]
+                result = Result(pair, 2 * steps, Comparison(), problem)
             results.append(result)
             report(result)
     return results
