@@ -37,11 +37,13 @@ FP32 = {
 FROM_A_FLIP_ON = FP32 | {"grad_norm": 1e-2, "l1_reg": 1e-2}
 # bf16: activations have 8 bits (4e-3); layouts round partial sums at other places. Losses are means
 # over 512 tokens, so their error is well below one rounding, but it feeds back through 8-bit
-# weights; logits near zero flip.
+# weights; logits near zero flip, and where sparsity is near its target the coefficient then goes
+# down instead of up: two such steps (1.2 squared) are allowed, and with them regulariser and norm.
+# One rank with other kernels (the cell "bf16: one rank") differs as much.
 BF16 = {
     "lm_loss": 1e-2,
-    "grad_norm": 2e-1,
-    "l1_reg": 2e-1,
+    "grad_norm": 5e-1,
+    "l1_reg": 5e-1,
     "sparsity": 2e-2,
     "sparsity_per_layer": 4e-2,
     "l1_coeff_used": 0.5,
@@ -210,7 +212,8 @@ def grid() -> list[Cell]:
     bf16 = [
         replace(c, name=f"bf16: {c.name}", dtype="bf16")
         for c in relu
-        if c.name in ("DP2", "EP2 all-to-all", "TP2", "PP2", "EP2, distributed optimizer")
+        if c.name
+        in ("one rank", "DP2", "EP2 all-to-all", "TP2", "PP2", "EP2, distributed optimizer")
     ]
     dense_stage = [
         replace(
@@ -230,10 +233,14 @@ def grid() -> list[Cell]:
 
 
 def reference_of(cell: Cell) -> Cell:
-    """The one-rank cell with the same model, data and precision, and Megatron's own experts."""
+    """The one-rank cell with the same model, data and precision.
+
+    Its experts are the cell's, so that nothing but the layout differs; grouped experts on one rank
+    are themselves compared with Megatron's own.
+    """
     return Cell(
         "one rank",
-        experts="sequential",
+        experts="sequential" if cell.world == 1 else cell.experts,
         dtype=cell.dtype,
         router=cell.router,
         load_balancing=cell.load_balancing,

@@ -14,7 +14,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -33,14 +32,15 @@ class Ranks:
     """Processes with a gloo group and Megatron's CPU stand-in enabled."""
 
     def __init__(self, size: int) -> None:
+        from torch.distributed import TCPStore
+
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # Served from here, so that its port is free and nobody takes it meanwhile.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes, self._processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs))
+            process = context.Process(target=_serve, args=(rank, size, self._store.port, theirs))
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -178,7 +178,7 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     torch.set_num_threads(1)
     global _store
-    _store = torch.distributed.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
+    _store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
     renew_groups()
     while True:
         try:
