@@ -174,9 +174,11 @@ def check(argv: list[str], nproc: int, *, paths: bool = True) -> argparse.Namesp
             _check_what_megatron_finds_late(args)
     except SystemExit:
         raise ValueError(complaints.getvalue().strip().removeprefix("error: ")) from None
-    except (AssertionError, ValueError, RuntimeError) as error:
+    except (AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
         line = traceback.extract_tb(error.__traceback__)[-1].line
-        raise ValueError(str(error) or f"Megatron requires: {line}") from error
+        if isinstance(error, ArithmeticError) or not str(error):
+            raise ValueError(f"Megatron requires: {line}") from error
+        raise ValueError(str(error)) from error
     return args
 
 
@@ -207,6 +209,11 @@ def _check_what_megatron_finds_late(args: argparse.Namespace) -> None:
             f"global_batch_size {args.global_batch_size} is not a multiple of {at_once}: "
             f"micro_batch_size {args.micro_batch_size} on each of {args.data_parallel_size} "
             f"data-parallel ranks; choose another of the three"
+        )
+    if args.eval_interval is None and not args.full_validation:
+        raise ValueError(
+            "eval_interval is not given; set the steps between evaluations, and eval_iters=0 for "
+            "none"
         )
 
 
