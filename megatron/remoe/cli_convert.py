@@ -1,5 +1,6 @@
 """The commands `remoe convert ...` and `remoe generate`."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -188,6 +189,7 @@ def _prepare() -> None:
     from megatron.remoe import cpu
 
     cpu.prepare_megatron()
+    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 
