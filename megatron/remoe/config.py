@@ -210,11 +210,6 @@ def _check_what_megatron_finds_late(args: argparse.Namespace) -> None:
             f"micro_batch_size {args.micro_batch_size} on each of {args.data_parallel_size} "
             f"data-parallel ranks; choose another of the three"
         )
-    if args.eval_interval is None and not args.full_validation:
-        raise ValueError(
-            "eval_interval is not given; set the steps between evaluations, and eval_iters=0 for "
-            "none"
-        )
 
 
 @contextlib.contextmanager

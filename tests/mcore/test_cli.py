@@ -59,7 +59,6 @@ CASES = {
         "experts again; use alltoall or allgather",
     ),
     "no such value": (["lr=fast"], "argument --lr: invalid float value: 'fast'"),
-    "no interval of evaluations": (["eval_interval=null"], "eval_interval is not given"),
     "no heads": (["num_attention_heads=0"], "Megatron requires: "),
     "no learning rate": (["lr=null"], "lr is not given; set the learning rate"),
     "no length": (["train_iters=null", "save_interval=1"], "neither train_iters nor train_samples"),

@@ -162,7 +162,6 @@ def build_model(flags: dict[str, Any], nproc: int = 1) -> tuple[torch.nn.Module,
     from megatron.remoe.config import check, megatron_parser, to_argv
 
     needed = {"lr": 1.0, "train_iters": 1, "micro_batch_size": 1, "mock_data": True}
-    needed |= {"eval_interval": 1}
     with contextlib.redirect_stdout(io.StringIO()):
         args = check(to_argv(flags | needed, megatron_parser()), nproc)
         initialize_layout(

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-_TIMEOUT_SECONDS = 120
+_TIMEOUT_SECONDS = 300
 _SECONDS_TO_END = 10
 _store: Any = None  # of this process, when it is a rank
 _generation = 0
