@@ -78,8 +78,9 @@ class Ranks:
 
 
 # A model that Megatron's DDP has wrapped stays alive, and so do its two dozen process groups, each
-# with a polling thread of gloo: after some runs the ranks start afresh.
+# with a polling thread of gloo: after some runs the ranks start afresh, and do not idle for long.
 _RUNS_PER_POOL = 8
+_RUNS_OF_AN_IDLE_POOL = 3
 
 
 class Pools:
@@ -98,8 +99,10 @@ class Pools:
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Call the function on every rank of a group of this size; see `Ranks.run`."""
-        if self._runs[world] == _RUNS_PER_POOL:
-            self._close(world)
+        for size in list(self._ranks):
+            limit = _RUNS_PER_POOL if size == world else _RUNS_OF_AN_IDLE_POOL
+            if self._runs[size] >= limit:
+                self._close(size)
         if world not in self._ranks:
             self._ranks[world] = Ranks(world)
         self._runs[world] += 1
