@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from megatron.remoe import cli_bench, cli_checkpoint, cli_convert, cli_runs
+from megatron.remoe import cli_adopt, cli_bench, cli_checkpoint, cli_convert, cli_runs
 
 app = typer.Typer(
     help="ReMoE: mixture-of-experts with ReLU routing, on unmodified Megatron.",
@@ -24,6 +24,7 @@ cli_runs.register(app)
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 app.add_typer(cli_convert.convert, name="convert")
 app.command()(cli_convert.generate)
+cli_adopt.register(cli_convert.convert)
 
 
 @data.command()

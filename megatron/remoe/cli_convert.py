@@ -40,12 +40,12 @@ def to_hf(
     force: Force = False,
 ) -> None:
     """Export a model as transformers loads it: weights, tokenizer, code and model card."""
-    _prepare()
+    prepare()
     from megatron.remoe.convert import export
     from megatron.remoe.convert.shards import parse_size
 
     chosen, size = export.parse_dtype(dtype), parse_size(max_shard_size)
-    with _progress("bytes") as report:
+    with progress("bytes") as report:
         config = export.to_hf(
             source,
             out,
@@ -74,11 +74,11 @@ def to_megatron(
     force: Force = False,
 ) -> None:
     """Make a checkpoint that Megatron trains on, with the model's flags in model.yaml."""
-    _prepare()
+    prepare()
     from megatron.remoe.convert import restore
 
     layout = restore.Layout(tensor_parallel, pipeline_parallel, expert_parallel, padded_vocab_size)
-    with _progress("tensors") as report:
+    with progress("tensors") as report:
         folder = restore.to_megatron(source, out, layout=layout, force=force, progress=report)
     typer.echo(f"{folder}; continue with a config whose base is {out / 'model.yaml'}")
 
@@ -98,7 +98,7 @@ def verify(
 
     Exits with 1 if they differ more than the dtype allows.
     """
-    _prepare()
+    prepare()
     from megatron.remoe.convert import compare
     from megatron.remoe.convert.export import parse_dtype
 
@@ -146,7 +146,7 @@ def generate(
     tokenizer: Tokenizer = None,
 ) -> None:
     """Continue a prompt, streamed."""
-    _prepare()
+    prepare()
     from megatron.remoe.convert.export import parse_dtype
     from megatron.remoe.convert.generate import generate as run
 
@@ -182,7 +182,7 @@ def _text_or_ids(text: str | None, file: Path | None, tokens: str | None) -> str
     return _TEXT if text is None else text
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """As for training, and without the bars that transformers shows of its own."""
     from transformers.utils import logging as transformers_logging
 
@@ -195,7 +195,7 @@ def _prepare() -> None:
 
 
 @contextmanager
-def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
+def progress(unit: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal; nothing elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -14,6 +14,7 @@ from megatron.remoe.convert.facts import model_card
 from megatron.remoe.convert.output import new_folder
 from megatron.remoe.convert.shards import ShardWriter, Spec
 from megatron.remoe.convert.source import PADDING_FILE, MegatronSource, validated
+from megatron.remoe.convert.tokenizer import TokenizerFiles
 from remoe.conversion import CONFIG, PADDING, Config, Item
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,6 +62,41 @@ def to_hf(
         ValueError: no checkpoint, a model that cannot be converted, or something in `out`.
     """
     source = MegatronSource(path, tokenizer)
+    return export(
+        source,
+        out,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        force=force,
+        progress=progress,
+    )
+
+
+class Source(Protocol):
+    """A model of which any tensor can be asked for, in Hugging Face's terms."""
+
+    config: Config
+    items: list[Item]
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def tokenizer(self) -> TokenizerFiles | None: ...
+
+    def hf_tensors(self, item: Item) -> dict[str, torch.Tensor]: ...
+
+
+def export(
+    source: Source,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Config:
+    """`to_hf` for a model that is open."""
     dtype = dtype or source.dtype
     config = source.config | {"dtype": str(dtype).removeprefix("torch.")}
     validated(config)
@@ -75,7 +111,7 @@ def to_hf(
 
 
 def _write_weights(
-    source: MegatronSource, folder: Path, dtype: torch.dtype, shard_bytes: int, progress: Progress
+    source: Source, folder: Path, dtype: torch.dtype, shard_bytes: int, progress: Progress
 ) -> None:
     shapes = [(name, shape) for item in source.items for name, shape in item.hf.items()]
     stored = [(n, s) for n, s in shapes if not n.startswith(CONFIG) and 0 not in s]

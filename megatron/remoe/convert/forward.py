@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.remoe.convert.legacy import LegacyReader
 from megatron.remoe.convert.restore import Layout, flags_of
 from megatron.remoe.convert.source import HFSource, MegatronSource
 from megatron.remoe.verify.ranks import Ranks, initialize_layout
@@ -54,10 +53,10 @@ def forward(
     request = (tokens, dtype, prompt, new_tokens)
     if isinstance(source, HFSource):
         return _transformers(source, *request)
-    if isinstance(source.reader, LegacyReader):
+    if not source.is_loadable:
         raise ValueError(
-            f"{source.checkpoint} is an old checkpoint, which this Megatron cannot run; compare "
-            f"what it is converted to (remoe convert to-hf, then to-megatron)"
+            f"{source.checkpoint} has an old format or other names, which this Megatron cannot "
+            f"run; compare what it is converted to (remoe convert to-hf, then to-megatron)"
         )
     config = source.config | {"dtype": str(dtype).removeprefix("torch.")}
     flags = flags_of(config, source.padded_vocab_size, dtype, Layout())

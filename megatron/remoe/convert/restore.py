@@ -84,6 +84,7 @@ def to_megatron(
     out: Path,
     *,
     layout: Layout,
+    name: Path | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
@@ -96,6 +97,7 @@ def to_megatron(
         path: a Hugging Face folder of model type `remoe` or `llama`.
         out: the folder to make.
         layout: see `Layout`.
+        name: of the folder in `model.yaml`, when it will be moved there from `out`.
         force: replace `out`.
         progress: told how many tensors are written, and how many there are.
 
@@ -109,17 +111,17 @@ def to_megatron(
     layout.check(first.config)
     source = HFSource(path, layout.padded_vocabulary(first.config))
     config = source.config
-    flags = _flags(source, layout, out)
+    flags = _flags(source, layout, name or out)
     args = _args(flags, source)
     iteration = int(_facts(config).get("iteration") or 0)
     # Megatron takes no tracker of iteration 0, and calls what it did not train a release.
-    name, tracked = (
+    step, tracked = (
         (f"iter_{iteration:07d}", str(iteration)) if iteration else (checkpoint.RELEASE,) * 2
     )
     with new_folder(out, force=force) as folder:
-        (folder / name).mkdir()
+        (folder / step).mkdir()
         writer = TorchDistWriter(
-            folder / name,
+            folder / step,
             num_layers=config["num_hidden_layers"],
             stacked=len(moe_layers(config)) in (0, config["num_hidden_layers"]),
         )
@@ -130,13 +132,13 @@ def to_megatron(
             for linear, experts in _linears(source.items, config):
                 writer.write_extra_state(linear, experts)
             writer.finish(_common(args, iteration))
-        save_integrity_manifest(str(folder / name))
+        save_integrity_manifest(str(folder / step))
         (folder / checkpoint.TRACKER).write_text(tracked)
         (folder / "model.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(flags)))
         if source.tokenizer is not None:
             (folder / "tokenizer").mkdir()
             source.tokenizer.write(folder / "tokenizer")
-    return out / name
+    return out / step
 
 
 def flags_of(

@@ -15,7 +15,9 @@ from torch import Tensor
 from megatron.remoe import checkpoint
 from megatron.remoe.convert.architecture import moe_layers, to_config
 from megatron.remoe.convert.facts import training_facts
+from megatron.remoe.convert.fork import is_fork, translated
 from megatron.remoe.convert.legacy import LegacyReader, is_legacy
+from megatron.remoe.convert.names import CanonicalReader
 from megatron.remoe.convert.shards import SafetensorsReader
 from megatron.remoe.convert.tokenizer import TokenizerFiles
 from megatron.remoe.convert.torch_dist import TorchDistReader
@@ -39,21 +41,20 @@ class MegatronSource:
     Args:
         path: a run directory, a folder of checkpoints, or a checkpoint.
         tokenizer: in place of the one that the run names.
+        fork: the checkpoint is of the published implementation.
 
     Raises:
-        ValueError: no checkpoint there, or one that does not fit the plan.
+        ValueError: no checkpoint there, one that does not fit the plan, or one of the other kind.
     """
 
-    def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
+    def __init__(self, path: Path, tokenizer: Path | None = None, *, fork: bool = False) -> None:
         self.checkpoint = find_checkpoint(path)
         has_config = (path / "config.yaml").is_file()
         self._run_dir = path if has_config else self.checkpoint.absolute().parents[1]
-        self.reader: TorchDistReader | LegacyReader = (
-            LegacyReader(self.checkpoint)
-            if is_legacy(self.checkpoint)
-            else TorchDistReader(self.checkpoint)
-        )
-        self.args: argparse.Namespace = self.reader.common["args"]
+        self._is_old = is_legacy(self.checkpoint)
+        stored = LegacyReader(self.checkpoint) if self._is_old else TorchDistReader(self.checkpoint)
+        self.args = _arguments(stored.common["args"], self.checkpoint, fork=fork)
+        self.reader = CanonicalReader(stored, l1_coeff=fork and self.args.moe_relu_routing)
         self.iteration = int(self.reader.common.get("iteration") or 0)
         self.tokenizer = TokenizerFiles.find(self.args, tokenizer)
         architecture = to_config(self.args) | {"vocab_size": self._vocab_size()}
@@ -62,6 +63,11 @@ class MegatronSource:
         for item in self.items:
             check_shape(item.megatron, self.reader.shape(item.megatron), item.megatron_shape)
         self.config = self._complete(architecture)
+
+    @property
+    def is_loadable(self) -> bool:
+        """Whether our Megatron loads the checkpoint as it is."""
+        return not self._is_old and not self.reader.is_renamed
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,6 +110,23 @@ class MegatronSource:
 
     def hf_tensors(self, item: Item) -> dict[str, Tensor]:
         return item.to_hf(self.reader.read(item.megatron))
+
+
+def _arguments(args: argparse.Namespace, checkpoint: Path, *, fork: bool) -> argparse.Namespace:
+    """Complete arguments, of the kind of checkpoint that was asked for."""
+    if not isinstance(args, argparse.Namespace):
+        raise ValueError(f"{checkpoint} has no arguments of Megatron's; save it with its arguments")
+    if fork and not is_fork(args):
+        raise ValueError(
+            f"{checkpoint} was not written by the published implementation (the arguments in it "
+            f"are another's); convert it with remoe convert to-hf"
+        )
+    if not fork and is_fork(args):
+        raise ValueError(
+            f"{checkpoint} was written by the published implementation; convert it with remoe "
+            f"convert from-fork"
+        )
+    return translated(args) if fork else args
 
 
 class HFSource:

@@ -23,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
@@ -44,6 +45,7 @@ class _StandIn:
 _ALLOWED_IN_COMMON: list[Any] = [
     argparse.Namespace,
     signal.Signals,
+    io.BytesIO,  # extra states of Transformer Engine; what is in them is not read
     *(
         (_StandIn, f"megatron.core.{name}")
         for name in (
@@ -55,6 +57,12 @@ _ALLOWED_IN_COMMON: list[Any] = [
             "rerun_state_machine.RerunState",
         )
     ),
+    # random states of numpy (uint32), in one-file checkpoints of training
+    np.ndarray,
+    np.dtype,
+    np.dtypes.UInt32DType,
+    (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
+    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),  # before numpy 2
 ]
 _ALLOWED_IN_METADATA = {
     "torch.distributed.checkpoint.metadata": {
@@ -125,8 +133,10 @@ class TorchDistReader:
         try:
             with (folder / _METADATA).open("rb") as file:
                 self._metadata = _MetadataUnpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
-            raise ValueError(f"{folder / _METADATA} cannot be read: {error}") from error
+        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"{folder / _METADATA} cannot be read: {error}; copy the checkpoint again"
+            ) from error
         self._shards: dict[str, dict[tuple[int, ...], Any]] = {}
         for index, info in self._metadata.storage_data.items():
             self._shards.setdefault(index.fqn, {})[tuple(index.offset or ())] = info
@@ -250,9 +260,15 @@ def load_allowed(source: bytes | Path, what: str) -> Any:
     try:
         with torch.serialization.safe_globals(_ALLOWED_IN_COMMON):
             return torch.load(file, weights_only=True, map_location="cpu", mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error))
-        raise ValueError(f"{what} cannot be read safely: {reason.splitlines()[0]}") from error
+        raise ValueError(
+            f"{what} cannot be read safely: {reason.splitlines()[0]}; only tensors, plain values "
+            f"and Megatron's arguments are allowed in it"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or ["it is empty"])[0]
+        raise ValueError(f"{what} is cut off or damaged ({reason}); copy it again") from error
 
 
 class TorchDistWriter:

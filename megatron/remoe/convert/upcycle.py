@@ -1,0 +1,320 @@
+"""A dense model as the start of a mixture with ReLU routing: sparse upcycling.
+
+Every expert is a copy of the dense MLP, or under granularity G of one of its G slices, of which a
+sum is the MLP. With gates g the layer computes `sum over e of g_e * E_e(x)`, which is the dense
+layer where the gates of a slice's copies sum to 1. A ReLU of a linear function of x is not
+constant, so that holds on average only: the router is the linear function that is nearest to 1 over
+the model's own activations, shared out among the copies, plus noise that sums to zero over them, so
+that they can come to differ.
+
+Shapes: T tokens, H hidden, E copies, G slices, D dense width, F = D / G.
+"""
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from megatron.remoe.convert.export import Progress, export, to_hf
+from megatron.remoe.convert.restore import Layout, to_megatron
+from megatron.remoe.convert.source import HFSource, MegatronSource, open_source, validated
+from remoe.config import apply_granularity
+from remoe.conversion import CONFIG, Config, Item, plan
+
+_RIDGE = 1e-3  # of the mean square of an activation
+_BATCH = 8
+_SAMPLE_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a dense model becomes a mixture.
+
+    Attributes:
+        num_experts: E, before granularity, as in training.
+        topk: k of the target sparsity 1 - k/E.
+        granularity: G; there are E * G experts of width D / G.
+        spread: standard deviation of the noise of a gate, relative to its mean.
+        seed: of the noise, and of sampled text.
+    """
+
+    num_experts: int
+    topk: int = 1
+    granularity: int = 1
+    spread: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 2:
+            raise ValueError(f"num_experts is {self.num_experts}; a mixture needs at least 2")
+        if self.spread <= 0:
+            raise ValueError(
+                f"spread is {self.spread}; it must be positive, or the copies stay the same"
+            )
+
+
+@dataclass(frozen=True)
+class Upcycled:
+    """What became of the model on held-out tokens.
+
+    Attributes:
+        folder: the checkpoint's.
+        dense_loss, loss: of the dense model and of the mixture, in nats per token.
+        gate_sum_std: standard deviation of the sum of a slice's gates, whose mean is 1.
+        active: share of active (token, expert) pairs.
+    """
+
+    folder: Path
+    dense_loss: float
+    loss: float
+    gate_sum_std: float
+    active: float
+
+
+def upcycle(
+    path: Path,
+    out: Path,
+    settings: Settings,
+    *,
+    data: list[Path] | None = None,
+    num_tokens: int = 8192,
+    layout: Layout | None = None,
+    tokenizer: Path | None = None,
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Upcycled:
+    """Write a checkpoint to train on, with its `model.yaml`.
+
+    Args:
+        path: a dense run or checkpoint of ours, or a Hugging Face Llama.
+        out: the folder to make.
+        settings: of the mixture.
+        data: prefixes of token files to take activations from; the model's own samples when None.
+        num_tokens: how many; the router is fitted to one half and scaled and tested on the other.
+        layout: of the checkpoint.
+        tokenizer: in place of the one that a run names.
+        force: replace `out`.
+        progress: told how many bytes are written, and how many there are.
+
+    Raises:
+        ValueError: a model with experts, sizes that do not fit, too little data.
+    """
+    dense = open_source(path, tokenizer)
+    if dense.config["model_type"] != "llama":
+        raise ValueError(f"{path} has experts already; upcycling starts from a dense model")
+    config, layout = _mixture_config(dense.config, settings), layout or Layout()
+    layout.check(config)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if isinstance(dense, MegatronSource):
+            to_hf(path, scratch / "dense", tokenizer=tokenizer)
+        folder = scratch / "dense" if isinstance(dense, MegatronSource) else path
+        model = _load(folder, "llama")
+        tokens = _tokens(model, data, num_tokens, settings.seed)
+        half = len(tokens) // 2
+        inputs = _mlp_inputs(model, tokens)
+        fit = [x[: half * tokens.shape[1]] for x in inputs]
+        held_out = [x[half * tokens.shape[1] :] for x in inputs]
+        generator = torch.Generator().manual_seed(settings.seed)
+        routers = [
+            router_weights(x, y, settings, generator) for x, y in zip(fit, held_out, strict=True)
+        ]
+        dense_loss = _loss(model, tokens[half:])
+        del model
+        source = _Mixture(dense, config, routers, settings)
+        export(source, scratch / "mixture", progress=progress)
+        mixture = _load(scratch / "mixture", "remoe")
+        loss = _loss(mixture, tokens[half:])
+        made = to_megatron(scratch / "mixture", out, layout=layout, force=force)
+    gates = [torch.relu(y @ w.T) for y, w in zip(held_out, routers, strict=True)]
+    sums = torch.stack([g.view(len(g), settings.num_experts, -1).sum(dim=1) for g in gates])
+    active = torch.stack([(g > 0).float().mean() for g in gates]).mean()
+    return Upcycled(made, dense_loss, loss, float(sums.std()), float(active))
+
+
+def router_weights(
+    fit_TH: Tensor, held_out_TH: Tensor, settings: Settings, generator: torch.Generator
+) -> Tensor:
+    """A router `[E * G, H]` whose gates sum to 1 on average over the copies of every slice.
+
+    Expert `c * G + s` is copy c of slice s. `w` minimises `|x w - 1|^2`, ridged. Noise vectors have
+    the asked standard deviation over tokens and sum to zero over copies, so while all copies of a
+    slice are active the sum of their gates is `x w`. A ReLU is positively homogeneous: dividing by
+    the mean sum over held-out tokens makes it 1 there.
+    """
+    x, y = fit_TH.double(), held_out_TH.double()
+    second = x.T @ x / len(x)
+    ridge = _RIDGE * second.diagonal().mean() * torch.eye(x.shape[1], dtype=x.dtype)
+    w_H = torch.linalg.solve(second + ridge, x.mean(dim=0))
+    shape = (settings.num_experts, settings.granularity, x.shape[1])
+    noise_EGH = torch.randn(shape, generator=generator, dtype=x.dtype)
+    noise_EGH -= noise_EGH.mean(dim=0)
+    size_EG1 = (noise_EGH @ x.T).std(dim=-1, keepdim=True).mean(dim=0)
+    noise_EGH *= settings.spread * (x @ w_H).mean() / size_EG1
+    weights_EGH = w_H + noise_EGH
+    sums_GT = torch.relu(weights_EGH @ y.T).sum(dim=0)
+    return (weights_EGH / sums_GT.mean(dim=-1)[None, :, None]).flatten(0, 1).float()
+
+
+def _mixture_config(dense: Config, settings: Settings) -> Config:
+    shape = apply_granularity(
+        num_experts=settings.num_experts,
+        topk=settings.topk,
+        ffn_hidden_size=dense["intermediate_size"],
+        granularity=settings.granularity,
+    )
+    facts = dense.get("training_facts") or {}
+    kept = ("sequence_length", "padded_vocab_size")
+    return validated(
+        dense
+        | {
+            "model_type": "remoe",
+            "architectures": ["ReMoEForCausalLM"],
+            "router_type": "relu",
+            "router_dtype": "float32",
+            "num_experts": shape.num_experts,
+            "num_experts_per_tok": shape.topk,
+            "moe_intermediate_size": shape.ffn_hidden_size,
+            "target_sparsity": 1 - shape.topk / shape.num_experts,
+            "l1_coeff": [1e-8] * dense["num_hidden_layers"],
+            "training_facts": {k: facts[k] for k in kept if k in facts} | {"upcycled": facts},
+        }
+    )
+
+
+class _Mixture:
+    """The mixture as a source of tensors, made from the dense model's as they are asked for."""
+
+    def __init__(
+        self,
+        dense: MegatronSource | HFSource,
+        config: Config,
+        routers: list[Tensor],
+        settings: Settings,
+    ) -> None:
+        self.config, self.tokenizer, self.dtype = config, dense.tokenizer, dense.dtype
+        self.items = plan(config, dense.padded_vocab_size)
+        self._dense, self._routers, self._settings = dense, routers, settings
+        self._of = {name: item for item in dense.items for name in item.hf}
+
+    def hf_tensors(self, item: Item) -> dict[str, Tensor]:
+        return {name: self._tensor(name) for name in item.hf}
+
+    def _tensor(self, name: str) -> Tensor:
+        if name in self._of:
+            return self._dense.hf_tensors(self._of[name])[name]
+        if name.startswith(CONFIG):
+            return torch.tensor(self.config["l1_coeff"][0])
+        layer, _, part = name.partition(".mlp.")
+        if part == "router.weight":
+            return self._routers[int(layer.rpartition(".")[2])]
+        copies, slices = self._settings.num_experts, self._settings.granularity
+        if part == "experts.down_proj":  # [H, D] to [G, H, F]
+            down = self._tensor(f"{layer}.mlp.down_proj.weight")
+            sliced = torch.stack(down.chunk(slices, dim=1))
+        else:  # [D, H] twice to [G, 2F, H]
+            halves = (self._tensor(f"{layer}.mlp.{n}_proj.weight") for n in ("gate", "up"))
+            sliced = torch.cat([torch.stack(half.chunk(slices)) for half in halves], dim=1)
+        return sliced.repeat(copies, 1, 1)
+
+
+def _load(folder: Path, kind: str) -> Any:
+    from transformers import LlamaForCausalLM
+
+    from remoe.hf import ReMoEForCausalLM
+
+    cls = ReMoEForCausalLM if kind == "remoe" else LlamaForCausalLM
+    return cls.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _tokens(model: Any, data: list[Path] | None, num_tokens: int, seed: int) -> Tensor:
+    """`[sequences, length]`, an even number of sequences."""
+    length = min(model.config.max_position_embeddings, _SAMPLE_LENGTH)
+    count = max(2, num_tokens // length // 2 * 2)
+    if data is None:
+        return _samples(model, count, length, seed)
+    found = torch.cat([_read(prefix, -(-count * length // len(data))) for prefix in data])
+    if len(found) < count * length:
+        raise ValueError(
+            f"the data has {len(found)} tokens of the {count * length} that are asked for; name "
+            f"more (--data), or ask for fewer (--tokens)"
+        )
+    if int(found.max()) >= model.config.vocab_size:
+        raise ValueError(
+            f"the data has token {int(found.max())}, the model's vocabulary has "
+            f"{model.config.vocab_size} entries; tokenize with the model's tokenizer"
+        )
+    pieces = found[: count * length].view(count, length)
+    return pieces[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
+
+
+def _read(prefix: Path, num_tokens: int) -> Tensor:
+    """The first tokens of a pair of `.bin/.idx` files, documents one after the other."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    for suffix in (".bin", ".idx"):
+        if not Path(f"{prefix}{suffix}").is_file():
+            raise ValueError(
+                f"{prefix}{suffix} does not exist; name token files without their suffix (remoe "
+                f"data tokenize makes them)"
+            )
+    dataset = IndexedDataset(str(prefix))
+    parts, total = [], 0
+    for index in range(len(dataset)):
+        parts.append(torch.from_numpy(dataset[index].astype("int64")))
+        total += len(parts[-1])
+        if total >= num_tokens:
+            break
+    return torch.cat(parts)[:num_tokens]
+
+
+@torch.no_grad()
+def _samples(model: Any, count: int, length: int, seed: int) -> Tensor:
+    """Text that the model samples itself, from its end-of-document token or a random one."""
+    torch.manual_seed(seed)
+    start = model.config.eos_token_id
+    first = torch.randint(model.config.vocab_size, (count, 1))
+    if isinstance(start, int):
+        first = torch.full((count, 1), start)
+    return model.generate(
+        first,
+        attention_mask=torch.ones_like(first),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=length - 1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+
+
+@torch.no_grad()
+def _mlp_inputs(model: Any, tokens: Tensor) -> list[Tensor]:
+    """What the MLP of every layer sees, `[T, H]` each."""
+    inputs: list[list[Tensor]] = [[] for _ in model.model.layers]
+    hooks = [
+        layer.mlp.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0].flatten(0, 1))
+        )
+        for layer, seen in zip(model.model.layers, inputs, strict=True)
+    ]
+    for batch in tokens.split(_BATCH):
+        model(batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(seen) for seen in inputs]
+
+
+@torch.no_grad()
+def _loss(model: Any, tokens: Tensor) -> float:
+    total = 0.0
+    for batch in tokens.split(_BATCH):
+        logits = model(batch, use_cache=False).logits[:, :-1].float()
+        total += float(
+            F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+        )
+    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
