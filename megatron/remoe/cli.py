@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-from megatron.remoe import cli_adopt, cli_bench, cli_checkpoint, cli_convert, cli_runs
+from megatron.remoe import (
+    cli_adopt,
+    cli_bench,
+    cli_checkpoint,
+    cli_convert,
+    cli_evaluate,
+    cli_runs,
+)
 
 app = typer.Typer(
     help="ReMoE: mixture-of-experts with ReLU routing, on unmodified Megatron.",
@@ -25,6 +32,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 app.add_typer(cli_convert.convert, name="convert")
 app.command()(cli_convert.generate)
 cli_adopt.register(cli_convert.convert)
+cli_evaluate.register(app, data)
 
 
 @data.command()

@@ -1,0 +1,133 @@
+"""A cloze task from a corpus, for lm-evaluation-harness, without any network.
+
+Each item is a passage of a held-out document and four continuations: its own, and three of equal
+length in words from other documents of the domain. What is written is a folder of tasks as the
+harness reads it, so that its own command runs them too.
+"""
+
+import json
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from megatron.remoe.data.files import scratch_folder
+from megatron.remoe.data.jsonl import SUFFIXES, parse_text, read_chunks
+
+GROUP = "corpus_cloze"
+_WRONG = 3
+_WORD = re.compile(r"\s*\S+")  # with what is before it, so that words join to the text
+
+
+@dataclass(frozen=True)
+class ClozeConfig:
+    """What shapes the items: per domain, and words of context and of a continuation."""
+
+    items: int = 200
+    context_words: int = 48
+    continuation_words: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("items", "context_words", "continuation_words"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def write_cloze(corpus: Path, out: Path, config: ClozeConfig) -> dict[str, int]:
+    """Write the tasks `corpus_cloze_<domain>` and their group; return the items of each domain.
+
+    Args:
+        corpus: of `remoe data corpus`, or a folder of .jsonl files, one per domain.
+        out: folder of the tasks; those of an earlier call are replaced.
+        config: see `ClozeConfig`.
+
+    Raises:
+        ValueError: no documents there, or too few that are long enough.
+    """
+    folder = corpus / "valid" if (corpus / "valid").is_dir() else corpus
+    files = sorted(p for p in folder.glob("*.jsonl*") if p.name.endswith(SUFFIXES))
+    if not files:
+        raise ValueError(f"{folder} holds no .jsonl files; name a corpus (remoe data corpus)")
+    items = {p.name.split(".")[0]: _items(p, config) for p in files}
+    out.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(out) as scratch:
+        for domain, rows in items.items():
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (scratch / f"{GROUP}_{domain}.jsonl").write_text(lines, encoding="utf-8")
+            task = _task(domain, out.absolute() / f"{GROUP}_{domain}.jsonl")
+            (scratch / f"{GROUP}_{domain}.yaml").write_text(OmegaConf.to_yaml(task))
+        (scratch / f"{GROUP}.yaml").write_text(OmegaConf.to_yaml(_group(list(items))))
+        for path in scratch.iterdir():
+            path.replace(out / path.name)
+    return {domain: len(rows) for domain, rows in items.items()}
+
+
+def _items(path: Path, config: ClozeConfig) -> list[dict]:
+    """Items of one domain: as many as asked for, documents in turn, passages at random."""
+    need = config.context_words + config.continuation_words
+    documents = [
+        words
+        for chunk in read_chunks(path, lambda _: None)
+        for line in chunk.lines
+        if line.strip() and len(words := _WORD.findall(parse_text(line, "text"))) >= need
+    ]
+    if len(documents) <= _WRONG:
+        raise ValueError(
+            f"{path} has {len(documents)} documents of at least {need} words, and a task needs "
+            f"{_WRONG + 1}; ask for fewer words (--context-words), or name a larger corpus"
+        )
+    draw = random.Random(f"{config.seed} {path.name}")
+    items = []
+    for number in range(config.items):
+        index = number % len(documents)
+        words = documents[index]
+        start = draw.randrange(len(words) - need + 1)
+        middle, end = start + config.context_words, start + need
+        others = draw.sample([i for i in range(len(documents)) if i != index], _WRONG)
+        wrong = [_span(documents[i], config.continuation_words, draw) for i in others]
+        label = draw.randrange(_WRONG + 1)
+        choices = [*wrong[:label], "".join(words[middle:end]), *wrong[label:]]
+        context = "".join(words[start:middle]).lstrip()
+        items.append({"context": context, "choices": choices, "label": label})
+    return items
+
+
+def _span(words: list[str], length: int, draw: random.Random) -> str:
+    start = draw.randrange(1, len(words) - length + 1)  # not the first, which has no space
+    return "".join(words[start : start + length])
+
+
+def _task(domain: str, data: Path) -> dict:
+    metrics = [
+        {"metric": name, "aggregation": "mean", "higher_is_better": True}
+        for name in ("acc", "acc_norm")
+    ]
+    return {
+        "task": f"{GROUP}_{domain}",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "label",
+        "target_delimiter": "",
+        "metric_list": metrics,
+        "metadata": {"version": 1.0},
+    }
+
+
+def _group(domains: list[str]) -> dict:
+    aggregates = [
+        {"metric": name, "aggregation": "mean", "weight_by_size": True}
+        for name in ("acc", "acc_norm")
+    ]
+    return {
+        "group": GROUP,
+        "task": [f"{GROUP}_{domain}" for domain in domains],
+        "aggregate_metric_list": aggregates,
+        "metadata": {"version": 1.0},
+    }

@@ -1,0 +1,168 @@
+"""lm-evaluation-harness over an exported model, in a process of its own.
+
+    python -m megatron.remoe.evaluate.harness REQUEST.json
+
+A process of its own, since the harness asks torch for a GPU, which the CPU stand-in for Megatron
+would seem to be. `run` starts it; what a user did wrong comes back as one line and exit code 2.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.remoe.evaluate.published import TASKS
+
+PAPER = "paper"  # in place of a task: all of the paper's
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to evaluate.
+
+    Attributes:
+        model: Hugging Face folder, run or checkpoint.
+        tasks: names of the harness, or `paper`.
+        include: folder of more tasks.
+        limit: documents of each task; None is all.
+        batch_size: sequences at a time.
+        dtype: of the model, as torch names it.
+        tokenizer: in place of the one that a run names.
+    """
+
+    model: str
+    tasks: list[str]
+    include: str | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    dtype: str = "float32"
+    tokenizer: str | None = None
+
+
+def run(request: Request) -> dict[str, dict[str, float]]:
+    """The metrics of every task: `acc`, `acc_norm`, `perplexity`, ..., and their `_stderr`.
+
+    Raises:
+        ValueError: an unknown task, data that is not there, or no such model.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answer = Path(scratch) / "request.json", Path(scratch) / "results.json"
+        asked.write_text(json.dumps(asdict(request)))
+        command = [sys.executable, "-m", __name__, str(asked), str(answer)]
+        done = subprocess.run(command)
+        if done.returncode or not answer.is_file():
+            raise RuntimeError(f"the harness failed with exit code {done.returncode}; see above")
+        result = json.loads(answer.read_text())
+    if "error" in result:
+        raise ValueError(result["error"])
+    metrics: dict[str, dict[str, float]] = result["metrics"]
+    return metrics
+
+
+def evaluate(request: Request) -> dict[str, dict[str, float]]:
+    """`run`, in this process."""
+    try:
+        import lm_eval
+    except ImportError:
+        raise ValueError(
+            "lm-evaluation-harness is not installed; run: pip install 'remoe[eval]'"
+        ) from None
+    import torch
+
+    tasks = [name for task in request.tasks for name in (TASKS if task == PAPER else (task,))]
+    manager = _manager(tasks, request.include)
+    _fetch(manager, tasks)
+    from megatron.remoe.convert.exported import exported
+
+    tokenizer = Path(request.tokenizer) if request.tokenizer else None
+    with exported(Path(request.model), tokenizer) as folder:
+        results: Any = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(folder), "dtype": request.dtype},
+            tasks=tasks,
+            task_manager=manager,
+            batch_size=request.batch_size,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            limit=request.limit,
+            log_samples=False,
+            bootstrap_iters=1000,
+        )
+    return {task: _plain(values) for task, values in results["results"].items()}
+
+
+def _manager(tasks: list[str], include: str | None) -> Any:
+    """The harness's index of tasks; its own thousands are read only when they are asked for.
+
+    Raises:
+        ValueError: a task that nobody knows.
+    """
+    import difflib
+
+    from lm_eval.tasks import TaskManager
+
+    if include is not None:
+        if not Path(include).is_dir():
+            raise ValueError(f"{include} is no folder of tasks; make one with remoe data cloze")
+        manager = TaskManager(include_path=include, include_defaults=False)
+        if set(tasks) <= set(manager.all_tasks):
+            return manager
+    manager = TaskManager(include_path=include)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            near = difflib.get_close_matches(task, [PAPER, *TASKS, *manager.all_tasks], n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"unknown task {task!r}; {hint}The paper's are {', '.join(TASKS)}; a local one is "
+                f"made by remoe data cloze (--include-path)"
+            )
+    return manager
+
+
+def _fetch(manager: Any, tasks: list[str]) -> None:
+    """Load the tasks' data before the model.
+
+    Raises:
+        ValueError: it is not there and cannot be downloaded.
+    """
+    from httpx import HTTPError
+
+    for task in tasks:
+        try:
+            manager.load([task])
+        except (OSError, HTTPError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"the data of task {task!r} is not here and cannot be downloaded ({reason}); run "
+                f"this once where there is a network and copy its cache (HF_HOME), or evaluate on "
+                f"a local task (remoe data cloze)"
+            ) from error
+
+
+def _plain(values: dict[str, Any]) -> dict[str, float]:
+    """`{"acc,none": 0.5}` to `{"acc": 0.5}`; names and counts that are no metrics are left out."""
+    return {
+        key.removesuffix(",none"): float(value)
+        for key, value in values.items()
+        if key.endswith(",none") and isinstance(value, int | float)
+    }
+
+
+def main(asked: str, answer: str) -> int:
+    logging.disable(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    request = Request(**json.loads(Path(asked).read_text()))
+    try:
+        result: dict[str, Any] = {"metrics": evaluate(request)}
+    except ValueError as error:
+        result = {"error": str(error)}
+    Path(answer).write_text(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,169 @@
+"""Loss of a model on token files, domain by domain, as Megatron's validation computes it.
+
+Megatron's own dataset cuts the documents into sequences, in the order that its seed gives, so that
+every token is predicted from the same context as in a validation of the run.
+"""
+
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from megatron.remoe.convert.export import Progress, to_hf
+from megatron.remoe.convert.source import MegatronSource, open_source
+
+DEFAULT_SEED = 1234  # Megatron's
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Of one domain, or of all.
+
+    Attributes:
+        loss: mean over tokens, in nats.
+        tokens: how many were predicted.
+    """
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+def find_domains(data: Path) -> dict[str, Path]:
+    """Token files by domain: all of a folder, or one prefix.
+
+    Raises:
+        ValueError: there are none.
+    """
+    prefixes = sorted(p.with_suffix("") for p in data.glob("*.idx")) if data.is_dir() else []
+    if not data.is_dir() and Path(f"{data}.idx").is_file():
+        prefixes = [data]
+    complete = {p.name: p for p in prefixes if Path(f"{p}.bin").is_file()}
+    if not complete:
+        raise ValueError(
+            f"{data} holds no .bin/.idx files; name a folder of them or one without its suffix "
+            f"(remoe data tokenize makes them)"
+        )
+    return complete
+
+
+def perplexity(
+    path: Path,
+    data: Path,
+    *,
+    sequence_length: int | None = None,
+    seed: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 8,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Loss]:
+    """The loss of every domain, and of all tokens together under `all`.
+
+    Args:
+        path: Hugging Face folder, run or checkpoint.
+        data: folder of token files, or one of them without its suffix.
+        sequence_length: of the validation; the run's, or else the model's number of positions.
+        seed: of the run, by which documents are ordered; that of the run, or 1234.
+        dtype: of the model.
+        batch_size: sequences at a time.
+        progress: told how many sequences are done, and how many there are.
+
+    Raises:
+        ValueError: no model or data there, or data of another vocabulary.
+    """
+    domains = find_domains(data)
+    source = open_source(path)
+    config = source.config
+    if seed is None:
+        seed = getattr(source.args, "seed", None) if isinstance(source, MegatronSource) else None
+    facts = config.get("training_facts") or {}
+    length = sequence_length or facts.get("sequence_length") or config["max_position_embeddings"]
+    with tempfile.TemporaryDirectory() as scratch:
+        if isinstance(source, MegatronSource):
+            to_hf(path, Path(scratch) / "model")
+            path = Path(scratch) / "model"
+        model = _load(path, config["model_type"], dtype)
+        sets = {
+            name: _dataset(prefix, length, seed or DEFAULT_SEED, Path(scratch))
+            for name, prefix in domains.items()
+        }
+        done, total = 0, sum(map(len, sets.values()))
+        losses = {}
+        for name, dataset in sets.items():
+            losses[name] = _loss(
+                model, dataset, batch_size, lambda n, done=done: progress(done + n, total)
+            )
+            done += len(dataset)
+    tokens = sum(loss.tokens for loss in losses.values())
+    mean = math.fsum(loss.loss * loss.tokens for loss in losses.values()) / tokens
+    return losses | {"all": Loss(mean, tokens)}
+
+
+def _load(folder: Path, kind: str, dtype: torch.dtype) -> Any:
+    from transformers import LlamaForCausalLM
+
+    from remoe.hf import ReMoEForCausalLM
+
+    cls = ReMoEForCausalLM if kind == "remoe" else LlamaForCausalLM
+    model = cls.from_pretrained(folder, dtype=dtype).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dataset(prefix: Path, length: int, seed: int, cache: Path) -> Any:
+    """Megatron's dataset over all documents, once."""
+    import numpy as np
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
+
+    # All that the dataset asks of a tokenizer; no token is padding.
+    tokenizer = SimpleNamespace(
+        vocab_size=None, pad=-1, eod=-1, unique_identifiers={"class": "none"}
+    )
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=length,
+        blend_per_split=[None, ([str(prefix)], None), None],
+        path_to_cache=str(cache),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    documents = IndexedDataset(str(prefix))
+    indices = np.arange(documents.sequence_lengths.shape[0], dtype=np.int32)
+    dataset = GPTDataset(documents, str(prefix), indices, None, Split.valid, config)
+    if len(dataset) == 0:
+        raise ValueError(
+            f"{prefix} has fewer than {length + 1} tokens, so no sequence of {length}; use shorter "
+            f"sequences (--sequence-length)"
+        )
+    return dataset
+
+
+@torch.no_grad()
+def _loss(model: Any, dataset: Any, batch_size: int, progress: Any) -> Loss:
+    total, tokens = 0.0, 0
+    for start in range(0, len(dataset), batch_size):
+        samples = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        inputs, labels = (torch.stack([s[key] for s in samples]) for key in ("tokens", "labels"))
+        largest = int(torch.maximum(inputs, labels).max())
+        if largest >= model.config.vocab_size:
+            raise ValueError(
+                f"the data has token {largest}, the model's vocabulary has "
+                f"{model.config.vocab_size} entries; tokenize with the model's tokenizer"
+            )
+        logits = model(inputs.to(model.device), use_cache=False).logits.float().flatten(0, 1)
+        loss = F.cross_entropy(logits, labels.to(model.device).flatten(), reduction="sum")
+        total, tokens = total + float(loss), tokens + labels.numel()
+        progress(start + len(samples))
+    return Loss(total / tokens, tokens)

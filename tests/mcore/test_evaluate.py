@@ -1,0 +1,157 @@
+"""`remoe evaluate`: the harness for real on a local task, and perplexity as Megatron's validation."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.mcore import tiny
+from tests.mcore.test_convert import fails
+from tests.mcore.test_train import DATA
+
+SEED = 7
+
+
+@pytest.fixture(scope="module")
+def home(call, tmp_path_factory) -> Path:
+    """A tokenized corpus, a run on it that validated at its end, its export and a local task."""
+    home = tmp_path_factory.mktemp("evaluate")
+    tiny.write_corpus(home / "corpus")
+    flags = ["--out", "tokens", "--vocab-size", "300", "--workers", "1"]
+    cloze = [
+        "corpus",
+        "tasks",
+        "--items",
+        "12",
+        "--context-words",
+        "8",
+        "--continuation-words",
+        "3",
+    ]
+    for argv in (["tokenize", "corpus", *flags], ["cloze", *cloze]):
+        code, out, error = call(tiny.remoe, home, "data", *argv)
+        assert code == 0, out + error
+    steps = {"train_iters": 4, "eval_interval": 4, "lr": 1e-2, "seed": SEED}
+    tiny.write_config(home / "run.yaml", **(DATA | steps))
+    process = tiny.start("train", "run.yaml", cwd=home)
+    out, error = process.communicate(timeout=600)
+    assert process.returncode == 0, out + error
+    code, out, error = call(tiny.remoe, home, "convert", "to-hf", "runs/run", "hf")
+    assert code == 0, error
+    return home
+
+
+def test_perplexity_is_the_validation_loss_of_the_run(call, home):
+    """By domain and overall, for the run and for its export, to which the seed must be told."""
+    code, _, error = call(tiny.remoe, home, "evaluate", "runs/run", "--perplexity", "tokens/valid")
+    assert code == 0, error
+    argv = [
+        "evaluate",
+        "hf",
+        "--perplexity",
+        "tokens/valid",
+        "--seed",
+        str(SEED),
+        "--out",
+        "hf.json",
+    ]
+    code, out, error = call(tiny.remoe, home, *argv)
+    assert code == 0, error
+    assert "code " in out and "prose " in out
+    expected = {r["split"]: r["lm_loss"] for r in tiny.rows(home / "runs/run") if "split" in r}
+    for file in (home / "runs/run/evaluation.json", home / "hf.json"):
+        found = json.loads(file.read_text())["perplexity"]
+        assert found.keys() == {"code", "prose", "all"}
+        for name, loss in found.items():
+            split = "valid" if name == "all" else f"valid/{name}"
+            assert loss["loss"] == pytest.approx(expected[split], abs=1e-5)
+        assert found["code"]["tokens"] < found["prose"]["tokens"]
+
+
+def test_the_harness_gives_its_own_number_on_the_export(call, home):
+    """The run, converted on the fly, and the harness's command on the exported folder."""
+    argv = ["evaluate", "runs/run", "--tasks", "corpus_cloze", "--include-path", "tasks"]
+    code, out, error = call(tiny.remoe, home, *argv, "--out", "run.json")
+    assert code == 0, error
+    assert "corpus_cloze_code" in out and "published" not in out
+    ours = json.loads((home / "run.json").read_text())["tasks"]
+    assert ours.keys() == {"corpus_cloze", "corpus_cloze_code", "corpus_cloze_prose"}
+
+    model = "pretrained=hf,trust_remote_code=True,dtype=float32"
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", model]
+    command += ["--tasks", "corpus_cloze", "--include_path", "tasks", "--device", "cpu"]
+    command += ["--batch_size", "8", "--output_path", "own"]
+    environment = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(home / "hub")}
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    own = json.loads(next((home / "own").rglob("results*.json")).read_text())["results"]
+    for task, metrics in ours.items():
+        for name in ("acc", "acc_norm"):
+            assert metrics[name] == own[task][f"{name},none"]
+    assert 0 <= ours["corpus_cloze"]["acc"] <= 1
+
+
+def test_items_are_passages_and_wrong_ones_are_of_other_documents(home):
+    texts = {}
+    for domain in ("code", "prose"):
+        lines = (home / f"corpus/valid/{domain}.jsonl").read_text().splitlines()
+        texts[domain] = [json.loads(line)["text"] for line in lines]
+        rows = (home / f"tasks/corpus_cloze_{domain}.jsonl").read_text().splitlines()
+        assert len(rows) == 12
+        labels = set()
+        for row in map(json.loads, rows):
+            labels.add(row["label"])
+            whole = row["context"] + row["choices"][row["label"]]
+            assert sum(whole in text for text in texts[domain]) == 1
+            assert [len(choice.split()) for choice in row["choices"]] == [3] * 4
+            for choice in row["choices"]:
+                assert any(choice in text for text in texts[domain])
+        assert len(labels) > 1
+
+
+MISTAKES = {
+    "nothing asked": ([], "nothing to evaluate; give --tasks, --perplexity, or both"),
+    "no token files": (["--perplexity", "corpus"], "corpus holds no .bin/.idx files"),
+    "long sequences": (
+        ["--perplexity", "tokens/valid", "--sequence-length", "90000"],
+        "so no sequence of 90000; use shorter sequences",
+    ),
+    "no folder of tasks": (["--tasks", "x", "--include-path", "no"], "no is no folder of tasks"),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes(call, home, argv, message):
+    assert message in fails(call, home, "evaluate", "hf", *argv)
+
+
+def test_an_unknown_task_and_absent_data_are_told_from_each_other(home):
+    """Two starts of the harness, offline, with an empty cache."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(home / "empty")}
+    messages = {
+        "arc_eazy": "unknown task 'arc_eazy'; did you mean 'arc_easy'?",
+        "arc_easy": "the data of task 'arc_easy' is not here and cannot be downloaded",
+    }
+    for task, message in messages.items():
+        command = [sys.executable, "-c", "from megatron.remoe.cli import main; main()"]
+        command += ["evaluate", "hf", "--tasks", task]
+        environment = dict(os.environ) | offline
+        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert message in done.stderr
+
+
+def test_published_rows_stand_beside_the_papers_tasks():
+    from megatron.remoe.evaluate.published import ROWS, TASKS, table
+
+    text = table("mine", {task: {"acc": 0.5, "acc_norm": 0.9} for task in TASKS})
+    assert "| mine | 50.00 | 50.00 | 50.00 | 50.00 | 50.00 | 50.00 | 50.00 | 50.00 |" in text
+    assert "| published: ReMoE 182M | 20.22 | 46.68 |" in text and "| 40.03 |" in text
+    assert all(len(row) == len(TASKS) for row in ROWS.values())
+    averages = {"dense 182M": 38.20, "TopK 469M*": 43.69, "ReMoE 978M": 45.20}  # as published
+    for row, average in averages.items():
+        assert sum(ROWS[row]) / len(TASKS) == pytest.approx(average, abs=0.011)
