@@ -1,4 +1,4 @@
-"""`remoe evaluate`: the harness for real on a local task, and perplexity as Megatron's validation."""
+"""`remoe evaluate`: the harness for real on a local task, and perplexity as Megatron validates."""
 
 import json
 import os

@@ -14,12 +14,11 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
+from megatron.remoe.convert.activations import load, mean_loss, mlp_inputs, tokens_for
 from megatron.remoe.convert.export import Progress, export, to_hf
 from megatron.remoe.convert.restore import Layout, to_megatron
 from megatron.remoe.convert.source import HFSource, MegatronSource, open_source, validated
@@ -27,8 +26,6 @@ from remoe.config import apply_granularity
 from remoe.conversion import CONFIG, Config, Item, plan
 
 _RIDGE = 1e-3  # of the mean square of an activation
-_BATCH = 8
-_SAMPLE_LENGTH = 256
 
 
 @dataclass(frozen=True)
@@ -114,22 +111,22 @@ def upcycle(
         if isinstance(dense, MegatronSource):
             to_hf(path, scratch / "dense", tokenizer=tokenizer)
         folder = scratch / "dense" if isinstance(dense, MegatronSource) else path
-        model = _load(folder, "llama")
-        tokens = _tokens(model, data, num_tokens, settings.seed)
+        model = load(folder, "llama")
+        tokens = tokens_for(model, data, num_tokens, settings.seed)
         half = len(tokens) // 2
-        inputs = _mlp_inputs(model, tokens)
+        inputs = mlp_inputs(model, tokens)
         fit = [x[: half * tokens.shape[1]] for x in inputs]
         held_out = [x[half * tokens.shape[1] :] for x in inputs]
         generator = torch.Generator().manual_seed(settings.seed)
         routers = [
             router_weights(x, y, settings, generator) for x, y in zip(fit, held_out, strict=True)
         ]
-        dense_loss = _loss(model, tokens[half:])
+        dense_loss = mean_loss(model, tokens[half:])
         del model
         source = _Mixture(dense, config, routers, settings)
         export(source, scratch / "mixture", progress=progress)
-        mixture = _load(scratch / "mixture", "remoe")
-        loss = _loss(mixture, tokens[half:])
+        mixture = load(scratch / "mixture", "remoe")
+        loss = mean_loss(mixture, tokens[half:])
         made = to_megatron(scratch / "mixture", out, layout=layout, force=force)
     gates = [torch.relu(y @ w.T) for y, w in zip(held_out, routers, strict=True)]
     sums = torch.stack([g.view(len(g), settings.num_experts, -1).sum(dim=1) for g in gates])
@@ -221,100 +218,3 @@ class _Mixture:
             halves = (self._tensor(f"{layer}.mlp.{n}_proj.weight") for n in ("gate", "up"))
             sliced = torch.cat([torch.stack(half.chunk(slices)) for half in halves], dim=1)
         return sliced.repeat(copies, 1, 1)
-
-
-def _load(folder: Path, kind: str) -> Any:
-    from transformers import LlamaForCausalLM
-
-    from remoe.hf import ReMoEForCausalLM
-
-    cls = ReMoEForCausalLM if kind == "remoe" else LlamaForCausalLM
-    return cls.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def _tokens(model: Any, data: list[Path] | None, num_tokens: int, seed: int) -> Tensor:
-    """`[sequences, length]`, an even number of sequences."""
-    length = min(model.config.max_position_embeddings, _SAMPLE_LENGTH)
-    count = max(2, num_tokens // length // 2 * 2)
-    if data is None:
-        return _samples(model, count, length, seed)
-    found = torch.cat([_read(prefix, -(-count * length // len(data))) for prefix in data])
-    if len(found) < count * length:
-        raise ValueError(
-            f"the data has {len(found)} tokens of the {count * length} that are asked for; name "
-            f"more (--data), or ask for fewer (--tokens)"
-        )
-    if int(found.max()) >= model.config.vocab_size:
-        raise ValueError(
-            f"the data has token {int(found.max())}, the model's vocabulary has "
-            f"{model.config.vocab_size} entries; tokenize with the model's tokenizer"
-        )
-    pieces = found[: count * length].view(count, length)
-    return pieces[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
-
-
-def _read(prefix: Path, num_tokens: int) -> Tensor:
-    """The first tokens of a pair of `.bin/.idx` files, documents one after the other."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    for suffix in (".bin", ".idx"):
-        if not Path(f"{prefix}{suffix}").is_file():
-            raise ValueError(
-                f"{prefix}{suffix} does not exist; name token files without their suffix (remoe "
-                f"data tokenize makes them)"
-            )
-    dataset = IndexedDataset(str(prefix))
-    parts, total = [], 0
-    for index in range(len(dataset)):
-        parts.append(torch.from_numpy(dataset[index].astype("int64")))
-        total += len(parts[-1])
-        if total >= num_tokens:
-            break
-    return torch.cat(parts)[:num_tokens]
-
-
-@torch.no_grad()
-def _samples(model: Any, count: int, length: int, seed: int) -> Tensor:
-    """Text that the model samples itself, from its end-of-document token or a random one."""
-    torch.manual_seed(seed)
-    start = model.config.eos_token_id
-    first = torch.randint(model.config.vocab_size, (count, 1))
-    if isinstance(start, int):
-        first = torch.full((count, 1), start)
-    return model.generate(
-        first,
-        attention_mask=torch.ones_like(first),
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=length - 1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-
-
-@torch.no_grad()
-def _mlp_inputs(model: Any, tokens: Tensor) -> list[Tensor]:
-    """What the MLP of every layer sees, `[T, H]` each."""
-    inputs: list[list[Tensor]] = [[] for _ in model.model.layers]
-    hooks = [
-        layer.mlp.register_forward_pre_hook(
-            lambda _, args, seen=seen: seen.append(args[0].flatten(0, 1))
-        )
-        for layer, seen in zip(model.model.layers, inputs, strict=True)
-    ]
-    for batch in tokens.split(_BATCH):
-        model(batch, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return [torch.cat(seen) for seen in inputs]
-
-
-@torch.no_grad()
-def _loss(model: Any, tokens: Tensor) -> float:
-    total = 0.0
-    for batch in tokens.split(_BATCH):
-        logits = model(batch, use_cache=False).logits[:, :-1].float()
-        total += float(
-            F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
-        )
-    return total / (tokens.shape[0] * (tokens.shape[1] - 1))

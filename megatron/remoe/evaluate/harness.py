@@ -129,7 +129,7 @@ def _fetch(manager: Any, tasks: list[str]) -> None:
     Raises:
         ValueError: it is not there and cannot be downloaded.
     """
-    from httpx import HTTPError
+    from huggingface_hub.errors import HTTPError  # of the client that it is built on
 
     for task in tasks:
         try:

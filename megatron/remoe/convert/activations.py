@@ -1,0 +1,123 @@
+"""What a dense model sees inside on some text, and its loss on it.
+
+Shapes: T tokens, H hidden.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+_BATCH = 8
+_SAMPLE_LENGTH = 256
+
+
+def load(folder: Path, kind: str) -> Any:
+    """The model of a Hugging Face folder, `llama` or `remoe`, in fp32."""
+    from transformers import LlamaForCausalLM
+
+    from remoe.hf import ReMoEForCausalLM
+
+    cls = ReMoEForCausalLM if kind == "remoe" else LlamaForCausalLM
+    return cls.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def tokens_for(model: Any, data: list[Path] | None, num_tokens: int, seed: int) -> Tensor:
+    """Text for a model, `[sequences, length]`, an even number of sequences in random order.
+
+    Args:
+        model: samples the text itself where there is no data.
+        data: prefixes of token files.
+        num_tokens: about how many.
+        seed: of the order, or of the samples.
+
+    Raises:
+        ValueError: no such data, too little, or of another vocabulary.
+    """
+    length = min(model.config.max_position_embeddings, _SAMPLE_LENGTH)
+    count = max(2, num_tokens // length // 2 * 2)
+    if data is None:
+        return _samples(model, count, length, seed)
+    found = torch.cat([_read(prefix, -(-count * length // len(data))) for prefix in data])
+    if len(found) < count * length:
+        raise ValueError(
+            f"the data has {len(found)} tokens of the {count * length} that are asked for; name "
+            f"more (--data), or ask for fewer (--tokens)"
+        )
+    if int(found.max()) >= model.config.vocab_size:
+        raise ValueError(
+            f"the data has token {int(found.max())}, the model's vocabulary has "
+            f"{model.config.vocab_size} entries; tokenize with the model's tokenizer"
+        )
+    pieces = found[: count * length].view(count, length)
+    return pieces[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
+
+
+def _read(prefix: Path, num_tokens: int) -> Tensor:
+    """The first tokens of a pair of `.bin/.idx` files, documents one after the other."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    for suffix in (".bin", ".idx"):
+        if not Path(f"{prefix}{suffix}").is_file():
+            raise ValueError(
+                f"{prefix}{suffix} does not exist; name token files without their suffix (remoe "
+                f"data tokenize makes them)"
+            )
+    dataset = IndexedDataset(str(prefix))
+    parts, total = [], 0
+    for index in range(len(dataset)):
+        parts.append(torch.from_numpy(dataset[index].astype("int64")))
+        total += len(parts[-1])
+        if total >= num_tokens:
+            break
+    return torch.cat(parts)[:num_tokens]
+
+
+@torch.no_grad()
+def _samples(model: Any, count: int, length: int, seed: int) -> Tensor:
+    """Text that the model samples itself, from its end-of-document token or a random one."""
+    torch.manual_seed(seed)
+    start = model.config.eos_token_id
+    first = torch.randint(model.config.vocab_size, (count, 1))
+    if isinstance(start, int):
+        first = torch.full((count, 1), start)
+    return model.generate(
+        first,
+        attention_mask=torch.ones_like(first),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=length - 1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+
+
+@torch.no_grad()
+def mlp_inputs(model: Any, tokens: Tensor) -> list[Tensor]:
+    """What the MLP of every layer sees, `[T, H]` each."""
+    inputs: list[list[Tensor]] = [[] for _ in model.model.layers]
+    hooks = [
+        layer.mlp.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0].flatten(0, 1))
+        )
+        for layer, seen in zip(model.model.layers, inputs, strict=True)
+    ]
+    for batch in tokens.split(_BATCH):
+        model(batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(seen) for seen in inputs]
+
+
+@torch.no_grad()
+def mean_loss(model: Any, tokens: Tensor) -> float:
+    """In nats per token."""
+    total = 0.0
+    for batch in tokens.split(_BATCH):
+        logits = model(batch, use_cache=False).logits[:, :-1].float()
+        total += float(
+            F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+        )
+    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
