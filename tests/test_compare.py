@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 from pathlib import Path
 
@@ -36,7 +37,6 @@ def write(folder: Path, name: str, loss: float | None, sparsity: list[float] | N
             row |= {"l1_coeff": 1e-8, "l1_reg": 1.0, "sparsity_per_layer": [value]}
         rows.append(row)
     rows.append(evaluation(len(rows), "valid", loss))
-    import json
 
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -113,6 +113,21 @@ def test_differences_are_paired_by_seed(four_routers):
     assert single.seeds == 1 and single.half_width is None
     assert len(four_routers.differences) == 6
     assert f"{pair.mean:+.4f} ± {pair.half_width:.4f}" in four_routers.to_markdown()
+
+
+def test_accuracy_is_a_column_where_runs_were_evaluated(tmp_path):
+    """A group stands for its tasks; runs without an evaluation have an empty cell."""
+    runs = [remoe(tmp_path, "remoe", 2.0, seed=1), topk(tmp_path, "topk", 2.0, seed=1)]
+    assert "accuracy" not in tables.compare(tables.load_runs([tmp_path])).to_markdown()
+    tasks = {"corpus_cloze": {"acc": 0.5}, "corpus_cloze_prose": {"acc": 0.9}, "piqa": {"acc": 0.6}}
+    (tmp_path / "remoe/evaluation.json").write_text(json.dumps({"tasks": tasks}))
+    comparison = tables.compare(tables.load_runs([tmp_path]))
+    first, second = (line for line in comparison.to_markdown().splitlines()[2:4])
+    assert first.endswith("|  |") and second.endswith("| 55.00 |")
+    assert len(runs) == 2 and [group.row()["accuracy"] for group in comparison.groups] == [
+        None,
+        pytest.approx(0.55),
+    ]
 
 
 def test_routers_are_paired_at_equal_settings_only(tmp_path):

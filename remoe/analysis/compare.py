@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import statistics
 from collections.abc import Iterable
@@ -90,6 +91,18 @@ def steps_to_settle(run: Run) -> int | None:
     return None
 
 
+def accuracy(run: Run) -> float | None:
+    """Mean accuracy of the tasks in `evaluation.json`; None without that file or tasks in it.
+
+    A group stands for its tasks, whose names begin with the group's.
+    """
+    file = run.path / "evaluation.json"
+    tasks = json.loads(file.read_text()).get("tasks") if file.is_file() else None
+    known = {name: task["acc"] for name, task in (tasks or {}).items() if "acc" in task}
+    own = [n for n in known if not any(n.startswith(f"{other}_") for other in known)]
+    return statistics.fmean(known[name] for name in own) if own else None
+
+
 def _last_mean(run: Run, key: str) -> float | None:
     values = [row[key] for row in run.train[-_LAST_ROWS:] if row.get(key) is not None]
     return statistics.fmean(values) if values else None
@@ -147,6 +160,7 @@ class Group:
             "steps_to_settle": _mean(steps),
             "dead_experts": _mean(_last_mean(run, "dead_experts") for run in runs),
             "tokens_per_second": _mean(_last_mean(run, "tokens_per_second") for run in runs),
+            "accuracy": _mean(accuracy(run) for run in runs),
         }
 
 
@@ -202,10 +216,15 @@ class Comparison:
         return text.getvalue()
 
     def to_markdown(self) -> str:
-        header = ("run", "seeds", "steps", "active / total parameters", "validation loss",
-                  "sparsity", "settles at step", "dead experts", "tokens/s")  # fmt: skip
-        lines = [_line(header), _line(["---"] * len(header))]
-        lines += [_line(_cells(group.row())) for group in self.groups]
+        header = ["run", "seeds", "steps", "active / total parameters", "validation loss",
+                  "sparsity", "settles at step", "dead experts", "tokens/s"]  # fmt: skip
+        rows = [group.row() for group in self.groups]
+        cells = [_cells(row) for row in rows]
+        if any(row["accuracy"] is not None for row in rows):  # of `remoe evaluate --tasks`
+            header.append("accuracy, %")
+            for line, row in zip(cells, rows, strict=True):
+                line.append("" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}")
+        lines = [_line(header), _line(["---"] * len(header)), *map(_line, cells)]
         if self.differences:
             text = "Validation loss, first minus second, at equal seed; 95% confidence interval by"
             lines += ["", f"{text} Student's t:", ""]

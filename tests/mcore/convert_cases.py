@@ -87,6 +87,11 @@ def save(flags: dict[str, Any], folder: Path) -> torch.nn.Module:
     return model
 
 
+def write_model(flags: dict[str, Any], folder: Path) -> None:
+    """`save` for another process, which has no use for the model."""
+    save(flags, folder)
+
+
 def _save(model, args, folder: Path) -> None:
     from megatron.core import dist_checkpointing
 

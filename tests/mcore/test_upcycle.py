@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F  # noqa: N812
 
 from tests.mcore import tiny
-from tests.mcore.convert_cases import RELU, UNTIED, save
+from tests.mcore.convert_cases import RELU, UNTIED, write_model
 from tests.mcore.test_convert import fails
 
 
@@ -32,8 +32,9 @@ def test_gates_of_a_slices_copies_sum_to_one_and_differ(call, granularity):
     assert torch.allclose(sums.mean(dim=0), torch.ones(granularity), atol=1e-4)
     assert float(sums.std()) < 0.25  # of a random router as large: 0.5 and more
     assert float((gates > 0).float().mean()) > 0.85  # it starts in the dense stage
-    # a gate's noise is half of its mean, by which copies differ
-    assert 0.3 < float((gates - gates.mean(dim=1, keepdim=True)).std() * 8) < 0.6
+    # over tokens a gate's noise is half of its mean of 1/8, by which copies differ
+    noise = (gates - gates.mean(dim=1, keepdim=True)) * 8
+    assert 0.4 < float(noise.std(dim=0).mean()) < 0.6
     # and it sums to zero: the sum of weights is a linear function near 1, with no noise in it
     total = weights.view(8, granularity, -1).sum(dim=0)
     assert torch.allclose(total[0] / total[0].norm(), total[-1] / total[-1].norm(), atol=1e-4)
@@ -43,7 +44,7 @@ def test_gates_of_a_slices_copies_sum_to_one_and_differ(call, granularity):
 def home(call, tmp_path_factory) -> Path:
     """A dense checkpoint of ours, and its export."""
     home = tmp_path_factory.mktemp("upcycle")
-    call(save, UNTIED, home / "dense/iter_0000003")
+    call(write_model, UNTIED, home / "dense/iter_0000003")
     code, _, error = call(tiny.remoe, home, "convert", "to-hf", "dense", "llama")
     assert code == 0, error
     return home
@@ -105,6 +106,6 @@ def test_mistakes_leave_nothing(call, home, tmp_path, argv, message):
 
 
 def test_a_mixture_is_no_start(call, tmp_path):
-    call(save, RELU | UNTIED, tmp_path / "moe/iter_0000003")
+    call(write_model, RELU | UNTIED, tmp_path / "moe/iter_0000003")
     error = fails(call, tmp_path, "convert", "upcycle", "moe", "out", "--num-experts", "4")
     assert "moe has experts already; upcycling starts from a dense model" in error
