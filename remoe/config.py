@@ -100,6 +100,9 @@ class ReMoEConfig:
         load_balancing: "aux_loss" weights the L1 penalty by load (Eq. 10), "none" does not (Eq. 9).
         l1_coeff_init, l1_coeff_multiplier: see `ControllerConfig`.
         init_std: standard deviation of the initial weights.
+        max_assignments: active (token, expert) pairs that the layer computes at once; with more it
+            goes chunk by chunk, and again in backward. None: above twice `topk` per token it goes
+            by a third of that, so that the dense first steps need no more memory than the others.
     """
 
     hidden_size: int
@@ -111,8 +114,13 @@ class ReMoEConfig:
     l1_coeff_init: float = 1e-8
     l1_coeff_multiplier: float = 1.2
     init_std: float = 0.02
+    max_assignments: int | None = None
 
     def __post_init__(self) -> None:
+        if self.max_assignments is not None and self.max_assignments < 1:
+            raise ValueError(
+                f"max_assignments is {self.max_assignments}; it must be at least 1, or None"
+            )
         if self.hidden_size < 1 or self.ffn_hidden_size < 1:
             raise ValueError(
                 f"hidden_size {self.hidden_size} and ffn_hidden_size {self.ffn_hidden_size} "

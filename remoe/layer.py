@@ -7,6 +7,8 @@
 Shapes: T tokens, H hidden, E experts, F expert width, A active (token, expert) pairs.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -14,7 +16,15 @@ from torch.nn import functional as F  # noqa: N812
 from remoe.buffers import ExactBuffers
 from remoe.config import ReMoEConfig
 from remoe.controller import next_l1_coeff
-from remoe.kernels import Permutation, combine, grouped_swiglu, permute
+from remoe.kernels import (
+    Chunk,
+    Permutation,
+    combine,
+    grouped_swiglu,
+    permute,
+    plan_chunks,
+    run_chunks,
+)
 from remoe.regularization import l1_regularization, load_weights
 from remoe.routing import relu_routing, sparsity, tokens_per_expert
 
@@ -71,8 +81,16 @@ class ReMoELayer(ExactBuffers):
         if self.training and torch.is_grad_enabled():
             self._observe(probs_TE, routing_map_TE)
 
+        balanced = self.config.experts.topk * max(1, len(x_TH))
+        limit = self.config.max_assignments
         y_TH = routed_experts(
-            x_TH, probs_TE.to(x_TH.dtype), routing_map_TE, self.gate_up, self.down
+            x_TH,
+            probs_TE.to(x_TH.dtype),
+            routing_map_TE,
+            self.gate_up,
+            self.down,
+            max_assignments=limit or 2 * balanced,
+            rows_of_a_chunk=limit or max(1, balanced // 3),
         )
         return y_TH.view_as(hidden_states)
 
@@ -88,7 +106,14 @@ class ReMoELayer(ExactBuffers):
 
 
 def routed_experts(
-    x_TH: Tensor, probs_TE: Tensor, routing_map_TE: Tensor, gate_up: Tensor, down: Tensor
+    x_TH: Tensor,
+    probs_TE: Tensor,
+    routing_map_TE: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    max_assignments: int | None = None,
+    rows_of_a_chunk: int | None = None,
 ) -> Tensor:
     """`y_t = sum_e p_te FFN_e(x_t)` over the active pairs, `[T, H]` (Eq. 1), for any router.
 
@@ -100,11 +125,47 @@ def routed_experts(
         routing_map_TE: bool, the active pairs.
         gate_up: `[E, 2F, H]`, gate first.
         down: `[E, H, F]`.
+        max_assignments: with more active pairs than that, experts run chunk by chunk, and again in
+            backward; None is no limit.
+        rows_of_a_chunk: how many pairs are computed at once then; None is `max_assignments`.
     """
     counts = tokens_per_expert(routing_map_TE).tolist()
+    if max_assignments is None or sum(counts) <= max_assignments:
+        return _experts_at_once(x_TH, probs_TE, routing_map_TE, gate_up, down, counts)
+    chunks = plan_chunks(counts, rows_of_a_chunk or max_assignments)
+    return run_chunks(_ChunkedSwiGLU(routing_map_TE), chunks, x_TH, probs_TE, (gate_up, down))
+
+
+def _experts_at_once(
+    x_TH: Tensor,
+    probs_TE: Tensor,
+    routing_map_TE: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    counts: list[int],
+) -> Tensor:
     permutation = Permutation.of(routing_map_TE, sum(counts))
     x_AH, prob_A = permute(x_TH, probs_TE, permutation)
     return combine(grouped_swiglu(x_AH, prob_A, gate_up, down, counts), permutation)
+
+
+class _ChunkedSwiGLU:
+    """Chunks of stacked SwiGLU experts on one device."""
+
+    def __init__(self, routing_map_TE: Tensor) -> None:
+        self.routing_map_TE = routing_map_TE
+
+    def weights_of(self, chunk: Chunk, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor[chunk.experts] for tensor in tensors]
+
+    def compute(
+        self, chunk: Chunk, x_TH: Tensor, probs_TE: Tensor, weights: list[Tensor]
+    ) -> Tensor:
+        rows = chunk.tokens(len(self.routing_map_TE))
+        routing_map = self.routing_map_TE[rows, chunk.experts]
+        counts = tokens_per_expert(routing_map).tolist()
+        probs = probs_TE[:, chunk.experts]
+        return _experts_at_once(x_TH, probs, routing_map, weights[0], weights[1], counts)
 
 
 def remoe_layers(model: nn.Module) -> list[ReMoELayer]:

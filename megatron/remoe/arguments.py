@@ -46,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Weight the L1 penalty by the load of each expert, or not.",
     )
     group.add_argument(
+        "--moe-relu-max-assignments",
+        type=int,
+        default=None,
+        help="Assignments per layer and rank (mean over layers) that are computed at once; what is "
+        "above runs chunk by chunk, and again in backward. Default: topk per token.",
+    )
+    group.add_argument(
         "--moe-granularity",
         type=int,
         default=1,
@@ -155,6 +162,7 @@ def finish(args: argparse.Namespace) -> None:
             f"given; pass --moe-ffn-hidden-size or --ffn-hidden-size"
         )
     _check_topk_warmup(args)
+    _check_max_assignments(args)
     if args.num_experts is not None:
         width = args.moe_ffn_hidden_size or args.ffn_hidden_size
         shape = apply_granularity(
@@ -242,6 +250,7 @@ def _refuse_moe_flags_of_a_dense_model(args: argparse.Namespace) -> None:
         ("moe_relu_routing", False),
         ("moe_granularity", 1),
         ("moe_topk_warmup_steps", 0),
+        ("moe_relu_max_assignments", None),
     ):
         if getattr(args, flag) != off:
             raise ValueError(
@@ -272,6 +281,22 @@ def _check_topk_warmup(args: argparse.Namespace) -> None:
             f"and num_experts"
         )
     options.check(args, names=options.NEEDS_KNOWN_COUNT, by="TopK with near-dense warm-up")
+
+
+def _check_max_assignments(args: argparse.Namespace) -> None:
+    limit = args.moe_relu_max_assignments
+    if limit is None:
+        return
+    if limit < 1:
+        raise ValueError(
+            f"moe_relu_max_assignments is {limit}; it must be at least 1 (a number above tokens x "
+            f"experts never chunks), or leave it out for topk per token"
+        )
+    if not args.moe_relu_routing and not args.moe_topk_warmup_steps:
+        raise ValueError(
+            f"moe_relu_max_assignments is {limit}, but TopK without warm-up always has topk "
+            f"assignments per token; leave it out, or set moe_relu_routing"
+        )
 
 
 def _refuse_uneven_gather_on_gloo(args: argparse.Namespace) -> None:
@@ -312,9 +337,12 @@ def routing_from_args(args: argparse.Namespace):
             l1_reg_coeff_init=args.moe_relu_l1_reg_coeff_init,
             l1_reg_coeff_multiplier=args.moe_relu_l1_reg_coeff_multiplier,
             load_balancing=args.moe_relu_load_balancing,
+            max_assignments=args.moe_relu_max_assignments,
         )
     if args.moe_topk_warmup_steps:
-        return TopKRouting(args.moe_topk_warmup_steps, args.moe_topk_warmup_topk)
+        return TopKRouting(
+            args.moe_topk_warmup_steps, args.moe_topk_warmup_topk, args.moe_relu_max_assignments
+        )
     if args.moe_layer_freq != 1 and args.pipeline_model_parallel_size > 1:
         return None
     return TopKRouting()

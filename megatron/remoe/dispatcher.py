@@ -4,6 +4,9 @@ Megatron's dispatchers expect `tokens * topk` assignments, copy several tensors 
 scatter rows with an index of the rows' size. These copy the counts once, and sum rows by token.
 """
 
+from typing import Any
+
+import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
@@ -16,19 +19,47 @@ from remoe.kernels import Permutation, combine, permute
 from remoe.routing import tokens_per_expert
 
 
-class DroplessAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
+class CountsAssignments:
+    """Mixin of dispatchers: who sends how many tokens to which expert, known on every rank."""
+
+    _counts: Tensor | None = None
+    ep_size: int
+    tp_size: int
+    tp_ep_group: Any
+
+    def count(self, routing_map: Tensor) -> tuple[Tensor, float]:
+        """Counts in one copy to the host, which the dispatch that follows uses.
+
+        Returns:
+            The tokens of every rank for every expert, `[ep, expert tp, E]`; and the mean number of
+            tokens of a rank.
+        """
+        counts = tokens_per_expert(routing_map)
+        counts = torch.cat([counts, counts.new_full((1,), len(routing_map))])
+        if self.ep_size * self.tp_size > 1:
+            counts = gather_from_sequence_parallel_region(counts, group=self.tp_ep_group)
+        counts = counts.cpu().view(self.ep_size, self.tp_size, -1)
+        self._counts, tokens = counts[:, :, :-1].contiguous(), counts[:, :, -1]
+        return self._counts, tokens.double().mean().item()
+
+    def _take_counts(self, routing_map: Tensor) -> Tensor:
+        if self._counts is None:
+            self.count(routing_map)
+        counts, self._counts = self._counts, None
+        assert counts is not None
+        return counts
+
+
+class DroplessAlltoAllTokenDispatcher(CountsAssignments, MoEAlltoAllTokenDispatcher):
     """Megatron's all-to-all dispatcher for any routing map."""
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
-        """Sizes of everything that follows, on the host, in one copy.
+        """Sizes of everything that follows, on the host.
 
         Returns:
             The number of tokens of each local expert.
         """
-        counts = tokens_per_expert(routing_map)
-        if self.ep_size * self.tp_size > 1:
-            counts = gather_from_sequence_parallel_region(counts, group=self.tp_ep_group)
-        counts = counts.cpu().view(self.ep_size, self.tp_size, self.num_experts)
+        counts = self._take_counts(routing_map)
         sent = counts[self.ep_rank, self.tp_rank]
         self.num_out_tokens = sum(sent.tolist())
         self.input_splits = sent.view(self.ep_size, -1).sum(dim=1).tolist()
@@ -75,15 +106,21 @@ class DroplessAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return output
 
 
-class DroplessAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
+class DroplessAllGatherTokenDispatcher(CountsAssignments, MoEAllGatherTokenDispatcher):
     """Megatron's all-gather dispatcher with our permutation."""
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        self.received = self._take_counts(routing_map)[:, :, self.local_expert_indices]
+        return super().dispatch_preprocess(hidden_states, routing_map, probs)
 
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         local = slice(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
         routing_map, self.routing_map = self.routing_map[:, local], None
-        counts = tokens_per_expert(routing_map).cpu()
+        counts = self.received.sum(dim=(0, 1))
         self.permutation = Permutation.of(routing_map, sum(counts.tolist()))
         rows, self.local_probs = permute(hidden_states, probs[:, local], self.permutation)
         return rows, counts, self.local_probs

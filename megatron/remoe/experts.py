@@ -4,6 +4,7 @@ Shapes, as in `remoe.kernels`: A assignments to the experts of this rank, H hidd
 F expert width on this rank.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,15 +92,27 @@ class GroupedExperts(MegatronModule):
     ) -> tuple[Tensor, None]:
         """Rows `[A, H]` sorted by expert, counts `[E]` on the host, probs `[A]`: to `[A, H]`."""
         weights = (self.linear_fc1, self.linear_fc2)
-        main_grads = _main_grads(weights) if torch.is_grad_enabled() else None
-        output = grouped_swiglu(
-            permuted_local_hidden_states,
-            permuted_probs.to(permuted_local_hidden_states.dtype),
-            *weights,
+        buffers = _main_grads(weights) if torch.is_grad_enabled() else None
+        rows = permuted_local_hidden_states
+        return self.compute(rows, tokens_per_expert, permuted_probs, weights, buffers), None
+
+    @staticmethod
+    def compute(
+        rows: Tensor,
+        tokens_per_expert: Tensor,
+        probs: Tensor,
+        weights: Sequence[Tensor],
+        main_grads: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Forward with other weights, `[e, 2F, H]` and `[e, H, F]`: those of some experts."""
+        return grouped_swiglu(
+            rows,
+            probs.to(rows.dtype),
+            weights[0],
+            weights[1],
             tokens_per_expert.tolist(),
             main_grads=main_grads,
         )
-        return output, None
 
     def get_extra_state(self) -> None:
         """Nothing; other experts have an entry per linear, for Transformer Engine's fp8."""

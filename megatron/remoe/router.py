@@ -20,11 +20,17 @@ from remoe.routing import relu_routing
 
 @dataclass(frozen=True)
 class ReLURouting:
-    """What the router needs beyond Megatron's TransformerConfig."""
+    """What the layer needs beyond Megatron's TransformerConfig.
+
+    Attributes:
+        max_assignments: see `chunking.AssignmentBudget`.
+    """
 
     l1_reg_coeff_init: float = 1e-8
     l1_reg_coeff_multiplier: float = 1.2
     load_balancing: LoadBalancing = "aux_loss"
+    max_assignments: int | None = None
+    varies = True  # the number of assignments
 
     def controller_for(self, num_experts: int, topk: int) -> ControllerConfig:
         return ControllerConfig(

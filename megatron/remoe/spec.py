@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron.remoe import options
 from megatron.remoe.backend import TorchSpecProvider
+from megatron.remoe.chunking import AssignmentBudget
 from megatron.remoe.layer import DroplessMoELayer
 from megatron.remoe.router import ReLURouter, ReLURouting
 from megatron.remoe.warmup import CountingTopKRouter, TopKRouting
@@ -60,8 +61,12 @@ def block_spec(
         block.layer_norm = TorchSpecProvider().layer_norm()
         block.layer_specs = [_with_torch_modules(spec, config) for spec in block.layer_specs]
     if routing is not None:
+        num_layers = sum(_has_experts(spec) for spec in block.layer_specs)
+        budget = None
+        if routing.varies:
+            budget = AssignmentBudget.of(config, num_layers, routing.max_assignments)
         block.layer_specs = [
-            _with_routing(spec, routing) if _has_experts(spec) else spec
+            _with_routing(spec, routing, budget) if _has_experts(spec) else spec
             for spec in block.layer_specs
         ]
     return block
@@ -97,10 +102,12 @@ def _with_torch_modules(layer: ModuleSpec, config: TransformerConfig) -> ModuleS
     return replace(layer, submodules=submodules)
 
 
-def _with_routing(layer: ModuleSpec, routing: Routing) -> ModuleSpec:
+def _with_routing(
+    layer: ModuleSpec, routing: Routing, budget: AssignmentBudget | None
+) -> ModuleSpec:
     kind = ReLURouter if isinstance(routing, ReLURouting) else CountingTopKRouter
     mlp = _moe(layer, router=partial(kind, routing=routing))
-    return replace(layer, submodules=replace(layer.submodules, mlp=mlp))
+    return replace(layer, submodules=replace(layer.submodules, mlp=partial(mlp, budget=budget)))
 
 
 def _moe(layer: ModuleSpec, **modules: Any) -> partial:

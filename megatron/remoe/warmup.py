@@ -19,15 +19,22 @@ from megatron.remoe.counting import CountsRouting
 
 @dataclass(frozen=True)
 class TopKRouting:
-    """What a TopK router needs beyond Megatron's TransformerConfig.
+    """What a layer with a TopK router needs beyond Megatron's TransformerConfig.
 
     Attributes:
         warmup_steps: training steps of the near-dense warm-up; 0 is Megatron's plain TopK.
         warmup_topk: k in those steps, after granularity.
+        max_assignments: see `chunking.AssignmentBudget`.
     """
 
     warmup_steps: int = 0
     warmup_topk: int = 0
+    max_assignments: int | None = None
+
+    @property
+    def varies(self) -> bool:
+        """Whether the number of assignments does."""
+        return self.warmup_steps > 0
 
     def topk_at(self, iteration: int, topk: int) -> int:
         """k of a training step; `iteration` counts the steps before it."""

@@ -3,7 +3,16 @@
 `remoe.reference` is what they are tested against.
 """
 
+from remoe.kernels.chunks import Chunk, plan_chunks, run_chunks
 from remoe.kernels.experts import grouped_swiglu
 from remoe.kernels.permutation import Permutation, combine, permute
 
-__all__ = ["Permutation", "combine", "grouped_swiglu", "permute"]
+__all__ = [
+    "Chunk",
+    "Permutation",
+    "combine",
+    "grouped_swiglu",
+    "permute",
+    "plan_chunks",
+    "run_chunks",
+]

@@ -90,6 +90,7 @@ def build_layer(
     shift: float,
     l1_coeff: float = 1e-8,
     load_balancing: str = "aux_loss",
+    max_assignments: int | None = None,
     **changes,
 ):
     """Our MoE layer in training mode, with its part of the known weights."""
@@ -101,7 +102,11 @@ def build_layer(
     initialize(layout)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     config = transformer_config(layout, **changes)
-    routing = ReLURouting(l1_reg_coeff_init=l1_coeff, load_balancing=load_balancing)
+    routing = ReLURouting(
+        l1_reg_coeff_init=l1_coeff,
+        load_balancing=load_balancing,
+        max_assignments=max_assignments,
+    )
     spec = block_spec(config, routing).layer_specs[0]
     layer = spec.submodules.mlp(config=config, layer_number=1)
     layer.set_layer_number(1)
@@ -126,9 +131,13 @@ def local_experts(layer, part=lambda weight: weight):
     return zip(layer.local_expert_indices, pairs, strict=True)
 
 
-def run_layer(layout: Layout, shift: float, l1_coeff: float) -> Outcome:
+def run_layer(layout: Layout, shift: float, l1_coeff: float, **changes) -> Outcome:
     """Forward and backward of `sum(output * direction)` plus the penalty, on this rank's tokens."""
-    layer = build_layer(layout, shift, l1_coeff)
+    layer = build_layer(layout, shift, l1_coeff, **changes)
+    return outcome_of(layer, shift)
+
+
+def outcome_of(layer, shift: float) -> Outcome:
     rank = torch.distributed.get_rank()
     x = inputs(rank).requires_grad_()
     output, _ = layer(x)
