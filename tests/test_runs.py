@@ -163,3 +163,28 @@ def test_a_run_that_diverged_is_drawn_to_its_end(monkeypatch, tmp_path):
     loss, *_ = drawn(monkeypatch, path, tmp_path / "c.png")
     assert lines(loss)["training"][:-1] == [5.0 / i for i in range(1, 8)]
     assert size_of_png(tmp_path / "c.png") == (1170, 1170)
+
+
+def test_costs_of_the_stages(tmp_path):
+    """8 steps of 100 tokens; the dense ones (up to 3) take 4 s, the next two 2 s, the rest 1 s."""
+    rows = relu_rows(SPARSITY)
+    for row, seconds in zip(rows, [4, 4, 4, 2, 2, 1, 1, 1], strict=True):
+        row["tokens"], row["tokens_per_second"] = 100 * row["iteration"], 100 / seconds
+        row["peak_memory"] = 10**9 * seconds
+    run = Run.load(write_run(tmp_path / "run", rows))
+    found = [(c.name, c.first, c.last, c.seconds, c.peak_memory) for c in run.stage_costs]
+    assert found == [
+        ("dense warm-up", 1, 3, 12, 4 * 10**9),
+        ("sparsifying", 4, 5, 4, 2 * 10**9),
+        ("stable", 6, 8, 3, 10**9),
+    ]
+    assert [c.share for c in run.stage_costs] == pytest.approx([12 / 19, 4 / 19, 3 / 19])
+    assert run.early_overhead == pytest.approx(19 / 8 - 1)
+
+
+def test_a_run_that_is_still_dense_has_one_stage_and_no_overhead(tmp_path):
+    rows = [r | {"tokens": 100 * r["iteration"], "tokens_per_second": 50} for r in relu_rows([0.4])]
+    run = Run.load(write_run(tmp_path / "run", rows))
+    ((name, peak),) = [(c.name, c.peak_memory) for c in run.stage_costs]
+    assert (name, peak) == ("dense warm-up", None)
+    assert run.early_overhead is None

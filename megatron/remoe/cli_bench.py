@@ -76,6 +76,25 @@ def step(
     main.step(sizes, experts or [8], granularity or [], rounds, json_path)
 
 
+@app.command()
+def memory(
+    tokens: int = 4096,
+    hidden: int = 256,
+    ffn: Annotated[int, typer.Option(help="Width of an expert.")] = 512,
+    experts: Annotated[
+        list[int] | None, typer.Option(help="Numbers of experts, 8, 32 and 128 if none.")
+    ] = None,
+    topk: int = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Of the comparison of times.")] = 3,
+    json_path: Json = None,
+) -> None:
+    """One layer's peak memory at warm-up and stable density, chunked and at once, and the time."""
+    from megatron.remoe.bench import main
+
+    _prepare()
+    main.memory(tokens, hidden, ffn, experts or [8, 32, 128], topk, rounds, json_path)
+
+
 def _prepare() -> None:
     """Run with the environment of training, which torch reads when it starts."""
     from megatron.remoe import cpu

@@ -331,6 +331,13 @@ def summarise(run_dir: Path, console: Console) -> None:
         stages = run.stages
         table.add_row("dense until step", str(stages.dense_until))
         table.add_row("at its target sparsity from step", str(stages.sparse_from or "not reached"))
+        for cost in run.stage_costs:
+            text = f"steps {cost.first}-{cost.last}: {cost.seconds:.0f} s ({cost.share:.2%})"
+            if cost.peak_memory is not None:
+                text += f", peak memory {cost.peak_memory / 1e9:.2f} GB"
+            table.add_row(f"{cost.name} stage", text)
+        if run.early_overhead is not None:
+            table.add_row("time above the stable stage's speed", f"{run.early_overhead:.2%}")
     for split, loss in sorted(run.last_evaluation().items()):
         table.add_row(f"loss, {split}", _loss(loss, 4))
     console.print(table)

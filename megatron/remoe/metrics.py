@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron.remoe import compat
+from megatron.remoe import compat, peak
 from megatron.remoe.step import FinalizeStep, StepReport
 
 _EVALUATION = "lm loss validation"
@@ -26,7 +26,8 @@ class MetricsWriter:
     """Stands in for `torch.utils.tensorboard.SummaryWriter`.
 
     A training row has iteration, lm_loss, grad_norm, learning_rate, tokens (so far) and
-    tokens_per_second. With experts it also has what `routing_metrics` says.
+    tokens_per_second and peak_memory (bytes on the last rank since the row before: `peak`). With
+    experts it also has what `routing_metrics` says.
     An evaluation row has iteration, split and lm_loss; several validation sets also give their
     mean by tokens.
 
@@ -90,8 +91,10 @@ class MetricsWriter:
                 "learning_rate": float(row["learning_rate"]),
                 "tokens": args.consumed_train_samples * args.seq_length,
                 "tokens_per_second": self._tokens_per_second(iteration),
+                "peak_memory": peak.peak_bytes(),
             }
         )
+        peak.reset()
         for name, value in routing.items():
             scalar = len(value) if name.endswith("_layers") else value  # how many such layers
             self._forward(f"remoe/{name}", scalar, iteration)

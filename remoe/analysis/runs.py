@@ -23,6 +23,25 @@ class Stages:
 
 
 @dataclass(frozen=True)
+class StageCost:
+    """What a stage took.
+
+    Attributes:
+        name: of the stage.
+        first, last: its iterations.
+        seconds: without evaluations and checkpoints; share: of all stages' seconds.
+        peak_memory: bytes on the last rank; None in runs that did not record it.
+    """
+
+    name: str
+    first: int
+    last: int
+    seconds: float
+    share: float
+    peak_memory: int | None
+
+
+@dataclass(frozen=True)
 class Run:
     """What a run wrote.
 
@@ -79,6 +98,44 @@ class Run:
             if row["sparsity"] < 0.5:
                 dense_until = int(row["iteration"])
         return Stages(dense_until, sparse_from)
+
+    @property
+    def stage_costs(self) -> list[StageCost]:
+        """Time and memory of the stages that the run has been in (arXiv 2412.14711, appendix D)."""
+        stages, last = self.stages, int(self.train[-1]["iteration"])
+        sparse_from = stages.sparse_from or last + 1
+        dense_until = min(stages.dense_until, sparse_from - 1)
+        spans = [
+            ("dense warm-up", 1, dense_until),
+            ("sparsifying", dense_until + 1, sparse_from - 1),
+            ("stable", sparse_from, last),
+        ]
+        seconds, tokens = {}, 0
+        for row in self.train:
+            seconds[int(row["iteration"])] = (row["tokens"] - tokens) / row["tokens_per_second"]
+            tokens = row["tokens"]
+        total, costs = sum(seconds.values()), []
+        for name, first, end in spans:
+            rows = [row for row in self.train if first <= row["iteration"] <= end]
+            if rows:
+                spent = sum(seconds[int(row["iteration"])] for row in rows)
+                peaks = [row["peak_memory"] for row in rows if "peak_memory" in row]
+                peak = max(peaks) if peaks else None
+                costs.append(StageCost(name, first, end, spent, spent / total, peak))
+        return costs
+
+    @property
+    def early_overhead(self) -> float | None:
+        """How much longer the run took than at the speed of its stable stage, as a fraction.
+
+        None for a run that has not reached it.
+        """
+        costs = self.stage_costs
+        if not costs or costs[-1].name != "stable":
+            return None
+        stable = costs[-1]
+        step = stable.seconds / (stable.last - stable.first + 1)
+        return sum(cost.seconds for cost in costs) / (step * stable.last) - 1
 
     def last_evaluation(self) -> dict[str, float]:
         """Loss of every split at the last iteration that was evaluated."""

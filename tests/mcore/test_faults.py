@@ -116,7 +116,8 @@ def iterations(home: Path, run: str) -> list[int]:
 
 
 def trajectory(home: Path, run: str) -> list[dict]:
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in tiny.rows(home / run)]
+    varies = ("tokens_per_second", "peak_memory")
+    return [{k: v for k, v in r.items() if k not in varies} for r in tiny.rows(home / run)]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from megatron.remoe.metrics import MetricsWriter
 from megatron.remoe.step import StepReport
 
 EVERY = {"grad_norm", "iteration", "learning_rate", "lm_loss", "tokens", "tokens_per_second"}
+EVERY |= {"peak_memory"}
 COUNTED = {"sparsity", "sparsity_per_layer", "active_experts", "active_experts_max"}
 COUNTED |= {"expert_load_min", "expert_load_max", "expert_load_cv", "dead_experts"}
 COUNTED |= {"silent_layers", "dense_layers"}
@@ -161,7 +162,9 @@ def test_a_training_row_has_what_is_documented(megatron_on, path):
         "learning_rate": 1e-3,
         "tokens": 8 * 16,
         "tokens_per_second": 64.0,
+        "peak_memory": row["peak_memory"],
     }
+    assert row["peak_memory"] > 0
     assert set(row) == EVERY | ROUTING
 
 

@@ -20,6 +20,7 @@ SUBSET = [
     *[c for c in grid.extremes() if c.name.endswith("alltoall")],
     *[c for c in grid.extremes() if c.name.startswith("a silent rank") and c.overlap],
     *[c for c in grid.accumulation() if c.name.startswith("2")],
+    *[c for c in grid.grid() if c.name in ("chunked: EP2 all-gather", "chunked: EP2, overlap")],
 ]
 
 

@@ -159,8 +159,8 @@ def _megatron(
 
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=shape.device))
     balanced = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
-    relu, topk = _config(shape), _config(shape, **balanced)
-    sequential = _config(shape, **balanced, moe_grouped_gemm=False)
+    relu, topk = megatron_config(shape), megatron_config(shape, **balanced)
+    sequential = megatron_config(shape, **balanced, moe_grouped_gemm=False)
     variants = [
         ("ReMoE in Megatron", relu, block_spec(relu, ReLURouting())),
         ("TopK in our layer", topk, block_spec(topk, None)),
@@ -178,12 +178,13 @@ def _megatron(
         layer = spec.layer_specs[0].submodules.mlp(config=config, layer_number=1)
         layer.set_layer_number(1)
         layer = layer.to(**shape.like).train()
-        _fill(layer, router, gate_up, down)
+        fill(layer, router, gate_up, down)
         found.append(_step(name, layer, x.unsqueeze(1), lambda x, layer=layer: layer(x)[0]))
     return found
 
 
-def _config(shape: Shape, **changes: Any):
+def megatron_config(shape: Shape, **changes: Any):
+    """A TransformerConfig of one layer with our modules."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     settings: dict[str, Any] = {
@@ -213,7 +214,8 @@ def _config(shape: Shape, **changes: Any):
 
 
 @torch.no_grad()
-def _fill(layer, router: Tensor, gate_up: Tensor, down: Tensor) -> None:
+def fill(layer, router: Tensor, gate_up: Tensor, down: Tensor) -> None:
+    """Give a layer known weights."""
     from megatron.remoe.experts import GroupedExperts
 
     layer.router.weight.copy_(router)

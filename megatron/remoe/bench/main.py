@@ -1,15 +1,19 @@
 """The commands `remoe bench ...`: what to compare, and what to print."""
 
+import json
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 
 from megatron.remoe import cpu
 from megatron.remoe.bench import layer as layers
+from megatron.remoe.bench import memory as memories
 from megatron.remoe.bench import parts
 from megatron.remoe.bench import step as steps
-from megatron.remoe.bench.timing import Measured, measure, report
+from megatron.remoe.bench.timing import Measured, machine, measure, report
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -86,6 +90,58 @@ def step(
             relative = ratio / times[name.replace("ReMoE", "TopK")]
             console.print(f"{name}: {relative:.3f} of the time of TopK", highlight=False)
     _growth(rows, [f"ReMoE E={e}" for e in experts], console)
+
+
+def memory(
+    tokens: int,
+    hidden: int,
+    ffn: int,
+    experts: list[int],
+    topk: int,
+    rounds: int,
+    json_path: Path | None,
+) -> None:
+    """Peak memory of the stages by number of experts, and what chunks cost in time."""
+    console = Console()
+    for e in experts:
+        if not 1 <= topk <= e:
+            raise ValueError(f"topk is {topk} of {e} experts; choose it between 1 and experts")
+    rows = []
+    cases = memories.cases(tokens, hidden, ffn, experts, topk)
+    for name, case in track(cases, "processes", console=console, transient=True):
+        row = {"experts": case.experts, "routing": name, "active_experts": case.active}
+        row["peak_mb"] = memories.peak_in_fresh_process(case) / 1e6
+        row["estimate_mb"] = case.estimate / 1e6
+        stable = next(r for r in [*rows, row] if r["experts"] == case.experts)
+        row["of_stable"] = row["peak_mb"] / stable["peak_mb"]
+        rows.append(row)
+    layers.initialize()
+    for name, case in cases:
+        if name == "warm-up, chunked":
+            row = next(r for r in rows if (r["experts"], r["routing"]) == (case.experts, name))
+            row["time_of_at_once"] = memories.time_ratio(case, rounds=rounds, console=console)
+    table = Table(title=f"One layer, forward + backward: T={tokens} H={hidden} F={ffn} k={topk}")
+    for column in (
+        "E",
+        "routing",
+        "active",
+        "peak MB",
+        "estimate MB",
+        "/ stable",
+        "time / at once",
+    ):
+        table.add_column(column, justify="left" if column == "routing" else "right")
+    for row in rows:
+        time = f"{row['time_of_at_once']:.2f}" if "time_of_at_once" in row else ""
+        table.add_row(
+            str(row["experts"]), row["routing"], str(row["active_experts"]),
+            f"{row['peak_mb']:.1f}", f"{row['estimate_mb']:.1f}", f"{row['of_stable']:.2f}", time,
+        )  # fmt: skip
+    console.print(table)
+    if json_path is not None:
+        settings = {"tokens": tokens, "hidden": hidden, "ffn": ffn, "topk": topk, "rounds": rounds}
+        record = {"settings": settings, "machine": machine(), "rows": rows}
+        json_path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _growth(rows: list[Measured], names: list[str], console: Console) -> None:

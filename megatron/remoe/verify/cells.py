@@ -30,6 +30,7 @@ class Cell:
         router: "relu", "topk", or "dense" for a model without experts.
         experts: our grouped experts, or Megatron's, one linear at a time.
         routing: an extreme to start from: see `golden.make_extreme`.
+        max_assignments: of a layer that are computed at once; None is the automatic limit.
         padded: the last tokens of every sequence are padding, more of them in later sequences.
         run: changes to the golden run's configuration (number of layers, micro-batches, ...).
         reference_run: those of the run to compare with, when they are others.
@@ -52,6 +53,7 @@ class Cell:
     load_balancing: Literal["aux_loss", "none"] = "aux_loss"
     experts: Literal["grouped", "sequential"] = "grouped"
     routing: Extreme | None = None
+    max_assignments: int | None = None
     padded: bool = False
     run: tuple[tuple[str, Any], ...] = ()
     reference_run: tuple[tuple[str, Any], ...] | None = None
@@ -178,7 +180,9 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool):
     routing = None
     if cell.router == "relu":
         routing = ReLURouting(
-            l1_reg_coeff_init=config["coeff_init"], load_balancing=cell.load_balancing
+            l1_reg_coeff_init=config["coeff_init"],
+            load_balancing=cell.load_balancing,
+            max_assignments=cell.max_assignments,
         )
     model_config = gpt_config(transformer_config(config, **changes), config, routing)
     step_count = iter(range(10**9))

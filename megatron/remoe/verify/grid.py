@@ -202,7 +202,7 @@ def accumulation() -> list[Cell]:
 
 
 def grid() -> list[Cell]:
-    """Every cell: ReLU in fp32, padding, TopK, bf16, the dense stage, extremes, accumulation.
+    """Every cell: ReLU in fp32, padding, TopK, bf16, dense stage, chunks, extremes, accumulation.
 
     Experts are grouped; the layouts of ReLU routing run with Megatron's sequential ones as well.
     """
@@ -229,11 +229,26 @@ def grid() -> list[Cell]:
         for c in relu
         if c.name in ("DP2", "EP2 all-to-all", "TP2", "TP2 x EP2 all-to-all", "EP2, full recompute")
     ]
-    return [*relu, *sequential, *padded, *topk, *bf16, *dense_stage, *extremes(), *accumulation()]
+    return [
+        *relu, *sequential, *padded, *topk, *bf16, *dense_stage, *chunked(relu), *extremes(),
+        *accumulation(),
+    ]  # fmt: skip
+
+
+def chunked(relu: list[Cell]) -> list[Cell]:
+    """Layers that go chunk by chunk at every density: a quarter of the stable stage at a time."""
+    names = (
+        "EP2 all-to-all", "EP2 all-gather", "TP2 x EP2 all-to-all", "PP2", "one rank",
+        "TP2 all-gather, expert TP2", "EP2, full recompute", "EP2, MoE recompute",
+        "EP2, distributed optimizer", "EP2, overlap",
+    )  # fmt: skip
+    cells = [c for c in relu if c.name in names]
+    cells += [replace(c, name=f"sequential, {c.name}", experts="sequential") for c in cells[:2]]
+    return [replace(c, name=f"chunked: {c.name}", max_assignments=64) for c in cells]
 
 
 def reference_of(cell: Cell) -> Cell:
-    """The one-rank cell with the same model, data and precision.
+    """The one-rank cell with the same model, data and precision, all experts of a layer at once.
 
     Its experts are the cell's, so that nothing but the layout differs; grouped experts on one rank
     are themselves compared with Megatron's own.
@@ -241,6 +256,7 @@ def reference_of(cell: Cell) -> Cell:
     return Cell(
         "one rank",
         experts="sequential" if cell.world == 1 else cell.experts,
+        max_assignments=10**15,
         dtype=cell.dtype,
         router=cell.router,
         load_balancing=cell.load_balancing,

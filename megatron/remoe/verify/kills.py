@@ -21,7 +21,7 @@ from typing import Any
 from megatron.remoe import checkpoint, processes
 from megatron.remoe.config import RunConfig
 
-_NOT_COMPARED = ("tokens_per_second",)
+_NOT_COMPARED = ("tokens_per_second", "peak_memory")
 _SECONDS_TO_END = 60  # torchrun gives the ranks 30
 _SECONDS_TO_NOTICE = 5
 _FLAGS: dict[str, Any] = {
