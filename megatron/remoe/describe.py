@@ -1,7 +1,7 @@
 """`remoe describe`: size, cost and memory of a config's run, without starting it."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.remoe.config import RunConfig, check, megatron_parser, to_argv
 from remoe.analysis.memory import Layout, activation_bytes
@@ -20,7 +20,8 @@ class Description:
         sequences: of the whole run; tokens: likewise.
         weights_gb: weights, gradients and optimizer on the fullest GPU, by Megatron's estimate.
         dense_gb, stable_gb: activations on it while every expert may be active for every token
-            (ReLU routing) or k of the warm-up is (TopK), and at k active experts.
+            (ReLU routing) or k of the warm-up is (TopK), and at k active experts; at_once_gb: while
+            every expert may be, if layers did not go chunk by chunk.
         layout: how the run is split, in words.
     """
 
@@ -31,6 +32,7 @@ class Description:
     weights_gb: float
     dense_gb: float
     stable_gb: float
+    at_once_gb: float
     layout: str
 
     def hours(
@@ -63,6 +65,7 @@ class Description:
             ("weights and optimizer per GPU", f"{self.weights_gb:.1f} GB"),
             ("activations, dense warm-up", f"{self.dense_gb:.1f} GB"),
             ("activations, stable stage", f"{self.stable_gb:.1f} GB"),
+            ("activations, dense at once", f"{self.at_once_gb:.1f} GB"),
             ("memory per GPU, dense warm-up", f"{self.weights_gb + self.dense_gb:.1f} GB"),
             ("memory per GPU, stable stage", f"{self.weights_gb + self.stable_gb:.1f} GB"),
         ]
@@ -94,6 +97,7 @@ def describe(config: RunConfig, world: int) -> Description:
         weights_gb=compute_weight_and_optimizer_memory(args) / _GB,
         dense_gb=activation_bytes(size, layout, most) / _GB,
         stable_gb=activation_bytes(size, layout, size.topk) / _GB,
+        at_once_gb=activation_bytes(size, replace(layout, max_assignments=10**15), most) / _GB,
         layout=_in_words(args, layout),
     )
 
@@ -115,6 +119,7 @@ def _layout(args: argparse.Namespace) -> Layout:
         // (args.micro_batch_size * args.data_parallel_size),
         recompute=recompute,
         bytes_per_value=2 if args.bf16 or args.fp16 else 4,
+        max_assignments=args.moe_relu_max_assignments,
     )
 
 

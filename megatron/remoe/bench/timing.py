@@ -52,7 +52,12 @@ class Measured:
 
 
 def measure(
-    alternatives: list[Alternative], *, rounds: int, baseline: str, console: Console
+    alternatives: list[Alternative],
+    *,
+    rounds: int,
+    baseline: str,
+    console: Console,
+    warm_up: int = WARM_UP_ROUNDS,
 ) -> list[Measured]:
     """Time the alternatives in turns; in every round another one is first.
 
@@ -61,13 +66,14 @@ def measure(
         rounds: how often, after the warm-up rounds.
         baseline: the name of the alternative that ratios are relative to.
         console: shows progress.
+        warm_up: rounds that are not counted.
     """
     seconds: dict[str, list[float]] = {a.name: [] for a in alternatives}
-    for turn in track(range(WARM_UP_ROUNDS + rounds), "rounds", console=console, transient=True):
+    for turn in track(range(warm_up + rounds), "rounds", console=console, transient=True):
         first = turn % len(alternatives)
         for alternative in alternatives[first:] + alternatives[:first]:
             elapsed = _time(alternative.run)
-            if turn >= WARM_UP_ROUNDS:
+            if turn >= warm_up:
                 seconds[alternative.name].append(elapsed)
     return [_row(a, seconds[a.name], seconds[baseline]) for a in alternatives]
 
