@@ -89,7 +89,7 @@ def plan(
     by_owner = counts.view(ep, tp, ep, num_local_experts)
     sent = by_owner.sum(dim=2).flatten(end_dim=1)
     received = by_owner.sum(dim=(0, 1)) / tp  # over tensor parallelism every rank gets all rows
-    fullest = max(sent.sum(dim=1).max().item(), received.sum(dim=1).max().item())
+    fullest = max(sent.sum(dim=1).tolist() + received.sum(dim=1).tolist())
     limit = rows_of_a_chunk(fullest)
     if limit is None:
         return []

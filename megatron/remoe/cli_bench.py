@@ -78,7 +78,7 @@ def step(
 
 @app.command()
 def memory(
-    tokens: int = 4096,
+    tokens: int = 2048,
     hidden: int = 256,
     ffn: Annotated[int, typer.Option(help="Width of an expert.")] = 512,
     experts: Annotated[

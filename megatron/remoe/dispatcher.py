@@ -39,8 +39,8 @@ class CountsAssignments:
         if self.ep_size * self.tp_size > 1:
             counts = gather_from_sequence_parallel_region(counts, group=self.tp_ep_group)
         counts = counts.cpu().view(self.ep_size, self.tp_size, -1)
-        self._counts, tokens = counts[:, :, :-1].contiguous(), counts[:, :, -1]
-        return self._counts, tokens.double().mean().item()
+        self._counts, tokens = counts[:, :, :-1].contiguous(), counts[:, :, -1].flatten().tolist()
+        return self._counts, sum(tokens) / len(tokens)
 
     def _take_counts(self, routing_map: Tensor) -> Tensor:
         if self._counts is None:
