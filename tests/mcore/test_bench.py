@@ -89,34 +89,6 @@ def test_the_timed_run_is_a_training_step():
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
-def test_memory_of_the_stages_is_what_describe_estimates(tmp_path):
-    """Peaks of fresh processes; T=4096 makes them large beside what the allocator keeps."""
-    path = tmp_path / "memory.json"
-    flags = "--hidden 128 --ffn 256 --experts 16 --rounds 1"
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron.remoe", "bench", "memory", *flags.split(),
-         "--json", str(path)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    rows = {row["routing"]: row for row in json.loads(path.read_text())["rows"]}
-    for row in rows.values():
-        assert row["estimate_mb"] == pytest.approx(row["peak_mb"], rel=0.2)
-    assert rows["warm-up, chunked"]["of_stable"] < 1.2
-    assert rows["warm-up, at once"]["of_stable"] > 4
-    assert rows["warm-up, chunked"]["time_of_at_once"] > 0
-    assert all(f"{row['peak_mb']:.1f}" in done.stdout for row in rows.values())
-
-
-def test_more_active_experts_than_there_are_is_an_error():
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron.remoe", "bench", "memory", "--experts=2", "--topk=3"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "topk is 3 of 2 experts" in done.stderr
-
-
 def test_ratios_are_of_the_same_round(monkeypatch):
     """A disturbance that lasts for a round changes no ratio."""
     clock = iter(range(10**6))
