@@ -141,13 +141,17 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="Folder of table.md, table.csv and figures.")
     ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="One of the runs; compare others of its router with its settings."),
+    ] = None,
 ) -> None:
     """Compare runs: a table, paired differences between routers, and figures as in the paper."""
     from remoe.analysis import compare as tables
     from remoe.analysis import figures
 
     loaded = tables.load_runs(runs)
-    comparison = tables.compare(loaded)
+    comparison = tables.compare(loaded, baseline)
     typer.echo(comparison.to_markdown())
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from remoe.analysis.size import ModelSize
 
 _SETTLED_STEPS, _SETTLED_WITHIN = 20, 0.02
 _LAST_ROWS = 20
+_OSCILLATION_ROWS = 100
 _DEFAULT_SEED = 1234
 # In the order of a table, and of a difference: later minus earlier.
 ROUTERS = ("dense", "TopK", "TopK with warm-up", "ReMoE")
@@ -91,6 +92,12 @@ def steps_to_settle(run: Run) -> int | None:
     return None
 
 
+def oscillation(run: Run) -> float | None:
+    """Standard deviation of the sparsity over the last 100 rows; None for a router without any."""
+    values = [row["sparsity"] for row in run.train[-_OSCILLATION_ROWS:] if "sparsity" in row]
+    return statistics.pstdev(values) if values else None
+
+
 def accuracy(run: Run) -> float | None:
     """Mean accuracy of the tasks in `evaluation.json`; None without that file or tasks in it.
 
@@ -147,6 +154,7 @@ class Group:
         runs, losses = list(self.runs.values()), list(self.losses.values())
         settled = [steps_to_settle(run) for run in runs]
         steps = [step for step in settled if step is not None]
+        coeffs = [[row["l1_coeff"] for row in run.train if "l1_coeff" in row] for run in runs]
         return {
             "run": self.name,
             "seeds": len(runs),
@@ -158,7 +166,12 @@ class Group:
             "sparsity": _mean(_last_mean(run, "sparsity") for run in runs),
             "settled_runs": len(steps) if self.router == "ReMoE" else None,
             "steps_to_settle": _mean(steps),
+            "oscillation": _mean(oscillation(run) for run in runs),
+            "coeff_peak": _geometric_mean(max(c) for c in coeffs if c),
+            "coeff_last": _geometric_mean(c[-1] for c in coeffs if c),
             "dead_experts": _mean(_last_mean(run, "dead_experts") for run in runs),
+            "expert_load_max": _mean(_last_mean(run, "expert_load_max") for run in runs),
+            "expert_load_cv": _mean(_last_mean(run, "expert_load_cv") for run in runs),
             "tokens_per_second": _mean(_last_mean(run, "tokens_per_second") for run in runs),
             "accuracy": _mean(accuracy(run) for run in runs),
         }
@@ -167,6 +180,11 @@ class Group:
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
+
+
+def _geometric_mean(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return statistics.geometric_mean(known) if known and min(known) > 0 else None
 
 
 @dataclass(frozen=True)
@@ -216,15 +234,11 @@ class Comparison:
         return text.getvalue()
 
     def to_markdown(self) -> str:
-        header = ["run", "seeds", "steps", "active / total parameters", "validation loss",
-                  "sparsity", "settles at step", "dead experts", "tokens/s"]  # fmt: skip
         rows = [group.row() for group in self.groups]
-        cells = [_cells(row) for row in rows]
-        if any(row["accuracy"] is not None for row in rows):  # of `remoe evaluate --tasks`
-            header.append("accuracy, %")
-            for line, row in zip(cells, rows, strict=True):
-                line.append("" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}")
-        lines = [_line(header), _line(["---"] * len(header)), *map(_line, cells)]
+        lines = _table(rows, _QUALITY)
+        routed = [row for row in rows if row["sparsity"] is not None]
+        if routed:
+            lines += ["", *_table(routed, _ROUTING)]
         if self.differences:
             text = "Validation loss, first minus second, at equal seed; 95% confidence interval by"
             lines += ["", f"{text} Student's t:", ""]
@@ -239,37 +253,67 @@ def _line(cells: Iterable[Any]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    def number(key: str, digits: int) -> str:
-        return "" if row[key] is None else f"{row[key]:.{digits}f}"
-
-    loss = number("valid_loss_mean", 4)
-    if row["valid_loss_std"] is not None:
-        loss += f" ± {row['valid_loss_std']:.4f}"
-    settled = number("steps_to_settle", 0)
-    if row["settled_runs"] is not None and row["settled_runs"] < row["seeds"]:
-        settled = f"{settled or '-'} ({row['settled_runs']} of {row['seeds']})"
-    params = ""
-    if row["total_params"] is not None:
-        params = f"{row['active_params'] / 1e6:.1f}M / {row['total_params'] / 1e6:.1f}M"
-    return [
-        row["run"],
-        str(row["seeds"]),
-        str(row["steps"]),
-        params,
-        loss,
-        number("sparsity", 4),
-        settled,
-        number("dead_experts", 1),
-        number("tokens_per_second", 0),
-    ]
+def _table(rows: list[dict[str, Any]], columns: dict[str, Callable[..., str]]) -> list[str]:
+    """The lines of a table, without columns in which no row has anything."""
+    cells = {title: [text(row) for row in rows] for title, text in columns.items()}
+    shown = {title: texts for title, texts in cells.items() if any(texts)}
+    body = [_line(line) for line in zip(*shown.values(), strict=True)]
+    return [_line(shown), _line(["---"] * len(shown)), *body]
 
 
-def compare(runs: list[Run]) -> Comparison:
+def _number(key: str, form: str, scale: float = 1) -> Callable[[dict[str, Any]], str]:
+    return lambda row: "" if row[key] is None else format(row[key] * scale, form)
+
+
+def _loss_text(row: dict[str, Any]) -> str:
+    deviation = row["valid_loss_std"]
+    text = f"{row['valid_loss_mean']:.4f}"
+    return text if deviation is None else f"{text} ± {deviation:.4f}"
+
+
+def _settled_text(row: dict[str, Any]) -> str:
+    text = _number("steps_to_settle", ".0f")(row)
+    if row["settled_runs"] is None or row["settled_runs"] == row["seeds"]:
+        return text
+    return f"{text or '-'} ({row['settled_runs']} of {row['seeds']})"
+
+
+def _params_text(row: dict[str, Any]) -> str:
+    if row["total_params"] is None:
+        return ""
+    return f"{row['active_params'] / 1e6:.2f}M / {row['total_params'] / 1e6:.2f}M"
+
+
+_QUALITY = {
+    "run": lambda row: row["run"],
+    "seeds": _number("seeds", "d"),
+    "steps": _number("steps", "d"),
+    "active / total parameters": _params_text,
+    "validation loss": _loss_text,
+    "accuracy, %": _number("accuracy", ".2f", scale=100),
+    "tokens/s": _number("tokens_per_second", ".0f"),
+}
+_ROUTING = {
+    "run": lambda row: row["run"],
+    "sparsity": _number("sparsity", ".4f"),
+    "settles at step": _settled_text,
+    "oscillation": _number("oscillation", ".4f"),
+    "coefficient, highest": _number("coeff_peak", ".1e"),
+    "coefficient, last": _number("coeff_last", ".1e"),
+    "dead experts": _number("dead_experts", ".1f"),
+    "most loaded / mean": _number("expert_load_max", ".2f"),
+    "variation of load": _number("expert_load_cv", ".3f"),
+}
+
+
+def compare(runs: list[Run], baseline: Path | None = None) -> Comparison:
     """Group runs by everything but their seed, and pair the routers.
 
+    Args:
+        baseline: one of the runs, with whose group others of its router are compared as well.
+
     Raises:
-        ValueError: two runs with the same settings and seed.
+        ValueError: two runs with the same settings and seed, or a baseline that is none of them.
     """
     routers = {run.path: router_of(run.config) for run in runs}
     groups: dict[tuple[str, str], Group] = {}
@@ -285,13 +329,34 @@ def compare(runs: list[Run]) -> Comparison:
                 f"leave one of them out"
             )
         group.runs[seed] = run
-    ordered = sorted(groups.values(), key=lambda group: ROUTERS.index(group.router))
+    ordered = sorted(groups.values(), key=_order)
     differences = []
     for index, second in enumerate(ordered):
         for first in ordered[index + 1 :]:
             if first.router != second.router and _comparable(first, second):
                 differences.append(paired_difference(first, second))
+    if baseline is not None:
+        base = _group_of(ordered, baseline)
+        others = (g for g in ordered if g.router == base.router and g is not base)
+        differences += [paired_difference(group, base) for group in others]
     return Comparison(ordered, [d for d in differences if d is not None])
+
+
+def _order(group: Group) -> tuple[int, list[tuple[bool, float, str]]]:
+    """Routers in their order, then settings, numbers by size."""
+
+    def key(value: Any) -> tuple[bool, float, str]:
+        is_number = isinstance(value, int | float)
+        return not is_number, float(value) if is_number else 0.0, str(value)
+
+    return ROUTERS.index(group.router), [key(value) for _, value in group.settings]
+
+
+def _group_of(groups: list[Group], path: Path) -> Group:
+    for group in groups:
+        if any(run.path.resolve() == path.resolve() for run in group.runs.values()):
+            return group
+    raise ValueError(f"the baseline {path} is none of the runs that are compared; pass one of them")
 
 
 def _varying(run: Run, alike: list[Run]) -> tuple[tuple[str, Any], ...]:
