@@ -74,7 +74,8 @@ class Rule:
         hf: names on the other side, with their dimensions, a letter each.
         to_hf, to_megatron: the tensor to its parts in the order of `hf`, and back.
         when: "always", "untied" (separate output layer), or the kind of layer: "moe", "relu" (moe
-            with a ReLU router), "dense".
+            with a ReLU router), "pi" (whose coefficient moves by that rule), "bias" (a router
+            with one), "dense".
     """
 
     megatron: str
@@ -113,7 +114,9 @@ TABLE: tuple[Rule, ...] = (
         when="moe",
     ),
     Rule(_M + "mlp.router.weight", {_H + "mlp.router.weight": "EH"}, when="moe"),
+    Rule(_M + "mlp.router.bias", {_H + "mlp.router.bias": "E"}, when="bias"),
     Rule(_M + "mlp.router.l1_coeff", {"config.l1_coeff.*": ""}, when="relu"),
+    Rule(_M + "mlp.router.last_sparsity", {"config.last_sparsity.*": ""}, when="pi"),
     Rule(
         _M + "mlp.experts.experts.linear_fc1.weight",
         {_H + "mlp.experts.gate_up_proj": "EGH"},
@@ -244,7 +247,11 @@ def _kinds(config: Config, layer: int) -> set[str]:
     )
     if not has_experts:
         return {"always", "dense"}
-    return {"always", "moe", "relu"} if config["router_type"] == "relu" else {"always", "moe"}
+    kinds = {"always", "moe"}
+    if config["router_type"] == "relu":
+        kinds |= {"relu", config.get("l1_coeff_rule", "sign")}
+        kinds |= {"bias"} if config.get("router_bias") else set()
+    return kinds
 
 
 def _item(rule: Rule, dims: Dims, layer: int | None) -> Item:

@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from remoe.buffers import ExactBuffers
 from remoe.config import ReMoEConfig
-from remoe.controller import next_l1_coeff
+from remoe.controller import move_l1_coeff, register_l1_coeff
 from remoe.kernels import (
     Chunk,
     Permutation,
@@ -60,8 +60,7 @@ class ReMoELayer(ExactBuffers):
         self.router = weight(shape.num_experts, hidden)
         self.gate_up = weight(shape.num_experts, 2 * shape.ffn_hidden_size, hidden)
         self.down = weight(shape.num_experts, hidden, shape.ffn_hidden_size)
-        coeff = torch.tensor(config.controller.init, dtype=torch.float32, device=device)
-        self.register_buffer("l1_coeff", coeff)
+        register_l1_coeff(self, config.controller, device)
         # tokens_per_expert, then the number of tokens, since the last update of the coefficient
         counts = torch.zeros(shape.num_experts + 1, dtype=torch.float64, device=device)
         self.register_buffer("counts", counts, persistent=False)
@@ -143,10 +142,12 @@ def _experts_at_once(
     gate_up: Tensor,
     down: Tensor,
     counts: list[int],
+    only_for_backward: bool = False,
 ) -> Tensor:
     permutation = Permutation.of(routing_map_TE, sum(counts))
     x_AH, prob_A = permute(x_TH, probs_TE, permutation)
-    return combine(grouped_swiglu(x_AH, prob_A, gate_up, down, counts), permutation)
+    y_AH = grouped_swiglu(x_AH, prob_A, gate_up, down, counts, only_for_backward=only_for_backward)
+    return combine(y_AH, permutation)
 
 
 class _ChunkedSwiGLU:
@@ -159,13 +160,19 @@ class _ChunkedSwiGLU:
         return [tensor[chunk.experts] for tensor in tensors]
 
     def compute(
-        self, chunk: Chunk, x_TH: Tensor, probs_TE: Tensor, weights: list[Tensor]
+        self,
+        chunk: Chunk,
+        x_TH: Tensor,
+        probs_TE: Tensor,
+        weights: list[Tensor],
+        only_for_backward: bool,
     ) -> Tensor:
         rows = chunk.tokens(len(self.routing_map_TE))
         routing_map = self.routing_map_TE[rows, chunk.experts]
         counts = tokens_per_expert(routing_map).tolist()
         probs = probs_TE[:, chunk.experts]
-        return _experts_at_once(x_TH, probs, routing_map, weights[0], weights[1], counts)
+        gate_up, down = weights
+        return _experts_at_once(x_TH, probs, routing_map, gate_up, down, counts, only_for_backward)
 
 
 def remoe_layers(model: nn.Module) -> list[ReMoELayer]:
@@ -207,9 +214,7 @@ def update_l1_coeff(model: nn.Module) -> Tensor:
     layers = remoe_layers(model)
     counts = torch.stack([layer.counts for layer in layers])
     sparsity_L = sparsity(counts[:, :-1], counts[:, -1])
+    move_l1_coeff(layers, sparsity_L.mean(), layers[0].config.controller)
     for layer in layers:
-        layer.l1_coeff.copy_(
-            next_l1_coeff(layer.l1_coeff, sparsity_L.mean(), layer.config.controller)
-        )
         layer.counts.zero_()
     return sparsity_L

@@ -26,6 +26,37 @@ def relu_routing(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     return probs_TE, probs_TE > 0
 
 
+def bounded_routing(
+    logits_TE: Tensor,
+    probs_TE: Tensor,
+    *,
+    max_active: int | None = None,
+    at_least_one: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Bound the number of active experts of every token. Not part of ReMoE: both are shortcuts.
+
+    Args:
+        logits_TE: router logits `[T, E]`.
+        probs_TE: gates of `relu_routing`, `[T, E]`.
+        max_active: keep that many of a token's experts, those with the largest gates.
+        at_least_one: give a token without any the expert of its largest logit, with the softmax of
+            the logits as gate: what a TopK router with k = 1 would do.
+
+    Returns:
+        probs and routing_map as `relu_routing` gives them.
+    """
+    if max_active is not None and max_active < probs_TE.shape[1]:
+        largest = probs_TE.topk(max_active, dim=1)
+        probs_TE = torch.zeros_like(probs_TE).scatter(1, largest.indices, largest.values)
+    if at_least_one:
+        silent = ~(probs_TE > 0).any(dim=1, keepdim=True)
+        first = torch.zeros_like(silent.expand_as(probs_TE))
+        first = first.scatter(1, logits_TE.argmax(dim=1, keepdim=True), silent)
+        softmax = torch.softmax(logits_TE.to(probs_TE.dtype), dim=1)
+        probs_TE = torch.where(first, softmax, probs_TE)
+    return probs_TE, probs_TE > 0
+
+
 def active_experts(routing_map_TE: Tensor) -> Tensor:
     """Number of active experts of every token, int64 `[T]`."""
     return routing_map_TE.sum(dim=1)

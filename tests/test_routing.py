@@ -1,9 +1,14 @@
 """Routing, regularisers and controller on a few tokens worked out by hand, and their invariants."""
 
+import importlib
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from remoe import (
     ControllerConfig,
@@ -17,6 +22,7 @@ from remoe import (
     sparsity,
     tokens_per_expert,
 )
+from remoe.controller import move_l1_coeff, register_l1_coeff
 from remoe.reference import reference_l1, reference_sparsity
 
 # Three tokens, four experts; the second token activates nobody, the fourth expert gets nothing.
@@ -95,6 +101,31 @@ def test_routing_is_equivariant_to_permuting_experts(order, seed):
     assert torch.equal(tokens_per_expert(permuted_map), tokens_per_expert(routing_map)[order])
 
 
+@pytest.mark.parametrize("module", ["remoe.routing", "remoe.hf.modeling_remoe"])
+@pytest.mark.parametrize(
+    ("bounds", "active"),
+    [
+        ({"max_active": 1}, [[0], [], [1]]),
+        ({"max_active": 9}, [[0, 2], [], [0, 1]]),
+        ({"at_least_one": True}, [[0, 2], [2], [0, 1]]),
+        ({"max_active": 1, "at_least_one": True}, [[0], [2], [1]]),
+    ],
+)
+def test_bounded_routing_by_hand(module, bounds, active):
+    bounded_routing = importlib.import_module(module).bounded_routing
+    logits = LOGITS.clone().requires_grad_()
+    gates, _ = relu_routing(logits)
+    probs, routing_map = bounded_routing(logits, gates, **bounds)
+    assert [row.nonzero().flatten().tolist() for row in routing_map] == active
+    kept = routing_map & (gates > 0)
+    assert torch.equal(probs[kept], gates[kept])
+    if "at_least_one" in bounds:
+        assert probs[1, 2] == torch.softmax(LOGITS[1], 0)[2]
+    probs.sum().backward()
+    assert (logits.grad[kept] != 0).all()
+    assert bool((logits.grad[1] != 0).any()) == ("at_least_one" in bounds)
+
+
 def test_balanced_routing_at_the_target_has_unit_load():
     counts = torch.tensor([4, 4, 4, 4])
     assert load_weights(counts, num_tokens=8, topk=2).tolist() == [1, 1, 1, 1]
@@ -129,15 +160,63 @@ def test_controller_stays_within_bounds():
     assert controller.l1_coeff.item() == pytest.approx(9e-4)
 
 
-def test_controller_resumes_exactly():
-    first = SparsityController(CONFIG)
+@pytest.mark.parametrize("rule", ["sign", "pi"])
+def test_controller_resumes_exactly(rule):
+    config = replace(CONFIG, rule=rule)
+    first = SparsityController(config)
     for step in range(7):
         first.update(torch.tensor(0.5 + 0.1 * step))
-    second = SparsityController(CONFIG)
+    second = SparsityController(config)
     second.load_state_dict(first.state_dict())
     first.update(torch.tensor(0.1))
     second.update(torch.tensor(0.1))
     assert torch.equal(first.l1_coeff, second.l1_coeff)
+
+
+PI = ControllerConfig(target_sparsity=0.875, init=1e-3, multiplier=1.2, rule="pi")
+
+
+def test_pi_rule_by_hand():
+    """Density 0.15 of a target of 0.125, then 0.14: logarithms 0.18232 and 0.11333."""
+    controller = SparsityController(PI)
+    first = controller.update(torch.tensor(0.85)).item()
+    assert first == pytest.approx(1e-3 * math.exp(0.4 * 0.18232), rel=1e-4)
+    second = controller.update(torch.tensor(0.86)).item()
+    move = 0.8 * (0.11333 - 0.18232) + 0.4 * 0.11333
+    assert second / first == pytest.approx(math.exp(move), rel=1e-4)
+    assert controller.update(torch.tensor(0.875)).item() < second  # the density still falls
+    held = controller.l1_coeff.item()
+    assert controller.update(torch.tensor(0.875)).item() == pytest.approx(held)
+
+
+@pytest.mark.parametrize(("measured", "steps"), [(0.0, 2), (0.999, -2), (1.0, -2)])
+def test_pi_rule_moves_by_two_steps_of_the_sign_rule_at_most(measured, steps):
+    controller = SparsityController(PI)
+    assert controller.update(torch.tensor(measured)).item() == pytest.approx(1e-3 * 1.2**steps)
+
+
+def test_pi_rule_winds_down_by_how_far_sparsity_is_off():
+    """50 steps a little above the target: the sign rule is 9000 times lower, this one a half."""
+    sign, pi = SparsityController(CONFIG), SparsityController(PI)
+    for _ in range(50):
+        sign.update(torch.tensor(0.88))
+        pi.update(torch.tensor(0.88))
+    assert sign.l1_coeff.item() == pytest.approx(1e-3 / 1.2**50, rel=1e-4)
+    assert pi.l1_coeff.item() == pytest.approx(1e-3 * math.exp(50 * 0.4 * math.log(0.96)), rel=1e-3)
+
+
+@pytest.mark.parametrize("config", [CONFIG, PI], ids=["sign", "pi"])
+def test_modules_move_as_the_controller_does(config):
+    modules, controller = [nn.Module() for _ in range(2)], SparsityController(config)
+    for module in modules:
+        register_l1_coeff(module, config, None)
+    for measured in (0.4, 0.8, 0.9):
+        move_l1_coeff(modules, torch.tensor(measured), config)
+        controller.update(torch.tensor(measured))
+        for module in modules:
+            assert module.l1_coeff.item() == controller.l1_coeff.item()
+    state = dict(modules[0].named_buffers())
+    assert state.keys() == controller.state_dict().keys()
 
 
 def test_controller_state_is_a_copy_and_strict():
@@ -168,6 +247,7 @@ def test_published_defaults_reach_5_in_110_steps():
         ({"init": 0.0}, "initial L1 coefficient is 0.0"),
         ({"multiplier": 1.0}, "multiplier is 1.0"),
         ({"floor": 1.0}, "outside its bounds"),
+        ({"rule": "pid"}, "'pid'; choose one of sign, pi"),
     ],
 )
 def test_controller_config_names_the_bad_value(change, names):

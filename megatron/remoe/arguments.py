@@ -10,7 +10,7 @@ import sys
 from typing import Any, NoReturn, get_args
 
 from megatron.remoe import compat, cpu, options
-from remoe.config import LoadBalancing, apply_granularity
+from remoe.config import L1CoeffRule, LoadBalancing, apply_granularity
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Factor by which a step multiplies or divides the coefficient.",
     )
     group.add_argument(
+        "--moe-relu-l1-reg-coeff-rule",
+        choices=get_args(L1CoeffRule),
+        default="sign",
+        help="How the coefficient moves: by the multiplier as published, or proportional-integral.",
+    )
+    group.add_argument(
         "--moe-relu-load-balancing",
         choices=get_args(LoadBalancing),
         default="aux_loss",
@@ -51,6 +57,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=None,
         help="Assignments per layer and rank (mean over layers) that are computed at once; what is "
         "above runs chunk by chunk, and again in backward. Default: topk per token.",
+    )
+    group.add_argument(
+        "--moe-relu-max-active-experts",
+        type=int,
+        default=None,
+        help="Shortcut: keep a token's largest gates only, so many before granularity.",
+    )
+    group.add_argument(
+        "--moe-relu-at-least-one-expert",
+        action="store_true",
+        help="Shortcut: a token without experts gets that of its largest logit.",
+    )
+    group.add_argument(
+        "--moe-relu-start-sparse",
+        action="store_true",
+        help="Shortcut: a router bias, trained, at which the first step activates topk experts.",
     )
     group.add_argument(
         "--moe-granularity",
@@ -163,6 +185,7 @@ def finish(args: argparse.Namespace) -> None:
         )
     _check_topk_warmup(args)
     _check_max_assignments(args)
+    _check_shortcuts(args)
     if args.num_experts is not None:
         width = args.moe_ffn_hidden_size or args.ffn_hidden_size
         shape = apply_granularity(
@@ -172,8 +195,9 @@ def finish(args: argparse.Namespace) -> None:
             granularity=args.moe_granularity,
         )
         args.num_experts, args.moe_router_topk = shape.num_experts, shape.topk
-        if args.moe_topk_warmup_topk is not None:
-            args.moe_topk_warmup_topk *= args.moe_granularity
+        for most in ("moe_topk_warmup_topk", "moe_relu_max_active_experts"):
+            if getattr(args, most) is not None:
+                setattr(args, most, getattr(args, most) * args.moe_granularity)
         if width is not None:
             args.moe_ffn_hidden_size = shape.ffn_hidden_size
     _refuse_uneven_gather_on_gloo(args)
@@ -251,6 +275,7 @@ def _refuse_moe_flags_of_a_dense_model(args: argparse.Namespace) -> None:
         ("moe_granularity", 1),
         ("moe_topk_warmup_steps", 0),
         ("moe_relu_max_assignments", None),
+        *_SHORTCUTS.items(),
     ):
         if getattr(args, flag) != off:
             raise ValueError(
@@ -299,6 +324,28 @@ def _check_max_assignments(args: argparse.Namespace) -> None:
         )
 
 
+_SHORTCUTS: dict[str, Any] = {
+    "moe_relu_max_active_experts": None,
+    "moe_relu_at_least_one_expert": False,
+    "moe_relu_start_sparse": False,
+}
+
+
+def _check_shortcuts(args: argparse.Namespace) -> None:
+    for name, off in _SHORTCUTS.items():
+        if getattr(args, name) != off and not args.moe_relu_routing:
+            raise ValueError(
+                f"{name} is set without moe_relu_routing, of whose router it is a shortcut; set "
+                f"both, or leave it out"
+            )
+    most = args.moe_relu_max_active_experts
+    if most is not None and most < args.moe_router_topk:
+        raise ValueError(
+            f"moe_relu_max_active_experts is {most}, fewer than the mean of moe_router_topk "
+            f"{args.moe_router_topk}; choose more, or leave it out"
+        )
+
+
 def _refuse_uneven_gather_on_gloo(args: argparse.Namespace) -> None:
     expert_tp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
     is_alltoall = args.moe_token_dispatcher_type == "alltoall"
@@ -336,7 +383,11 @@ def routing_from_args(args: argparse.Namespace):
         return ReLURouting(
             l1_reg_coeff_init=args.moe_relu_l1_reg_coeff_init,
             l1_reg_coeff_multiplier=args.moe_relu_l1_reg_coeff_multiplier,
+            l1_reg_coeff_rule=args.moe_relu_l1_reg_coeff_rule,
             load_balancing=args.moe_relu_load_balancing,
+            max_active_experts=args.moe_relu_max_active_experts,
+            at_least_one_expert=args.moe_relu_at_least_one_expert,
+            start_sparse=args.moe_relu_start_sparse,
             max_assignments=args.moe_relu_max_assignments,
         )
     if args.moe_topk_warmup_steps:

@@ -144,7 +144,14 @@ class ChunkOfLayer:
         each = len(tensors) // self.experts.num_local_experts
         return list(tensors[chunk.experts.start * each : chunk.experts.stop * each])
 
-    def compute(self, chunk: Chunk, x: Tensor, probs: Tensor, weights: list[Tensor]) -> Tensor:
+    def compute(
+        self,
+        chunk: Chunk,
+        x: Tensor,
+        probs: Tensor,
+        weights: list[Tensor],
+        only_for_backward: bool,
+    ) -> Tensor:
         """`[n, H]` and `[n, E]` to `[n, H]`."""
         routing_map = self.routing_map[chunk.tokens(len(self.routing_map))]
         dispatcher = self.dispatcher(chunk.experts.stop - chunk.experts.start)
@@ -153,7 +160,12 @@ class ChunkOfLayer:
         )
         rows, prob = dispatcher.token_dispatch(rows, prob)
         rows, counts, prob = dispatcher.dispatch_postprocess(rows, prob)
-        rows = self._compute_experts(chunk, weights, rows, counts, prob)
+        if isinstance(self.experts, GroupedExperts):
+            rows = self.experts.compute(
+                rows, counts, prob, weights, only_for_backward=only_for_backward
+            )
+        else:
+            rows = self._compute_modules(chunk, weights, rows, counts, prob)
         rows = dispatcher.token_combine(dispatcher.combine_preprocess(rows))
         return dispatcher.combine_postprocess(rows).squeeze(1)
 
@@ -162,11 +174,9 @@ class ChunkOfLayer:
         by_owner = values.view(len(values), self.ep, -1)
         return by_owner[:, :, chunk.experts].flatten(start_dim=1)
 
-    def _compute_experts(
+    def _compute_modules(
         self, chunk: Chunk, weights: list[Tensor], rows: Tensor, counts: Tensor, prob: Tensor
     ) -> Tensor:
-        if isinstance(self.experts, GroupedExperts):
-            return self.experts.compute(rows, counts, prob, weights)
         part = copy.copy(self.experts)  # a module of the same experts, but fewer
         modules = torch.nn.ModuleList(self.experts.local_experts[chunk.experts])
         part._modules = {"local_experts": modules}

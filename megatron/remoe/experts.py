@@ -103,6 +103,8 @@ class GroupedExperts(MegatronModule):
         probs: Tensor,
         weights: Sequence[Tensor],
         main_grads: tuple[Tensor, Tensor] | None = None,
+        *,
+        only_for_backward: bool = False,
     ) -> Tensor:
         """Forward with other weights, `[e, 2F, H]` and `[e, H, F]`: those of some experts."""
         return grouped_swiglu(
@@ -112,6 +114,7 @@ class GroupedExperts(MegatronModule):
             weights[1],
             tokens_per_expert.tolist(),
             main_grads=main_grads,
+            only_for_backward=only_for_backward,
         )
 
     def get_extra_state(self) -> None:

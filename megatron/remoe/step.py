@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron.remoe import compat
 from megatron.remoe.counting import CountsRouting
 from megatron.remoe.router import ReLURouter
-from remoe.controller import next_l1_coeff
+from remoe.controller import l1_coeff_state, move_l1_coeff
 from remoe.routing import sparsity
 
 
@@ -104,9 +104,7 @@ def update_routers(
         l1_coeff=relu[0].l1_coeff.clone() if relu else None,
     )
     if relu and move_coeff:
-        coeffs = [router.l1_coeff for router in relu]
-        moved = next_l1_coeff(torch.stack(coeffs), mean_sparsity, relu[0].controller)
-        torch._foreach_copy_(coeffs, list(moved.unbind()))
+        move_l1_coeff(relu, mean_sparsity, relu[0].controller)
     return report
 
 
@@ -127,7 +125,7 @@ class FinalizeStep:
         self.report: StepReport | None = None
         self._iteration = iteration or _megatron_iteration
         self._last: int | None = None
-        self._before: Tensor | None = None
+        self._before: list[Tensor] = []
 
     def __call__(self, model, num_tokens=None, pg_collection=None, force_all_reduce=False) -> None:
         megatron_finalize_model_grads(
@@ -138,12 +136,13 @@ class FinalizeStep:
             return
         iteration = self._iteration()
         num_layers = routers[0].config.num_layers
-        coeffs = [router.l1_coeff for router in routers if isinstance(router, ReLURouter)]
-        if coeffs and iteration != self._last:
-            self._before = torch.stack(coeffs)
+        relu = [router for router in routers if isinstance(router, ReLURouter)]
+        state = [buffer for router in relu for buffer in l1_coeff_state(router)]
+        if iteration != self._last:
+            self._before = [buffer.clone() for buffer in state]
         self.report = update_routers(routers, num_layers, move_coeff=iteration != self._last)
-        if coeffs and iteration == self._last and compat.step_will_be_repeated():
-            torch._foreach_copy_(coeffs, list(self._before.unbind()))
+        if state and iteration == self._last and compat.step_will_be_repeated():
+            torch._foreach_copy_(state, self._before)
         self._last = iteration
 
 

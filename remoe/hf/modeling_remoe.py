@@ -39,6 +39,26 @@ def relu_routing(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     return probs_TE, probs_TE > 0
 
 
+def bounded_routing(
+    logits_TE: Tensor,
+    probs_TE: Tensor,
+    *,
+    max_active: int | None = None,
+    at_least_one: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Shortcuts beside Eq. 5: the largest gates only, and the largest logit where there is none."""
+    if max_active is not None and max_active < probs_TE.shape[1]:
+        largest = probs_TE.topk(max_active, dim=1)
+        probs_TE = torch.zeros_like(probs_TE).scatter(1, largest.indices, largest.values)
+    if at_least_one:
+        silent = ~(probs_TE > 0).any(dim=1, keepdim=True)
+        first = torch.zeros_like(silent.expand_as(probs_TE))
+        first = first.scatter(1, logits_TE.argmax(dim=1, keepdim=True), silent)
+        softmax = torch.softmax(logits_TE.to(probs_TE.dtype), dim=1)
+        probs_TE = torch.where(first, softmax, probs_TE)
+    return probs_TE, probs_TE > 0
+
+
 def load_weights(tokens_per_expert_E: Tensor, *, num_tokens: Tensor | int, topk: int) -> Tensor:
     """Load weights f of the penalty, `[E]` (Eq. 11)."""
     num_experts = tokens_per_expert_E.shape[0]
@@ -86,6 +106,8 @@ class ReMoERouter(nn.Module):
     def __init__(self, config: ReMoEConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.num_experts)) if config.router_bias else None
+        self.max_active, self.at_least_one = config.max_active_experts, config.at_least_one_expert
         self.topk = config.num_experts_per_tok
         self.route = ROUTERS[config.router_type]
         self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
@@ -94,8 +116,14 @@ class ReMoERouter(nn.Module):
         dtype = self.dtype or x_TH.dtype
         # A cast is not enough under autocast, which would cast it back.
         with torch.autocast(x_TH.device.type, enabled=False):
-            logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype))
-            return self.route(logits_TE, self.topk)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype), bias)
+            probs_TE, active_TE = self.route(logits_TE, self.topk)
+            if self.max_active is None and not self.at_least_one:
+                return probs_TE, active_TE
+            return bounded_routing(
+                logits_TE, probs_TE, max_active=self.max_active, at_least_one=self.at_least_one
+            )
 
 
 class ReMoEExperts(nn.Module):

@@ -71,9 +71,17 @@ class ChunkOfExperts(Protocol):
         ...
 
     def compute(
-        self, chunk: Chunk, x_TH: Tensor, probs_TE: Tensor, weights: list[Tensor]
+        self,
+        chunk: Chunk,
+        x_TH: Tensor,
+        probs_TE: Tensor,
+        weights: list[Tensor],
+        only_for_backward: bool,
     ) -> Tensor:
-        """The chunk's contribution `[T, H]` to the outputs of its tokens."""
+        """The chunk's contribution `[T, H]` to the outputs of its tokens.
+
+        In backward it is computed again for its gradients, and its value may be anything.
+        """
         ...
 
 
@@ -126,9 +134,8 @@ class _RunChunks(torch.autograd.Function):
         total, dtype = None, x_TH.dtype
         for chunk in chunks:
             rows = chunk.tokens(len(x_TH))
-            y = experts.compute(
-                chunk, x_TH[rows], probs_TE[rows], experts.weights_of(chunk, weights)
-            )
+            parts = experts.weights_of(chunk, weights)
+            y = experts.compute(chunk, x_TH[rows], probs_TE[rows], parts, False)
             if total is None:
                 dtype = y.dtype
                 total = _zeros(x_TH, dtype)
@@ -153,7 +160,7 @@ class _RunChunks(torch.autograd.Function):
             views = experts.weights_of(chunk, weights)
             parts = [view.detach().requires_grad_(any(needs[2:])) for view in views]
             with torch.enable_grad(), torch.autocast(**ctx.autocast):
-                y = experts.compute(chunk, x, probs, parts)
+                y = experts.compute(chunk, x, probs, parts, True)
             torch.autograd.backward(y, grad_y_TH[rows])
             if x.grad is not None:
                 grad_x[rows] += x.grad

@@ -28,6 +28,7 @@ def grouped_swiglu(
     tokens_per_expert: list[int],
     *,
     main_grads: tuple[Tensor, Tensor] | None = None,
+    only_for_backward: bool = False,
 ) -> Tensor:
     """Every expert on its segment of rows, weighted, `[A, H]`.
 
@@ -43,13 +44,15 @@ def grouped_swiglu(
         main_grads: buffers of the weights' shape and dtype. When given, backward adds the weights'
             gradients to them, and returns uninitialised memory as the weights' gradients, which the
             caller must not use.
+        only_for_backward: leave out what backward does not need, the product with `down`: the
+            result is uninitialised.
     """
     device = x_AH.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x_AH, prob_A, gate_up, down = (t.to(dtype) for t in (x_AH, prob_A, gate_up, down))
     with torch.autocast(device, enabled=False):
-        inputs = (x_AH, prob_A, gate_up, down, tokens_per_expert, main_grads)
+        inputs = (x_AH, prob_A, gate_up, down, tokens_per_expert, main_grads, only_for_backward)
         y_AH: Tensor = _GroupedSwiGLU.apply(*inputs)  # type: ignore[no-untyped-call]
         return y_AH
 
@@ -64,14 +67,16 @@ class _GroupedSwiGLU(torch.autograd.Function):
         down: Tensor,
         tokens_per_expert: list[int],
         main_grads: tuple[Tensor, Tensor] | None,
+        only_for_backward: bool,
     ) -> Tensor:
         y_AH = torch.empty_like(x_AH)
         products = []
         for rows, expert, ends in _blocks(x_AH, tokens_per_expert):
             z = _matmul(x_AH[rows], gate_up[expert].mT, ends)
-            y = _matmul(_fused(_activate, z)(z), down[expert].mT, ends)
-            torch.mul(y, prob_A[rows, None], out=y_AH[rows])
             products.append(z)
+            if not only_for_backward:
+                y = _matmul(_fused(_activate, z)(z), down[expert].mT, ends)
+                torch.mul(y, prob_A[rows, None], out=y_AH[rows])
         ctx.tokens_per_expert, ctx.main_grads = tokens_per_expert, main_grads
         ctx.save_for_backward(x_AH, prob_A, gate_up, down, *products)
         return y_AH
@@ -92,7 +97,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
             weight_grads.add_down(expert, (grad_y * prob).mT, h, ends)
             weight_grads.add_gate_up(expert, grad_z.mT, x_AH[rows] * prob, ends)
             torch.mul(_matmul(grad_z, gate_up[expert], ends), prob, out=grad_x[rows])
-        return grad_x, grad_prob, *weight_grads.result(), None, None
+        return grad_x, grad_prob, *weight_grads.result(), None, None, None
 
 
 class _WeightGrads:

@@ -91,6 +91,8 @@ def build_layer(
     l1_coeff: float = 1e-8,
     load_balancing: str = "aux_loss",
     max_assignments: int | None = None,
+    routing_changes: dict[str, object] | None = None,
+    fill: bool = True,
     **changes,
 ):
     """Our MoE layer in training mode, with its part of the known weights."""
@@ -106,10 +108,13 @@ def build_layer(
         l1_reg_coeff_init=l1_coeff,
         load_balancing=load_balancing,
         max_assignments=max_assignments,
+        **(routing_changes or {}),
     )
     spec = block_spec(config, routing).layer_specs[0]
     layer = spec.submodules.mlp(config=config, layer_number=1)
     layer.set_layer_number(1)
+    if not fill:
+        return layer.train()
     router, fc1, fc2 = weights(shift)
     with torch.no_grad():
         layer.router.weight.copy_(router)

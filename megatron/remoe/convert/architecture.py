@@ -112,8 +112,12 @@ def to_config(args: argparse.Namespace) -> Config:
         config |= {
             "l1_coeff_init": args.moe_relu_l1_reg_coeff_init,
             "l1_coeff_multiplier": args.moe_relu_l1_reg_coeff_multiplier,
-            # the published code has no such argument, and always balances
+            "l1_coeff_rule": getattr(args, "moe_relu_l1_reg_coeff_rule", "sign"),
+            # the published code has no such arguments, and always balances
             "load_balancing": getattr(args, "moe_relu_load_balancing", "aux_loss"),
+            "max_active_experts": getattr(args, "moe_relu_max_active_experts", None),
+            "at_least_one_expert": getattr(args, "moe_relu_at_least_one_expert", False),
+            "router_bias": getattr(args, "moe_relu_start_sparse", False),
         }
     return config
 
@@ -185,7 +189,11 @@ def to_flags(config: Config, padded_vocab_size: int) -> dict[str, Any]:
             "moe_relu_routing": True,
             "moe_relu_l1_reg_coeff_init": config["l1_coeff_init"],
             "moe_relu_l1_reg_coeff_multiplier": config["l1_coeff_multiplier"],
+            "moe_relu_l1_reg_coeff_rule": config["l1_coeff_rule"],
             "moe_relu_load_balancing": config["load_balancing"],
+            "moe_relu_max_active_experts": config["max_active_experts"],
+            "moe_relu_at_least_one_expert": config["at_least_one_expert"],
+            "moe_relu_start_sparse": config["router_bias"],
         }
     return flags
 

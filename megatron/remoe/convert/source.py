@@ -5,6 +5,7 @@ A source has a config, the items of the conversion plan, and each item's tensors
 
 import argparse
 import json
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,10 @@ class MegatronSource:
         config["dtype"] = str(self.dtype).removeprefix("torch.")
         coeffs = [item for item in self.items if next(iter(item.hf)).startswith(CONFIG)]
         if coeffs:
-            values = [self.hf_tensors(item).values() for item in coeffs]
-            config["l1_coeff"] = [float(next(iter(value))) for value in values]
+            values: dict[str, list[float]] = {}
+            for name, value in (pair for item in coeffs for pair in self.hf_tensors(item).items()):
+                values.setdefault(_config_key(name), []).append(float(value))
+            config |= values
         config["training_facts"] = training_facts(
             self.args, self.iteration, self.padded_vocab_size, self._run_dir
         )
@@ -177,12 +180,17 @@ class HFSource:
                 f"vocabulary mismatch: the tokenizer of {self.path} has {tokenizer.vocab_size} "
                 f"entries, config.json has vocab_size {vocab}; they must be of one model"
             )
-        coeffs = [name for name in expected if name.startswith(CONFIG)]
-        if coeffs and len(self.config.get("l1_coeff") or ()) != len(coeffs):
-            raise ValueError(
-                f"{self.path / 'config.json'} has no l1_coeff of {len(coeffs)} values, one for "
-                f"every layer with experts; add it (the published initial value is 1e-8)"
-            )
+        in_config = Counter(_config_key(name) for name in expected if name.startswith(CONFIG))
+        initial = {
+            "l1_coeff": "the published initial value is 1e-8",
+            "last_sparsity": "-1: unknown",
+        }
+        for key, count in in_config.items():
+            if len(self.config.get(key) or ()) != count:
+                raise ValueError(
+                    f"{self.path / 'config.json'} has no {key} of {count} values, one for every "
+                    f"layer with experts; add it ({initial[key]})"
+                )
 
     @cached_property
     def tokenizer(self) -> TokenizerFiles | None:
@@ -199,11 +207,16 @@ class HFSource:
     def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name.startswith(CONFIG):
             index = moe_layers(self.config).index(int(name.rpartition(".")[2]))
-            return torch.tensor(self.config["l1_coeff"][index], dtype=torch.float32)
+            return torch.tensor(self.config[_config_key(name)][index], dtype=torch.float32)
         if name.startswith(PADDING):
             stored = name in self.reader.names and self.reader.shape(name) == shape
             return self.reader.read(name) if stored else torch.zeros(shape, dtype=self.dtype)
         return self.reader.read(name)
+
+
+def _config_key(name: str) -> str:
+    """`config.l1_coeff.3` is a value of the config's list `l1_coeff`."""
+    return name.split(".")[1]
 
 
 def _read_config(path: Path) -> Config:
