@@ -55,11 +55,9 @@ class ControllerConfig:
         target_sparsity: fraction of inactive (token, expert) pairs to reach, `1 - k/E`, in [0, 1).
         init: coefficient of the first step.
         multiplier: factor alpha > 1 by which one step moves the coefficient; with `pi` a step
-            moves it by alpha squared at most.
+            moves it by alpha^1.4 at most.
         floor, ceiling: bounds on the coefficient; None is unbounded, as published.
-        rule: "sign" as published, or "pi", proportional-integral in the logarithms of coefficient
-            and density.
-        proportional_gain, integral_gain: of `pi`.
+        rule: "sign" as published, or "pi", proportional-integral; see `next_l1_coeff`.
     """
 
     target_sparsity: float
@@ -68,8 +66,6 @@ class ControllerConfig:
     floor: float | None = None
     ceiling: float | None = None
     rule: L1CoeffRule = "sign"
-    proportional_gain: float = 0.8
-    integral_gain: float = 0.4
 
     def __post_init__(self) -> None:
         if not 0 <= self.target_sparsity < 1:

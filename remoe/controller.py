@@ -8,36 +8,42 @@ from torch import Tensor, nn
 
 from remoe.config import ControllerConfig
 
-# What is active where nothing is: a twentieth of the target, for the logarithm.
-_LEAST_DENSITY = 0.05
+# The rule `pi`: gains, and the excess of density beyond which the proportional part does not grow.
+_PROPORTIONAL, _INTEGRAL, _BAND = 8.0, 0.5, 0.25
+_FASTEST = 1.4  # steps of the sign rule
+_FLOOR = 0.01  # of the highest coefficient so far
 
 
 def next_l1_coeff(
     l1_coeff: Tensor,
     sparsity: Tensor,
     config: ControllerConfig,
-    last_sparsity: Tensor | None = None,
+    memory: Tensor | None = None,
 ) -> Tensor:
     """One step of the rule, elementwise and without a device-to-host copy.
 
     `sign`: too dense multiplies the coefficient by alpha, else divides. At equality the published
     code divides, where Eq. 7 would hold (sign(0) = 0); we follow the code.
 
-    `pi`: `log c += P (d - d_last) + I d` with `d = log(density / target density)`, at most two
-    steps of `sign`. The coefficient itself is the integral, so that what a bound or the largest
-    step cuts off is never made up for later.
+    `pi`: `log c += P (b(d) - b(d_last)) + I max(d, -0.25)`, where d is the density relative to the
+    target minus 1 and b bounds it to 0.25. A step moves log c by 1.4 log(alpha) at most, and c is
+    never below a hundredth of its highest value: below that a lower one changes nothing, and the
+    way back would be long. The coefficient itself is the integral, so what a bound cuts off is
+    not made up for later.
 
     Args:
         l1_coeff: coefficients of any shape, fp32.
         sparsity: measured sparsity, broadcastable to `l1_coeff`.
         config: rule, target, alpha and bounds.
-        last_sparsity: that of the step before, for `pi`; None or -1 where there was none.
+        memory: for `pi`, what `remember` made in the step before, `[..., 2]`; None in the first.
 
     Returns:
         The coefficients of the next step, same shape and dtype.
     """
     if config.rule == "pi":
-        stepped = l1_coeff * _pi_factor(sparsity, last_sparsity, config)
+        stepped = l1_coeff * _pi_factor(sparsity, memory, config)
+        if memory is not None:
+            stepped = torch.maximum(stepped, _FLOOR * memory[..., 1])
     else:
         too_dense = sparsity < config.target_sparsity
         stepped = torch.where(too_dense, l1_coeff * config.multiplier, l1_coeff / config.multiplier)
@@ -46,16 +52,35 @@ def next_l1_coeff(
     return stepped.clamp(config.floor, config.ceiling)
 
 
-def _pi_factor(sparsity: Tensor, last: Tensor | None, config: ControllerConfig) -> Tensor:
+def _pi_factor(sparsity: Tensor, memory: Tensor | None, config: ControllerConfig) -> Tensor:
     def excess(sparsity: Tensor) -> Tensor:
-        density = (1 - sparsity) / (1 - config.target_sparsity)
-        return density.clamp(min=_LEAST_DENSITY).log()
+        return (1 - sparsity) / (1 - config.target_sparsity) - 1
+
+    def bounded(excess: Tensor) -> Tensor:
+        return excess.clamp(-_BAND, _BAND)
 
     now = excess(sparsity)
-    change = torch.zeros_like(now) if last is None else (now - excess(last)) * (last >= 0)
-    move = config.proportional_gain * change + config.integral_gain * now
-    most = 2 * math.log(config.multiplier)
+    move = _INTEGRAL * now.clamp(min=-_BAND)
+    if memory is not None:
+        last = memory[..., 0]
+        move = move + _PROPORTIONAL * (bounded(now) - bounded(excess(last))) * (last >= 0)
+    most = _FASTEST * math.log(config.multiplier)
     return move.clamp(-most, most).exp()
+
+
+def remember(l1_coeff: Tensor, sparsity: Tensor, memory: Tensor) -> Tensor:
+    """What the rule `pi` needs in the next step, `[..., 2]`: sparsity, and highest coefficient.
+
+    Args:
+        l1_coeff: coefficients of the next step.
+        sparsity: of this step.
+        memory: of the step before; a sparsity of -1 where there was none.
+    """
+    highest = torch.maximum(memory[..., 1], l1_coeff)
+    return torch.stack((sparsity.to(highest).expand_as(highest), highest), dim=-1)
+
+
+_NOTHING = (-1.0, 0.0)  # a memory before the first step
 
 
 def register_l1_coeff(
@@ -63,31 +88,32 @@ def register_l1_coeff(
 ) -> None:
     """Give a module the buffers of its coefficient, fp32 and saved with it.
 
-    `l1_coeff`, 0-d, and with the rule `pi` also `last_sparsity`, 0-d, -1 before the first step.
+    `l1_coeff`, 0-d, and with the rule `pi` also `l1_coeff_memory`, `[2]`; see `remember`.
     """
-    state = {"l1_coeff": config.init}
+    state: dict[str, float | tuple[float, ...]] = {"l1_coeff": config.init}
     if config.rule == "pi":
-        state["last_sparsity"] = -1.0
+        state["l1_coeff_memory"] = _NOTHING
     for name, value in state.items():
         module.register_buffer(name, torch.tensor(value, dtype=torch.float32, device=device))
 
 
 def l1_coeff_state(module: nn.Module) -> list[Tensor]:
     """The buffers that `register_l1_coeff` made."""
-    found = (getattr(module, name, None) for name in ("l1_coeff", "last_sparsity"))
+    found = (getattr(module, name, None) for name in ("l1_coeff", "l1_coeff_memory"))
     return [buffer for buffer in found if isinstance(buffer, Tensor)]
 
 
 @torch.no_grad()
 def move_l1_coeff(modules: Sequence[nn.Module], sparsity: Tensor, config: ControllerConfig) -> None:
     """One step of all modules' coefficients, in place, given the sparsity of the step, 0-d."""
-    states = zip(*map(l1_coeff_state, modules), strict=True)
-    coeffs, *last = (list(buffers) for buffers in states)
-    before = torch.stack(last[0]) if last else None
-    moved = next_l1_coeff(torch.stack(coeffs), sparsity, config, before)
+    coeffs, *memories = (
+        list(buffers) for buffers in zip(*map(l1_coeff_state, modules), strict=True)
+    )
+    memory = torch.stack(memories[0]) if memories else None
+    moved = next_l1_coeff(torch.stack(coeffs), sparsity, config, memory)
     torch._foreach_copy_(coeffs, list(moved.unbind()))
-    for buffers in last:
-        torch._foreach_copy_(buffers, [sparsity.to(buffers[0])] * len(buffers))
+    if memory is not None:
+        torch._foreach_copy_(memories[0], list(remember(moved, sparsity, memory).unbind()))
 
 
 class SparsityController:
@@ -108,7 +134,8 @@ class SparsityController:
     ) -> None:
         self.config = config
         self.l1_coeff = torch.full((num_coeffs,), config.init, dtype=torch.float32, device=device)
-        self.last_sparsity = torch.full_like(self.l1_coeff, -1)
+        nothing = torch.tensor(_NOTHING, dtype=torch.float32, device=device)
+        self.l1_coeff_memory = nothing.repeat(num_coeffs, 1)
 
     def update(self, sparsity: Tensor) -> Tensor:
         """Move the coefficients in place, given the sparsity of the step (0-d or `[num_coeffs]`).
@@ -124,18 +151,18 @@ class SparsityController:
                 f"sparsity has {sparsity.numel()} elements for {self.l1_coeff.numel()} "
                 f"coefficients; pass one value, or one per coefficient"
             )
-        moved = next_l1_coeff(self.l1_coeff, sparsity, self.config, self.last_sparsity)
+        moved = next_l1_coeff(self.l1_coeff, sparsity, self.config, self.l1_coeff_memory)
         self.l1_coeff.copy_(moved)
-        self.last_sparsity.copy_(sparsity)
+        self.l1_coeff_memory.copy_(remember(moved, sparsity, self.l1_coeff_memory))
         return self.l1_coeff
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`l1_coeff`, and `last_sparsity` with the rule `pi`."""
+        """`l1_coeff`, and `l1_coeff_memory` with the rule `pi`."""
         return {name: getattr(self, name).clone() for name in self._names}
 
     @property
     def _names(self) -> list[str]:
-        return ["l1_coeff", "last_sparsity"] if self.config.rule == "pi" else ["l1_coeff"]
+        return ["l1_coeff", "l1_coeff_memory"] if self.config.rule == "pi" else ["l1_coeff"]
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore the coefficients exactly.

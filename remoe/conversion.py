@@ -9,7 +9,7 @@ model's config, `padding.` is a tensor for a file beside the weights (rows of th
 only Megatron has), everything else is a weight.
 
 Dimensions: V vocabulary, P padded rows beyond V, H hidden, Q query heads x head, K query groups x
-head, E experts, F expert width, G = 2F, D dense width.
+head, E experts, F expert width, G = 2F, D dense width, M memory of a rule.
 """
 
 from collections import Counter
@@ -116,7 +116,7 @@ TABLE: tuple[Rule, ...] = (
     Rule(_M + "mlp.router.weight", {_H + "mlp.router.weight": "EH"}, when="moe"),
     Rule(_M + "mlp.router.bias", {_H + "mlp.router.bias": "E"}, when="bias"),
     Rule(_M + "mlp.router.l1_coeff", {"config.l1_coeff.*": ""}, when="relu"),
-    Rule(_M + "mlp.router.last_sparsity", {"config.last_sparsity.*": ""}, when="pi"),
+    Rule(_M + "mlp.router.l1_coeff_memory", {"config.l1_coeff_memory.*": "M"}, when="pi"),
     Rule(
         _M + "mlp.experts.experts.linear_fc1.weight",
         {_H + "mlp.experts.gate_up_proj": "EGH"},
@@ -212,6 +212,7 @@ def dims_of(config: Config, padded_vocab_size: int) -> Dims:
         "G": 2 * expert,
         "D": config["intermediate_size"],
         "groups": config["num_key_value_heads"],
+        "M": 2,
     }
 
 

@@ -50,6 +50,7 @@ def complete(config: RunConfig) -> RunConfig:
     flags.setdefault("save", str(run_dir / "checkpoints"))
     flags.setdefault("load", flags["save"])
     flags.setdefault("save_interval", train_iters(flags))
+    flags.setdefault("eval_interval", train_iters(flags))  # Megatron has no default, and needs one
     # No fault loses the run: see docs/reliability.md.
     flags.setdefault("exit_signal_handler", True)
     flags.setdefault("rerun_mode", "disabled")

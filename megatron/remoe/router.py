@@ -54,7 +54,7 @@ class ReLURouter(CountsRouting, Router):
 
     Buffers beside the counters:
         l1_coeff: fp32, 0-d, persistent: the coefficient of the penalty.
-        last_sparsity: the same, what the rule `pi` remembers of the step before; only with it.
+        l1_coeff_memory: fp32, `[2]`, persistent: what the rule `pi` remembers; only with it.
     """
 
     l1_coeff: Tensor

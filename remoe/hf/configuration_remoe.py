@@ -24,7 +24,7 @@ class ReMoEConfig(LlamaConfig):
         l1_coeff: coefficient of the L1 penalty for every layer with experts; None is no penalty.
         l1_coeff_init, l1_coeff_multiplier, l1_coeff_rule, target_sparsity: of its controller
             (Eq. 7, or the rule "pi").
-        last_sparsity: what the rule "pi" remembers, for every layer with experts.
+        l1_coeff_memory: what the rule "pi" remembers, two values for every layer with experts.
         max_active_experts: of a token, those with the largest gates; None is no limit.
         at_least_one_expert: whether a token without any has the expert of its largest logit.
         router_bias: whether routers have one.
@@ -50,7 +50,7 @@ class ReMoEConfig(LlamaConfig):
     l1_coeff_init: float = 1e-8
     l1_coeff_multiplier: float = 1.2
     l1_coeff_rule: str = "sign"
-    last_sparsity: list[float] | None = None
+    l1_coeff_memory: list[list[float]] | None = None
     target_sparsity: float | None = None
     load_balancing: str = "aux_loss"
     max_active_experts: int | None = None
@@ -80,7 +80,7 @@ class ReMoEConfig(LlamaConfig):
         if self.target_sparsity is None:
             self.target_sparsity = 1 - self.num_experts_per_tok / self.num_experts
         super().__post_init__(**kwargs)
-        for name in ("l1_coeff", "last_sparsity"):
+        for name in ("l1_coeff", "l1_coeff_memory"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.moe_layers):
                 raise ValueError(

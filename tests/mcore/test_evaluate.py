@@ -35,7 +35,8 @@ def home(call, tmp_path_factory) -> Path:
         code, out, error = call(tiny.remoe, home, "data", *argv)
         assert code == 0, out + error
     steps = {"train_iters": 4, "eval_interval": 4, "lr": 1e-2, "seed": SEED}
-    steps |= {"padded_vocab_size": 300}  # no padding, which an export has not
+    manifest = json.loads((home / "tokens/manifest.json").read_text())
+    steps |= {"padded_vocab_size": manifest["settings"]["vocab_size"]}  # an export has no padding
     tiny.write_config(home / "run.yaml", **(DATA | steps))
     process = tiny.start("train", "run.yaml", cwd=home)
     out, error = process.communicate(timeout=600)

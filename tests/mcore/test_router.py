@@ -147,11 +147,11 @@ def test_a_rerun_iteration_moves_the_coefficient_once(rank):
 def test_the_pi_rule_remembers_the_step_before(rank):
     """At the same sparsity twice only its integral part moves the coefficient."""
     _, coeffs, sparsities = rank(update_twice, "pi")
-    excess = math.log((1 - sparsities[0]) / 0.25)
-    most = 2 * math.log(1.2)
-    assert 0 < 0.4 * excess < most and coeffs[0] == coeffs[1]
-    assert coeffs[0] == pytest.approx(1e-8 * math.exp(0.4 * excess), rel=1e-5)
-    assert coeffs[2] == pytest.approx(coeffs[0] * math.exp(0.4 * excess), rel=1e-5)
+    excess = (1 - sparsities[0]) / 0.25 - 1
+    move = min(0.5 * excess, 1.4 * math.log(1.2))
+    assert excess > 0 and coeffs[0] == coeffs[1]
+    assert coeffs[0] == pytest.approx(1e-8 * math.exp(move), rel=1e-5)
+    assert coeffs[2] == pytest.approx(coeffs[0] * math.exp(move), rel=1e-5)
 
 
 def routed_with_shortcuts():

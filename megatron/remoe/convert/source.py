@@ -102,9 +102,9 @@ class MegatronSource:
         config["dtype"] = str(self.dtype).removeprefix("torch.")
         coeffs = [item for item in self.items if next(iter(item.hf)).startswith(CONFIG)]
         if coeffs:
-            values: dict[str, list[float]] = {}
+            values: dict[str, list[Any]] = {}
             for name, value in (pair for item in coeffs for pair in self.hf_tensors(item).items()):
-                values.setdefault(_config_key(name), []).append(float(value))
+                values.setdefault(_config_key(name), []).append(value.tolist())
             config |= values
         config["training_facts"] = training_facts(
             self.args, self.iteration, self.padded_vocab_size, self._run_dir
@@ -183,7 +183,7 @@ class HFSource:
         in_config = Counter(_config_key(name) for name in expected if name.startswith(CONFIG))
         initial = {
             "l1_coeff": "the published initial value is 1e-8",
-            "last_sparsity": "-1: unknown",
+            "l1_coeff_memory": "[-1, 0] is none",
         }
         for key, count in in_config.items():
             if len(self.config.get(key) or ()) != count:

@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron.remoe.evaluate.published import TASKS
 
+_OF_A_GROUP = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 PAPER = "paper"  # in place of a task: all of the paper's
 
 
@@ -54,7 +55,9 @@ def run(request: Request) -> dict[str, dict[str, float]]:
         asked, answer = Path(scratch) / "request.json", Path(scratch) / "results.json"
         asked.write_text(json.dumps(asdict(request)))
         command = [sys.executable, "-m", __name__, str(asked), str(answer)]
-        done = subprocess.run(command)
+        # The harness would join a process group that it is not part of.
+        alone = {k: v for k, v in os.environ.items() if k not in _OF_A_GROUP}
+        done = subprocess.run(command, env=alone)
         if done.returncode or not answer.is_file():
             raise RuntimeError(f"the harness failed with exit code {done.returncode}; see above")
         result = json.loads(answer.read_text())
