@@ -10,7 +10,7 @@ from remoe.config import ControllerConfig
 
 # The rule `pi`: gains, and the excess of density beyond which the proportional part does not grow.
 _PROPORTIONAL, _INTEGRAL, _BAND = 8.0, 0.5, 0.25
-_FASTEST = 1.4  # steps of the sign rule
+_FASTEST = 1.6  # steps of the sign rule
 _FLOOR = 0.01  # of the highest coefficient so far
 
 
@@ -26,7 +26,7 @@ def next_l1_coeff(
     code divides, where Eq. 7 would hold (sign(0) = 0); we follow the code.
 
     `pi`: `log c += P (b(d) - b(d_last)) + I max(d, -0.25)`, where d is the density relative to the
-    target minus 1 and b bounds it to 0.25. A step moves log c by 1.4 log(alpha) at most, and c is
+    target minus 1 and b bounds it to 0.25. A step moves log c by 1.6 log(alpha) at most, and c is
     never below a hundredth of its highest value: below that a lower one changes nothing, and the
     way back would be long. The coefficient itself is the integral, so what a bound cuts off is
     not made up for later.

@@ -164,10 +164,13 @@ def test_settings_of_a_router_are_compared_with_a_baseline(tmp_path):
 
 
 def test_oscillation_is_of_the_last_hundred_rows(tmp_path):
-    steps = [0.0] * 50 + [TARGET - 0.01, TARGET + 0.01] * 50
+    fast, slow = [-0.01, 0.01] * 50, [0.02, -0.02] * 5
+    steps = [0.0] * 50 + [TARGET + f + slow[i // 10] for i, f in enumerate(fast)]
     comparison = tables.compare([Run.load(remoe(tmp_path, "run", 1.0, steps))])
-    assert comparison.groups[0].row()["oscillation"] == pytest.approx(0.01)
-    assert "| 0.0100 | 1.0e-08 | 1.0e-08 |" in comparison.to_markdown()
+    row = comparison.groups[0].row()
+    assert row["oscillation"] == pytest.approx(0.02)
+    assert row["deviation"] == pytest.approx(math.hypot(0.01, 0.02))
+    assert "| 0.0224 | 0.0200 | 1.0e-08 | 1.0e-08 |" in comparison.to_markdown()
 
 
 def test_two_runs_of_a_seed_are_refused(tmp_path):

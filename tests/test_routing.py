@@ -185,7 +185,7 @@ def test_pi_rule_by_hand():
     assert controller.update(torch.tensor(0.875)).item() == pytest.approx(coeff)
 
 
-@pytest.mark.parametrize(("measured", "steps"), [(0.0, 1.4), (0.8, 1.4)])
+@pytest.mark.parametrize(("measured", "steps"), [(0.0, 1.6), (0.8, 1.6)])
 def test_pi_rule_is_limited_where_it_is_far_too_dense(measured, steps):
     controller = SparsityController(PI)
     assert controller.update(torch.tensor(measured)).item() == pytest.approx(1e-3 * 1.2**steps)

@@ -15,7 +15,7 @@ from remoe.analysis.size import ModelSize
 
 _SETTLED_STEPS, _SETTLED_WITHIN = 20, 0.02
 _LAST_ROWS = 20
-_OSCILLATION_ROWS = 100
+_OSCILLATION_ROWS, _OSCILLATION_MEAN = 100, 10
 _DEFAULT_SEED = 1234
 # In the order of a table, and of a difference: later minus earlier.
 ROUTERS = ("dense", "TopK", "TopK with warm-up", "ReMoE")
@@ -93,7 +93,17 @@ def steps_to_settle(run: Run) -> int | None:
 
 
 def oscillation(run: Run) -> float | None:
-    """Standard deviation of the sparsity over the last 100 rows; None for a router without any."""
+    """Standard deviation of the sparsity over the last 100 rows, in means of 10.
+
+    A single step's is mostly that of its batch. None for a router without sparsity.
+    """
+    values = [row["sparsity"] for row in run.train[-_OSCILLATION_ROWS:] if "sparsity" in row]
+    parts = [values[i : i + _OSCILLATION_MEAN] for i in range(0, len(values), _OSCILLATION_MEAN)]
+    return statistics.pstdev(map(statistics.fmean, parts)) if values else None
+
+
+def deviation(run: Run) -> float | None:
+    """Standard deviation of the sparsity over the last 100 rows, step by step."""
     values = [row["sparsity"] for row in run.train[-_OSCILLATION_ROWS:] if "sparsity" in row]
     return statistics.pstdev(values) if values else None
 
@@ -166,6 +176,7 @@ class Group:
             "sparsity": _mean(_last_mean(run, "sparsity") for run in runs),
             "settled_runs": len(steps) if self.router == "ReMoE" else None,
             "steps_to_settle": _mean(steps),
+            "deviation": _mean(deviation(run) for run in runs),
             "oscillation": _mean(oscillation(run) for run in runs),
             "coeff_peak": _geometric_mean(max(c) for c in coeffs if c),
             "coeff_last": _geometric_mean(c[-1] for c in coeffs if c),
@@ -297,7 +308,8 @@ _ROUTING = {
     "run": lambda row: row["run"],
     "sparsity": _number("sparsity", ".4f"),
     "settles at step": _settled_text,
-    "oscillation": _number("oscillation", ".4f"),
+    "deviation of a step": _number("deviation", ".4f"),
+    "of means of 10": _number("oscillation", ".4f"),
     "coefficient, highest": _number("coeff_peak", ".1e"),
     "coefficient, last": _number("coeff_last", ".1e"),
     "dead experts": _number("dead_experts", ".1f"),
