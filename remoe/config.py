@@ -54,8 +54,7 @@ class ControllerConfig:
     Attributes:
         target_sparsity: fraction of inactive (token, expert) pairs to reach, `1 - k/E`, in [0, 1).
         init: coefficient of the first step.
-        multiplier: factor alpha > 1 by which one step moves the coefficient; with `pi` a step
-            moves it by alpha^1.6 at most.
+        multiplier: factor alpha > 1 by which one step moves the coefficient, with `pi` at most.
         floor, ceiling: bounds on the coefficient; None is unbounded, as published.
         rule: "sign" as published, or "pi", proportional-integral; see `next_l1_coeff`.
     """

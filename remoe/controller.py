@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from remoe.config import ControllerConfig
 
-# The rule `pi`: gains, and the excess of density beyond which the proportional part does not grow.
+# The rule `pi`: gains, and how far from the target density, relative to it, it is near.
 _PROPORTIONAL, _INTEGRAL, _BAND = 8.0, 0.5, 0.25
-_FASTEST = 1.6  # steps of the sign rule
 _FLOOR = 0.01  # of the highest coefficient so far
 
 
@@ -25,11 +24,11 @@ def next_l1_coeff(
     `sign`: too dense multiplies the coefficient by alpha, else divides. At equality the published
     code divides, where Eq. 7 would hold (sign(0) = 0); we follow the code.
 
-    `pi`: `log c += P (b(d) - b(d_last)) + I max(d, -0.25)`, where d is the density relative to the
-    target minus 1 and b bounds it to 0.25. A step moves log c by 1.6 log(alpha) at most, and c is
-    never below a hundredth of its highest value: below that a lower one changes nothing, and the
-    way back would be long. The coefficient itself is the integral, so what a bound cuts off is
-    not made up for later.
+    `pi`: `log c += P (b(d) - b(d_last)) + I d`, where d is the density relative to the target minus
+    1 and b bounds it to 0.25, by log(alpha) at most: a faster rise can close all gates before
+    sparsity tells, and closed gates have no gradient. While d is within 0.25, c does not fall below
+    a hundredth of its highest value: a lower one changes little, and the way back would be long.
+    The coefficient itself is the integral, so what a bound cuts off is not made up for later.
 
     Args:
         l1_coeff: coefficients of any shape, fp32.
@@ -41,9 +40,7 @@ def next_l1_coeff(
         The coefficients of the next step, same shape and dtype.
     """
     if config.rule == "pi":
-        stepped = l1_coeff * _pi_factor(sparsity, memory, config)
-        if memory is not None:
-            stepped = torch.maximum(stepped, _FLOOR * memory[..., 1])
+        stepped = _pi_step(l1_coeff, sparsity, memory, config)
     else:
         too_dense = sparsity < config.target_sparsity
         stepped = torch.where(too_dense, l1_coeff * config.multiplier, l1_coeff / config.multiplier)
@@ -52,7 +49,9 @@ def next_l1_coeff(
     return stepped.clamp(config.floor, config.ceiling)
 
 
-def _pi_factor(sparsity: Tensor, memory: Tensor | None, config: ControllerConfig) -> Tensor:
+def _pi_step(
+    l1_coeff: Tensor, sparsity: Tensor, memory: Tensor | None, config: ControllerConfig
+) -> Tensor:
     def excess(sparsity: Tensor) -> Tensor:
         return (1 - sparsity) / (1 - config.target_sparsity) - 1
 
@@ -60,12 +59,15 @@ def _pi_factor(sparsity: Tensor, memory: Tensor | None, config: ControllerConfig
         return excess.clamp(-_BAND, _BAND)
 
     now = excess(sparsity)
-    move = _INTEGRAL * now.clamp(min=-_BAND)
-    if memory is not None:
-        last = memory[..., 0]
-        move = move + _PROPORTIONAL * (bounded(now) - bounded(excess(last))) * (last >= 0)
-    most = _FASTEST * math.log(config.multiplier)
-    return move.clamp(-most, most).exp()
+    move = _INTEGRAL * now
+    most = math.log(config.multiplier)
+    if memory is None:
+        return l1_coeff * move.clamp(-most, most).exp()
+    last, highest = memory.unbind(-1)
+    move = move + _PROPORTIONAL * (bounded(now) - bounded(excess(last))) * (last >= 0)
+    moved = l1_coeff * move.clamp(-most, most).exp()
+    least = torch.minimum(l1_coeff, _FLOOR * highest)
+    return torch.where(now.abs() <= _BAND, torch.maximum(moved, least), moved)
 
 
 def remember(l1_coeff: Tensor, sparsity: Tensor, memory: Tensor) -> Tensor:

@@ -185,20 +185,32 @@ def test_pi_rule_by_hand():
     assert controller.update(torch.tensor(0.875)).item() == pytest.approx(coeff)
 
 
-@pytest.mark.parametrize(("measured", "steps"), [(0.0, 1.6), (0.8, 1.6)])
-def test_pi_rule_is_limited_where_it_is_far_too_dense(measured, steps):
+@pytest.mark.parametrize(("measured", "steps"), [(0.0, 1), (0.8, 1), (0.99, -1)])
+def test_pi_rule_is_no_faster_than_the_sign_rule(measured, steps):
     controller = SparsityController(PI)
     assert controller.update(torch.tensor(measured)).item() == pytest.approx(1e-3 * 1.2**steps)
 
 
-def test_pi_rule_does_not_wind_down():
+@pytest.mark.parametrize("measured", [0.88, 0.9])
+def test_pi_rule_does_not_wind_down_near_the_target(measured):
     """300 steps above the target: the sign rule is at 1e-27, this one stops at a hundredth."""
     sign, pi = SparsityController(CONFIG), SparsityController(PI)
     for _ in range(300):
-        sign.update(torch.tensor(0.9))
-        pi.update(torch.tensor(0.9))
+        sign.update(torch.tensor(measured))
+        pi.update(torch.tensor(measured))
     assert sign.l1_coeff.item() < 1e-26
-    assert pi.l1_coeff.item() == pytest.approx(1e-3 * math.exp(-0.1) * 0.01, rel=1e-3)
+    first = 1e-3 * math.exp(-0.5 * (measured / 0.125 - 7))  # the highest that it has moved to
+    assert pi.l1_coeff.item() == pytest.approx(0.01 * first, rel=1e-2)
+
+
+def test_pi_rule_lets_go_where_nearly_all_gates_are_closed():
+    """No floor far from the target, nor a jump to it on the way back."""
+    pi = SparsityController(PI)
+    for _ in range(60):
+        pi.update(torch.tensor(0.99))
+    low = pi.l1_coeff.item()
+    assert low == pytest.approx(1e-3 / 1.2**60, rel=1e-3)
+    assert pi.update(torch.tensor(0.9)).item() <= low * 1.2001
 
 
 @pytest.mark.parametrize("config", [CONFIG, PI], ids=["sign", "pi"])

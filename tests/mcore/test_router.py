@@ -148,7 +148,7 @@ def test_the_pi_rule_remembers_the_step_before(rank):
     """At the same sparsity twice only its integral part moves the coefficient."""
     _, coeffs, sparsities = rank(update_twice, "pi")
     excess = (1 - sparsities[0]) / 0.25 - 1
-    move = min(0.5 * excess, 1.6 * math.log(1.2))
+    move = min(0.5 * excess, math.log(1.2))
     assert excess > 0 and coeffs[0] == coeffs[1]
     assert coeffs[0] == pytest.approx(1e-8 * math.exp(move), rel=1e-5)
     assert coeffs[2] == pytest.approx(coeffs[0] * math.exp(move), rel=1e-5)
