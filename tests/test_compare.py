@@ -153,7 +153,7 @@ def test_settings_of_a_router_are_compared_with_a_baseline(tmp_path):
     topk(tmp_path, "topk", 2.0, seed=1)
     runs = tables.load_runs([tmp_path])
     comparison = tables.compare(runs, baseline=tmp_path / "1e-08-2")
-    names = [f"ReMoE, moe_relu_l1_reg_coeff_init {v}" for v in (1e-12, 1e-8, 1e-4)]
+    names = [f"ReMoE, l1_reg_coeff_init {v}" for v in (1e-12, 1e-8, 1e-4)]
     assert [g.name for g in comparison.groups] == ["TopK", *names]  # in the order of the values
     own = [d for d in comparison.differences if d.second != "TopK"]
     assert [(d.first, d.second) for d in own] == [(names[0], names[1]), (names[2], names[1])]

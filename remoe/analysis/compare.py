@@ -141,7 +141,11 @@ class Group:
 
     @property
     def name(self) -> str:
-        return ", ".join([self.router, *(f"{key} {value}" for key, value in self.settings)])
+        short = (
+            f"{key.removeprefix('moe_').removeprefix('relu_')} {value}"
+            for key, value in self.settings
+        )
+        return ", ".join([self.router, *short])
 
     @property
     def any_run(self) -> Run:
