@@ -50,9 +50,11 @@ def _draw(path: Path, draw: Callable[[Any, list[Group]], None], groups: list[Gro
 
 
 def _style(group: Group, groups: list[Group]) -> dict[str, Any]:
-    """A color by router, and a line by what else the group is."""
+    """A color by router, and a line by what else the group is; of one router a color by that."""
     same = [g for g in groups if g.router == group.router]
     index = next(i for i, g in enumerate(same) if g is group)
+    if len(same) == len(groups) > 1:
+        return {"color": f"C{index}"}
     return {"color": _COLORS[group.router], "linestyle": _STYLES[index % len(_STYLES)]}
 
 
