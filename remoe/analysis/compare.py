@@ -142,7 +142,8 @@ class Group:
     @property
     def name(self) -> str:
         short = (
-            f"{key.removeprefix('moe_').removeprefix('relu_')} {value}"
+            f"{key.removeprefix('moe_').removeprefix('relu_')} "
+            f"{'default' if value is None else value}"
             for key, value in self.settings
         )
         return ", ".join([self.router, *short])
