@@ -121,6 +121,7 @@ def peak_in_fresh_process(case: Case) -> int:
     """
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     environment["THP_MEM_ALLOC_ENABLE"] = "0"  # huge pages are resident as a whole
+    environment["MALLOC_MMAP_MAX_"] = "65536"  # the default, which training sets to none
     done = subprocess.run(
         [sys.executable, "-m", "megatron.remoe.bench.memory", json.dumps(asdict(case))],
         env=dict(os.environ) | environment,
