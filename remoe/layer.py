@@ -214,7 +214,8 @@ def update_l1_coeff(model: nn.Module) -> Tensor:
     layers = remoe_layers(model)
     counts = torch.stack([layer.counts for layer in layers])
     sparsity_L = sparsity(counts[:, :-1], counts[:, -1])
-    move_l1_coeff(layers, sparsity_L.mean(), layers[0].config.controller)
+    mean = sparsity_L.mean()
     for layer in layers:
+        move_l1_coeff([layer], mean, layer.config.controller)
         layer.counts.zero_()
     return sparsity_L

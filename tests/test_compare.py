@@ -124,7 +124,7 @@ def test_accuracy_is_a_column_where_runs_were_evaluated(tmp_path):
     comparison = tables.compare(tables.load_runs([tmp_path]))
     first, second = (line for line in comparison.to_markdown().splitlines()[2:4])
     assert "|  |" in first and "| 55.00 |" in second
-    assert len(runs) == 2 and [group.row()["accuracy"] for group in comparison.groups] == [
+    assert len(runs) == 2 and [group.row["accuracy"] for group in comparison.groups] == [
         None,
         pytest.approx(0.55),
     ]
@@ -167,7 +167,7 @@ def test_oscillation_is_of_the_last_hundred_rows(tmp_path):
     fast, slow = [-0.01, 0.01] * 50, [0.02, -0.02] * 5
     steps = [0.0] * 50 + [TARGET + f + slow[i // 10] for i, f in enumerate(fast)]
     comparison = tables.compare([Run.load(remoe(tmp_path, "run", 1.0, steps))])
-    row = comparison.groups[0].row()
+    row = comparison.groups[0].row
     assert row["oscillation"] == pytest.approx(0.02)
     assert row["deviation"] == pytest.approx(math.hypot(0.01, 0.02))
     assert "| 0.0224 | 0.0200 | 1.0e-08 | 1.0e-08 |" in comparison.to_markdown()

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron.remoe.experts import GroupedExperts
-from remoe.kernels.chunks import CHUNK, SLACK, Chunk, plan_chunks
+from remoe.kernels.chunks import Chunk, Limits, plan_chunks
 
 
 @dataclass
@@ -57,20 +57,19 @@ class AssignmentBudget:
             rows: assignments that the fullest rank would hold.
             balanced: those of a rank at topk per token.
         """
-        share = max(1.0, self.max_assignments or balanced)
-        chunk = share if self.max_assignments else max(1.0, CHUNK * share)
-        allowed = share if self.max_assignments else SLACK * share
+        limits = Limits.of(balanced, self.max_assignments)
+        fits = rows <= limits.at_once
         if not torch.is_grad_enabled():  # nothing is kept
-            return None if rows <= allowed else chunk
+            return None if fits else limits.chunk
         if layer <= self._last_layer:  # another forward
             self._held = 0.0
         self._last_layer = layer
         # A dense layer leaves room for a chunk of those that follow.
-        room = 0.0 if rows <= allowed else share
-        if self._held + rows <= self.num_layers * allowed - room:
+        room = 0.0 if fits else limits.share
+        if self._held + rows <= self.num_layers * limits.at_once - room:
             self._held += rows
             return None
-        return chunk
+        return limits.chunk
 
 
 def plan(
@@ -186,13 +185,3 @@ class ChunkOfLayer:
             part, dict(zip(names, weights, strict=True)), (rows, counts, prob)
         )
         return output
-
-
-def main_grads(weights: Sequence[torch.nn.Parameter]) -> list[Tensor] | None:
-    """Buffers of Megatron's DDP that the weights' gradients are to be added to, if it made them."""
-    buffers = [getattr(weight, "main_grad", None) for weight in weights]
-    if not all(isinstance(buffer, Tensor) for buffer in buffers):
-        return None
-    for weight in weights:
-        weight.grad_added_to_main_grad = True
-    return buffers

@@ -5,15 +5,16 @@ from typing import Annotated
 
 import typer
 
-from megatron.remoe.cli_convert import Force, Tokenizer, prepare, progress
-
-_TP = Annotated[int, typer.Option("--tensor-parallel", help="Ranks that share a layer.")]
-_PP = Annotated[int, typer.Option("--pipeline-parallel", help="Pipeline stages.")]
-_EP = Annotated[int, typer.Option("--expert-parallel", help="Ranks that share the experts.")]
-_Vocab = Annotated[
-    int | None,
-    typer.Option("--padded-vocab-size", help="Rows of the embedding.", show_default="as before"),
-]
+from megatron.remoe.cli_convert import (
+    ExpertParallel,
+    Force,
+    PaddedVocabSize,
+    PipelineParallel,
+    TensorParallel,
+    Tokenizer,
+    prepare,
+    progress,
+)
 
 
 def from_fork(
@@ -21,10 +22,10 @@ def from_fork(
         Path, typer.Argument(help="Checkpoint of the published implementation, or their folder.")
     ],
     out: Annotated[Path, typer.Argument(help="Folder to make, with hf/ and megatron/ in it.")],
-    tensor_parallel: _TP = 1,
-    pipeline_parallel: _PP = 1,
-    expert_parallel: _EP = 1,
-    padded_vocab_size: _Vocab = None,
+    tensor_parallel: TensorParallel = 1,
+    pipeline_parallel: PipelineParallel = 1,
+    expert_parallel: ExpertParallel = 1,
+    padded_vocab_size: PaddedVocabSize = None,
     tokenizer: Tokenizer = None,
     force: Force = False,
 ) -> None:
@@ -63,10 +64,10 @@ def upcycle(
     tokens: Annotated[int, typer.Option(min=512, help="How many tokens of them.")] = 8192,
     spread: Annotated[float, typer.Option(help="Noise of a gate, relative to its mean.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Of noise and samples.")] = 0,
-    tensor_parallel: _TP = 1,
-    pipeline_parallel: _PP = 1,
-    expert_parallel: _EP = 1,
-    padded_vocab_size: _Vocab = None,
+    tensor_parallel: TensorParallel = 1,
+    pipeline_parallel: PipelineParallel = 1,
+    expert_parallel: ExpertParallel = 1,
+    padded_vocab_size: PaddedVocabSize = None,
     tokenizer: Tokenizer = None,
     force: Force = False,
 ) -> None:

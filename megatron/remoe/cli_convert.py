@@ -15,6 +15,15 @@ Tokenizer = Annotated[
     Path | None,
     typer.Option(help="Tokenizer folder or tokenizer.json.", show_default="the run's"),
 ]
+TensorParallel = Annotated[int, typer.Option(help="Ranks that share a layer.")]
+PipelineParallel = Annotated[int, typer.Option(help="Pipeline stages.")]
+ExpertParallel = Annotated[int, typer.Option(help="Ranks that share the experts.")]
+PaddedVocabSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Rows of the embedding.", show_default="as before, or the next multiple of 128"
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 _TEXT = """The router gives every token to the experts whose logit is positive.
 
@@ -62,15 +71,10 @@ def to_hf(
 def to_megatron(
     source: Annotated[Path, typer.Argument(help="Hugging Face folder, remoe or llama.")],
     out: Annotated[Path, typer.Argument(help="Folder of checkpoints to make.")],
-    tensor_parallel: Annotated[int, typer.Option(help="Ranks that share a layer.")] = 1,
-    pipeline_parallel: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
-    expert_parallel: Annotated[int, typer.Option(help="Ranks that share the experts.")] = 1,
-    padded_vocab_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Rows of the embedding.", show_default="as before, or the next multiple of 128"
-        ),
-    ] = None,
+    tensor_parallel: TensorParallel = 1,
+    pipeline_parallel: PipelineParallel = 1,
+    expert_parallel: ExpertParallel = 1,
+    padded_vocab_size: PaddedVocabSize = None,
     force: Force = False,
 ) -> None:
     """Make a checkpoint that Megatron trains on, with the model's flags in model.yaml."""

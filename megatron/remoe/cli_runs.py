@@ -152,10 +152,11 @@ def compare(
 
     loaded = tables.load_runs(runs)
     comparison = tables.compare(loaded, baseline)
-    typer.echo(comparison.to_markdown())
+    table = comparison.to_markdown()
+    typer.echo(table)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "table.md").write_text(comparison.to_markdown() + "\n")
+        (out / "table.md").write_text(table + "\n")
         (out / "table.csv").write_text(comparison.to_csv())
         for path in figures.draw_all(comparison, out):
             typer.echo(path)

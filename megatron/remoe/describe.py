@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from megatron.remoe.config import RunConfig, check, megatron_parser, to_argv
 from remoe.analysis.memory import Layout, activation_bytes
 from remoe.analysis.size import ModelSize
+from remoe.kernels.chunks import UNLIMITED
 
 _GB = 1e9
 
@@ -97,7 +98,7 @@ def describe(config: RunConfig, world: int) -> Description:
         weights_gb=compute_weight_and_optimizer_memory(args) / _GB,
         dense_gb=activation_bytes(size, layout, most) / _GB,
         stable_gb=activation_bytes(size, layout, size.topk) / _GB,
-        at_once_gb=activation_bytes(size, replace(layout, max_assignments=10**15), most) / _GB,
+        at_once_gb=activation_bytes(size, replace(layout, max_assignments=UNLIMITED), most) / _GB,
         layout=_in_words(args, layout),
     )
 

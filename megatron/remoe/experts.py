@@ -92,7 +92,7 @@ class GroupedExperts(MegatronModule):
     ) -> tuple[Tensor, None]:
         """Rows `[A, H]` sorted by expert, counts `[E]` on the host, probs `[A]`: to `[A, H]`."""
         weights = (self.linear_fc1, self.linear_fc2)
-        buffers = _main_grads(weights) if torch.is_grad_enabled() else None
+        buffers = main_grads(weights, same_dtype=True)
         rows = permuted_local_hidden_states
         return self.compute(rows, tokens_per_expert, permuted_probs, weights, buffers), None
 
@@ -102,7 +102,7 @@ class GroupedExperts(MegatronModule):
         tokens_per_expert: Tensor,
         probs: Tensor,
         weights: Sequence[Tensor],
-        main_grads: tuple[Tensor, Tensor] | None = None,
+        buffers: Sequence[Tensor] | None = None,
         *,
         only_for_backward: bool = False,
     ) -> Tensor:
@@ -113,7 +113,7 @@ class GroupedExperts(MegatronModule):
             weights[0],
             weights[1],
             tokens_per_expert.tolist(),
-            main_grads=main_grads,
+            main_grads=buffers,
             only_for_backward=only_for_backward,
         )
 
@@ -200,12 +200,25 @@ def _check(config: TransformerConfig) -> None:
             )
 
 
-def _main_grads(weights: tuple[torch.nn.Parameter, ...]) -> tuple[Tensor, Tensor] | None:
-    """Buffers of Megatron's DDP that backward may add to, which saves a copy of all gradients."""
-    buffers = [getattr(weight, "main_grad", None) for weight in weights]
-    for weight, buffer in zip(weights, buffers, strict=True):
-        if buffer is None or buffer.dtype != weight.dtype or not weight.requires_grad:
+def main_grads(
+    weights: Sequence[torch.nn.Parameter], *, same_dtype: bool = False
+) -> list[Tensor] | None:
+    """Buffers of Megatron's DDP that backward may add to, which saves a copy of all gradients.
+
+    Args:
+        weights: marked as done, when there are buffers for all of them and gradients are computed.
+        same_dtype: only buffers of the weights' dtype will do.
+    """
+    if not torch.is_grad_enabled():
+        return None
+    buffers = []
+    for weight in weights:
+        buffer = getattr(weight, "main_grad", None)
+        if buffer is None or not weight.requires_grad:
             return None
+        if same_dtype and buffer.dtype != weight.dtype:
+            return None
+        buffers.append(buffer)
     for weight in weights:
         weight.grad_added_to_main_grad = True
-    return tuple(buffers)
+    return buffers

@@ -337,8 +337,9 @@ def summarise(run_dir: Path, console: Console) -> None:
             if cost.peak_memory is not None:
                 text += f", peak memory {cost.peak_memory / 1e9:.2f} GB"
             table.add_row(f"{cost.name} stage", text)
-        if run.early_overhead is not None:
-            table.add_row("time above the stable stage's speed", f"{run.early_overhead:.2%}")
+        overhead = run.early_overhead
+        if overhead is not None:
+            table.add_row("time above the stable stage's speed", f"{overhead:.2%}")
     for split, loss in sorted(run.last_evaluation().items()):
         table.add_row(f"loss, {split}", _loss(loss, 4))
     console.print(table)

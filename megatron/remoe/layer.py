@@ -2,7 +2,6 @@
 
 import copy
 
-import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
@@ -13,11 +12,11 @@ from megatron.remoe.chunking import (
     AssignmentBudget,
     ChunkOfLayer,
     can_chunk,
-    main_grads,
     plan,
     wait_for_parameters,
 )
 from megatron.remoe.dispatcher import DISPATCHERS, is_dropless
+from megatron.remoe.experts import main_grads
 from remoe.kernels import Chunk, run_chunks
 
 
@@ -112,7 +111,7 @@ class DroplessMoELayer(MoELayer):
             hidden_states.flatten(end_dim=-2),
             probs,
             weights,
-            main_grads=main_grads(weights) if torch.is_grad_enabled() else None,
+            main_grads=main_grads(weights),
         ).view_as(hidden_states)
         self._routing_map = None
         return output if shared is None else output + shared, None

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +98,19 @@ def oscillation(run: Run) -> float | None:
 
     A single step's is mostly that of its batch. None for a router without sparsity.
     """
-    values = [row["sparsity"] for row in run.train[-_OSCILLATION_ROWS:] if "sparsity" in row]
-    parts = [values[i : i + _OSCILLATION_MEAN] for i in range(0, len(values), _OSCILLATION_MEAN)]
-    return statistics.pstdev(map(statistics.fmean, parts)) if values else None
+    return _deviation(run, _OSCILLATION_MEAN)
 
 
 def deviation(run: Run) -> float | None:
     """Standard deviation of the sparsity over the last 100 rows, step by step."""
+    return _deviation(run, 1)
+
+
+def _deviation(run: Run, rows: int) -> float | None:
+    """In means of so many rows."""
     values = [row["sparsity"] for row in run.train[-_OSCILLATION_ROWS:] if "sparsity" in row]
-    return statistics.pstdev(values) if values else None
+    parts = [values[i : i + rows] for i in range(0, len(values), rows)]
+    return statistics.pstdev(map(statistics.fmean, parts)) if parts else None
 
 
 def accuracy(run: Run) -> float | None:
@@ -164,6 +169,7 @@ class Group:
         except ValueError:
             return None
 
+    @cached_property
     def row(self) -> dict[str, Any]:
         """The line of the table, unrounded."""
         runs, losses = list(self.runs.values()), list(self.losses.values())
@@ -242,7 +248,7 @@ class Comparison:
     differences: list[Difference]
 
     def to_csv(self) -> str:
-        rows = [group.row() for group in self.groups]
+        rows = [group.row for group in self.groups]
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -250,7 +256,7 @@ class Comparison:
         return text.getvalue()
 
     def to_markdown(self) -> str:
-        rows = [group.row() for group in self.groups]
+        rows = [group.row for group in self.groups]
         lines = _table(rows, _QUALITY)
         routed = [row for row in rows if row["sparsity"] is not None]
         if routed:

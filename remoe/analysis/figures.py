@@ -108,7 +108,7 @@ def _against(label: str, value: Callable[[Group], float | None]) -> Callable[...
     def draw(axis: Any, groups: list[Group]) -> None:
         for router in dict.fromkeys(group.router for group in groups):
             points = [(value(g), g) for g in groups if g.router == router]
-            known = [(x, g.row()) for x, g in points if x is not None]
+            known = [(x, g.row) for x, g in points if x is not None]
             known.sort(key=lambda point: point[0])
             if known:
                 axis.errorbar(

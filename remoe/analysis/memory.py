@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from remoe.analysis.size import ModelSize
-from remoe.kernels.chunks import CHUNK, SLACK
+from remoe.kernels.chunks import Limits
 
 Recompute = Literal["none", "moe", "full"]
 _INDEX_BYTES = 3 * 8  # of an assignment: its token, its probability's place, its place by token
@@ -101,14 +101,11 @@ def layers_at_once(
     Returns:
         The number of layers, and the rows of the other layers' chunks, None if there are none.
     """
-    share = max_assignments or balanced
-    allowed = share if max_assignments else SLACK * share
-    if rows <= allowed:
+    limits = Limits.of(balanced, max_assignments)
+    if rows <= limits.at_once:
         return num_layers, None
-    at_once = max(0, int((num_layers * allowed - share) // rows))
-    if at_once >= num_layers:
-        return num_layers, None
-    return at_once, share if max_assignments else CHUNK * share
+    at_once = max(0, int((num_layers * limits.at_once - limits.share) // rows))
+    return (num_layers, None) if at_once >= num_layers else (at_once, limits.chunk)
 
 
 def activation_bytes(size: ModelSize, layout: Layout, active_experts: float) -> float:

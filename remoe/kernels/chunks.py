@@ -23,6 +23,7 @@ SLACK = 1.25
 # Beside the rows that a layer keeps and passes on, 3H + 2F wide, an expert needs 2H + 4F for each
 # of its own rows in backward, and a chunk may be one expert: a third of the rows is never more.
 CHUNK = 1 / 3
+UNLIMITED = 10**15  # as `max_assignments`: more than any layer has
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,30 @@ class Chunk:
         return slice(
             num_tokens * self.part // self.parts, num_tokens * (self.part + 1) // self.parts
         )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Numbers of a layer's assignments on a rank.
+
+    Attributes:
+        share: what is set aside for the layer.
+        at_once: what may be computed at once, mean over the layers that keep their activations.
+        chunk: what a chunk may have.
+    """
+
+    share: float
+    at_once: float
+    chunk: float
+
+    @classmethod
+    def of(cls, balanced: float, max_assignments: int | None) -> "Limits":
+        """Given the assignments at topk per token, and the limit; None is the automatic one."""
+        if max_assignments:
+            share = max(1.0, max_assignments)
+            return cls(share, share, share)
+        share = max(1.0, balanced)
+        return cls(share, SLACK * share, max(1.0, CHUNK * share))
 
 
 def plan_chunks(rows_per_expert: Sequence[float], max_rows: float) -> list[Chunk]:

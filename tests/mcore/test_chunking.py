@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megatron.remoe.verify.ranks import Ranks
+from remoe.kernels.chunks import UNLIMITED
 from tests.mcore import moe_cases
 from tests.mcore.moe_cases import EXPERTS, Layout
 
-UNLIMITED = 10**9
 DENSE = 1e3  # shift of the router's weights: nearly all experts for nearly all tokens
 LIMITS = {"parts of an expert": 5, "an expert": 16, "two experts": 40}
 

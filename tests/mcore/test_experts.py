@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron.remoe.verify.ranks import Ranks
+from remoe.kernels.chunks import UNLIMITED
 from tests.mcore import moe_cases
 from tests.mcore.moe_cases import Layout
 
@@ -146,7 +147,7 @@ def test_gradients_go_to_the_main_gradients_of_ddp(ranks):
 
 
 def main_gradients(dtype):
-    layer = moe_cases.build_layer(Layout(), 0.0, max_assignments=10**9)  # all at once
+    layer = moe_cases.build_layer(Layout(), 0.0, max_assignments=UNLIMITED)
     x = moe_cases.inputs(0)
     layer(x)[0].sum().backward()
     parameters = [layer.experts.linear_fc1, layer.experts.linear_fc2]

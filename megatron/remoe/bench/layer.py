@@ -175,10 +175,7 @@ def _megatron(
         variants.append(("TopK, Transformer Engine's experts", topk, spec))
     found = []
     for name, config, spec in variants:
-        layer = spec.layer_specs[0].submodules.mlp(config=config, layer_number=1)
-        layer.set_layer_number(1)
-        layer = layer.to(**shape.like).train()
-        fill(layer, router, gate_up, down)
+        layer = megatron_layer(shape, config, spec, router, gate_up, down)
         found.append(_step(name, layer, x.unsqueeze(1), lambda x, layer=layer: layer(x)[0]))
     return found
 
@@ -214,18 +211,23 @@ def megatron_config(shape: Shape, **changes: Any):
 
 
 @torch.no_grad()
-def fill(layer, router: Tensor, gate_up: Tensor, down: Tensor) -> None:
-    """Give a layer known weights."""
+def megatron_layer(
+    shape: Shape, config, spec, router: Tensor, gate_up: Tensor, down: Tensor
+) -> torch.nn.Module:
+    """The MoE layer of a block's spec, with known weights."""
     from megatron.remoe.experts import GroupedExperts
 
+    layer = spec.layer_specs[0].submodules.mlp(config=config, layer_number=1)
+    layer.set_layer_number(1)
+    layer = layer.to(**shape.like).train()
     layer.router.weight.copy_(router)
     if isinstance(layer.experts, GroupedExperts):
         layer.experts.linear_fc1.copy_(gate_up)
         layer.experts.linear_fc2.copy_(down)
-        return
     for i, expert in enumerate(getattr(layer.experts, "local_experts", [])):
         expert.linear_fc1.weight.copy_(gate_up[i])
         expert.linear_fc2.weight.copy_(down[i])
+    return layer
 
 
 def _hugging_face(

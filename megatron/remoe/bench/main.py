@@ -1,6 +1,5 @@
 """The commands `remoe bench ...`: what to compare, and what to print."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from megatron.remoe.bench import layer as layers
 from megatron.remoe.bench import memory as memories
 from megatron.remoe.bench import parts
 from megatron.remoe.bench import step as steps
-from megatron.remoe.bench.timing import Measured, machine, measure, report
+from megatron.remoe.bench.timing import Measured, measure, report, save
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -138,10 +137,8 @@ def memory(
             f"{row['peak_mb']:.1f}", f"{row['estimate_mb']:.1f}", f"{row['of_stable']:.2f}", time,
         )  # fmt: skip
     console.print(table)
-    if json_path is not None:
-        settings = {"tokens": tokens, "hidden": hidden, "ffn": ffn, "topk": topk, "rounds": rounds}
-        record = {"settings": settings, "machine": machine(), "rows": rows}
-        json_path.write_text(json.dumps(record, indent=1) + "\n")
+    settings = {"tokens": tokens, "hidden": hidden, "ffn": ffn, "topk": topk, "rounds": rounds}
+    save({"settings": settings, "rows": rows}, json_path)
 
 
 def _growth(rows: list[Measured], names: list[str], console: Console) -> None:

@@ -18,11 +18,17 @@ from typing import Any
 import torch
 
 from megatron.remoe import cpu, peak
-from megatron.remoe.bench.layer import Shape, fill, initialize, inputs, megatron_config, weights
+from megatron.remoe.bench.layer import (
+    Shape,
+    initialize,
+    inputs,
+    megatron_config,
+    megatron_layer,
+    weights,
+)
 from megatron.remoe.bench.timing import Alternative, measure
 from remoe.analysis.memory import ExpertsMemory, layers_at_once, routing_bytes
-
-NEVER = 10**15  # more assignments than any layer has
+from remoe.kernels.chunks import UNLIMITED
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,15 @@ class Case:
         return Shape(self.tokens, self.hidden, self.ffn, self.experts, self.active, device=device)
 
     @property
+    def max_assignments(self) -> int | None:
+        return None if self.chunked else UNLIMITED
+
+    @property
     def estimate(self) -> float:
         """Bytes by the model of memory that `remoe describe` uses."""
         memory = ExpertsMemory(self.hidden, self.ffn)
         rows, balanced = self.active * self.tokens, self.topk * self.tokens
-        limit = None if self.chunked else NEVER
-        _, chunk = layers_at_once(1, rows, balanced, limit)
+        _, chunk = layers_at_once(1, rows, balanced, self.max_assignments)
         rows_and_sums = 2 * self.tokens * self.hidden * 4  # output, and the input's gradient
         routing = routing_bytes(self.tokens, self.experts, 4)
         return memory.peak(rows, rows / self.experts, chunk) + rows_and_sums + routing
@@ -85,12 +94,9 @@ def build(case: Case) -> Callable[[int], None]:
     shape = case.shape
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=shape.device))
     config = megatron_config(shape, moe_router_topk=case.topk)
-    spec = block_spec(config, ReLURouting(max_assignments=None if case.chunked else NEVER))
-    layer = spec.layer_specs[0].submodules.mlp(config=config, layer_number=1)
-    layer.set_layer_number(1)
-    layer = layer.to(**shape.like).train()
+    spec = block_spec(config, ReLURouting(max_assignments=case.max_assignments))
     x, router = inputs(shape)
-    fill(layer, router, *weights(shape, case.experts))
+    layer = megatron_layer(shape, config, spec, router, *weights(shape, case.experts))
     for parameter in layer.parameters():
         parameter.main_grad = torch.ones_like(parameter)  # touched
     x = x.unsqueeze(1)

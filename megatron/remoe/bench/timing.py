@@ -119,18 +119,17 @@ def report(
             row.name, f"{row.milliseconds:.2f}", f"{row.spread:.0%}", f"{row.ratio:.3f}", *values
         )
     console.print(table)
+    record = {"title": title, "baseline": baseline, "settings": settings}
+    save(record | {"rows": [asdict(row) for row in rows]}, json_path)
+
+
+def save(record: dict[str, Any], json_path: Path | None) -> None:
+    """Write what was measured with the machine as JSON, if asked."""
     if json_path is not None:
-        record = {
-            "title": title,
-            "baseline": baseline,
-            "settings": settings,
-            "machine": machine(),
-            "rows": [asdict(row) for row in rows],
-        }
-        json_path.write_text(json.dumps(record, indent=1) + "\n")
+        json_path.write_text(json.dumps(record | {"machine": _machine()}, indent=1) + "\n")
 
 
-def machine() -> dict[str, Any]:
+def _machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     return {
         "device": torch.cuda.get_device_name() if cpu.has_gpu() else platform.machine(),

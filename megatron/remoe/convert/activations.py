@@ -10,18 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from megatron.remoe.convert.exported import check_vocabulary
+
 _BATCH = 8
 _SAMPLE_LENGTH = 256
-
-
-def load(folder: Path, kind: str) -> Any:
-    """The model of a Hugging Face folder, `llama` or `remoe`, in fp32."""
-    from transformers import LlamaForCausalLM
-
-    from remoe.hf import ReMoEForCausalLM
-
-    cls = ReMoEForCausalLM if kind == "remoe" else LlamaForCausalLM
-    return cls.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def tokens_for(model: Any, data: list[Path] | None, num_tokens: int, seed: int) -> Tensor:
@@ -46,11 +38,7 @@ def tokens_for(model: Any, data: list[Path] | None, num_tokens: int, seed: int) 
             f"the data has {len(found)} tokens of the {count * length} that are asked for; name "
             f"more (--data), or ask for fewer (--tokens)"
         )
-    if int(found.max()) >= model.config.vocab_size:
-        raise ValueError(
-            f"the data has token {int(found.max())}, the model's vocabulary has "
-            f"{model.config.vocab_size} entries; tokenize with the model's tokenizer"
-        )
+    check_vocabulary(int(found.max()), model)
     pieces = found[: count * length].view(count, length)
     return pieces[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
 

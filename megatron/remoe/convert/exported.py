@@ -1,27 +1,61 @@
-"""Any model as a Hugging Face folder: as it is, or exported for the time of its use."""
+"""Any model as transformers loads it: as it is, or exported for the time of its use."""
 
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
 
 import remoe.hf  # noqa: F401, registers the model with transformers
-from megatron.remoe.convert.export import to_hf
-from megatron.remoe.convert.source import HFSource
+from megatron.remoe.convert.export import export
+from megatron.remoe.convert.source import HFSource, MegatronSource, open_source
 
 
 @contextmanager
-def exported(path: Path, tokenizer: Path | None = None) -> Iterator[Path]:
-    """The folder of a model with its tokenizer; that of a run or checkpoint is temporary.
+def exported(source: MegatronSource | HFSource) -> Iterator[Path]:
+    """The Hugging Face folder of a model; that of a checkpoint is temporary."""
+    if isinstance(source, HFSource):
+        yield source.path
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        export(source, folder)
+        yield folder
+
+
+@contextmanager
+def exported_with_tokenizer(path: Path, tokenizer: Path | None = None) -> Iterator[Path]:
+    """`exported` for a model with a tokenizer, its own or the one that is given for a run.
 
     Raises:
         ValueError: no model there, or no tokenizer.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = path
-        if not (path / "config.json").is_file():
-            folder = Path(scratch) / "model"
-            to_hf(path, folder, tokenizer=tokenizer)
-        if HFSource(folder).tokenizer is None:
-            raise ValueError(f"{path} has no tokenizer; name one (--tokenizer PATH)")
+    source = open_source(path, tokenizer)
+    if source.tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer; name one (--tokenizer PATH)")
+    with exported(source) as folder:
         yield folder
+
+
+def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> Any:
+    """The model of a Hugging Face folder, on the CPU; None is the dtype of its weights."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", trust_remote_code=False
+    ).eval()
+
+
+def check_vocabulary(largest: int, model: Any) -> None:
+    """Whether data up to this token is of the model's vocabulary.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"the data has token {largest}, the model's vocabulary has "
+            f"{model.config.vocab_size} entries; tokenize with the model's tokenizer"
+        )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.remoe.convert.exported import load
 from megatron.remoe.convert.restore import Layout, flags_of
 from megatron.remoe.convert.source import HFSource, MegatronSource
 from megatron.remoe.verify.ranks import Ranks, initialize_layout
@@ -70,13 +71,8 @@ def forward(
 def _transformers(
     source: HFSource, tokens: list[int], dtype: torch.dtype, prompt: int, new_tokens: int
 ) -> Forward:
-    from transformers import LlamaForCausalLM
-
-    from remoe.hf import ReMoEForCausalLM
-
     is_moe = source.config["model_type"] == "remoe"
-    cls = ReMoEForCausalLM if is_moe else LlamaForCausalLM
-    model = cls.from_pretrained(source.path, dtype=dtype).eval()
+    model = load(source.path, dtype)
     routing = {"output_routing": True} if is_moe else {}
     with torch.no_grad():
         output = model(torch.tensor([tokens]), **routing)

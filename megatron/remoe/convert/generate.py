@@ -1,14 +1,12 @@
 """Text from a model: a Hugging Face folder, or a run that is converted on the way."""
 
-import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron.remoe.convert.export import to_hf
+from megatron.remoe.convert.exported import exported_with_tokenizer, load
 
 
 def generate(
@@ -44,24 +42,12 @@ def generate(
             f"max-new-tokens is {max_new_tokens}, temperature {temperature}, top-p {top_p}; they "
             f"must be at least 1, at least 0, and in (0, 1]"
         )
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers import AutoTokenizer, TextStreamer
 
-    import remoe.hf  # noqa: F401, registers the model
-    from megatron.remoe.convert.source import HFSource
-
-    with ExitStack() as stack:
-        if not (path / "config.json").is_file():
-            scratch = stack.enter_context(tempfile.TemporaryDirectory())
-            to_hf(path, Path(scratch) / "model", tokenizer=tokenizer)
-            path = Path(scratch) / "model"
-        source = HFSource(path)
-        if source.tokenizer is None:
-            raise ValueError(f"{path} has no tokenizer; name one (--tokenizer PATH)")
-        tokens = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", trust_remote_code=False
-        )
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    with exported_with_tokenizer(path, tokenizer) as folder:
+        tokens = AutoTokenizer.from_pretrained(folder)
+        model = load(folder, dtype)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     class Streamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

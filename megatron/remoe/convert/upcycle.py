@@ -11,15 +11,15 @@ Shapes: T tokens, H hidden, E copies, G slices, D dense width, F = D / G.
 """
 
 import tempfile
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron.remoe.convert.activations import load, mean_loss, mlp_inputs, tokens_for
-from megatron.remoe.convert.export import Progress, export, to_hf
+from megatron.remoe.convert.activations import mean_loss, mlp_inputs, tokens_for
+from megatron.remoe.convert.export import Progress, export
+from megatron.remoe.convert.exported import exported, load
 from megatron.remoe.convert.restore import Layout, to_megatron
 from megatron.remoe.convert.source import HFSource, MegatronSource, open_source, validated
 from remoe.config import apply_granularity
@@ -106,12 +106,8 @@ def upcycle(
         raise ValueError(f"{path} has experts already; upcycling starts from a dense model")
     config, layout = _mixture_config(dense.config, settings), layout or Layout()
     layout.check(config)
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        if isinstance(dense, MegatronSource):
-            to_hf(path, scratch / "dense", tokenizer=tokenizer)
-        folder = scratch / "dense" if isinstance(dense, MegatronSource) else path
-        model = load(folder, "llama")
+    with exported(dense) as folder, tempfile.TemporaryDirectory() as scratch:
+        model = load(folder)
         tokens = tokens_for(model, data, num_tokens, settings.seed)
         half = len(tokens) // 2
         inputs = mlp_inputs(model, tokens)
@@ -124,10 +120,10 @@ def upcycle(
         dense_loss = mean_loss(model, tokens[half:])
         del model
         source = _Mixture(dense, config, routers, settings)
-        export(source, scratch / "mixture", progress=progress)
-        mixture = load(scratch / "mixture", "remoe")
-        loss = mean_loss(mixture, tokens[half:])
-        made = to_megatron(scratch / "mixture", out, layout=layout, force=force)
+        mixture = Path(scratch) / "mixture"
+        export(source, mixture, progress=progress)
+        loss = mean_loss(load(mixture), tokens[half:])
+        made = to_megatron(mixture, out, layout=layout, force=force)
     gates = [torch.relu(y @ w.T) for y, w in zip(held_out, routers, strict=True)]
     sums = torch.stack([g.view(len(g), settings.num_experts, -1).sum(dim=1) for g in gates])
     active = torch.stack([(g > 0).float().mean() for g in gates]).mean()

@@ -80,10 +80,10 @@ def evaluate(request: Request) -> dict[str, dict[str, float]]:
     tasks = [name for task in request.tasks for name in (TASKS if task == PAPER else (task,))]
     manager = _manager(tasks, request.include)
     _fetch(manager, tasks)
-    from megatron.remoe.convert.exported import exported
+    from megatron.remoe.convert.exported import exported_with_tokenizer
 
     tokenizer = Path(request.tokenizer) if request.tokenizer else None
-    with exported(Path(request.model), tokenizer) as folder:
+    with exported_with_tokenizer(Path(request.model), tokenizer) as folder:
         results: Any = lm_eval.simple_evaluate(
             model="hf",
             model_args={"pretrained": str(folder), "dtype": request.dtype},

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from megatron.remoe.convert.export import Progress, to_hf
+from megatron.remoe.convert.export import Progress
+from megatron.remoe.convert.exported import check_vocabulary, exported, load
 from megatron.remoe.convert.source import MegatronSource, open_source
 
 DEFAULT_SEED = 1234  # Megatron's
@@ -86,11 +87,9 @@ def perplexity(
         seed = getattr(source.args, "seed", None) if isinstance(source, MegatronSource) else None
     facts = config.get("training_facts") or {}
     length = sequence_length or facts.get("sequence_length") or config["max_position_embeddings"]
+    with exported(source) as folder:
+        model = load(folder, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as scratch:
-        if isinstance(source, MegatronSource):
-            to_hf(path, Path(scratch) / "model")
-            path = Path(scratch) / "model"
-        model = _load(path, config["model_type"], dtype)
         sets = {
             name: _dataset(prefix, length, seed or DEFAULT_SEED, Path(scratch))
             for name, prefix in domains.items()
@@ -105,16 +104,6 @@ def perplexity(
     tokens = sum(loss.tokens for loss in losses.values())
     mean = math.fsum(loss.loss * loss.tokens for loss in losses.values()) / tokens
     return losses | {"all": Loss(mean, tokens)}
-
-
-def _load(folder: Path, kind: str, dtype: torch.dtype) -> Any:
-    from transformers import LlamaForCausalLM
-
-    from remoe.hf import ReMoEForCausalLM
-
-    cls = ReMoEForCausalLM if kind == "remoe" else LlamaForCausalLM
-    model = cls.from_pretrained(folder, dtype=dtype).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _dataset(prefix: Path, length: int, seed: int, cache: Path) -> Any:
@@ -156,12 +145,7 @@ def _loss(model: Any, dataset: Any, batch_size: int, progress: Any) -> Loss:
     for start in range(0, len(dataset), batch_size):
         samples = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
         inputs, labels = (torch.stack([s[key] for s in samples]) for key in ("tokens", "labels"))
-        largest = int(torch.maximum(inputs, labels).max())
-        if largest >= model.config.vocab_size:
-            raise ValueError(
-                f"the data has token {largest}, the model's vocabulary has "
-                f"{model.config.vocab_size} entries; tokenize with the model's tokenizer"
-            )
+        check_vocabulary(int(torch.maximum(inputs, labels).max()), model)
         logits = model(inputs.to(model.device), use_cache=False).logits.float().flatten(0, 1)
         loss = F.cross_entropy(logits, labels.to(model.device).flatten(), reduction="sum")
         total, tokens = total + float(loss), tokens + labels.numel()

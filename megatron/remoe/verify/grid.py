@@ -17,6 +17,7 @@ import numpy as np
 from megatron.remoe.verify.cells import Cell, run_cell, save_golden_weights
 from megatron.remoe.verify.golden import CLOSED_LOOP, OPEN_LOOP_STEPS, PUBLISHED_COEFF_INIT
 from megatron.remoe.verify.ranks import Pools
+from remoe.kernels.chunks import UNLIMITED
 
 Trajectory = list[dict[str, Any]]
 QUANTITIES = ("lm_loss", "grad_norm", "l1_reg", "sparsity", "sparsity_per_layer", "l1_coeff_used")
@@ -256,7 +257,7 @@ def reference_of(cell: Cell) -> Cell:
     return Cell(
         "one rank",
         experts="sequential" if cell.world == 1 else cell.experts,
-        max_assignments=10**15,
+        max_assignments=UNLIMITED,
         dtype=cell.dtype,
         router=cell.router,
         load_balancing=cell.load_balancing,
