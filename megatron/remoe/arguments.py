@@ -372,10 +372,7 @@ def _finish_relu_routing(args: argparse.Namespace) -> None:
 
 
 def routing_from_args(args: argparse.Namespace):
-    """The settings of ReLU routing, or of TopK routing; None for a router that does not count.
-
-    Routers count together over all pipeline stages, so TopK counts where every stage has experts.
-    """
+    """The settings of ReLU routing, or of TopK routing."""
     from megatron.remoe.router import ReLURouting
     from megatron.remoe.warmup import TopKRouting
 
@@ -394,8 +391,6 @@ def routing_from_args(args: argparse.Namespace):
         return TopKRouting(
             args.moe_topk_warmup_steps, args.moe_topk_warmup_topk, args.moe_relu_max_assignments
         )
-    if args.moe_layer_freq != 1 and args.pipeline_model_parallel_size > 1:
-        return None
     return TopKRouting()
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads as megatron_finalize_model_grads
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron.remoe import compat
@@ -61,33 +63,42 @@ def counting_routers(model: list[torch.nn.Module]) -> list[CountsRouting]:
 
 @torch.no_grad()
 def update_routers(
-    routers: list[CountsRouting], num_layers: int, *, move_coeff: bool = True
+    routers: list[CountsRouting],
+    config: TransformerConfig,
+    *,
+    is_relu: bool,
+    move_coeff: bool = True,
 ) -> StepReport:
     """Reduce and clear the statistics, and move every ReLU router's coefficient in place.
 
     Args:
-        routers: the routers of this rank, all of one kind; every pipeline stage must have at least
-            one.
-        num_layers: L.
+        routers: the routers of this rank; none on a pipeline stage without experts.
+        config: of the model.
+        is_relu: whether the model's routers are `ReLURouter`s.
         move_coeff: False only measures, when the step's coefficient has moved already.
     """
-    first = routers[0]
-    stats = first.stats.new_zeros(num_layers, first.stats.numel())
-    most_active = first.most_active.new_zeros(num_layers)
+    num_layers, num_experts = config.num_layers, config.num_moe_experts
+    device = torch.cuda.current_device()
+    stats = torch.zeros(num_layers, 3 + num_experts, dtype=torch.float64, device=device)
+    # the most experts of a token by layer, and the coefficient, which all layers share
+    highest = stats.new_zeros(num_layers + 1)
     for router in routers:
         stats[router.layer_number - 1] = router.stats
-        most_active[router.layer_number - 1] = router.most_active
+        highest[router.layer_number - 1] = router.most_active
+        if isinstance(router, ReLURouter):
+            highest[-1] = router.l1_coeff
         router.clear_counters()
     # Ranks that share tokens (tensor parallelism without sequence parallelism) count them equally
     # often above and below the line.
-    for group in (first.tp_dp_cp_group, parallel_state.get_pipeline_model_parallel_group()):
+    groups = [parallel_state.get_pipeline_model_parallel_group()]
+    if routers:
+        groups.insert(0, routers[0].tp_dp_cp_group)
+    for group in groups:
         if group.size() > 1:
             torch.distributed.all_reduce(stats, group=group)
-            torch.distributed.all_reduce(
-                most_active, op=torch.distributed.ReduceOp.MAX, group=group
-            )
+            torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX, group=group)
 
-    l1_reg, micro_batches, tokens, counts = stats.split([1, 1, 1, first.num_experts], dim=1)
+    l1_reg, micro_batches, tokens, counts = stats.split([1, 1, 1, num_experts], dim=1)
     has_router = tokens.squeeze(1) > 0
     sparsity_L = sparsity(counts, tokens.squeeze(1))
     mean_sparsity = sparsity_L.where(has_router, 0).sum() / has_router.sum()
@@ -98,10 +109,10 @@ def update_routers(
         sparsity_L=sparsity_L,
         tokens_L=tokens.squeeze(1),
         tokens_per_expert_LE=counts,
-        most_active_L=most_active,
-        topk=first.config.moe_router_topk,
-        l1_reg_L=(l1_reg / micro_batches).squeeze(1) if relu else None,
-        l1_coeff=relu[0].l1_coeff.clone() if relu else None,
+        most_active_L=highest[:-1].long(),
+        topk=config.moe_router_topk,
+        l1_reg_L=(l1_reg / micro_batches).squeeze(1) if is_relu else None,
+        l1_coeff=highest[-1].float() if is_relu else None,
     )
     if relu and move_coeff:
         move_l1_coeff(relu, mean_sparsity, relu[0].controller)
@@ -125,6 +136,7 @@ class FinalizeStep:
         self.report: StepReport | None = None
         self._iteration = iteration or _megatron_iteration
         self._last: int | None = None
+        self._kinds: tuple[bool, bool] | None = None
         self._before: list[Tensor] = []
 
     def __call__(self, model, num_tokens=None, pg_collection=None, force_all_reduce=False) -> None:
@@ -132,18 +144,36 @@ class FinalizeStep:
             model, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce
         )
         routers = counting_routers(model)
-        if not routers:
+        relu = [router for router in routers if isinstance(router, ReLURouter)]
+        if self._kinds is None:
+            self._kinds = _on_any_stage(bool(routers), bool(relu))
+        counts, is_relu = self._kinds
+        if not counts:
             return
         iteration = self._iteration()
-        num_layers = routers[0].config.num_layers
-        relu = [router for router in routers if isinstance(router, ReLURouter)]
         state = [buffer for router in relu for buffer in l1_coeff_state(router)]
         if iteration != self._last:
             self._before = [buffer.clone() for buffer in state]
-        self.report = update_routers(routers, num_layers, move_coeff=iteration != self._last)
-        if state and iteration == self._last and compat.step_will_be_repeated():
+        self.report = update_routers(
+            routers,
+            get_model_config(model[0]),
+            is_relu=is_relu,
+            move_coeff=iteration != self._last,
+        )
+        repeated = is_relu and iteration == self._last and compat.step_will_be_repeated()
+        if state and repeated:
             torch._foreach_copy_(state, self._before)
         self._last = iteration
+
+
+def _on_any_stage(counts: bool, is_relu: bool) -> tuple[bool, bool]:
+    """Of any pipeline stage: some may have no layer with experts."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    kinds = torch.tensor([counts, is_relu], dtype=torch.int32, device=torch.cuda.current_device())
+    if group.size() > 1:
+        torch.distributed.all_reduce(kinds, op=torch.distributed.ReduceOp.MAX, group=group)
+    counts, is_relu = kinds.bool().tolist()
+    return counts, is_relu
 
 
 def _megatron_iteration() -> int:

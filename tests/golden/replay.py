@@ -86,7 +86,7 @@ def replay(golden: Golden, steps: int) -> list[dict]:
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        report = update_routers(relu_routers([model]), config["L"])
+        report = update_routers(relu_routers([model]), model.config, is_relu=True)
         trajectory.append(
             {
                 "lm_loss": sum(losses) / len(losses),

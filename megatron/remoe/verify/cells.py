@@ -164,6 +164,7 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool):
         "sequence_parallel": cell.tp > 1,
         "moe_token_dispatcher_type": cell.dispatcher,
         "moe_grouped_gemm": cell.experts == "grouped",
+        "moe_layer_freq": list(config.get("moe_layer_freq", [1] * config["L"])),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": cell.dtype == "bf16",
@@ -276,9 +277,9 @@ def _measure(losses: list[dict[str, Tensor]], grad_norm: float, hook) -> dict[st
     if hook.report is not None:
         report = hook.report
         step |= {
-            "l1_reg": report.l1_reg_L.tolist(),
+            "l1_reg": report.l1_reg_L[report.has_router].tolist(),
             "sparsity": report.sparsity.item(),
-            "sparsity_per_layer": report.sparsity_L.tolist(),
+            "sparsity_per_layer": report.sparsity_L[report.has_router].tolist(),
             "l1_coeff_used": report.l1_coeff.item(),
         }
     return step

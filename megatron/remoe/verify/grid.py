@@ -134,6 +134,7 @@ def _layouts() -> list[Cell]:
         Cell("TP2 x EP2 all-to-all", 2, tp=2, ep=2),
         Cell("PP2", 2, pp=2),
         Cell("PP2, 2 virtual stages", 2, pp=2, vp=2, run=four_layers),
+        Cell("PP2, a stage without experts", 2, pp=2, run=(("moe_layer_freq", (0, 1)),)),
         Cell("one rank"),
         Cell("one rank, full recompute", recompute="full"),
         Cell("one rank, MoE recompute", recompute="moe"),
