@@ -73,16 +73,20 @@ def both(first, home):
 
 @pytest.fixture(scope="module")
 def others(home, call):
-    """TopK with a test set, and a dense model that logs every second step; at the same time."""
+    """At the same time: TopK with a test set, a dense model that logs every second step, and ReLU
+    routing on two pipeline stages of which the last, whose rank logs, has no experts."""
     changes = {"nproc": 1, "train_iters": 3, "eval_interval": 2, "eval_iters": 1}
     tiny.write_config(home / "topk.yaml", **changes, moe_relu_routing=False, split="8,1,1")
     changes |= {"num_experts": None, "log_interval": 2, "train_iters": 4, "eval_iters": 0}
     tiny.write_config(home / "dense.yaml", **changes)
-    commands = [call(prepared, home, f"{name}.yaml") for name in ("topk", "dense")]
+    changes = {"nproc": 2, "pipeline_model_parallel_size": 2, "moe_layer_freq": "[1,0]"}
+    tiny.write_config(home / "stages.yaml", **changes, train_iters=3, eval_iters=0)
+    names = ("topk", "dense", "stages")
+    commands = [call(prepared, home, f"{name}.yaml") for name in names]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     for process in [subprocess.Popen(command, cwd=home, **pipes) for command in commands]:
         finish(process)
-    return {name: tiny.rows(home / "runs" / name) for name in ("topk", "dense")}
+    return {name: tiny.rows(home / "runs" / name) for name in names}
 
 
 def prepared(home: Path, config: str) -> list[str]:
@@ -231,6 +235,16 @@ def test_topk_rows_count_and_dense_rows_have_no_routing(others):
     for row in topk + dense:
         assert math.log(128) - 2 < row["lm_loss"] < math.log(128) + 0.5
         assert row["tokens_per_second"] > 0
+
+
+def test_a_last_stage_without_experts_knows_the_routing_of_the_others(others):
+    rows = training(others["stages"])
+    assert len(rows) == 3 and all(set(row) == EVERY | ROUTING for row in rows)
+    for before, after in zip(rows, rows[1:], strict=False):
+        assert after["l1_coeff"] == pytest.approx(moved(before), rel=1e-6)
+    for row in rows:
+        assert row["sparsity_per_layer"] == [row["sparsity"]]
+        assert 0.4 < row["sparsity"] < 0.6
 
 
 def test_validation_and_test_set_are_told_apart(others):
