@@ -185,9 +185,12 @@ def test_a_folder_without_runs_is_named(tmp_path):
 
 
 def test_a_run_that_diverged_has_no_loss(tmp_path):
-    write(tmp_path, "a", None, None)
+    for seed, loss in ((1, 2.0), (2, None)):
+        write(tmp_path, f"dense-{seed}", loss, None, seed=seed)
+        topk(tmp_path, f"topk-{seed}", 3.0, seed=seed)
     comparison = tables.compare(tables.load_runs([tmp_path]))
-    assert "nan" in comparison.to_markdown()
+    assert "| nan ± nan |" in comparison.to_markdown()
+    assert "| TopK | dense | 2 | +nan ± nan |" in comparison.to_markdown()
 
 
 def test_figures_are_of_what_varies(four_routers, tmp_path):

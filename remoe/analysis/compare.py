@@ -183,7 +183,7 @@ class Group:
             "active_params": self.size.active_params if self.size else None,
             "total_params": self.size.total_params if self.size else None,
             "valid_loss_mean": statistics.fmean(losses),
-            "valid_loss_std": statistics.stdev(losses) if len(losses) > 1 else None,
+            "valid_loss_std": _stdev(losses),
             "sparsity": _mean(_last_mean(run, "sparsity") for run in runs),
             "settled_runs": len(steps) if self.router == "ReMoE" else None,
             "steps_to_settle": _mean(steps),
@@ -197,6 +197,13 @@ class Group:
             "tokens_per_second": _mean(_last_mean(run, "tokens_per_second") for run in runs),
             "accuracy": _mean(accuracy(run) for run in runs),
         }
+
+
+def _stdev(values: list[float]) -> float | None:
+    """None of one value; NaN where a value is not finite, on which `statistics` fails."""
+    if len(values) < 2:
+        return None
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -233,10 +240,10 @@ def paired_difference(first: Group, second: Group) -> Difference | None:
     deltas = [a[seed] - b[seed] for seed in a if seed in b]
     if not deltas:
         return None
-    half = None
-    if len(deltas) > 1:
+    deviation, half = _stdev(deltas), None
+    if deviation is not None:
         t = _T95[min(len(deltas) - 1, len(_T95)) - 1]
-        half = t * statistics.stdev(deltas) / math.sqrt(len(deltas))
+        half = t * deviation / math.sqrt(len(deltas))
     return Difference(first.name, second.name, len(deltas), statistics.fmean(deltas), half)
 
 
