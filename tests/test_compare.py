@@ -184,6 +184,15 @@ def test_a_folder_without_runs_is_named(tmp_path):
         tables.load_runs([tmp_path])
 
 
+def test_a_granularity_that_is_left_out_is_one(tmp_path):
+    for name, granularity in (("fine", {"moe_granularity": 2}), ("coarse", {})):
+        topk(tmp_path, f"topk-{name}", 3.0, seed=1, **granularity)
+        remoe(tmp_path, f"remoe-{name}", 2.0, seed=1, **granularity)
+    comparison = tables.compare(tables.load_runs([tmp_path]))
+    pairs = [(d.first, d.second) for d in comparison.differences]
+    assert pairs == [(f"ReMoE, granularity {g}", f"TopK, granularity {g}") for g in (1, 2)]
+
+
 def test_a_run_that_diverged_has_no_loss(tmp_path):
     for seed, loss in ((1, 2.0), (2, None)):
         write(tmp_path, f"dense-{seed}", loss, None, seed=seed)

@@ -389,18 +389,23 @@ def _group_of(groups: list[Group], path: Path) -> Group:
     raise ValueError(f"the baseline {path} is none of the runs that are compared; pass one of them")
 
 
+def _settings(run: Run) -> dict[str, Any]:
+    """What tells runs apart; a granularity that is left out is 1."""
+    default = {"moe_granularity": 1} if run.config.get("num_experts") else {}
+    return {key: value for key, value in (default | run.config).items() if key not in _PLACES}
+
+
 def _varying(run: Run, alike: list[Run]) -> tuple[tuple[str, Any], ...]:
     """The settings of a run in which runs of its router differ."""
-    keys = dict.fromkeys(key for r in alike for key in r.config if key not in _PLACES)
+    own, others = _settings(run), [_settings(r) for r in alike]
+    keys = dict.fromkeys(key for other in others for key in other)
     return tuple(
-        (key, run.config.get(key))
-        for key in keys
-        if any(r.config.get(key) != run.config.get(key) for r in alike)
+        (key, own.get(key)) for key in keys if any(o.get(key) != own.get(key) for o in others)
     )
 
 
 def _comparable(first: Group, second: Group) -> bool:
     """Whether two routers are set alike in all that both have and that is not the router's."""
-    a, b = first.any_run.config, second.any_run.config
-    common = [key for key in a if key in b and key not in _PLACES]
-    return all(a[key] == b[key] for key in common if not key.startswith(_ROUTER_SETTINGS))
+    a, b = _settings(first.any_run), _settings(second.any_run)
+    common = [key for key in a if key in b and not key.startswith(_ROUTER_SETTINGS)]
+    return all(a[key] == b[key] for key in common)
