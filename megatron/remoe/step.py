@@ -35,7 +35,8 @@ class StepReport:
         topk: k of the model, after granularity.
         l1_reg_L: `[L]`, the regulariser before its coefficient, mean over micro-batches; None
             without ReLU routing.
-        l1_coeff: 0-d, the coefficient used in this step; None without ReLU routing.
+        l1_coeff: 0-d, the coefficient used in this step, which layers share (that of the first with
+            a router); None without ReLU routing.
     """
 
     has_router: Tensor
@@ -80,13 +81,12 @@ def update_routers(
     num_layers, num_experts = config.num_layers, config.num_moe_experts
     device = torch.cuda.current_device()
     stats = torch.zeros(num_layers, 3 + num_experts, dtype=torch.float64, device=device)
-    # the most experts of a token by layer, and the coefficient, which all layers share
-    highest = stats.new_zeros(num_layers + 1)
+    highest = stats.new_zeros(num_layers, 2)  # most experts of a token, and coefficient
     for router in routers:
         stats[router.layer_number - 1] = router.stats
-        highest[router.layer_number - 1] = router.most_active
+        highest[router.layer_number - 1, 0] = router.most_active
         if isinstance(router, ReLURouter):
-            highest[-1] = router.l1_coeff
+            highest[router.layer_number - 1, 1] = router.l1_coeff
         router.clear_counters()
     # Ranks that share tokens (tensor parallelism without sequence parallelism) count them equally
     # often above and below the line.
@@ -103,16 +103,17 @@ def update_routers(
     sparsity_L = sparsity(counts, tokens.squeeze(1))
     mean_sparsity = sparsity_L.where(has_router, 0).sum() / has_router.sum()
     relu = [router for router in routers if isinstance(router, ReLURouter)]
+    first = has_router.int().argmax(dim=0, keepdim=True)
     report = StepReport(
         has_router=has_router,
         sparsity=mean_sparsity,
         sparsity_L=sparsity_L,
         tokens_L=tokens.squeeze(1),
         tokens_per_expert_LE=counts,
-        most_active_L=highest[:-1].long(),
+        most_active_L=highest[:, 0].long(),
         topk=config.moe_router_topk,
         l1_reg_L=(l1_reg / micro_batches).squeeze(1) if is_relu else None,
-        l1_coeff=highest[-1].float() if is_relu else None,
+        l1_coeff=highest[:, 1].gather(0, first).squeeze(0).float() if is_relu else None,
     )
     if relu and move_coeff:
         move_l1_coeff(relu, mean_sparsity, relu[0].controller)
