@@ -94,7 +94,8 @@ class GroupedExperts(MegatronModule):
         weights = (self.linear_fc1, self.linear_fc2)
         buffers = main_grads(weights, same_dtype=True)
         rows = permuted_local_hidden_states
-        return self.compute(rows, tokens_per_expert, permuted_probs, weights, buffers), None
+        output = self.compute(rows, tokens_per_expert, permuted_probs, weights, buffers)
+        return mark_gradients(output, weights, added=buffers is not None), None
 
     @staticmethod
     def compute(
@@ -206,7 +207,7 @@ def main_grads(
     """Buffers of Megatron's DDP that backward may add to, which saves a copy of all gradients.
 
     Args:
-        weights: marked as done, when there are buffers for all of them and gradients are computed.
+        weights: all of them need a buffer.
         same_dtype: only buffers of the weights' dtype will do.
     """
     if not torch.is_grad_enabled():
@@ -219,6 +220,34 @@ def main_grads(
         if same_dtype and buffer.dtype != weight.dtype:
             return None
         buffers.append(buffer)
-    for weight in weights:
-        weight.grad_added_to_main_grad = True
     return buffers
+
+
+def mark_gradients(output: Tensor, weights: Sequence[torch.nn.Parameter], *, added: bool) -> Tensor:
+    """The output, whose backward tells Megatron's DDP how the weights' gradients come.
+
+    That is told in backward and not before, because micro-batches differ: with pipeline stages the
+    forward of a later one, chunked or not, comes before the backward of an earlier one.
+
+    Args:
+        output: of a computation with the weights.
+        weights: parameters of Megatron's DDP.
+        added: whether backward adds to their main gradients itself (`main_grads`).
+    """
+    marked: Tensor = _MarkGradients.apply(output, weights, added)  # type: ignore[no-untyped-call]
+    return marked
+
+
+class _MarkGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, weights: Sequence[torch.nn.Parameter], added: bool
+    ) -> Tensor:
+        ctx.weights, ctx.added = weights, added
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        for weight in ctx.weights:
+            weight.grad_added_to_main_grad = ctx.added
+        return grad, None, None

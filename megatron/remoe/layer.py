@@ -16,7 +16,7 @@ from megatron.remoe.chunking import (
     wait_for_parameters,
 )
 from megatron.remoe.dispatcher import DISPATCHERS, is_dropless
-from megatron.remoe.experts import main_grads
+from megatron.remoe.experts import GroupedExperts, main_grads, mark_gradients
 from remoe.kernels import Chunk, run_chunks
 
 
@@ -96,7 +96,10 @@ class DroplessMoELayer(MoELayer):
 
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         if not self._chunks:
-            return super().routed_experts_compute(hidden_states, probs)
+            output, bias = super().routed_experts_compute(hidden_states, probs)
+            if self.budget is not None and not isinstance(self.experts, GroupedExperts):
+                output = mark_gradients(output, list(self.experts.parameters()), added=False)
+            return output, bias
         shared = None
         if self.use_shared_expert and self.shared_expert_overlap:
             shared = self._shared_experts_in_turn(hidden_states)
@@ -105,14 +108,16 @@ class DroplessMoELayer(MoELayer):
         chunk = ChunkOfLayer(
             self.experts, self._routing_map, self._dispatcher_for, self.token_dispatcher.ep_size
         )
+        buffers = main_grads(weights)
         output = run_chunks(
             chunk,
             self._chunks,
             hidden_states.flatten(end_dim=-2),
             probs,
             weights,
-            main_grads=main_grads(weights),
+            main_grads=buffers,
         ).view_as(hidden_states)
+        output = mark_gradients(output, weights, added=buffers is not None)
         self._routing_map = None
         return output if shared is None else output + shared, None
 

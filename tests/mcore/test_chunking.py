@@ -144,6 +144,46 @@ def gradients_by_hook(layout, dtype):
     )
 
 
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_micro_batches_of_which_one_is_chunked_lose_no_gradient(rank, grouped, dtype):
+    """Both forwards first, as on a pipeline stage; main gradients may be of another dtype."""
+    main, expected = rank(mixed_micro_batches, Layout(grouped=grouped), dtype)
+    for a, b in zip(main, expected, strict=True):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
+def mixed_micro_batches(layout, dtype):
+    few = 2 * EXPERTS
+    layer = moe_cases.build_layer(layout, DENSE, max_assignments=few)
+    x = moe_cases.inputs(0).abs()
+    micro_batches = [x, x[:1], x, x[:1]]
+    weights = list(layer.experts.parameters())
+    for micro_batch in micro_batches:
+        layer(micro_batch)[0].sum().backward()
+    expected = [w.grad.clone() for w in weights]
+
+    def add(weight):  # what DDP's hook does
+        if not weight.grad_added_to_main_grad:
+            weight.main_grad.add_(weight.grad)
+        weight.grad = None
+
+    nodes = []
+    for w in weights:
+        w.grad, w.grad_added_to_main_grad = None, False
+        w.main_grad = torch.zeros_like(w, dtype=dtype)
+        nodes.append(w.expand_as(w).grad_fn.next_functions[0][0])
+        nodes[-1].register_hook(lambda *_, w=w: add(w))
+    planned, plan = [], layer._plan
+    layer._plan = lambda routing_map: planned.append(bool(chunks := plan(routing_map))) or chunks
+    for first, second in (micro_batches[:2], micro_batches[2:]):
+        outputs = [layer(first)[0], layer(second)[0]]
+        for output in outputs:
+            output.sum().backward()
+    assert planned == [True, False, True, False]
+    return [w.main_grad for w in weights], expected
+
+
 def test_shared_experts_are_added_once(rank):
     for overlap in (False, True):
         actual, expected = rank(with_shared_experts, overlap)
