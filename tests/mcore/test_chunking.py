@@ -76,9 +76,15 @@ def test_chunked_equals_the_reference_on_one_rank(rank, grouped, recompute):
 def run(layout, shift, limit, **changes):
     """Outcome of the layer, and the number of chunks of its last forward."""
     layer = moe_cases.build_layer(layout, shift, 0.1, max_assignments=limit, **changes)
+    planned = plans_of(layer)
+    return moe_cases.outcome_of(layer, shift), len(planned[-1])
+
+
+def plans_of(layer):
+    """The chunks of every forward from now on."""
     planned, plan = [], layer._plan
     layer._plan = lambda routing_map: planned.append(plan(routing_map)) or planned[-1]
-    return moe_cases.outcome_of(layer, shift), len(planned[-1])
+    return planned
 
 
 def test_ranks_of_different_density_run_the_same_chunks(ranks):
@@ -101,8 +107,7 @@ def uneven(layout):
     layer = moe_cases.build_layer(layout, DENSE, max_assignments=20)
     sign = 1 if torch.distributed.get_rank() == 0 else -1
     x = (sign * moe_cases.inputs(0).abs()).requires_grad_()
-    planned, plan = [], layer._plan
-    layer._plan = lambda routing_map: planned.append(plan(routing_map)) or planned[-1]
+    planned = plans_of(layer)
     layer(x)[0].sum().backward()
     return len(planned[-1]), bool(x.grad.isfinite().all())
 
@@ -124,24 +129,31 @@ def gradients_by_hook(layout, dtype):
     weights = list(layer.experts.parameters())
     layer(x)[0].sum().backward()
     expected = [w.grad for w in weights]
-    calls = [0] * len(weights)
+    calls = dict.fromkeys(weights, 0)
 
-    def count(i):
-        calls[i] += 1
+    def count(weight):
+        calls[weight] += 1
 
-    nodes = []  # as DDP: hooks on the accumulators, which must be kept alive
-    for i, w in enumerate(weights):
-        w.grad, w.grad_added_to_main_grad = None, False
-        w.main_grad = torch.ones_like(w, dtype=dtype)
-        nodes.append(w.expand_as(w).grad_fn.next_functions[0][0])
-        nodes[-1].register_hook(lambda *_, i=i: count(i))
+    nodes = as_ddp(weights, dtype, 1.0, count)
     layer(x)[0].sum().backward()
+    del nodes
     return (
-        calls,
+        list(calls.values()),
         [w.grad_added_to_main_grad for w in weights],
         [w.main_grad for w in weights],
         expected,
     )
+
+
+def as_ddp(weights, dtype, start, hook):
+    """Main gradients, and hooks on the accumulators, which live as long as what is returned."""
+    nodes = []
+    for w in weights:
+        w.grad, w.grad_added_to_main_grad = None, False
+        w.main_grad = torch.full_like(w, start, dtype=dtype)
+        nodes.append(w.expand_as(w).grad_fn.next_functions[0][0])
+        nodes[-1].register_hook(lambda *_, w=w: hook(w))
+    return nodes
 
 
 @pytest.mark.parametrize("grouped", [True, False])
@@ -168,19 +180,14 @@ def mixed_micro_batches(layout, dtype):
             weight.main_grad.add_(weight.grad)
         weight.grad = None
 
-    nodes = []
-    for w in weights:
-        w.grad, w.grad_added_to_main_grad = None, False
-        w.main_grad = torch.zeros_like(w, dtype=dtype)
-        nodes.append(w.expand_as(w).grad_fn.next_functions[0][0])
-        nodes[-1].register_hook(lambda *_, w=w: add(w))
-    planned, plan = [], layer._plan
-    layer._plan = lambda routing_map: planned.append(bool(chunks := plan(routing_map))) or chunks
+    nodes = as_ddp(weights, dtype, 0.0, add)
+    planned = plans_of(layer)
     for first, second in (micro_batches[:2], micro_batches[2:]):
         outputs = [layer(first)[0], layer(second)[0]]
         for output in outputs:
             output.sum().backward()
-    assert planned == [True, False, True, False]
+    del nodes
+    assert [bool(chunks) for chunks in planned] == [True, False, True, False]
     return [w.main_grad for w in weights], expected
 
 
