@@ -1,12 +1,16 @@
 """ReMoE on unmodified Megatron: what a pretraining script needs.
 
     import megatron.remoe as remoe
+    remoe.prepare_megatron()
+    ...
     args = parse_and_validate_args(extra_args_provider=remoe.add_arguments)
-    cfg = gpt_config_from_args(args)
-    remoe.configure(cfg, args)
+    model_cfg = gpt_config_from_args(args)
+    hook = remoe.configure(model_cfg, args)
+    with remoe.running(args, hook):
+        pretrain(pretrain_cfg_container_from_args(args, model_cfg), ...)
 
-The names are imported on first use, so that `megatron.remoe.cpu.enable()` can run before anything
-imports `megatron.core`.
+The names are imported on first use, so that `prepare_megatron()` can run before anything imports
+`megatron.core`.
 """
 
 import importlib
@@ -17,9 +21,12 @@ _MODULE_OF = {
     "MetricsWriter": "metrics",
     "ReLURouting": "router",
     "add_arguments": "arguments",
+    "args_provider": "arguments",
     "configure": "arguments",
     "layer_spec": "spec",
+    "prepare_megatron": "cpu",
     "routing_from_args": "arguments",
+    "running": "session",
 }
 
 __all__ = list(_MODULE_OF)

@@ -7,10 +7,13 @@ import argparse
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn, get_args
 
 from megatron.remoe import compat, cpu, options
 from remoe.config import L1CoeffRule, LoadBalancing, apply_granularity
+
+Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -93,6 +96,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="TopK routing: k of the near-dense warm-up, before granularity.",
     )
     group.add_argument(
+        "--moe-change-routing",
+        action="store_true",
+        help="Continue a checkpoint although its router, load balancing or k was another.",
+    )
+    group.add_argument(
         "--metrics-file",
         default=None,
         help="Write one JSON object per logged step and evaluation to this file.",
@@ -118,6 +126,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         add_help=False,
         allow_abbrev=False,
     )
+
+
+def args_provider(other: Provider | None = None) -> Provider:
+    """`add_arguments` for a script that has an `extra_args_provider` of its own, or None."""
+
+    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return add_arguments(parser if other is None else other(parser))
+
+    return provider
 
 
 class _Parser(argparse.ArgumentParser):
@@ -166,6 +183,7 @@ def finish(args: argparse.Namespace) -> None:
         ranks *= args.context_parallel_size
         args.eval_micro_batch_size = 1
         args.eval_global_batch_size = int(os.environ.get("WORLD_SIZE", "1")) // ranks
+    _refuse_what_is_replaced(args)
     _check_backend(args)
     _finish_checkpoints(args)
     _finish_wandb(args)
@@ -208,8 +226,50 @@ def finish(args: argparse.Namespace) -> None:
         _finish_relu_routing(args)
 
 
+# Name, allowed values, and why not another.
+_CHECKPOINTS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    (
+        "ckpt_format", ("torch_dist",),
+        "runs continue from torch_dist only (whole checkpoints, other layouts, save_keep_last); "
+        "leave it out",
+    ),
+    (
+        "auto_detect_ckpt_format", (False,),
+        "runs continue from torch_dist only; leave it out",
+    ),
+    (
+        "ckpt_convert_format", (None,),
+        "other formats than torch_dist cannot continue a run; leave it out (remoe convert writes "
+        "models for transformers)",
+    ),
+    (
+        "non_persistent_ckpt_type", (None,),
+        "a run continues from the checkpoints of save, which have hashes and are pruned; leave it "
+        "out and lower save_interval",
+    ),
+    (
+        "use_megatron_fsdp", (False,),
+        "sharded parameters have not been run with our experts and checkpoints; use "
+        "use_distributed_optimizer",
+    ),
+    (
+        "use_torch_fsdp2", (False,),
+        "sharded parameters have not been run with our experts and checkpoints; use "
+        "use_distributed_optimizer",
+    ),
+    (
+        "moe_use_upcycling", (False,),
+        "Megatron then builds its dense model as a mixture too; make the start with remoe convert "
+        "upcycle",
+    ),
+)  # fmt: skip
+
+
 def _finish_checkpoints(args: argparse.Namespace) -> None:
     args.adam_implementation = compat.adam()  # saved with every checkpoint
+    for name, allowed, why in _CHECKPOINTS:
+        if (value := getattr(args, name)) not in allowed:
+            raise ValueError(f"{name} is {value}, but {why}")
     if args.use_persistent_ckpt_worker and cpu.is_enabled():
         raise ValueError(
             "use_persistent_ckpt_worker is set, but on a CPU that worker shares the memory of the "
@@ -238,6 +298,38 @@ def _finish_checkpoints(args: argparse.Namespace) -> None:
     args.save_milestone_interval, args.save_retain_interval = interval, None
 
 
+def _refuse_what_is_replaced(args: argparse.Namespace) -> None:
+    """Refuse flags whose layers or arguments ours would replace without a word."""
+    if args.spec is not None:
+        raise ValueError(
+            f"spec is {' '.join(args.spec)}, but our layers take its place; leave it out"
+        )
+    for name in ("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"{name} is set, but our layers are all alike; leave it out, or use Megatron's own "
+                f"script"
+            )
+    if args.experimental_attention_variant is not None:
+        raise ValueError(
+            f"experimental_attention_variant is {args.experimental_attention_variant}, which needs "
+            f"layers of its own; leave it out"
+        )
+    if args.yaml_cfg is not None:
+        raise ValueError(
+            f"yaml_cfg is {args.yaml_cfg}, whose arguments take the place of all others, ours "
+            f"included; pass flags, or a config of remoe train"
+        )
+    if args.moe_routing_trace_path is not None and (
+        args.moe_relu_routing or args.num_experts is None
+    ):
+        raise ValueError(
+            f"moe_routing_trace_path is {args.moe_routing_trace_path}, but Megatron traces the k "
+            f"experts of a TopK router only and would write empty files; leave it out "
+            f"(metrics_file has the load of the experts)"
+        )
+
+
 def _check_backend(args: argparse.Namespace) -> None:
     if args.transformer_impl == "transformer_engine" and not _has_transformer_engine():
         raise ValueError(
@@ -249,6 +341,33 @@ def _check_backend(args: argparse.Namespace) -> None:
             f"context_parallel_size is {args.context_parallel_size}, but the attention of "
             f"transformer_impl local sees one rank's part of the sequence only; use "
             f"context_parallel_size 1, or transformer_impl transformer_engine"
+        )
+    if args.transformer_impl not in ("local", "transformer_engine"):
+        raise ValueError(
+            f"transformer_impl is {args.transformer_impl}, which does not train; use local or "
+            f"transformer_engine"
+        )
+    if args.transformer_impl == "local":
+        _refuse_what_local_lacks(args)
+
+
+def _refuse_what_local_lacks(args: argparse.Namespace) -> None:
+    """Refuse what Megatron finds only when it builds the layers, or in the first step."""
+    if args.multi_latent_attention:
+        raise ValueError(
+            "multi_latent_attention is set, which has not been run with transformer_impl local; "
+            "leave it out, or use transformer_impl transformer_engine"
+        )
+    if args.qk_layernorm and args.tensor_model_parallel_size > 1:
+        raise ValueError(
+            f"qk_layernorm is set with tensor_model_parallel_size "
+            f"{args.tensor_model_parallel_size}, where the norms of transformer_impl local cannot "
+            f"be split; use tensor_model_parallel_size 1, or transformer_impl transformer_engine"
+        )
+    if "layernorm" in (args.recompute_modules or ()):
+        raise ValueError(
+            "recompute_modules has layernorm, which Megatron recomputes with Transformer Engine "
+            "only; leave it out"
         )
 
 
@@ -275,6 +394,7 @@ def _refuse_moe_flags_of_a_dense_model(args: argparse.Namespace) -> None:
         ("moe_granularity", 1),
         ("moe_topk_warmup_steps", 0),
         ("moe_relu_max_assignments", None),
+        ("moe_change_routing", False),
         *_SHORTCUTS.items(),
     ):
         if getattr(args, flag) != off:
@@ -401,11 +521,19 @@ def configure(model_config, args: argparse.Namespace):
     the same backend.
 
     Returns:
-        The hook, a `FinalizeStep`, whose `report` a `MetricsWriter` logs.
+        The hook, a `FinalizeStep`, for `running`.
+
+    Raises:
+        ValueError: another kind of model, layers of the script's own, or a checkpoint to load that
+            was trained with another router.
     """
+    from megatron.remoe import saved
     from megatron.remoe.spec import layer_spec
     from megatron.remoe.step import FinalizeStep
 
+    _check_model(model_config)
+    _refuse_what_is_replaced(args)  # again, since --use-checkpoint-args brings some
+    saved.check_before_start(args)
     model_config.transformer_layer_spec = layer_spec(routing_from_args(args))
     hook = FinalizeStep()
     model_config.finalize_model_grads_func = hook
@@ -414,3 +542,20 @@ def configure(model_config, args: argparse.Namespace):
         # Megatron switches it off without the persistent worker, which a CPU must not use.
         args.async_save, args.async_strategy = True, "mcore"
     return hook
+
+
+def _check_model(model_config) -> None:
+    from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+    kind = type(model_config).__name__
+    is_gpt = isinstance(model_config, GPTModelConfig)
+    if not is_gpt or model_config.get_builder_cls() is not GPTModelBuilder:
+        raise ValueError(
+            f"the model's config is a {kind}, whose layers cannot be exchanged for ours; use the "
+            f"GPTModelConfig of gpt_config_from_args"
+        )
+    if model_config.transformer_layer_spec is not None:
+        raise ValueError(
+            f"transformer_layer_spec of the {kind} is set already, and our layers take its place; "
+            f"leave it None"
+        )

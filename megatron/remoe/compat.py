@@ -5,32 +5,48 @@ has mended it. `apply()` is called by the entry point and by `add_arguments`.
 """
 
 import functools
-import importlib.metadata
 import importlib.util
+from pathlib import Path
 
 TESTED_VERSION = "0.19.2"
 
 
 def apply() -> None:
-    """Check the installed megatron-core and apply the fixes. Idempotent.
+    """Check the megatron.core that is imported and apply the fixes. Idempotent.
 
     Raises:
         ValueError: megatron-core is missing, or another minor version than the tested one.
     """
+    version, path = imported_version()
+    if version.split(".")[:2] != TESTED_VERSION.split(".")[:2]:
+        raise ValueError(
+            f"megatron-core {version} is imported from {path}, but this release of remoe works "
+            f"with {TESTED_VERSION}; take that folder off PYTHONPATH, or run: pip install "
+            f"megatron-core=={TESTED_VERSION}"
+        )
+    _skip_compiling_dataset_helpers()
+    _resume_distributed_optimizer()
+
+
+def imported_version() -> tuple[str, Path]:
+    """Version and folder of the `megatron.core` that is imported.
+
+    It need not be the one that pip has installed: a checkout of Megatron-LM may be before it on the
+    path.
+
+    Raises:
+        ValueError: there is none.
+    """
     try:
-        version = importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
+        from megatron.core import package_info
+    except ModuleNotFoundError as error:
+        if error.name not in ("megatron.core", "megatron.core.package_info"):
+            raise
         raise ValueError(
             f"megatron-core is not installed; run: pip install 'remoe[megatron]' "
             f"(tested with {TESTED_VERSION})"
         ) from None
-    if version.split(".")[:2] != TESTED_VERSION.split(".")[:2]:
-        raise ValueError(
-            f"megatron-core {version} is installed, but this release of remoe works with "
-            f"{TESTED_VERSION}; run: pip install megatron-core=={TESTED_VERSION}"
-        )
-    _skip_compiling_dataset_helpers()
-    _resume_distributed_optimizer()
+    return package_info.__version__, Path(package_info.__file__).parent
 
 
 def _skip_compiling_dataset_helpers() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader
 
 _CPU = torch.device("cpu")
 _enabled = False
@@ -165,6 +166,18 @@ def enable() -> None:
 
     torch.Tensor.type = cuda_type
     _CudaMeansCpu().__enter__()
+
+    make_iterator = DataLoader.__iter__
+
+    def iterate(self: DataLoader) -> Any:
+        # It draws a seed for its workers. On a GPU machine dropout draws from another generator;
+        # here it must not depend on when iterators are made, or a resumed run would differ.
+        state = torch.get_rng_state()
+        iterator = make_iterator(self)
+        torch.set_rng_state(state)
+        return iterator
+
+    DataLoader.__iter__ = iterate
 
     import megatron.core.tensor_parallel.random as megatron_random
 

@@ -26,7 +26,7 @@ class Finding:
     detail: str
 
 
-_PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "omegaconf", "remoe")
+_PACKAGES = ("torch", "transformers", "tokenizers", "omegaconf", "remoe")
 _OPTIONAL = {
     "transformer-engine": "transformer_impl transformer_engine, context parallelism, fp8 "
     "(pip install 'remoe[te]'; unverified with ReLU routing)",
@@ -57,8 +57,10 @@ def _versions() -> list[Finding]:
         findings.append(Finding(package, "ok" if version else "missing", detail))
     try:
         compat.apply()
+        version, path = compat.imported_version()
+        findings.insert(2, Finding("megatron-core", "ok", f"{version}, imported from {path}"))
     except ValueError as error:
-        findings.append(Finding("megatron-core version", "missing", str(error)))
+        findings.insert(2, Finding("megatron-core", "missing", str(error)))
     for package, use in _OPTIONAL.items():
         version = _version(package)
         detail = version or f"needed for {use}"

@@ -5,10 +5,12 @@
 On a machine without a GPU the same command trains on the CPU over gloo.
 """
 
+import argparse
 import os
 import signal
 import sys
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -153,10 +155,40 @@ def datasets_provider(num_samples, vp_stage: int | None = None):
 datasets_provider.is_distributed = True
 
 
+# Flags that are for Megatron's own scripts to act on, with their defaults.
+_UNUSED: dict[str, Any] = {
+    "allow_ambiguous_pad_tokens": False,
+    "check_for_spiky_loss": False,
+    "dataloader_fast_cache_load": False,
+    "dataloader_defer_npy_index_mmap": False,
+    "dataloader_inter_document_masking": False,
+    "fim_data": False,
+    "hybrid_context_parallel": False,
+    "hybrid_layer_pattern": None,
+    "hybrid_override_pattern": None,
+    "is_hybrid_model": False,
+    "logits_load_dir": None,
+    "object_storage_cache_path": None,
+    "per_dataset_sequences_path": None,
+    "perform_rl_step": False,
+    "sft": False,
+}
+
+
+def refuse_unused(args: argparse.Namespace) -> None:
+    """Raise ValueError for a flag of Megatron's that this entry point would ignore."""
+    for name, default in _UNUSED.items():
+        value = getattr(args, name, default)
+        if value != default:
+            raise ValueError(
+                f"{name} is {value}, which this entry point ignores; leave it out, or use a script "
+                f"of Megatron-LM that acts on it (the README says how)"
+            )
+
+
 def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `remoe train` ignores it in torchrun
     processes.end_with_parent()
-    processes.end_children_with_me()
     with processes.exit_at_once(int(os.environ.get("RANK", "0"))):
         _pretrain()
     return 0
@@ -173,16 +205,15 @@ def _pretrain() -> None:
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron.remoe import checkpoint, resume
     from megatron.remoe.arguments import add_arguments, configure
-    from megatron.remoe.metrics import MetricsWriter
+    from megatron.remoe.session import running
 
     args = parse_and_validate_args(extra_args_provider=add_arguments)
     model_config = gpt_config_from_args(args)
-    hook = configure(model_config, args)
-    MetricsWriter.install(args, hook)
-    resume.prepare(args)
-    with checkpoint.retention(args), resume.explained(args):
+    with processes.mistakes_in_one_line():
+        refuse_unused(args)
+        hook = configure(model_config, args)
+    with running(args, hook):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             datasets_provider,

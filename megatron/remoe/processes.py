@@ -98,6 +98,15 @@ def hold_lock(path: Path, subject: object) -> int:
 
 
 @contextlib.contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """End this process with code 2 when the user asked for something that is refused."""
+    try:
+        yield
+    except ValueError as error:
+        _end(2, f"remoe: error: {error}")
+
+
+@contextlib.contextmanager
 def exit_at_once(rank: int) -> Iterator[None]:
     """End this process without cleaning up when it fails, so that nothing can keep it.
 

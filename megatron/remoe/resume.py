@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron.remoe import checkpoint, processes
 
 
-def prepare(args: argparse.Namespace) -> None:
+def prepare(args: argparse.Namespace) -> Path | None:
     """Make sure that a run may write its checkpoints, and choose the one to continue from.
 
     For rank 0, before the process groups are made: the other ranks wait there, and read the tracker
@@ -18,21 +18,21 @@ def prepare(args: argparse.Namespace) -> None:
     Args:
         args: Megatron's, with ours.
 
+    Returns:
+        The checkpoint; None on other ranks, or if there is none yet.
+
     Raises:
-        ValueError: another run writes there, no checkpoint is whole, or the optimizer's state of
-            the chosen one is another implementation's.
+        ValueError: another run writes there, or no checkpoint is whole.
     """
     if args.rank != 0:
-        return
+        return None
     if args.save:
         Path(args.save).mkdir(parents=True, exist_ok=True)
         processes.hold_lock(Path(args.save) / ".lock", args.save)
     folder = Path(args.load) if args.load else None
     if folder is None or _is_release(folder) or (chosen := _chosen(args, folder)) is None:
-        _check_start(args, folder)
-        return
+        return _start(args, folder)
     print(f"remoe: continuing from {chosen.path}", flush=True)
-    _check_adam(args, chosen)
     is_ours = args.save and folder.resolve() == Path(args.save).resolve()
     if is_ours and not args.ckpt_step:
         for other in checkpoint.find(folder):
@@ -46,6 +46,7 @@ def prepare(args: argparse.Namespace) -> None:
             )
         print(f"remoe: warning: continuing from iteration {chosen.iteration} instead", flush=True)
         checkpoint.write_tracker(folder, chosen.iteration)
+    return chosen.path
 
 
 @contextmanager
@@ -54,7 +55,8 @@ def explained(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except BaseException:  # torch's CheckpointException is no Exception
-        complete = [c for c in checkpoint.find(Path(args.save or "")) if c.is_complete]
+        folder = Path(args.save) if args.save else None
+        complete = [c for c in checkpoint.find(folder) if c.is_complete] if folder else []
         if args.rank == 0 and complete:
             free, size = shutil.disk_usage(args.save).free, complete[-1].size
             if free < size:
@@ -92,13 +94,13 @@ def _is_release(folder: Path) -> bool:
     return path is not None and path.name == checkpoint.RELEASE
 
 
-def _check_start(args: argparse.Namespace, load: Path | None) -> None:
-    """Refuse a damaged checkpoint, or one without a manifest, to start a run from."""
+def _start(args: argparse.Namespace, load: Path | None) -> Path | None:
+    """The checkpoint to start a new run from; refuses a damaged one, or one without a manifest."""
     folder, flag = args.pretrained_checkpoint, "pretrained_checkpoint"
     if load is not None and _is_release(load):
         folder, flag = load, "load"
-    if folder is None or args.ckpt_format != "torch_dist":
-        return
+    if folder is None:
+        return None
     path = checkpoint.tracked_path(Path(folder))
     if path is None:
         raise ValueError(f"{flag}: {folder} is no folder of checkpoints (no {checkpoint.TRACKER})")
@@ -107,20 +109,4 @@ def _check_start(args: argparse.Namespace, load: Path | None) -> None:
         checkpoint.check_has_manifest(start)
     if start.damage:
         raise ValueError(f"{flag}: checkpoint {path} is damaged: {'; '.join(start.damage)}")
-
-
-def _check_adam(args: argparse.Namespace, saved_in: checkpoint.Checkpoint) -> None:
-    """Refuse the optimizer state of another implementation of Adam (see `compat.adam`)."""
-    from megatron.core import dist_checkpointing
-
-    if args.no_load_optim or args.finetune or args.ckpt_format != "torch_dist":
-        return
-    saved = dist_checkpointing.load_common_state_dict(str(saved_in.path)).get("args")
-    saved_adam = getattr(saved, "adam_implementation", args.adam_implementation)
-    if saved_adam != args.adam_implementation:
-        raise ValueError(
-            f"checkpoint {saved_in.path} holds the state of Adam of {saved_adam}, and this "
-            f"environment has that of {args.adam_implementation}; they count steps in different "
-            f"places, so the bias correction would silently start anew. Continue where "
-            f"{saved_adam} is installed, or start with new moments (no_load_optim=true)"
-        )
+    return path
