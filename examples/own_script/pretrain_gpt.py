@@ -1,11 +1,15 @@
 """A pretraining script as teams write them for Megatron: a GPT on the model provider's defaults.
 
-It knows nothing of ReMoE; `remoe.diff` beside it is what makes it train with ReLU routing.
+It knows nothing of ReMoE; `remoe.diff` beside it is what makes it train with ReLU routing. What the
+diff touches reads as in Megatron-LM's `pretrain_gpt.py` (tag core_v0.19.0), to which the diff
+applies too; everything else is the shortest that trains.
 """
+# ruff: noqa: I001
 
 from functools import partial
 
 import torch
+
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
@@ -14,6 +18,13 @@ from megatron.training import get_args, get_tokenizer, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split
+
+try:
+    from megatron.post_training.arguments import add_modelopt_args
+
+    has_nvidia_modelopt = True
+except ImportError:
+    has_nvidia_modelopt = False
 
 
 def loss_func(loss_mask, output):
@@ -52,10 +63,19 @@ def datasets_provider(num_samples):
 
 
 if __name__ == "__main__":
-    args = parse_and_validate_args()
-    model_config = gpt_config_from_args(args)
+    # fmt: off
+    args = parse_and_validate_args(
+        extra_args_provider=add_modelopt_args if has_nvidia_modelopt else None,
+        args_defaults={'tokenizer_type': 'GPT2BPETokenizer'},
+    )
+    # fmt: on
+    if getattr(args, "modelopt_enabled", False):
+        raise SystemExit("this script trains plain models only")
+    else:
+        model_cfg = gpt_config_from_args(args)
+    full_config = pretrain_cfg_container_from_args(args, model_cfg)
     pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
+        full_config,
         datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,

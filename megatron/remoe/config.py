@@ -161,7 +161,9 @@ def check(argv: list[str], nproc: int, *, paths: bool = True) -> argparse.Namesp
     from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import parse_args, validate_args
 
+    from megatron.remoe import saved
     from megatron.remoe.arguments import add_arguments
+    from megatron.remoe.pretrain import refuse_unused
 
     complaints = io.StringIO()
     try:
@@ -169,9 +171,12 @@ def check(argv: list[str], nproc: int, *, paths: bool = True) -> argparse.Namesp
             args = parse_args(extra_args_provider=add_arguments)
             if paths:
                 check_paths(args)
+            saved.take_arguments(args)
             validate_args(args)
             core_transformer_config_from_args(args)
             _check_what_megatron_finds_late(args)
+            refuse_unused(args)
+            saved.check_before_start(args)
     except SystemExit:
         raise ValueError(complaints.getvalue().strip().removeprefix("error: ")) from None
     except (AssertionError, ValueError, RuntimeError, ArithmeticError) as error:

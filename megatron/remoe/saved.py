@@ -117,6 +117,15 @@ def _router_of_checkpoint(args: argparse.Namespace, path: Path) -> str:
     return by_arguments
 
 
+def take_arguments(args: argparse.Namespace) -> None:
+    """With `--use-checkpoint-args`, take the model's from the checkpoint as Megatron will do."""
+    from megatron.training.checkpointing import load_args_from_checkpoint
+
+    if args.use_checkpoint_args and to_be_loaded(args) is not None:
+        for folder in ("pretrained_checkpoint", "load"):
+            load_args_from_checkpoint(args, load_arg=folder)
+
+
 def check_before_start(args: argparse.Namespace) -> None:
     """`check` on the checkpoint that Megatron would load now.
 

@@ -23,6 +23,8 @@ FLAGS = {
     "eval_iters": 1,
     "eval_interval": 4,
     "moe_relu_l1_reg_coeff_init": 0.01,
+    "attention_dropout": 0.1,
+    "hidden_dropout": 0.1,
 }
 NOBODY_ELSE = pytest.mark.skipif(sys.platform != "linux", reason="death signals are Linux's")
 
@@ -136,6 +138,13 @@ def copy_of(whole: Path, run: str, *, until: int = STEPS) -> Path:
             shutil.rmtree(found.path)
     checkpoint.write_tracker(copy / "checkpoints", until)
     return copy
+
+
+def test_a_resumed_run_with_dropout_is_equal_bit_for_bit(home, start, whole):
+    """Data loaders, which are made after the random state is loaded, do not move it."""
+    copy_of(whole, "dropout", until=4)
+    finish(start("dropout")[0], home, "dropout")
+    assert trajectory(home, "dropout") == trajectory(home, "whole")
 
 
 def test_a_kill_in_an_asynchronous_save_costs_the_steps_after_the_last_one(home, start, whole):
