@@ -320,6 +320,11 @@ def _refuse_what_is_replaced(args: argparse.Namespace) -> None:
             f"yaml_cfg is {args.yaml_cfg}, whose arguments take the place of all others, ours "
             f"included; pass flags, or a config of remoe train"
         )
+    if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
+        raise ValueError(
+            "reset_attention_mask is set with no_create_attention_mask_in_dataloader, so that "
+            "there is no mask to reset and documents would see each other; leave one of them out"
+        )
     if args.moe_routing_trace_path is not None and (
         args.moe_relu_routing or args.num_experts is None
     ):
@@ -363,6 +368,12 @@ def _refuse_what_local_lacks(args: argparse.Namespace) -> None:
             f"qk_layernorm is set with tensor_model_parallel_size "
             f"{args.tensor_model_parallel_size}, where the norms of transformer_impl local cannot "
             f"be split; use tensor_model_parallel_size 1, or transformer_impl transformer_engine"
+        )
+    if args.save_tokens_per_expert_interval is not None:
+        raise ValueError(
+            f"save_tokens_per_expert_interval is {args.save_tokens_per_expert_interval}, but "
+            f"Megatron reads the tokens from Transformer Engine's experts and would write nothing; "
+            f"leave it out (metrics_file has the load of the experts)"
         )
     if "layernorm" in (args.recompute_modules or ()):
         raise ValueError(

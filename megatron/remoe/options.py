@@ -164,6 +164,27 @@ OPTIONS: dict[str, Option] = {
 }  # fmt: skip
 
 
+# Megatron's logs that mean something else, or nothing, under ReLU routing: flag and what to know.
+LOGS: dict[str, str] = {
+    "log_throughput": "TFLOP/s are of k experts per token, in the line of a step, in TensorBoard "
+    "and in W&B: too few while more are active (`active_experts` and `tokens_per_second` of "
+    "`metrics.jsonl` are measured)",
+    "log_progress": "the same FLOPs, summed up in `progress.txt`; a checkpoint has that sum too "
+    "(`num_floating_point_operations_so_far`)",
+    "log_straggler": "the same FLOPs, in its TFLOP/s of the slowest and fastest ranks",
+    "enable_one_logger": "the same FLOPs, in its throughput",
+    "log_interval": "the first two logged steps also print a theoretical memory, whose active "
+    "parameters are those of k experts",
+    "moe_router_load_balancing_type": "set to `none`, so that no auxiliary loss is logged; the "
+    "penalty is `l1_coeff` times `l1_reg` of `metrics.jsonl`",
+    "moe_routing_trace_path": "refused, since it traces the k experts of TopK routers only",
+    "save_tokens_per_expert_interval": "refused with the local backend, since it reads Transformer "
+    "Engine's experts only",
+    "save_activations_interval": "without our grouped experts, which are no linear layers of "
+    "Megatron's; the same holds for `save_dgrads_interval`",
+}
+
+
 def moe_fields() -> dict[str, Any]:
     """Fields of Megatron's TransformerConfig that need an answer, with their defaults."""
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -214,7 +235,21 @@ def check(
 
 
 def to_markdown() -> str:
-    """The table of `docs/options.md`."""
+    """The tables of `docs/options.md`."""
+    return f"{_options()}\n\n{_LOGS_TITLE}\n\n{_logs()}"
+
+
+_LOGS_TITLE = """## Megatron's logs under ReLU routing
+
+Megatron counts k experts per token wherever it counts experts."""
+
+
+def _logs() -> str:
+    rows = [f"| `{name}` | {text} |" for name, text in LOGS.items()]
+    return "\n".join(["| flag | what to know |", "|---|---|", *rows])
+
+
+def _options() -> str:
     rows = [f"| `{name}` | {o.answer} | {_describe(o)} |" for name, o in OPTIONS.items()]
     return "\n".join(["| option | ReLU routing | |", "|---|---|---|", *rows])
 

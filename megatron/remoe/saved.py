@@ -212,7 +212,7 @@ def _width(args: argparse.Namespace) -> int | None:
 
 
 def _refuse_other_settings(args: argparse.Namespace, saved: Saved) -> None:
-    if args.moe_change_routing:
+    if args.moe_change_routing or not vars(saved.args):
         return
     for name, default in _SETTINGS[saved.router].items():
         now = getattr(args, name, default)

@@ -133,15 +133,15 @@ def test_without_a_manifest_a_checkpoint_is_used_only_when_asked_to(tmp_path):
 
 def arguments(folder: Path, **changes) -> Namespace:
     """What `prepare` reads of Megatron's arguments."""
-    args = Namespace(rank=0, save=str(folder), load=str(folder), ckpt_step=None, no_load_optim=True)
-    vars(args).update(verify_integrity=True, finetune=False, ckpt_format="torch_dist", **changes)
+    args = Namespace(rank=0, save=str(folder), load=str(folder), ckpt_step=None, **changes)
+    args.verify_integrity = True
     return args
 
 
 def test_a_run_repairs_the_tracker_and_deletes_killed_saves(folder, capsys):
     flip(folder / "iter_0000008/__0_0.distcp")
     make(folder, 10, complete=False)
-    resume.prepare(arguments(folder))
+    assert resume.prepare(arguments(folder)) == folder / "iter_0000006"
     assert checkpoint.tracked(folder) == 6
     assert names(folder) == [2, 4, 6, 8]
     lines = capsys.readouterr().out.splitlines()
@@ -173,7 +173,7 @@ def test_only_rank_zero_looks(folder):
     flip(folder / "iter_0000008/__0_0.distcp")
     args = arguments(folder)
     args.rank = 1
-    resume.prepare(args)
+    assert resume.prepare(args) is None
     assert checkpoint.tracked(folder) == 8
 
 
@@ -241,35 +241,11 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     assert "is neither a run directory" in capsys.readouterr().err
 
 
-def test_the_optimizer_of_another_implementation_is_refused(tmp_path, call):
-    assert "holds the state of Adam of apex, and this environment has that of torch" in call(
-        refusal_of_adam, tmp_path, "apex"
-    )
-    assert call(refusal_of_adam, tmp_path, "torch") is None
-
-
-def refusal_of_adam(tmp_path: Path, saved: str) -> str | None:
-    """The message for a checkpoint whose arguments name this implementation."""
-    import torch
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import ShardedTensor
-
-    from megatron.remoe import compat
-
-    path = tmp_path / saved / "iter_0000002"
-    path.mkdir(parents=True)
-    args = Namespace(adam_implementation=saved)
-    weight = ShardedTensor.from_rank_offsets("weight", torch.ones(2))
-    dist_checkpointing.save({"args": args, "weight": weight}, str(path))
-    checkpoint.write_tracker(path.parent, 2)
-    now = arguments(path.parent, adam_implementation=compat.adam())
-    now.verify_integrity = now.no_load_optim = False
-    now.save = None
-    try:
-        resume.prepare(now)
-    except ValueError as error:
-        return str(error)
-    return None
+def test_without_save_a_failure_keeps_its_error(folder):
+    args = arguments(folder)
+    args.save = None
+    with pytest.raises(RuntimeError, match="the real one"), resume.explained(args):
+        raise RuntimeError("the real one")
 
 
 def test_flags_of_checkpoints(call):
@@ -282,6 +258,20 @@ def test_flags_of_checkpoints(call):
     assert "save_keep_last is 0; keep at least 1" in refusal("--save-keep-last", "0")
     few = ["--save-keep-last", "2", "--save-interval", "4", "--save-retain-interval"]
     assert "save_retain_interval is 6, no multiple of save_interval 4" in refusal(*few, "6")
+    for flags, message in (
+        (
+            ["--ckpt-format", "torch"],
+            "ckpt_format is torch, but runs continue from torch_dist only",
+        ),
+        (["--ckpt-format", "fsdp_dtensor"], "ckpt_format is fsdp_dtensor, but runs continue from"),
+        (["--ckpt-convert-format", "torch"], "ckpt_convert_format is torch, but other formats"),
+        (["--auto-detect-ckpt-format"], "auto_detect_ckpt_format is True, but runs continue from"),
+        (["--non-persistent-ckpt-type", "global"], "non_persistent_ckpt_type is global, but a run"),
+        (["--use-megatron-fsdp"], "use_megatron_fsdp is True, but sharded parameters"),
+        (["--use-torch-fsdp2"], "use_torch_fsdp2 is True, but sharded parameters"),
+        (["--moe-use-upcycling"], "moe_use_upcycling is True, but Megatron then builds its dense"),
+    ):
+        assert refusal(*flags).startswith(f"error: {message}")
     args, _ = call(tiny.parse, *few, "8")
     assert (args["save_milestone_interval"], args["save_retain_interval"]) == (8, None)
     args, _ = call(tiny.parse, "--async-save")

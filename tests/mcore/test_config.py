@@ -270,6 +270,51 @@ WIDE = ["--ffn-hidden-size", "64"]
             "argument --moe-relu-load-balancing: invalid choice: 'softmax'",
         ),
         (
+            ["--spec", "local"],
+            "spec is local, but our layers take its place; leave it out",
+        ),
+        (
+            ["--heterogeneous-layers-config-path", "x.json"],
+            "heterogeneous_layers_config_path is set, but our layers are all alike",
+        ),
+        (
+            ["--experimental-attention-variant", "gated_delta_net"],
+            "experimental_attention_variant is gated_delta_net, which needs layers of its own",
+        ),
+        (["--yaml-cfg", "x.yaml"], "yaml_cfg is x.yaml, whose arguments take the place of all"),
+        (
+            [*RELU, "--moe-routing-trace-path", "trace"],
+            "moe_routing_trace_path is trace, but Megatron traces the k experts of a TopK router",
+        ),
+        (
+            ["--reset-attention-mask", "--no-create-attention-mask-in-dataloader"],
+            "reset_attention_mask is set with no_create_attention_mask_in_dataloader, so that",
+        ),
+        (
+            ["--transformer-impl", "inference_optimized"],
+            "transformer_impl is inference_optimized, which does not train; use local or",
+        ),
+        (
+            ["--transformer-impl", "local", "--multi-latent-attention"],
+            "multi_latent_attention is set, which has not been run with transformer_impl local",
+        ),
+        (
+            ["--transformer-impl", "local", "--qk-layernorm", "--tensor-model-parallel-size", "2"],
+            "qk_layernorm is set with tensor_model_parallel_size 2, where the norms of transformer",
+        ),
+        (
+            ["--transformer-impl", "local", "--recompute-modules", "layernorm"],
+            "recompute_modules has layernorm, which Megatron recomputes with Transformer Engine",
+        ),
+        (
+            ["--transformer-impl", "local", "--save-tokens-per-expert-interval", "1"],
+            "save_tokens_per_expert_interval is 1, but Megatron reads the tokens from Transformer",
+        ),
+        (
+            ["--moe-change-routing"],
+            "moe_change_routing is set but num_experts is not; pass --num-experts, or leave",
+        ),
+        (
             ["--metrics-file", "m", "--log-interval", "5", "--tensorboard-log-interval", "2"],
             "log_interval is 5, no multiple of tensorboard_log_interval 2",
         ),

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "examples" / "own_script"
-STEPS = 3
+from megatron.remoe import checkpoint
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples" / "own_script"
+STEPS, STOP = 4, 3
 FLAGS = f"""
     --num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4
     --num-experts 4 --moe-router-topk 1 --moe-router-pre-softmax --seq-length 32
@@ -18,31 +21,80 @@ FLAGS = f"""
     --disable-bias-linear --untie-embeddings-and-output-weights --micro-batch-size 2
     --global-batch-size 4 --train-iters {STEPS} --lr 1e-3 --eval-iters 0 --eval-interval 100
     --mock-data --split 90,8,2 --tokenizer-type NullTokenizer --vocab-size 127 --num-workers 0
-    --log-interval 1 --moe-token-dispatcher-type alltoall --moe-relu-routing
+    --log-interval 1 --moe-token-dispatcher-type alltoall --metrics-file metrics.jsonl
+    --save checkpoints --load checkpoints --save-interval 1 --save-keep-last 2 --verify-integrity
 """.split()
+# A script's own arguments: what a checkout of Megatron-LM with ModelOpt adds to the parser.
+OWN_ARGUMENTS = """
+def add_modelopt_args(parser):
+    parser.add_argument("--modelopt-enabled", action="store_true")
+    return parser
+"""
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """Metrics of the patched script, run for a few steps."""
-    tmp_path = tmp_path_factory.mktemp("own_script")
-    script = tmp_path / "pretrain_gpt.py"
-    shutil.copy(FOLDER / "pretrain_gpt.py", script)
-    patch = (FOLDER / "remoe.diff").read_text()
-    done = subprocess.run(["patch", "-p1"], input=patch, cwd=tmp_path, text=True)
-    assert done.returncode == 0
+def folder(tmp_path_factory):
+    """The patched script, beside a module that has arguments of its own."""
+    folder = tmp_path_factory.mktemp("own_script")
+    shutil.copy(FOLDER / "pretrain_gpt.py", folder)
+    patch(folder)
+    own = folder / "path/megatron/post_training"
+    own.mkdir(parents=True)
+    (own / "arguments.py").write_text(OWN_ARGUMENTS)
+    return folder
+
+
+def patch(folder: Path) -> None:
+    diff = (FOLDER / "remoe.diff").read_text()
+    subprocess.run(["patch", "-p1", "--fuzz=0"], input=diff, cwd=folder, text=True, check=True)
+
+
+def run(folder: Path, *flags: str, program: tuple[str, ...] = ("pretrain_gpt.py",)):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment |= {"PYTHONPATH": f"{folder / 'path'}:{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    metrics = ["--metrics-file", "metrics.jsonl"]
-    done = subprocess.run(
-        [*torchrun, str(script), *FLAGS, *metrics],
-        cwd=tmp_path,
+    return subprocess.run(
+        [*torchrun, *program, *FLAGS, *flags],
+        cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
     )
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def first(folder):
+    """Metrics and checkpoints of a run that stops early."""
+    done = run(folder, "--moe-relu-routing", "--exit-interval", str(STOP))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    return rows(folder), iterations(folder)
+
+
+def iterations(folder: Path) -> list[int]:
+    return [found.iteration for found in checkpoint.find(folder / "checkpoints")]
+
+
+@pytest.fixture(scope="module")
+def forgotten(folder, first):
+    """The same script, and our entry point, without the flag; also with the script's own flag."""
+    entry = ("-m", "megatron.remoe.pretrain")
+    return run(folder, "--modelopt-enabled"), run(folder), run(folder, program=entry)
+
+
+@pytest.fixture(scope="module")
+def second(folder, first, forgotten):
+    """The run goes on after its last checkpoint was damaged: metrics, checkpoints, log."""
+    file = folder / f"checkpoints/iter_{STOP:07d}/__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    done = run(folder, "--moe-relu-routing")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return rows(folder), iterations(folder), done.stdout
 
 
 def test_at_most_ten_lines_are_added():
@@ -51,13 +103,68 @@ def test_at_most_ten_lines_are_added():
     assert 0 < len(added) <= 10
 
 
+def test_the_readme_shows_the_diff():
+    diff = (FOLDER / "remoe.diff").read_text()
+    assert f"```diff\n{diff}```" in (ROOT / "README.md").read_text()
+
+
 def test_the_script_itself_knows_nothing_of_remoe():
     code = (FOLDER / "pretrain_gpt.py").read_text().split('"""', 2)[2]
     assert "remoe" not in code
 
 
-def test_the_patched_script_trains_with_relu_routing(rows):
-    assert [row["iteration"] for row in rows] == list(range(1, STEPS + 1))
+def test_the_diff_applies_where_the_script_of_megatron_lm_has_its_lines(tmp_path):
+    """Without fuzz, to the lines that it touches, at their places in the tag core_v0.19.0."""
+    lines = [""] * 530
+    for number, text in (
+        (24, "import torch"),
+        (512, "    args = parse_and_validate_args("),
+        (513, "        extra_args_provider=add_modelopt_args if has_nvidia_modelopt else None,"),
+        (514, "        args_defaults={'tokenizer_type': 'GPT2BPETokenizer'},"),
+        (521, "        model_cfg = gpt_config_from_args(args)"),
+        (522, "    full_config = pretrain_cfg_container_from_args(args, model_cfg)"),
+        (523, "    pretrain("),
+    ):
+        lines[number - 1] = text
+    (tmp_path / "pretrain_gpt.py").write_text("\n".join(lines))
+    diff = (FOLDER / "remoe.diff").read_text()
+    done = subprocess.run(
+        ["patch", "-p1", "--fuzz=0"], input=diff, cwd=tmp_path, text=True, capture_output=True
+    )
+    assert done.returncode == 0 and done.stdout == "patching file pretrain_gpt.py\n"
+
+
+def test_the_patched_script_trains_with_relu_routing(first):
+    rows, _ = first
+    assert [row["iteration"] for row in rows] == list(range(1, STOP + 1))
     assert all(row["lm_loss"] > 0 for row in rows)
     assert [row["l1_coeff"] for row in rows] == pytest.approx([1e-8, 1.2e-8, 1.44e-8])
     assert all(0 < row["sparsity"] < 0.75 for row in rows)
+
+
+def test_it_keeps_the_last_checkpoints_and_survives_a_damaged_one(first, second):
+    assert first[1] == [2, 3]
+    rows, kept, log = second
+    assert "is damaged: __0_0.distcp has changed since it was written" in log
+    assert "remoe: continuing from checkpoints/iter_0000002" in log
+    assert [row["iteration"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[:2] == first[0][:2]
+    assert rows[2]["lm_loss"] == first[0][2]["lm_loss"]
+    assert kept == [3, 4]
+
+
+def test_the_scripts_own_arguments_are_still_there(forgotten):
+    own, _, _ = forgotten
+    assert own.stderr.splitlines()[0] == "this script trains plain models only"
+
+
+def test_a_forgotten_flag_is_refused_in_every_entry(forgotten):
+    _, script, entry = forgotten
+    message = (
+        "checkpoint checkpoints/iter_0000003 is of ReLU routing, and this run of TopK routing; "
+        "pass --moe-relu-routing, or pass --moe-change-routing to change the router on purpose"
+    )
+    assert script.returncode != 0 and entry.returncode != 0
+    assert f"ValueError: {message}\n" in script.stderr
+    assert f"remoe: error: {message}\n" in entry.stdout
+    assert "exitcode  : 2 " in entry.stderr

@@ -99,6 +99,11 @@ def test_a_forked_process_ends_with_the_one_that_forked_it():
     ("body", "code", "line"),
     [
         ("raise RuntimeError('boom')", 1, "remoe: error: rank 3: RuntimeError: boom"),
+        (
+            "\n with processes.mistakes_in_one_line(): raise ValueError('x is 2; use 1')",
+            2,
+            "remoe: error: x is 2; use 1",
+        ),
         ("raise SystemExit(17)", 17, "remoe: error: rank 3 ended with code 17"),
         ("raise SystemExit(0)", 0, "cleaned up"),
         ("pass", 0, "cleaned up"),
