@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron.remoe import compat
 from megatron.remoe.counting import CountsRouting
 from megatron.remoe.router import ReLURouter
-from remoe.controller import l1_coeff_state, move_l1_coeff
+from remoe.controller import move_l1_coeff
 from remoe.routing import sparsity
 
 
@@ -116,7 +116,8 @@ def update_routers(
         l1_coeff=highest[:, 1].gather(0, first).squeeze(0).float() if is_relu else None,
     )
     if relu and move_coeff:
-        move_l1_coeff(relu, mean_sparsity, relu[0].controller)
+        coeffs = [router.l1_coeff for router in relu]
+        move_l1_coeff(coeffs, mean_sparsity, relu[0].controller)
     return report
 
 
@@ -152,7 +153,7 @@ class FinalizeStep:
         if not counts:
             return
         iteration = self._iteration()
-        state = [buffer for router in relu for buffer in l1_coeff_state(router)]
+        state = [router.l1_coeff for router in relu]
         if iteration != self._last:
             self._before = [buffer.clone() for buffer in state]
         self.report = update_routers(

@@ -106,7 +106,6 @@ class ReMoERouter(nn.Module):
     def __init__(self, config: ReMoEConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        self.bias = nn.Parameter(torch.empty(config.num_experts)) if config.router_bias else None
         self.max_active, self.at_least_one = config.max_active_experts, config.at_least_one_expert
         self.topk = config.num_experts_per_tok
         self.route = ROUTERS[config.router_type]
@@ -116,8 +115,7 @@ class ReMoERouter(nn.Module):
         dtype = self.dtype or x_TH.dtype
         # A cast is not enough under autocast, which would cast it back.
         with torch.autocast(x_TH.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.to(dtype)
-            logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype), bias)
+            logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype))
             probs_TE, active_TE = self.route(logits_TE, self.topk)
             if self.max_active is None and not self.at_least_one:
                 return probs_TE, active_TE

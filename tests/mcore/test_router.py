@@ -1,6 +1,5 @@
 """The Megatron router on one rank: its penalty, its statistics, and when it counts."""
 
-import math
 
 import pytest
 import torch
@@ -121,11 +120,11 @@ def test_bfloat16_keeps_the_coefficient_exact_and_routes_in_fp32(rank):
     assert routed_in_fp32
 
 
-def update_twice(rule="sign"):
+def update_twice():
     """FinalizeStep called twice in one iteration, as after a rerun, then in the next one."""
     from megatron.remoe import step
 
-    layer = moe_cases.build_layer(Layout(), 0.0, routing_changes={"l1_reg_coeff_rule": rule})
+    layer = moe_cases.build_layer(Layout(), 0.0)
     calls, coeffs, sparsities = [], [], []
     hook = step.FinalizeStep(iter([0, 0, 1]).__next__)
     step.megatron_finalize_model_grads = lambda *args, **kwargs: calls.append(kwargs)
@@ -142,16 +141,6 @@ def test_a_rerun_iteration_moves_the_coefficient_once(rank):
     assert calls == 3
     assert coeffs == pytest.approx([1.2e-8, 1.2e-8, 1.44e-8])
     assert sparsities[0] == sparsities[1] == sparsities[2] < 0.75
-
-
-def test_the_pi_rule_remembers_the_step_before(rank):
-    """At the same sparsity twice only its integral part moves the coefficient."""
-    _, coeffs, sparsities = rank(update_twice, "pi")
-    excess = (1 - sparsities[0]) / 0.25 - 1
-    move = min(0.5 * excess, math.log(1.2))
-    assert excess > 0 and coeffs[0] == coeffs[1]
-    assert coeffs[0] == pytest.approx(1e-8 * math.exp(move), rel=1e-5)
-    assert coeffs[2] == pytest.approx(coeffs[0] * math.exp(move), rel=1e-5)
 
 
 def routed_with_shortcuts():
@@ -175,30 +164,6 @@ def test_shortcuts_bound_what_is_routed_but_not_what_is_counted(rank):
     assert most > 2 and (probs.amax(dim=1) == bounded.amax(dim=1))[probs.amax(dim=1) > 0].all()
     assert torch.equal(stats, counted)
     assert not torch.equal(grad, bounded_grad)
-
-
-def active_at_the_start(start_sparse, experts, topk):
-    """Share of active pairs for normalised inputs, with the weights that Megatron draws."""
-    layer = moe_cases.build_layer(
-        Layout(),
-        0.0,
-        routing_changes={"start_sparse": start_sparse},
-        num_moe_experts=experts,
-        moe_router_topk=topk,
-        hidden_size=256,
-        init_method_std=0.02,
-        fill=False,
-    )
-    x = torch.nn.functional.rms_norm(torch.randn(2048, 1, 256), (256,))
-    return layer.router(x)[1].float().mean().item(), [n for n, _ in layer.router.named_parameters()]
-
-
-@pytest.mark.parametrize(("experts", "topk"), [(8, 1), (16, 4)])
-def test_a_sparse_start_activates_topk_experts(rank, experts, topk):
-    dense, names = rank(active_at_the_start, False, experts, topk)
-    assert dense == pytest.approx(0.5, abs=0.1) and names == ["weight"]
-    sparse, names = rank(active_at_the_start, True, experts, topk)
-    assert sparse == pytest.approx(topk / experts, rel=0.25) and names == ["weight", "bias"]
 
 
 def build_with_flex():
