@@ -119,11 +119,10 @@ class ReLURouter(CountsRouting, Router):
         published code does.
         """
         num_ranks = self.tp_cp_group.size()
-        local = self.count(routing_map, padding_mask, num_ranks=num_ranks)
         penalised = probs
         if padding_mask is not None:
             penalised = probs.masked_fill(padding_mask.unsqueeze(1), 0)
-        total = local.clone()
+        total = self.count(routing_map, padding_mask, num_ranks=num_ranks)
         if num_ranks > 1:
             torch.distributed.all_reduce(total, group=self.tp_cp_group)
 
@@ -135,6 +134,7 @@ class ReLURouter(CountsRouting, Router):
             self.stats[0] += l1_reg
         penalty = self.l1_coeff * l1_reg
         if self.calculate_per_token_loss:
-            # Megatron will divide every gradient by the number of tokens of the global batch.
-            penalty = penalty * (local[0] * num_ranks)
+            # Megatron will divide every gradient by the number of tokens of the global batch, of
+            # which these are the micro-batch's. Ranks need not have equal parts of them.
+            penalty = penalty * total[0]
         return MoEAuxLossAutoScaler.apply(probs, penalty)
