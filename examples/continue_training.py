@@ -35,6 +35,8 @@ def main() -> None:
         parser.error(f"{options.text} has {len(ids)} tokens; it needs more than {options.length}")
 
     config = model.config
+    if getattr(config, "router_type", None) != "relu":
+        parser.error(f"{options.model} has no ReLU router, so there is no sparsity to control")
     controller = SparsityController(
         ControllerConfig(
             target_sparsity=config.target_sparsity,

@@ -216,6 +216,6 @@ def update_l1_coeff(model: nn.Module) -> Tensor:
     sparsity_L = sparsity(counts[:, :-1], counts[:, -1])
     mean = sparsity_L.mean()
     for layer in layers:
-        move_l1_coeff([layer], mean, layer.config.controller)
+        move_l1_coeff([layer.l1_coeff], mean, layer.config.controller)
         layer.counts.zero_()
     return sparsity_L

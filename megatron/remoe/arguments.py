@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, get_args
 
 from megatron.remoe import compat, cpu, options
-from remoe.config import L1CoeffRule, LoadBalancing, apply_granularity
+from remoe.config import LoadBalancing, apply_granularity
 
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -43,12 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Factor by which a step multiplies or divides the coefficient.",
     )
     group.add_argument(
-        "--moe-relu-l1-reg-coeff-rule",
-        choices=get_args(L1CoeffRule),
-        default="sign",
-        help="How the coefficient moves: by the multiplier as published, or proportional-integral.",
-    )
-    group.add_argument(
         "--moe-relu-load-balancing",
         choices=get_args(LoadBalancing),
         default="aux_loss",
@@ -71,11 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--moe-relu-at-least-one-expert",
         action="store_true",
         help="Shortcut: a token without experts gets that of its largest logit.",
-    )
-    group.add_argument(
-        "--moe-relu-start-sparse",
-        action="store_true",
-        help="Shortcut: a router bias, trained, at which the first step activates topk experts.",
     )
     group.add_argument(
         "--moe-granularity",
@@ -226,7 +215,7 @@ def finish(args: argparse.Namespace) -> None:
         _finish_relu_routing(args)
 
 
-# Name, allowed values, and why not another.
+# Of checkpoints and of how weights are held: name, allowed values, and why not another.
 _CHECKPOINTS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "ckpt_format", ("torch_dist",),
@@ -256,6 +245,10 @@ _CHECKPOINTS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         "use_torch_fsdp2", (False,),
         "sharded parameters have not been run with our experts and checkpoints; use "
         "use_distributed_optimizer",
+    ),
+    (
+        "init_model_with_meta_device", (False,),
+        "only FSDP, which is refused, gives such a model its first weights; leave it out",
     ),
     (
         "moe_use_upcycling", (False,),
@@ -369,6 +362,11 @@ def _refuse_what_local_lacks(args: argparse.Namespace) -> None:
             f"{args.tensor_model_parallel_size}, where the norms of transformer_impl local cannot "
             f"be split; use tensor_model_parallel_size 1, or transformer_impl transformer_engine"
         )
+    if args.cpu_offloading_num_layers:
+        raise ValueError(
+            f"cpu_offloading_num_layers is {args.cpu_offloading_num_layers}, but Megatron offloads "
+            f"activations with Transformer Engine only; leave it out"
+        )
     if args.save_tokens_per_expert_interval is not None:
         raise ValueError(
             f"save_tokens_per_expert_interval is {args.save_tokens_per_expert_interval}, but "
@@ -458,7 +456,6 @@ def _check_max_assignments(args: argparse.Namespace) -> None:
 _SHORTCUTS: dict[str, Any] = {
     "moe_relu_max_active_experts": None,
     "moe_relu_at_least_one_expert": False,
-    "moe_relu_start_sparse": False,
 }
 
 
@@ -511,11 +508,9 @@ def routing_from_args(args: argparse.Namespace):
         return ReLURouting(
             l1_reg_coeff_init=args.moe_relu_l1_reg_coeff_init,
             l1_reg_coeff_multiplier=args.moe_relu_l1_reg_coeff_multiplier,
-            l1_reg_coeff_rule=args.moe_relu_l1_reg_coeff_rule,
             load_balancing=args.moe_relu_load_balancing,
             max_active_experts=args.moe_relu_max_active_experts,
             at_least_one_expert=args.moe_relu_at_least_one_expert,
-            start_sparse=args.moe_relu_start_sparse,
             max_assignments=args.moe_relu_max_assignments,
         )
     if args.moe_topk_warmup_steps:

@@ -156,7 +156,7 @@ def check(args: argparse.Namespace, saved: Saved) -> None:
     if saved.get("moe_relu_start_sparse"):
         raise ValueError(
             f"checkpoint {saved.path} was trained with moe_relu_start_sparse, which no longer "
-            f"exists: its routers have a bias that would be dropped; continue it with the release "
+            f"exists: its routers have a bias that would be dropped; continue it with the version "
             f"of remoe that wrote it, or start a new run"
         )
     if saved.router != now:
@@ -227,7 +227,7 @@ def _refuse_other_settings(args: argparse.Namespace, saved: Saved) -> None:
 
 def _remedy(name: str, before: Any) -> str:
     if name == "moe_relu_l1_reg_coeff_rule":
-        return "continue it with the release of remoe that wrote it"
+        return "continue it with the version of remoe that wrote it"
     return f"set {name} to what it was trained with"
 
 

@@ -269,6 +269,7 @@ def test_flags_of_checkpoints(call):
         (["--non-persistent-ckpt-type", "global"], "non_persistent_ckpt_type is global, but a run"),
         (["--use-megatron-fsdp"], "use_megatron_fsdp is True, but sharded parameters"),
         (["--use-torch-fsdp2"], "use_torch_fsdp2 is True, but sharded parameters"),
+        (["--init-model-with-meta-device"], "init_model_with_meta_device is True, but only FSDP,"),
         (["--moe-use-upcycling"], "moe_use_upcycling is True, but Megatron then builds its dense"),
     ):
         assert refusal(*flags).startswith(f"error: {message}")

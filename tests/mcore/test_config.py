@@ -311,6 +311,10 @@ WIDE = ["--ffn-hidden-size", "64"]
             "save_tokens_per_expert_interval is 1, but Megatron reads the tokens from Transformer",
         ),
         (
+            ["--transformer-impl", "local", "--cpu-offloading-num-layers", "1"],
+            "cpu_offloading_num_layers is 1, but Megatron offloads activations with Transformer",
+        ),
+        (
             ["--moe-change-routing"],
             "moe_change_routing is set but num_experts is not; pass --num-experts, or leave",
         ),
