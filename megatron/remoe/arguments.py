@@ -362,6 +362,16 @@ def _refuse_what_local_lacks(args: argparse.Namespace) -> None:
             f"{args.tensor_model_parallel_size}, where the norms of transformer_impl local cannot "
             f"be split; use tensor_model_parallel_size 1, or transformer_impl transformer_engine"
         )
+    if args.layernorm_zero_centered_gamma:
+        raise ValueError(
+            "apply_layernorm_1p is set, which the norms of transformer_impl local do not have; "
+            "leave it out, or use transformer_impl transformer_engine"
+        )
+    if args.fp32_residual_connection and (args.bf16 or args.fp16):
+        raise ValueError(
+            "fp32_residual_connection is set, but the norms of transformer_impl local hand on fp32 "
+            "to layers in half precision; leave it out, or use transformer_impl transformer_engine"
+        )
     if args.cpu_offloading_num_layers:
         raise ValueError(
             f"cpu_offloading_num_layers is {args.cpu_offloading_num_layers}, but Megatron offloads "

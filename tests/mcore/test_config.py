@@ -263,7 +263,7 @@ WIDE = ["--ffn-hidden-size", "64"]
         ),
         (
             [*RELU, "--moe-relu-l1-reg-coeff-multiplier", "1"],
-            "the L1 coefficient's multiplier is 1.0; it must be above 1",
+            "the L1 coefficient's multiplier is 1.0; it must be finite and above 1",
         ),
         (
             [*RELU, "--moe-relu-load-balancing", "softmax"],
@@ -309,6 +309,14 @@ WIDE = ["--ffn-hidden-size", "64"]
         (
             ["--transformer-impl", "local", "--save-tokens-per-expert-interval", "1"],
             "save_tokens_per_expert_interval is 1, but Megatron reads the tokens from Transformer",
+        ),
+        (
+            ["--transformer-impl", "local", "--apply-layernorm-1p"],
+            "apply_layernorm_1p is set, which the norms of transformer_impl local do not have",
+        ),
+        (
+            ["--transformer-impl", "local", "--bf16", "--fp32-residual-connection"],
+            "fp32_residual_connection is set, but the norms of transformer_impl local hand on fp32",
         ),
         (
             ["--transformer-impl", "local", "--cpu-offloading-num-layers", "1"],
