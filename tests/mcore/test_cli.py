@@ -84,6 +84,14 @@ CASES = {
         "context_parallel_size is 2, but the attention of transformer_impl local sees one rank's",
     ),
     "not an override": (["lr"], "override 'lr' is not of the form key=value"),
+    "for another script": (
+        ["sft=true"],
+        "sft is True, which this entry point ignores; leave it out, or use a script of Megatron-LM",
+    ),
+    "format of checkpoints": (
+        ["ckpt_format=torch"],
+        "ckpt_format is torch, but runs continue from torch_dist only",
+    ),
     "processes": (["nproc=0"], "nproc is 0; it must be a positive number of processes"),
 }
 

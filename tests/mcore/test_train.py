@@ -223,6 +223,27 @@ def shapes_from_checkpoint(home: Path) -> list[tuple[int, int, int]]:
     return tiny.shapes(*argv, from_checkpoint=True)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [["load=relu/checkpoints"], ["load=null", "pretrained_checkpoint=relu/checkpoints"]],
+    ids=["load", "pretrained_checkpoint"],
+)
+@pytest.mark.parametrize("from_checkpoint", [False, True])
+def test_a_forgotten_flag_is_refused_before_anything_is_written(
+    both, home, call, overrides, from_checkpoint
+):
+    overrides = [*overrides, "moe_relu_routing=false", "run_dir=forgotten"]
+    if from_checkpoint:
+        overrides.append("use_checkpoint_args=true")
+    code, _, error = call(tiny.remoe, home, "train", "relu.yaml", *overrides)
+    assert (code, error.count("\n")) == (2, 1), error
+    assert error.startswith(
+        "error: checkpoint relu/checkpoints/iter_0000012 is of ReLU routing, and this run of TopK "
+        "routing; pass --moe-relu-routing, or pass --moe-change-routing"
+    )
+    assert not (home / "forgotten").exists()
+
+
 def test_topk_rows_count_and_dense_rows_have_no_routing(others):
     topk, dense = training(others["topk"]), training(others["dense"])
     assert [row["iteration"] for row in topk] == [1, 2, 3]
