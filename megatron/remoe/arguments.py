@@ -319,11 +319,11 @@ def _refuse_what_is_replaced(args: argparse.Namespace) -> None:
             "there is no mask to reset and documents would see each other; leave one of them out"
         )
     if args.moe_routing_trace_path is not None and (
-        args.moe_relu_routing or args.num_experts is None
+        args.moe_relu_routing or args.num_experts is None or cpu.is_enabled()
     ):
         raise ValueError(
             f"moe_routing_trace_path is {args.moe_routing_trace_path}, but Megatron traces the k "
-            f"experts of a TopK router only and would write empty files; leave it out "
+            f"experts of a TopK router on a GPU only, and would write empty files; leave it out "
             f"(metrics_file has the load of the experts)"
         )
 
@@ -377,12 +377,17 @@ def _refuse_what_local_lacks(args: argparse.Namespace) -> None:
             f"cpu_offloading_num_layers is {args.cpu_offloading_num_layers}, but Megatron offloads "
             f"activations with Transformer Engine only; leave it out"
         )
-    if args.save_tokens_per_expert_interval is not None:
-        raise ValueError(
-            f"save_tokens_per_expert_interval is {args.save_tokens_per_expert_interval}, but "
-            f"Megatron reads the tokens from Transformer Engine's experts and would write nothing; "
-            f"leave it out (metrics_file has the load of the experts)"
-        )
+    for name in (
+        "save_tokens_per_expert_interval",
+        "save_activations_interval",
+        "save_dgrads_interval",
+    ):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"{name} is {getattr(args, name)}, but Megatron takes what it saves from "
+                f"Transformer Engine's layers; leave it out (metrics_file has the load of the "
+                f"experts)"
+            )
     if "layernorm" in (args.recompute_modules or ()):
         raise ValueError(
             "recompute_modules has layernorm, which Megatron recomputes with Transformer Engine "

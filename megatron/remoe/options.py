@@ -182,10 +182,9 @@ LOGS: dict[str, str] = {
     "moe_router_load_balancing_type": "set to `none`, so that no auxiliary loss is logged; the "
     "penalty is `l1_coeff` times `l1_reg` of `metrics.jsonl`",
     "moe_routing_trace_path": "refused, since it traces the k experts of TopK routers only",
-    "save_tokens_per_expert_interval": "refused with the local backend, since it reads Transformer "
-    "Engine's experts only",
-    "save_activations_interval": "without our grouped experts, which are no linear layers of "
-    "Megatron's; the same holds for `save_dgrads_interval`",
+    "save_tokens_per_expert_interval": "refused with the local backend, since Megatron reads "
+    "Transformer Engine's layers only; so are `save_activations_interval` and "
+    "`save_dgrads_interval`",
 }
 
 

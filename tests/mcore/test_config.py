@@ -308,7 +308,7 @@ WIDE = ["--ffn-hidden-size", "64"]
         ),
         (
             ["--transformer-impl", "local", "--save-tokens-per-expert-interval", "1"],
-            "save_tokens_per_expert_interval is 1, but Megatron reads the tokens from Transformer",
+            "save_tokens_per_expert_interval is 1, but Megatron takes what it saves from Transf",
         ),
         (
             ["--transformer-impl", "local", "--apply-layernorm-1p"],
