@@ -362,6 +362,11 @@ def _refuse_what_local_lacks(args: argparse.Namespace) -> None:
             f"{args.tensor_model_parallel_size}, where the norms of transformer_impl local cannot "
             f"be split; use tensor_model_parallel_size 1, or transformer_impl transformer_engine"
         )
+    if args.te_precision_config_file is not None:
+        raise ValueError(
+            f"te_precision_config_file is {args.te_precision_config_file}, which is for layers of "
+            f"Transformer Engine; leave it out, or use transformer_impl transformer_engine"
+        )
     if args.layernorm_zero_centered_gamma:
         raise ValueError(
             "apply_layernorm_1p is set, which the norms of transformer_impl local do not have; "

@@ -46,7 +46,9 @@ def imported_version() -> tuple[str, Path]:
             f"megatron-core is not installed; run: pip install 'remoe[megatron]' "
             f"(tested with {TESTED_VERSION})"
         ) from None
-    return package_info.__version__, Path(package_info.__file__).parent
+    # It adds the commit of the repository that it lies in, which may be another one's.
+    version = package_info.__version__.partition("+")[0]
+    return version, Path(package_info.__file__).parent
 
 
 def _skip_compiling_dataset_helpers() -> None:

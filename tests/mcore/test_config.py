@@ -311,6 +311,10 @@ WIDE = ["--ffn-hidden-size", "64"]
             "save_tokens_per_expert_interval is 1, but Megatron takes what it saves from Transf",
         ),
         (
+            ["--transformer-impl", "local", "--te-precision-config-file", "x.yaml"],
+            "te_precision_config_file is x.yaml, which is for layers of Transformer Engine",
+        ),
+        (
             ["--transformer-impl", "local", "--apply-layernorm-1p"],
             "apply_layernorm_1p is set, which the norms of transformer_impl local do not have",
         ),
