@@ -166,6 +166,24 @@ def test_config_names_the_bad_value(change, names):
         ReMoEConfig(**(vars(CONFIG) | change))
 
 
+def test_layers_without_tokens_take_no_part_in_the_update():
+    """An empty batch is no error, and a layer that saw nothing does not make the mean NaN."""
+    model = torch.nn.ModuleList([ReMoELayer(CONFIG), ReMoELayer(CONFIG)])
+    before = model[0].l1_coeff.item()
+    empty = torch.zeros(0, CONFIG.hidden_size)
+    for layer in model:
+        assert layer(empty).shape == empty.shape
+    assert l1_penalty(model).item() == 0
+    assert update_l1_coeff(model).isnan().all()
+    assert [layer.l1_coeff.item() for layer in model] == [before, before]
+    model[0](torch.randn(64, CONFIG.hidden_size))
+    seen, unseen = update_l1_coeff(model)
+    assert 0 < seen < 1 and unseen.isnan()
+    factor = 1.2 if seen < 1 - CONFIG.topk / CONFIG.num_experts else 1 / 1.2
+    for layer in model:
+        assert layer.l1_coeff.item() == pytest.approx(before * factor)
+
+
 def test_importing_remoe_loads_neither_megatron_nor_transformers():
     code = (
         "import sys, remoe, remoe.analysis.runs\n"

