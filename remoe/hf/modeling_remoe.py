@@ -380,13 +380,15 @@ class ReMoEModel(ReMoEPreTrainedModel):
     def _l1_reg(self, routing: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> Tensor:
         device = routing[0][0].device  # layers may be on several
         real_T = _real_tokens(mask, routing[0][0].shape[1])
-        regularisers, active_pairs, pairs = [], [], 0
+        regularisers, active_pairs = [], []
         for probs, active in routing:
             probs_TE, active_TE = probs.flatten(0, 1), active.flatten(0, 1)
+            num_tokens: Tensor | int = len(probs_TE)
             if real_T is not None:
-                kept = real_T.to(probs.device)
-                probs_TE, active_TE = probs_TE[kept], active_TE[kept]
-            num_tokens, weights_E = max(len(probs_TE), 1), None
+                padding_T1 = ~real_T.to(probs.device)[:, None]
+                probs_TE, active_TE = probs_TE.masked_fill(padding_T1, 0), active_TE & ~padding_T1
+                num_tokens = (~padding_T1).sum().clamp(min=1)
+            weights_E = None
             tokens_per_expert_E = active_TE.sum(dim=0)
             if self.config.load_balancing == "aux_loss":
                 weights_E = load_weights(
@@ -397,10 +399,12 @@ class ReMoEModel(ReMoEPreTrainedModel):
             l1_reg = l1_regularization(probs_TE, num_tokens=num_tokens, load_weights_E=weights_E)
             regularisers.append(l1_reg.to(device))
             active_pairs.append(tokens_per_expert_E.sum().to(device))
-            pairs += active_TE.numel()
         if self.training and torch.is_grad_enabled():
             active_pair_count = torch.stack(active_pairs).sum()
-            routed = torch.stack((active_pair_count, torch.full_like(active_pair_count, pairs)))
+            real = torch.full_like(active_pair_count, probs.shape[:2].numel())
+            if real_T is not None:
+                real = real_T.sum().to(device)
+            routed = torch.stack((active_pair_count, real * len(routing) * self.config.num_experts))
             self.routed = routed if self.routed is None else routed + self.routed.to(device)
         return torch.stack(regularisers)
 
