@@ -97,6 +97,8 @@ def test_a_misspelt_argument_is_refused_and_that_of_a_tool_is_not():
         model(tokens, output_routng=True)
     with pytest.raises(ValueError, match="output_routng"):
         model.generate(tokens, output_routng=True, max_new_tokens=1)
+    with pytest.raises(ValueError, match="generate does not return the routing"):
+        model.generate(tokens, output_routing=True, max_new_tokens=1)
     assert torch.equal(model(tokens, token_type_ids=tokens).logits, model(tokens).logits)
 
 
@@ -232,6 +234,14 @@ def test_the_padding_token_learns_where_it_is_no_padding():
     torch.testing.assert_close(same, plain)
 
 
+def test_packed_texts_do_not_see_each_other_in_training():
+    model, tokens = trained(), some_tokens(1, 9)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
+    packed = model(tokens, position_ids=positions).logits
+    alone = [model(text).logits for text in (tokens[:, :5], tokens[:, 5:])]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
+
+
 # Training
 
 
@@ -253,13 +263,17 @@ def test_labels_that_are_shifted_or_ignored_are_heeded():
 @pytest.mark.parametrize("given", ["labels", "shift_labels"])
 def test_micro_batches_of_a_step_add_up(given):
     model, tokens = trained(load_balancing="none"), some_tokens(4, 9)
-    whole = gradients(model, tokens, labels=tokens)
+    more = {"labels": tokens}
+    if given == "shift_labels":
+        more["shift_labels"] = F.pad(tokens[:, 1:], (0, 1), value=-100)
+        more["shift_labels"][:, 2:5] = -100
+    whole = gradients(model, tokens, **more)
+    num_items = (more["shift_labels"] != -100).sum() if given == "shift_labels" else 32
     summed = {name: torch.zeros_like(g) for name, g in whole.items()}
-    for half in tokens.split(2):
-        more = {"labels": half, "num_items_in_batch": torch.tensor(32)}
-        if given == "shift_labels":
-            more["shift_labels"] = F.pad(half[:, 1:], (0, 1), value=-100)
-        for name, gradient in gradients(model, half, **more).items():
+    for rows in (slice(2), slice(2, 4)):
+        part = {name: value[rows] for name, value in more.items()}
+        found = gradients(model, tokens[rows], **part, num_items_in_batch=num_items)
+        for name, gradient in found.items():
             summed[name] += gradient
     torch.testing.assert_close(summed, whole, rtol=1e-4, atol=1e-5)
 
@@ -372,6 +386,7 @@ def test_what_training_would_miss_in_silence_is_said(warned):
             if moves:
                 model.update_l1_coeff()
     assert sum("call model.update_l1_coeff() after" in text for text in warned()) == 1
+    model.generate(tokens, max_new_tokens=2)
     assert not any("without labels" in text for text in warned())
     model(tokens)
     assert any("add output.penalty to your own" in text for text in warned())

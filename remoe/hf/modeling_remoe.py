@@ -320,7 +320,8 @@ class ReMoEModel(ReMoEPreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        use_cache = config.use_cache if use_cache is None else use_cache
+        if use_cache is None:  # with a cache, transformers does not separate packed texts
+            use_cache = config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
             use_cache = False
         if use_cache and past_key_values is None:
@@ -426,6 +427,19 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
         self._unmoved: tuple[list[float], int] = ([], 0)  # coefficients, steps that used them
         self.post_init()
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`GenerationMixin.generate`, whose output has no place for the routing.
+
+        Raises:
+            ValueError: `output_routing` is asked for.
+        """
+        if kwargs.get("output_routing"):
+            raise ValueError(
+                "output_routing is set, but generate does not return the routing; call the model "
+                "itself on the text that was generated"
+            )
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
     @torch.no_grad()
     def update_l1_coeff(self) -> float | None:
         """Move the coefficients of the penalty once (Eq. 7), after an optimizer step.
@@ -498,7 +512,8 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
         loss = penalty = None
         if self.training and outputs.l1_reg is not None and self.config.l1_coeff is not None:
             penalty = (outputs.l1_reg * outputs.l1_reg.new_tensor(self.config.l1_coeff)).sum()
-            self._warn_of_training(input_ids, attention_mask, labels)
+            if torch.is_grad_enabled():
+                self._warn_of_training(input_ids, attention_mask, labels)
         if labels is not None:
             loss = self.loss_function(
                 logits=logits,
