@@ -1,10 +1,10 @@
 """Validated configurations, and the parameter counts that follow from them."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 LoadBalancing = Literal["aux_loss", "none"]
-L1CoeffRule = Literal["sign", "pi"]
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,13 @@ def apply_granularity(
 
 @dataclass(frozen=True)
 class ControllerConfig:
-    """The rule that moves the L1 coefficient (arXiv 2412.14711, Eq. 7, or `pi`, which is ours).
+    """The rule that moves the L1 coefficient (arXiv 2412.14711, Eq. 7).
 
     Attributes:
         target_sparsity: fraction of inactive (token, expert) pairs to reach, `1 - k/E`, in [0, 1).
         init: coefficient of the first step.
-        multiplier: factor alpha > 1 by which one step moves the coefficient, with `pi` at most.
+        multiplier: factor alpha > 1 by which one step moves the coefficient.
         floor, ceiling: bounds on the coefficient; None is unbounded, as published.
-        rule: "sign" as published, or "pi", proportional-integral; see `next_l1_coeff`.
     """
 
     target_sparsity: float
@@ -64,27 +63,21 @@ class ControllerConfig:
     multiplier: float = 1.2
     floor: float | None = None
     ceiling: float | None = None
-    rule: L1CoeffRule = "sign"
 
     def __post_init__(self) -> None:
         if not 0 <= self.target_sparsity < 1:
             raise ValueError(
                 f"target_sparsity is {self.target_sparsity}; it must be in [0, 1), usually 1 - k/E"
             )
-        if not self.init > 0:
+        if not 0 < self.init < math.inf:
             raise ValueError(
-                f"the initial L1 coefficient is {self.init}; it must be positive, because the rule "
-                f"multiplies it (the published value is 1e-8)"
+                f"the initial L1 coefficient is {self.init}; it must be positive and finite, "
+                f"because the rule multiplies it (the published value is 1e-8)"
             )
-        if not self.multiplier > 1:
+        if not 1 < self.multiplier < math.inf:
             raise ValueError(
-                f"the L1 coefficient's multiplier is {self.multiplier}; it must be above 1 "
-                f"(the published value is 1.2)"
-            )
-        if self.rule not in get_args(L1CoeffRule):
-            raise ValueError(
-                f"the rule of the L1 coefficient is {self.rule!r}; "
-                f"choose one of {', '.join(get_args(L1CoeffRule))}"
+                f"the L1 coefficient's multiplier is {self.multiplier}; it must be finite and "
+                f"above 1 (the published value is 1.2)"
             )
         low = 0.0 if self.floor is None else self.floor
         high = float("inf") if self.ceiling is None else self.ceiling
@@ -106,7 +99,7 @@ class ReMoEConfig:
             granularity.
         granularity: G; experts x G, active experts x G, expert width / G.
         load_balancing: "aux_loss" weights the L1 penalty by load (Eq. 10), "none" does not (Eq. 9).
-        l1_coeff_init, l1_coeff_multiplier, l1_coeff_rule: see `ControllerConfig`.
+        l1_coeff_init, l1_coeff_multiplier: see `ControllerConfig`.
         init_std: standard deviation of the initial weights.
         max_assignments: active (token, expert) pairs that the layer computes at once; with more it
             goes chunk by chunk, and again in backward. None: above twice `topk` per token it goes
@@ -121,7 +114,6 @@ class ReMoEConfig:
     load_balancing: LoadBalancing = "aux_loss"
     l1_coeff_init: float = 1e-8
     l1_coeff_multiplier: float = 1.2
-    l1_coeff_rule: L1CoeffRule = "sign"
     init_std: float = 0.02
     max_assignments: int | None = None
 
@@ -158,7 +150,6 @@ class ReMoEConfig:
             target_sparsity=1 - self.topk / self.num_experts,
             init=self.l1_coeff_init,
             multiplier=self.l1_coeff_multiplier,
-            rule=self.l1_coeff_rule,
         )
 
     @property

@@ -74,8 +74,7 @@ class Rule:
         hf: names on the other side, with their dimensions, a letter each.
         to_hf, to_megatron: the tensor to its parts in the order of `hf`, and back.
         when: "always", "untied" (separate output layer), or the kind of layer: "moe", "relu" (moe
-            with a ReLU router), "pi" (whose coefficient moves by that rule), "bias" (a router
-            with one), "dense".
+            with a ReLU router), "dense".
     """
 
     megatron: str
@@ -114,9 +113,7 @@ TABLE: tuple[Rule, ...] = (
         when="moe",
     ),
     Rule(_M + "mlp.router.weight", {_H + "mlp.router.weight": "EH"}, when="moe"),
-    Rule(_M + "mlp.router.bias", {_H + "mlp.router.bias": "E"}, when="bias"),
     Rule(_M + "mlp.router.l1_coeff", {"config.l1_coeff.*": ""}, when="relu"),
-    Rule(_M + "mlp.router.l1_coeff_memory", {"config.l1_coeff_memory.*": "M"}, when="pi"),
     Rule(
         _M + "mlp.experts.experts.linear_fc1.weight",
         {_H + "mlp.experts.gate_up_proj": "EGH"},
@@ -212,7 +209,6 @@ def dims_of(config: Config, padded_vocab_size: int) -> Dims:
         "G": 2 * expert,
         "D": config["intermediate_size"],
         "groups": config["num_key_value_heads"],
-        "M": 2,
     }
 
 
@@ -250,8 +246,7 @@ def _kinds(config: Config, layer: int) -> set[str]:
         return {"always", "dense"}
     kinds = {"always", "moe"}
     if config["router_type"] == "relu":
-        kinds |= {"relu", config.get("l1_coeff_rule", "sign")}
-        kinds |= {"bias"} if config.get("router_bias") else set()
+        kinds.add("relu")
     return kinds
 
 

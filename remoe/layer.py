@@ -208,14 +208,17 @@ def l1_penalty(model: nn.Module) -> Tensor:
 def update_l1_coeff(model: nn.Module) -> Tensor:
     """Once per optimizer step: move all layers' coefficients by their mean sparsity (Eq. 7, 8).
 
+    The mean is over the layers that have seen tokens since the last update; without any the
+    coefficients stay.
+
     Returns:
-        The sparsity of every layer since the last update, `[L]`.
+        The sparsity of every layer since the last update, `[L]`; NaN for a layer without tokens.
     """
     layers = remoe_layers(model)
     counts = torch.stack([layer.counts for layer in layers])
     sparsity_L = sparsity(counts[:, :-1], counts[:, -1])
-    mean = sparsity_L.mean()
+    mean = sparsity_L.nanmean()
     for layer in layers:
-        move_l1_coeff([layer], mean, layer.config.controller)
+        move_l1_coeff([layer.l1_coeff], mean, layer.config.controller)
         layer.counts.zero_()
     return sparsity_L

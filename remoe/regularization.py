@@ -1,7 +1,8 @@
 """The L1 penalty on router outputs, plain and load-balanced (arXiv 2412.14711, Eq. 9-11).
 
 Scaling follows the published code (github.com/thu-ml/ReMoE): the penalties of the layers are
-summed, where the paper divides by their number. Shapes: T tokens, E experts.
+summed, where the paper divides by their number. A micro-batch without real tokens has neither load
+nor penalty: both are zero. Shapes: T tokens, E experts.
 """
 
 from torch import Tensor
@@ -21,7 +22,7 @@ def load_weights(tokens_per_expert_E: Tensor, *, num_tokens: Tensor | int, topk:
         f, floating point `[E]`.
     """
     num_experts = tokens_per_expert_E.shape[0]
-    return tokens_per_expert_E.detach() * (num_experts / (topk * num_tokens))
+    return tokens_per_expert_E.detach() * (num_experts / (topk * at_least_one(num_tokens)))
 
 
 def l1_regularization(
@@ -38,4 +39,9 @@ def l1_regularization(
     l1_E = probs_TE.sum(dim=0)
     if load_weights_E is not None:
         l1_E = l1_E * load_weights_E
-    return l1_E.sum() / num_tokens
+    return l1_E.sum() / at_least_one(num_tokens)
+
+
+def at_least_one(num_tokens: Tensor | int) -> Tensor | int:
+    """A number of tokens that can be divided by, also for a micro-batch of padding alone."""
+    return num_tokens.clamp(min=1) if isinstance(num_tokens, Tensor) else max(1, num_tokens)

@@ -63,10 +63,6 @@ def test_padding_of_the_vocabulary_is_set_apart():
         ({}, {"experts", "router", "l1_coeff", "output_layer", "fc1"}),
         ({"router_type": "topk_pre_softmax"}, {"experts", "router", "output_layer", "fc1"}),
         ({"tie_word_embeddings": True}, {"experts", "router", "l1_coeff", "fc1"}),
-        (
-            {"l1_coeff_rule": "pi"},
-            {"experts", "router", "l1_coeff", "memory", "output_layer", "fc1"},
-        ),
         ({"model_type": "llama"}, {"output_layer", "fc1"}),
         ({"mlp_only_layers": None}, {"experts", "router", "l1_coeff", "output_layer"}),
     ],
@@ -77,7 +73,6 @@ def test_a_model_has_the_tensors_of_its_kind(changes, expected):
         "experts": ".experts.experts.linear_fc1",
         "router": ".router.weight",
         "l1_coeff": ".router.l1_coeff",
-        "memory": ".l1_coeff_memory",
         "output_layer": "output_layer.",
         "fc1": ".mlp.linear_fc1.weight",
     }

@@ -54,7 +54,9 @@ def code(function) -> str:
     return textwrap.dedent(lines.split('"""')[2])
 
 
-@pytest.mark.parametrize("name", ["relu_routing", "load_weights", "l1_regularization"])
+@pytest.mark.parametrize(
+    "name", ["relu_routing", "load_weights", "l1_regularization", "at_least_one"]
+)
 def test_the_copied_equations_are_those_of_the_package(name):
     from remoe import regularization, routing
 

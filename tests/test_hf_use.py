@@ -78,6 +78,8 @@ def padded(left: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ({"l1_coeff": 0.1}, "l1_coeff is 0.1; it must be a list"),
         ({"pad_token_id": -1}, "pad_token_id is -1 of a vocabulary of 64"),
         ({"format_version": 2}, "format_version is 2; this code reads only 1: update it"),
+        ({"router_bias": True}, "router_bias is True, which this code does not have any more"),
+        ({"l1_coeff_rule": "pi"}, "l1_coeff_rule is 'pi', which this code does not have any more"),
         ({"l1_coef": COEFFS}, "'l1_coef' is not known; did you mean 'l1_coeff'"),
     ],
 )
@@ -88,6 +90,7 @@ def test_a_config_that_no_model_can_have_is_refused(changes, message):
 
 def test_settings_of_other_tools_pass():
     assert ReMoEConfig(**SIZES, tool_version="3").tool_version == "3"
+    assert ReMoEConfig(**SIZES, router_bias=False, l1_coeff_rule="sign", l1_coeff_memory=None)
     assert ReMoEConfig.from_dict(ReMoEConfig(**SIZES).to_dict()).format_version == 1
 
 

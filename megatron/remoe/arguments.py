@@ -10,7 +10,7 @@ import sys
 from typing import Any, NoReturn, get_args
 
 from megatron.remoe import compat, cpu, options
-from remoe.config import L1CoeffRule, LoadBalancing, apply_granularity
+from remoe.config import LoadBalancing, apply_granularity
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -40,12 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Factor by which a step multiplies or divides the coefficient.",
     )
     group.add_argument(
-        "--moe-relu-l1-reg-coeff-rule",
-        choices=get_args(L1CoeffRule),
-        default="sign",
-        help="How the coefficient moves: by the multiplier as published, or proportional-integral.",
-    )
-    group.add_argument(
         "--moe-relu-load-balancing",
         choices=get_args(LoadBalancing),
         default="aux_loss",
@@ -68,11 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--moe-relu-at-least-one-expert",
         action="store_true",
         help="Shortcut: a token without experts gets that of its largest logit.",
-    )
-    group.add_argument(
-        "--moe-relu-start-sparse",
-        action="store_true",
-        help="Shortcut: a router bias, trained, at which the first step activates topk experts.",
     )
     group.add_argument(
         "--moe-granularity",
@@ -327,7 +316,6 @@ def _check_max_assignments(args: argparse.Namespace) -> None:
 _SHORTCUTS: dict[str, Any] = {
     "moe_relu_max_active_experts": None,
     "moe_relu_at_least_one_expert": False,
-    "moe_relu_start_sparse": False,
 }
 
 
@@ -380,11 +368,9 @@ def routing_from_args(args: argparse.Namespace):
         return ReLURouting(
             l1_reg_coeff_init=args.moe_relu_l1_reg_coeff_init,
             l1_reg_coeff_multiplier=args.moe_relu_l1_reg_coeff_multiplier,
-            l1_reg_coeff_rule=args.moe_relu_l1_reg_coeff_rule,
             load_balancing=args.moe_relu_load_balancing,
             max_active_experts=args.moe_relu_max_active_experts,
             at_least_one_expert=args.moe_relu_at_least_one_expert,
-            start_sparse=args.moe_relu_start_sparse,
             max_assignments=args.moe_relu_max_assignments,
         )
     if args.moe_topk_warmup_steps:

@@ -102,17 +102,28 @@ def mark_experts(models: list) -> list:
 
 
 def step_will_be_repeated() -> bool:
-    """Whether Megatron is about to save the state before this step and exit; on all ranks.
+    """Whether Megatron is about to run this step again, here or from a checkpoint; on all ranks.
 
-    To be asked at the end of a forward-backward pass that it runs again, when its rerun state
-    machine has looked at the result: `checkpoint_requested` is what the machine acts on next.
+    Every rank must ask, at the end of a forward-backward pass. The flags are those that the rerun
+    state machine acts on next (`should_run_forward_backward`): of a first run `rerun_requested`; of
+    a second one `checkpoint_requested`, unless a failure that is not fatal lets the run go on.
     """
     import torch
-    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.core.rerun_state_machine import RerunMode, RerunState, get_rerun_state_machine
 
-    requested = torch.tensor([int(get_rerun_state_machine().checkpoint_requested)], device="cuda")
-    torch.distributed.all_reduce(requested, op=torch.distributed.ReduceOp.MAX)
-    return bool(requested.item())
+    machine = get_rerun_state_machine()
+    if machine.mode == RerunMode.DISABLED:
+        return False
+    if machine.state == RerunState.INITIAL_RUN:
+        flags = [machine.rerun_requested, False]
+    elif machine.state == RerunState.RERUNNING_IN_PLACE:
+        flags = [machine.checkpoint_requested, machine.continue_requested]
+    else:
+        return False
+    reduced = torch.tensor(flags, dtype=torch.int32, device="cuda")
+    torch.distributed.all_reduce(reduced, op=torch.distributed.ReduceOp.MAX)
+    repeats, goes_on = reduced.tolist()
+    return bool(repeats and not goes_on)
 
 
 def adam() -> str:

@@ -39,7 +39,7 @@ class CountsRouting(ExactBuffers):
             num_ranks: ranks that share the micro-batch's tokens.
 
         Returns:
-            Tokens and tokens per expert of this rank's part, int64 `[1 + E]`.
+            Tokens and tokens per expert of this rank's part, int64 `[1 + E]`; not a view.
         """
         counts = tokens_per_expert(routing_map, padding_mask)
         active = active_experts(routing_map)

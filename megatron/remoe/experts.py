@@ -94,7 +94,7 @@ class GroupedExperts(MegatronModule):
         weights = (self.linear_fc1, self.linear_fc2)
         buffers = main_grads(weights, same_dtype=True)
         rows = permuted_local_hidden_states
-        output = self.compute(rows, tokens_per_expert, permuted_probs, weights, buffers)
+        output = self.compute(rows, tokens_per_expert, permuted_probs, in_order(weights), buffers)
         return mark_gradients(output, weights, added=buffers is not None), None
 
     @staticmethod
@@ -221,6 +221,18 @@ def main_grads(
             return None
         buffers.append(buffer)
     return buffers
+
+
+def in_order(weights: Sequence[torch.nn.Parameter]) -> list[Tensor]:
+    """Views of the weights, whose gradients autograd delivers one by one, the last weight's first.
+
+    With overlapped reduction Megatron's DDP reduces a bucket as soon as its gradients are there,
+    and data-parallel ranks pair their buckets by that order alone. Ranks decide for themselves
+    whether a layer is chunked, so both ways must deliver gradients in one order: that of Megatron's
+    sequential experts. The gradients that one autograd function returns for several parameters
+    arrive in no order that could be relied on; nodes of views run in reverse order of creation.
+    """
+    return [weight.view_as(weight) for weight in weights]
 
 
 def mark_gradients(output: Tensor, weights: Sequence[torch.nn.Parameter], *, added: bool) -> Tensor:

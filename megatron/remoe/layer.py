@@ -16,7 +16,7 @@ from megatron.remoe.chunking import (
     wait_for_parameters,
 )
 from megatron.remoe.dispatcher import DISPATCHERS, is_dropless
-from megatron.remoe.experts import GroupedExperts, main_grads, mark_gradients
+from megatron.remoe.experts import GroupedExperts, in_order, main_grads, mark_gradients
 from remoe.kernels import Chunk, run_chunks
 
 
@@ -102,7 +102,11 @@ class DroplessMoELayer(MoELayer):
             return output, bias
         shared = None
         if self.use_shared_expert and self.shared_expert_overlap:
-            shared = self._shared_experts_in_turn(hidden_states)
+            # The dispatcher would run these parts beside its communication, in this order, which is
+            # therefore the order in which gradients arrive on ranks that are not chunked.
+            shared = self.shared_experts
+            shared.pre_forward_comm(hidden_states)
+            shared.linear_fc1_forward_and_act()
         wait_for_parameters(self.experts)
         weights = list(self.experts.parameters())
         chunk = ChunkOfLayer(
@@ -114,12 +118,16 @@ class DroplessMoELayer(MoELayer):
             self._chunks,
             hidden_states.flatten(end_dim=-2),
             probs,
-            weights,
+            in_order(weights),
             main_grads=buffers,
         ).view_as(hidden_states)
         output = mark_gradients(output, weights, added=buffers is not None)
         self._routing_map = None
-        return output if shared is None else output + shared, None
+        if shared is not None:
+            shared.linear_fc2_forward()
+            shared.post_forward_comm()
+            output = output + shared.get_output()
+        return output, None
 
     def _dispatcher_for(self, num_local_experts: int) -> MoETokenDispatcher:
         """Between the experts of a chunk, so many of every rank."""
@@ -134,15 +142,6 @@ class DroplessMoELayer(MoELayer):
                 pg_collection=groups,
             )
         return self._dispatchers[num_local_experts]
-
-    def _shared_experts_in_turn(self, hidden_states: Tensor) -> Tensor:
-        """What the dispatcher does beside its communication otherwise."""
-        shared = self.shared_experts
-        shared.pre_forward_comm(hidden_states)
-        shared.linear_fc1_forward_and_act()
-        shared.linear_fc2_forward()
-        shared.post_forward_comm()
-        return shared.get_output()
 
     def combine(self, output: Tensor) -> Tensor:
         return output if self._chunks else super().combine(output)

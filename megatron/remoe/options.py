@@ -70,7 +70,11 @@ OPTIONS: dict[str, Option] = {
     "moe_shared_expert_glu_interleave_size": _refused(f"interleaved gate and up {_UNVERIFIED}"),
     # the router
     "moe_router_dtype": _honoured("fp32 when not given, or fp64"),
-    "moe_z_loss_coeff": _honoured("Megatron's z-loss on the logits"),
+    "moe_z_loss_coeff": _honoured(
+        "Megatron's z-loss on the logits; unless the loss is per token, Megatron averages it over "
+        "each rank's real tokens first, so that with a padding mask it is the micro-batch's mean "
+        "only where the ranks of tensor and context parallelism have equally many"
+    ),
     "moe_input_jitter_eps": _honoured("Megatron's noise on the router's input"),
     "moe_per_layer_logging": _honoured("for the z-loss; sparsity is always logged by layer"),
     "moe_router_load_balancing_type": _refused(

@@ -3,7 +3,6 @@
 Shapes, as in Megatron: s sequence, b micro-batch, h hidden; T = s * b local tokens, E experts.
 """
 
-import statistics
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron.remoe.counting import CountsRouting
-from remoe.config import ControllerConfig, L1CoeffRule, LoadBalancing
+from remoe.config import ControllerConfig, LoadBalancing
 from remoe.controller import register_l1_coeff
 from remoe.regularization import l1_regularization, load_weights
 from remoe.routing import bounded_routing, relu_routing
@@ -26,17 +25,14 @@ class ReLURouting:
 
     Attributes:
         max_active_experts, at_least_one_expert: see `bounded_routing`.
-        start_sparse: begin with a bias at which k experts are active.
         max_assignments: see `chunking.AssignmentBudget`.
     """
 
     l1_reg_coeff_init: float = 1e-8
     l1_reg_coeff_multiplier: float = 1.2
-    l1_reg_coeff_rule: L1CoeffRule = "sign"
     load_balancing: LoadBalancing = "aux_loss"
     max_active_experts: int | None = None
     at_least_one_expert: bool = False
-    start_sparse: bool = False
     max_assignments: int | None = None
     varies = True  # the number of assignments
 
@@ -45,7 +41,6 @@ class ReLURouting:
             target_sparsity=1 - topk / num_experts,
             init=self.l1_reg_coeff_init,
             multiplier=self.l1_reg_coeff_multiplier,
-            rule=self.l1_reg_coeff_rule,
         )
 
 
@@ -54,7 +49,6 @@ class ReLURouter(CountsRouting, Router):
 
     Buffers beside the counters:
         l1_coeff: fp32, 0-d, persistent: the coefficient of the penalty.
-        l1_coeff_memory: fp32, `[2]`, persistent: what the rule `pi` remembers; only with it.
     """
 
     l1_coeff: Tensor
@@ -75,21 +69,7 @@ class ReLURouter(CountsRouting, Router):
         self.input_jitter = None  # made by apply_input_jitter
         device = torch.cuda.current_device()
         register_l1_coeff(self, self.controller, device)
-        if self.relu_routing.start_sparse:
-            self._start_sparse()
         self.register_counters(self.num_experts)
-
-    def _start_sparse(self) -> None:
-        """Add a trained bias at which the first tokens activate k experts on average.
-
-        Inputs are normalised and weights normal, so first logits have variance `H std^2`.
-        """
-        active = 1 - self.controller.target_sparsity
-        spread = self.config.init_method_std * self.config.hidden_size**0.5
-        value = spread * statistics.NormalDist().inv_cdf(min(active, 1 - 1e-6))
-        bias = torch.full_like(self.weight[:, 0], value)
-        self.bias = torch.nn.Parameter(bias)
-        self.bias.sequence_parallel = self.config.sequence_parallel
 
     @cached_property
     def controller(self) -> ControllerConfig:
@@ -139,11 +119,10 @@ class ReLURouter(CountsRouting, Router):
         published code does.
         """
         num_ranks = self.tp_cp_group.size()
-        local = self.count(routing_map, padding_mask, num_ranks=num_ranks)
         penalised = probs
         if padding_mask is not None:
             penalised = probs.masked_fill(padding_mask.unsqueeze(1), 0)
-        total = local.clone()
+        total = self.count(routing_map, padding_mask, num_ranks=num_ranks)
         if num_ranks > 1:
             torch.distributed.all_reduce(total, group=self.tp_cp_group)
 
@@ -155,6 +134,7 @@ class ReLURouter(CountsRouting, Router):
             self.stats[0] += l1_reg
         penalty = self.l1_coeff * l1_reg
         if self.calculate_per_token_loss:
-            # Megatron will divide every gradient by the number of tokens of the global batch.
-            penalty = penalty * (local[0] * num_ranks)
+            # Megatron will divide every gradient by the number of tokens of the global batch, of
+            # which these are the micro-batch's. Ranks need not have equal parts of them.
+            penalty = penalty * total[0]
         return MoEAuxLossAutoScaler.apply(probs, penalty)

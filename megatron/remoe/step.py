@@ -6,7 +6,6 @@ the device until somebody logs them.
 Shapes: L transformer layers of the whole model, E experts.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from megatron.remoe import compat
 from megatron.remoe.counting import CountsRouting
 from megatron.remoe.router import ReLURouter
-from remoe.controller import l1_coeff_state, move_l1_coeff
+from remoe.controller import move_l1_coeff
 from remoe.routing import sparsity
 
 
@@ -29,7 +28,8 @@ class StepReport:
 
     Attributes:
         has_router: bool `[L]`, True for layers with a router; other entries are meaningless.
-        sparsity_L: `[L]`; `sparsity` is its mean over routers, what the controller acts on.
+        sparsity_L: `[L]`; `sparsity` is its mean over routers, what the controller acts on. Both
+            are NaN in a step whose batch is padding alone, and the coefficient then stays.
         tokens_L: `[L]`, and tokens_per_expert_LE: `[L, E]`.
         most_active_L: `[L]`, the most experts that a token activated.
         topk: k of the model, after granularity.
@@ -76,7 +76,7 @@ def update_routers(
         routers: the routers of this rank; none on a pipeline stage without experts.
         config: of the model.
         is_relu: whether the model's routers are `ReLURouter`s.
-        move_coeff: False only measures, when the step's coefficient has moved already.
+        move_coeff: False only measures, when the step will be done again.
     """
     num_layers, num_experts = config.num_layers, config.num_moe_experts
     device = torch.cuda.current_device()
@@ -99,7 +99,7 @@ def update_routers(
             torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX, group=group)
 
     l1_reg, micro_batches, tokens, counts = stats.split([1, 1, 1, num_experts], dim=1)
-    has_router = tokens.squeeze(1) > 0
+    has_router = micro_batches.squeeze(1) > 0
     sparsity_L = sparsity(counts, tokens.squeeze(1))
     mean_sparsity = sparsity_L.where(has_router, 0).sum() / has_router.sum()
     relu = [router for router in routers if isinstance(router, ReLURouter)]
@@ -116,7 +116,8 @@ def update_routers(
         l1_coeff=highest[:, 1].gather(0, first).squeeze(0).float() if is_relu else None,
     )
     if relu and move_coeff:
-        move_l1_coeff(relu, mean_sparsity, relu[0].controller)
+        coeffs = [router.l1_coeff for router in relu]
+        move_l1_coeff(coeffs, mean_sparsity, relu[0].controller)
     return report
 
 
@@ -125,20 +126,20 @@ class FinalizeStep:
 
         config.finalize_model_grads_func = FinalizeStep()
 
-    Megatron may run forward and backward again in one iteration (its rerun state machine): the
-    statistics are those of the last run, and the coefficient moves once. It may then write a
-    checkpoint of the step before and exit, to repeat the step elsewhere: the coefficient goes back.
+    Megatron may run forward and backward again in one iteration (its rerun state machine), or write
+    a checkpoint of the step before and exit, to repeat the step elsewhere. Every pass of a step has
+    the same coefficient, which moves after the last one; the statistics are those of the last one.
+
+    A step whose gradients overflow in fp16, which the optimizer then skips, moves the coefficient
+    like any other, as in the published code: its sparsity was measured.
 
     Attributes:
         report: what the last step measured; None before the first, or without routers that count.
     """
 
-    def __init__(self, iteration: Callable[[], int] | None = None) -> None:
+    def __init__(self) -> None:
         self.report: StepReport | None = None
-        self._iteration = iteration or _megatron_iteration
-        self._last: int | None = None
         self._kinds: tuple[bool, bool] | None = None
-        self._before: list[Tensor] = []
 
     def __call__(self, model, num_tokens=None, pg_collection=None, force_all_reduce=False) -> None:
         megatron_finalize_model_grads(
@@ -151,33 +152,19 @@ class FinalizeStep:
         counts, is_relu = self._kinds
         if not counts:
             return
-        iteration = self._iteration()
-        state = [buffer for router in relu for buffer in l1_coeff_state(router)]
-        if iteration != self._last:
-            self._before = [buffer.clone() for buffer in state]
         self.report = update_routers(
             routers,
             get_model_config(model[0]),
             is_relu=is_relu,
-            move_coeff=iteration != self._last,
+            move_coeff=is_relu and not compat.step_will_be_repeated(),
         )
-        repeated = is_relu and iteration == self._last and compat.step_will_be_repeated()
-        if state and repeated:
-            torch._foreach_copy_(state, self._before)
-        self._last = iteration
 
 
 def _on_any_stage(counts: bool, is_relu: bool) -> tuple[bool, bool]:
-    """Of any pipeline stage: some may have no layer with experts."""
+    """Whether any pipeline stage has routers that count, and ReLU routers; some may have none."""
     group = parallel_state.get_pipeline_model_parallel_group()
     kinds = torch.tensor([counts, is_relu], dtype=torch.int32, device=torch.cuda.current_device())
     if group.size() > 1:
         torch.distributed.all_reduce(kinds, op=torch.distributed.ReduceOp.MAX, group=group)
     counts, is_relu = kinds.bool().tolist()
     return counts, is_relu
-
-
-def _megatron_iteration() -> int:
-    from megatron.training import get_args
-
-    return get_args().curr_iteration

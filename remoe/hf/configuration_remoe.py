@@ -19,6 +19,8 @@ _COUNTS = (
     "num_experts", "num_experts_per_tok", "max_active_experts",
 )  # fmt: skip
 
+_FORMER = {"l1_coeff_rule": "sign", "router_bias": False}  # settings of earlier versions
+
 
 def refuse_misspelt(given: Iterable[str], known: Iterable[str], kind: str) -> None:
     """Refuse names that are nearly a known one; transformers would ignore them.
@@ -44,12 +46,9 @@ class ReMoEConfig(LlamaConfig):
         moe_intermediate_size: width of one expert.
         mlp_only_layers: layers with a dense MLP of width `intermediate_size` in place of experts.
         l1_coeff: coefficient of the L1 penalty for every layer with experts; None is no penalty.
-        l1_coeff_init, l1_coeff_multiplier, l1_coeff_rule, target_sparsity: of its controller
-            (Eq. 7, or the rule "pi").
-        l1_coeff_memory: what the rule "pi" remembers, two values for every layer with experts.
+        l1_coeff_init, l1_coeff_multiplier, target_sparsity: of its controller (Eq. 7).
         max_active_experts: of a token, those with the largest gates; None is no limit.
         at_least_one_expert: whether a token without any has the expert of its largest logit.
-        router_bias: whether routers have one.
         load_balancing: "aux_loss" weights the penalty by load (Eq. 10), "none" does not (Eq. 9).
         training_facts: what is known about the training: iteration, tokens, losses, sparsity.
         format_version: of the exported files.
@@ -72,13 +71,10 @@ class ReMoEConfig(LlamaConfig):
     l1_coeff: list[float] | None = None
     l1_coeff_init: float = 1e-8
     l1_coeff_multiplier: float = 1.2
-    l1_coeff_rule: str = "sign"
-    l1_coeff_memory: list[list[float]] | None = None
     target_sparsity: float | None = None
     load_balancing: str = "aux_loss"
     max_active_experts: int | None = None
     at_least_one_expert: bool = False
-    router_bias: bool = False
     training_facts: dict[str, Any] | None = None
     format_version: int = 1
 
@@ -89,6 +85,12 @@ class ReMoEConfig(LlamaConfig):
                 f"{FORMAT_VERSION}: update it, or load the model with the code in its own folder "
                 f"(trust_remote_code=True)"
             )
+        for name, only in _FORMER.items():
+            if kwargs.get(name, only) != only:
+                raise ValueError(
+                    f"{name} is {kwargs[name]!r}, which this code does not have any more; load the "
+                    f"model with the code in its own folder (trust_remote_code=True)"
+                )
         refuse_misspelt(kwargs, vars(self), "the setting")
         self._check_numbers()
         if self.router_type not in ROUTER_TYPES:
@@ -171,13 +173,11 @@ class ReMoEConfig(LlamaConfig):
             raise ValueError(
                 f"l1_coeff is {coeffs!r}; it must be a list of numbers that are not negative"
             )
-        for name in ("l1_coeff", "l1_coeff_memory"):
-            values = getattr(self, name)
-            if values is not None and len(values) != len(self.moe_layers):
-                raise ValueError(
-                    f"{name} has {len(values)} values for {len(self.moe_layers)} layers with "
-                    f"experts; it needs one for each"
-                )
+        if self.l1_coeff is not None and len(self.l1_coeff) != len(self.moe_layers):
+            raise ValueError(
+                f"l1_coeff has {len(self.l1_coeff)} values for {len(self.moe_layers)} layers with "
+                f"experts; it needs one for each"
+            )
 
     @property
     def moe_layers(self) -> list[int]:

@@ -72,7 +72,7 @@ def bounded_routing(
 def load_weights(tokens_per_expert_E: Tensor, *, num_tokens: Tensor | int, topk: int) -> Tensor:
     """Load weights f of the penalty, `[E]` (Eq. 11)."""
     num_experts = tokens_per_expert_E.shape[0]
-    return tokens_per_expert_E.detach() * (num_experts / (topk * num_tokens))
+    return tokens_per_expert_E.detach() * (num_experts / (topk * at_least_one(num_tokens)))
 
 
 def l1_regularization(
@@ -82,7 +82,12 @@ def l1_regularization(
     l1_E = probs_TE.sum(dim=0)
     if load_weights_E is not None:
         l1_E = l1_E * load_weights_E
-    return l1_E.sum() / num_tokens
+    return l1_E.sum() / at_least_one(num_tokens)
+
+
+def at_least_one(num_tokens: Tensor | int) -> Tensor | int:
+    """A number of tokens that can be divided by, also for a micro-batch of padding alone."""
+    return num_tokens.clamp(min=1) if isinstance(num_tokens, Tensor) else max(1, num_tokens)
 
 
 def topk_pre_softmax(logits_TE: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -117,7 +122,6 @@ class ReMoERouter(nn.Module):
     def __init__(self, config: ReMoEConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        self.bias = nn.Parameter(torch.empty(config.num_experts)) if config.router_bias else None
         self.max_active, self.at_least_one = config.max_active_experts, config.at_least_one_expert
         self.router_type, self.topk = config.router_type, config.num_experts_per_tok
         self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
@@ -126,8 +130,7 @@ class ReMoERouter(nn.Module):
         dtype = self.dtype or x_TH.dtype
         # A cast is not enough under autocast, which would cast it back.
         with torch.autocast(x_TH.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.to(dtype)
-            logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype), bias)
+            logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype))
             probs_TE, active_TE = route(logits_TE, self.router_type, self.topk)
             if self.max_active is None and not self.at_least_one:
                 return probs_TE, active_TE
@@ -388,7 +391,7 @@ class ReMoEModel(ReMoEPreTrainedModel):
             if real_T is not None:
                 padding_T1 = ~real_T.to(probs.device)[:, None]
                 probs_TE, active_TE = probs_TE.masked_fill(padding_T1, 0), active_TE & ~padding_T1
-                num_tokens = (~padding_T1).sum().clamp(min=1)
+                num_tokens = (~padding_T1).sum()
             weights_E = None
             tokens_per_expert_E = active_TE.sum(dim=0)
             if self.config.load_balancing == "aux_loss":

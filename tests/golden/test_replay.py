@@ -8,7 +8,7 @@ import torch
 
 from megatron.remoe.verify import grid
 from megatron.remoe.verify.golden import CLOSED_LOOP as CLOSED_LOOP_CONFIG
-from megatron.remoe.verify.golden import Golden, golden_tokens, golden_weight
+from megatron.remoe.verify.golden import Golden, golden_tokens, golden_weight, parameter_shapes
 from megatron.remoe.verify.ranks import Ranks
 from tests.golden.replay import TOLERANCES, replay
 
@@ -66,7 +66,7 @@ def test_other_configurations_replay(rank, granularity):
     config = golden.config | {
         "E": 4, "k": 2, "G": granularity, "L": 3, "H": 32, "F": 48, "groups": 4, "steps": 2
     }  # fmt: skip
-    params = rank(parameter_shapes, config, 4 * granularity, 2 * granularity)
+    params = parameter_shapes(config)
     other = replace(
         golden, config=config, num_experts=4 * granularity, topk=2 * granularity, params=params
     )
@@ -76,28 +76,9 @@ def test_other_configurations_replay(rank, granularity):
     assert second["l1_coeff_used"] / first["l1_coeff_used"] == pytest.approx(expected, rel=1e-6)
 
 
-def parameter_shapes(config, num_experts, topk):
-    """Names and shapes by the naming rule of the golden files."""
-    h, f = config["H"], config["F"] // config["G"]
-    qkv = h + 2 * h * config["groups"] // config["heads"]
-    shapes = {"embedding.word_embeddings.weight": [256, h]}
-    for layer in range(config["L"]):
-        prefix = f"decoder.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = [h]
-        shapes[prefix + "self_attention.linear_proj.weight"] = [h, h]
-        shapes[prefix + "self_attention.linear_qkv.weight"] = [qkv, h]
-        shapes[prefix + "pre_mlp_layernorm.weight"] = [h]
-        shapes[prefix + "mlp.router.weight"] = [num_experts, h]
-        for expert in range(num_experts):
-            name = f"{prefix}mlp.experts.local_experts.{expert}."
-            shapes[name + "linear_fc1.weight"] = [2 * f, h]
-            shapes[name + "linear_fc2.weight"] = [h, f]
-    return shapes | {"decoder.final_layernorm.weight": [h], "output_layer.weight": [256, h]}
-
-
 def test_shapes_of_the_given_file_follow_the_same_rule():
     golden = Golden.load(OPEN_LOOP)
-    assert parameter_shapes(golden.config, 8, 1) == golden.params
+    assert parameter_shapes(golden.config) == golden.params
 
 
 def test_weights_and_data_are_functions_of_name_and_seed():

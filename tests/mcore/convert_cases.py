@@ -80,7 +80,7 @@ def save(flags: dict[str, Any], folder: Path) -> torch.nn.Module:
             noise = torch.randn(parameter.shape, generator=generator) * spread
             parameter.copy_(1 + noise if "norm" in name else noise)
         for number, (name, buffer) in enumerate(model.named_buffers()):
-            if name.endswith(("l1_coeff", "l1_coeff_memory")):
+            if name.endswith("l1_coeff"):
                 buffer.fill_(1e-5 * (number + 1) / 3)
     args.consumed_train_samples = 24
     _save(model, args, folder)

@@ -191,6 +191,42 @@ def mixed_micro_batches(layout, dtype):
     return [w.main_grad for w in weights], expected
 
 
+ORDERS = {
+    "grouped": (True, {}),
+    "sequential": (False, {}),
+    "sequential, shared experts": (False, {"moe_shared_expert_intermediate_size": 6}),
+    "sequential, overlapped shared experts": (
+        False,
+        {"moe_shared_expert_intermediate_size": 6, "moe_shared_expert_overlap": True},
+    ),
+}
+
+
+@pytest.mark.parametrize(("grouped", "changes"), ORDERS.values(), ids=ORDERS)
+def test_gradients_arrive_in_one_order_whether_chunked_or_not(rank, grouped, changes):
+    """DDP reduces buckets as gradients arrive, and ranks decide for themselves what is chunked."""
+    at_once, chunked, by_expert, silent = rank(orders_of_gradients, grouped, changes)
+    names = [name for name in at_once if name.startswith("experts.")]
+    assert len(at_once) == len(set(at_once)) and len(names) == (2 if grouped else 2 * EXPERTS)
+    assert at_once == chunked == by_expert == silent
+
+
+def orders_of_gradients(grouped, changes):
+    """Names of the parameters as their gradients arrive: at once, and in chunks of two sizes."""
+    orders = []
+    for shift, limit in ((DENSE, UNLIMITED), (DENSE, 5), (DENSE, 16), (-DENSE, UNLIMITED)):
+        layer = moe_cases.build_layer(
+            Layout(grouped=grouped), shift, max_assignments=limit, **changes
+        )
+        orders.append([])
+        for name, weight in layer.named_parameters():
+            weight.register_post_accumulate_grad_hook(
+                lambda _, name=name, order=orders[-1]: order.append(name)
+            )
+        layer(moe_cases.inputs(0).abs())[0].sum().backward()
+    return orders
+
+
 def test_shared_experts_are_added_once(rank):
     for overlap in (False, True):
         actual, expected = rank(with_shared_experts, overlap)

@@ -32,10 +32,8 @@ CASES = {
     | {"num_experts": 8, "moe_router_topk": 2, "moe_granularity": 2, "num_query_groups": 1},
     "relu, as many groups as heads": RELU | UNTIED | {"num_query_groups": 4},
     "relu, dense first layer": RELU | {"moe_layer_freq": "[0,1]"},
-    "relu, pi rule": RELU | UNTIED | {"moe_relu_l1_reg_coeff_rule": "pi"},
     "relu, shortcuts": RELU
-    | {"moe_relu_max_active_experts": 2, "moe_relu_at_least_one_expert": True}
-    | {"moe_relu_start_sparse": True},
+    | {"moe_relu_max_active_experts": 2, "moe_relu_at_least_one_expert": True},
     "topk, post-softmax": TOPK | UNTIED,
     "topk, pre-softmax, G 2": TOPK | {"moe_router_pre_softmax": True, "moe_granularity": 2},
     "dense, untied": UNTIED,

@@ -9,8 +9,14 @@ import pytest
 import torch
 
 from megatron.remoe.verify import grid
-from megatron.remoe.verify.cells import Cell, run_cell, save_golden_weights
-from megatron.remoe.verify.golden import CLOSED_LOOP
+from megatron.remoe.verify.cells import (
+    Cell,
+    Training,
+    initialize,
+    run_cell,
+    save_golden_weights,
+)
+from megatron.remoe.verify.golden import CLOSED_LOOP, golden_tokens
 from megatron.remoe.verify.ranks import Ranks
 
 STEPS = 4
@@ -21,6 +27,13 @@ SUBSET = [
     *[c for c in grid.extremes() if c.name.startswith("a silent rank") and c.overlap],
     *[c for c in grid.accumulation() if c.name.startswith("2")],
     *[c for c in grid.grid() if c.name in ("chunked: EP2 all-gather", "chunked: EP2, overlap")],
+    *[
+        c
+        for c in grid.grid()
+        if c.name in ("padded, loss per token: TP2", "a micro-batch of padding: DP2")
+    ],
+    *[c for c in grid.against_plain_torch() if c.world <= 2],
+    *[c for c in grid.chunked_differently() if c.world <= 2 and "differently" in c.name],
 ]
 
 
@@ -41,6 +54,50 @@ def test_relu_cells_compare_every_quantity(results):
     for result in results.values():
         expected = grid.QUANTITIES if result.cell.router == "relu" else ("lm_loss", "grad_norm")
         assert tuple(result.deviations) == expected
+
+
+def test_replicas_that_differ_are_named(tmp_path):
+    """A weight that one data-parallel rank changes by itself is told, whatever the losses say."""
+    with Ranks(2) as ranks:
+        assert ranks.run(replicas_after, None) == [[], []]
+        name = "decoder.layers.1.mlp.experts.linear_fc1"
+        assert ranks.run(replicas_after, name) == [[], [name]]
+
+
+def replicas_after(changed):
+    cell = Cell("DP2", 2)
+    initialize(cell)
+    torch.manual_seed(1)
+    training = Training(cell, CLOSED_LOOP, None)
+    if changed is not None and torch.distributed.get_rank() == 1:
+        with torch.no_grad():
+            training.chunks[0].module.get_parameter(changed)[0, 0, 0] += 1
+    return training.replicas_that_differ()
+
+
+def test_a_skipped_step_of_fp16_moves_the_coefficient():
+    """As in the published code: its sparsity was measured, though the weights stay."""
+    with Ranks(1) as ranks:
+        coeffs, moved = ranks.run(steps_in_fp16)[0]
+    assert moved == [False, False]
+    assert coeffs[1] == pytest.approx(coeffs[0] * 1.2, rel=1e-6)
+
+
+def steps_in_fp16():
+    """Coefficients of two steps, and whether a weight moved; the first scale of 2^32 overflows."""
+    config = CLOSED_LOOP | {"seq": 16}
+    cell = Cell("fp16", dtype="fp16")
+    initialize(cell)
+    torch.manual_seed(1)
+    training = Training(cell, config, None)
+    weights = list(training.chunks[0].parameters())
+    coeffs, moved = [], []
+    for batch in golden_tokens(config)[:2]:
+        before = [weight.detach().clone() for weight in weights]
+        coeffs.append(training.step(batch)["l1_coeff_used"])
+        pairs = zip(before, weights, strict=True)
+        moved.append(any(not torch.equal(a, b) for a, b in pairs))
+    return coeffs, moved
 
 
 def test_load_weights_per_micro_batch_are_another_algorithm(results):
@@ -86,6 +143,7 @@ def one_rank(tmp_path_factory):
         ("statistics of one rank only", "sparsity"),
         ("load of one rank only", "l1_reg"),
         ("norm gradients of one rank only", "lm_loss"),
+        ("most experts of a token over pipeline stages only", "most_active"),
     ],
 )
 def test_a_dropped_reduction_is_caught(one_rank, mutation, quantity):
@@ -93,7 +151,8 @@ def test_a_dropped_reduction_is_caught(one_rank, mutation, quantity):
     weights, expected = one_rank
     with Ranks(2) as ranks:
         actual = ranks.run(run_mutated, mutation, Cell("TP2", 2, tp=2), weights)[0]
-    assert grid.deviations(actual, expected)[quantity] > 2 * grid.FP32[quantity]
+    deviation = grid.deviations(actual, expected)[quantity]
+    assert deviation > 2 * grid.FP32[quantity]
 
 
 def run_mutated(mutation, cell, weights):
@@ -103,6 +162,8 @@ def run_mutated(mutation, cell, weights):
         step.torch = _WithoutAllReduce(torch)
     elif mutation == "load of one rank only":
         router.torch = _WithoutAllReduce(torch)
+    elif mutation == "most experts of a token over pipeline stages only":
+        step.torch = _WithoutAllReduce(torch, op=torch.distributed.ReduceOp.MAX)
     else:
         norm = backend.torch_norm
 
@@ -112,18 +173,21 @@ def run_mutated(mutation, cell, weights):
             return module
 
         backend.torch_norm = unmarked
-    return run_cell(cell, CLOSED_LOOP, 8, weights)
+    initialize(cell)
+    training = Training(cell, CLOSED_LOOP, weights)
+    return [training.step(batch) for batch in golden_tokens(CLOSED_LOOP)[:8]]
 
 
 class _WithoutAllReduce:
-    """torch, whose distributed.all_reduce does nothing."""
+    """torch, whose distributed.all_reduce does nothing, or nothing for one operation."""
 
-    def __init__(self, module):
-        self._module = module
+    def __init__(self, module, op=None):
+        self._module, self._op = module, op
         self.distributed = self
 
     def all_reduce(self, *args, **kwargs):
-        pass
+        if self._op is not None and kwargs.get("op") != self._op:
+            self._module.distributed.all_reduce(*args, **kwargs)
 
     def __getattr__(self, name):
         part = self._module if hasattr(self._module, name) else self._module.distributed
@@ -144,7 +208,8 @@ def test_a_flip_loosens_what_load_weights_move_and_only_from_its_step_on():
 
     def step(l1_reg=1.0, sparsity=0.5, loss=2.0):
         whole = {"lm_loss": loss, "grad_norm": 1.0, "l1_reg": l1_reg, "l1_coeff_used": 1.0}
-        return whole | {"sparsity": sparsity, "sparsity_per_layer": [sparsity]}
+        whole |= {"sparsity": sparsity, "sparsity_per_layer": [sparsity], "most_active": [4]}
+        return whole
 
     one_rank = [step(), step(), step()]
     flipped = step(l1_reg=1.005, sparsity=0.5001)

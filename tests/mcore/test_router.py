@@ -121,37 +121,111 @@ def test_bfloat16_keeps_the_coefficient_exact_and_routes_in_fp32(rank):
     assert routed_in_fp32
 
 
-def update_twice(rule="sign"):
-    """FinalizeStep called twice in one iteration, as after a rerun, then in the next one."""
+def passes_of_three_steps(fatal):
+    """Coefficients of every pass and after every step; Megatron repeats the second step.
+
+    Its rerun state machine does so when a result is rejected: here, or, where the rejection is
+    fatal, again from a checkpoint of the step before.
+    """
+    from megatron.core import rerun_state_machine as rerun
+
     from megatron.remoe import step
 
-    layer = moe_cases.build_layer(Layout(), 0.0, routing_changes={"l1_reg_coeff_rule": rule})
-    calls, coeffs, sparsities = [], [], []
-    hook = step.FinalizeStep(iter([0, 0, 1]).__next__)
-    step.megatron_finalize_model_grads = lambda *args, **kwargs: calls.append(kwargs)
-    for _ in range(3):
-        layer(moe_cases.inputs(0))
-        hook([layer])
-        coeffs.append(layer.router.l1_coeff.item())
-        sparsities.append(hook.report.sparsity.item())
-    return len(calls), coeffs, sparsities
+    layer = moe_cases.build_layer(Layout(), 0.0)
+    step.megatron_finalize_model_grads = lambda *args, **kwargs: None
+    rerun.destroy_rerun_state_machine()
+    rerun.initialize_rerun_state_machine(mode=rerun.RerunMode.VALIDATE_RESULTS)
+    machine, hook = rerun.get_rerun_state_machine(), step.FinalizeStep()
+    passes, after, sparsities = [], [], []
+    for number in range(3):
+        passes.append([])
+        while machine.should_run_forward_backward(None):
+            passes[-1].append(layer.router.l1_coeff.item())
+            layer(moe_cases.inputs(0))
+            machine.validate_result(
+                torch.tensor(1.0), lambda _, bad=number == 1: bad, message="rejected", fatal=fatal
+            )
+            hook([layer])
+            sparsities.append(hook.report.sparsity.item())
+        after.append(layer.router.l1_coeff.item())
+        if machine.should_checkpoint_and_exit()[1]:
+            break
+    rerun.destroy_rerun_state_machine()
+    return passes, after, sparsities
 
 
-def test_a_rerun_iteration_moves_the_coefficient_once(rank):
-    calls, coeffs, sparsities = rank(update_twice)
-    assert calls == 3
-    assert coeffs == pytest.approx([1.2e-8, 1.2e-8, 1.44e-8])
-    assert sparsities[0] == sparsities[1] == sparsities[2] < 0.75
+def test_every_pass_of_a_repeated_step_has_its_coefficient(rank):
+    passes, after, sparsities = rank(passes_of_three_steps, False)
+    assert passes == [pytest.approx(p) for p in ([1e-8], [1.2e-8, 1.2e-8], [1.44e-8])]
+    assert after == pytest.approx([1.2e-8, 1.44e-8, 1.728e-8])
+    assert len(set(sparsities)) == 1 and sparsities[0] < 0.75
 
 
-def test_the_pi_rule_remembers_the_step_before(rank):
-    """At the same sparsity twice only its integral part moves the coefficient."""
-    _, coeffs, sparsities = rank(update_twice, "pi")
-    excess = (1 - sparsities[0]) / 0.25 - 1
-    move = min(0.5 * excess, math.log(1.2))
-    assert excess > 0 and coeffs[0] == coeffs[1]
-    assert coeffs[0] == pytest.approx(1e-8 * math.exp(move), rel=1e-5)
-    assert coeffs[2] == pytest.approx(coeffs[0] * math.exp(move), rel=1e-5)
+def test_a_step_that_will_be_repeated_from_a_checkpoint_leaves_the_coefficient(rank):
+    passes, after, _ = rank(passes_of_three_steps, True)
+    assert passes == [pytest.approx(p) for p in ([1e-8], [1.2e-8, 1.2e-8])]
+    assert after == pytest.approx([1.2e-8, 1.2e-8])
+
+
+def reports_of_two_steps():
+    """Reports of a layer's first and second step, and of a new layer whose first it is."""
+    from megatron.remoe import step
+
+    step.megatron_finalize_model_grads = lambda *args, **kwargs: None
+    reports = []
+    for batches in ((0, 1), (1,)):
+        layer, hook = moe_cases.build_layer(Layout(), 0.0), step.FinalizeStep()
+        for batch in batches:
+            x = moe_cases.inputs(batch)
+            if batch == 0:  # a token for which every logit is 1
+                x[0, 0] = torch.linalg.pinv(layer.router.weight.detach()).sum(dim=1)
+            layer(x)
+            hook([layer])
+            reports.append(hook.report)
+    return reports
+
+
+def test_every_step_counts_afresh(rank):
+    first, second, alone = rank(reports_of_two_steps)
+    assert first.most_active_L[0] > alone.most_active_L[0]
+    for name in ("sparsity", "tokens_L", "tokens_per_expert_LE", "most_active_L", "l1_reg_L"):
+        assert torch.equal(getattr(second, name), getattr(alone, name)), name
+
+
+def step_of(padded):
+    """A step of two micro-batches, of which some are padding alone."""
+    from megatron.remoe import step
+
+    step.megatron_finalize_model_grads = lambda *args, **kwargs: None
+    layer, hook = moe_cases.build_layer(Layout(), 0.0, COEFF), step.FinalizeStep()
+    x = moe_cases.inputs(0)
+    for all_of_it in padded:
+        probs, _ = layer.router(x, torch.full(x.shape[:2], all_of_it))
+        (probs * 0).sum().backward()
+    hook([layer])
+    return layer.router.weight.grad, layer.router.l1_coeff.item(), hook.report
+
+
+def test_padding_alone_has_no_penalty_and_leaves_the_coefficient(rank):
+    from megatron.remoe.metrics import routing_metrics
+
+    grad, coeff, report = rank(step_of, (True, True))
+    assert torch.equal(grad, torch.zeros_like(grad))
+    assert coeff == COEFF
+    row = routing_metrics(report)
+    assert report.l1_reg_L.tolist() == [0] and row["l1_reg"] == 0
+    assert math.isnan(row["sparsity"])  # null in the file: nothing was measured
+    assert row["silent_layers"] == row["dense_layers"] == []
+    assert all(math.isfinite(v) for k, v in row.items() if k.startswith(("expert_load", "dead")))
+
+
+def test_a_micro_batch_of_padding_leaves_the_other_as_it_is(rank):
+    grad, coeff, report = rank(step_of, (True, False))
+    expected, expected_coeff, alone = rank(step_of, (False,))
+    assert torch.equal(grad, expected) and expected.abs().max() > 0
+    assert coeff == expected_coeff != COEFF
+    assert report.sparsity == alone.sparsity
+    assert report.l1_reg_L.tolist() == [alone.l1_reg_L.item() / 2]
 
 
 def routed_with_shortcuts():
@@ -175,30 +249,6 @@ def test_shortcuts_bound_what_is_routed_but_not_what_is_counted(rank):
     assert most > 2 and (probs.amax(dim=1) == bounded.amax(dim=1))[probs.amax(dim=1) > 0].all()
     assert torch.equal(stats, counted)
     assert not torch.equal(grad, bounded_grad)
-
-
-def active_at_the_start(start_sparse, experts, topk):
-    """Share of active pairs for normalised inputs, with the weights that Megatron draws."""
-    layer = moe_cases.build_layer(
-        Layout(),
-        0.0,
-        routing_changes={"start_sparse": start_sparse},
-        num_moe_experts=experts,
-        moe_router_topk=topk,
-        hidden_size=256,
-        init_method_std=0.02,
-        fill=False,
-    )
-    x = torch.nn.functional.rms_norm(torch.randn(2048, 1, 256), (256,))
-    return layer.router(x)[1].float().mean().item(), [n for n, _ in layer.router.named_parameters()]
-
-
-@pytest.mark.parametrize(("experts", "topk"), [(8, 1), (16, 4)])
-def test_a_sparse_start_activates_topk_experts(rank, experts, topk):
-    dense, names = rank(active_at_the_start, False, experts, topk)
-    assert dense == pytest.approx(0.5, abs=0.1) and names == ["weight"]
-    sparse, names = rank(active_at_the_start, True, experts, topk)
-    assert sparse == pytest.approx(topk / experts, rel=0.25) and names == ["weight", "bias"]
 
 
 def build_with_flex():

@@ -46,6 +46,9 @@ _REQUIRED: dict[str, Any] = {
     "moe_router_group_topk": None,
     "moe_router_topk_scaling_factor": None,
     "moe_router_enable_expert_bias": False,
+    # shortcuts of earlier versions, which proved to be of no use (docs/log.md)
+    "moe_relu_l1_reg_coeff_rule": "sign",
+    "moe_relu_start_sparse": False,
 }
 _ROUTER_DTYPES = {"fp32": "float32", "fp64": "float64", None: None}
 # What a Hugging Face config may say, and we could not express in Megatron's flags.
@@ -54,6 +57,8 @@ _REQUIRED_IN_CONFIG: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "attention_dropout": 0.0,
+    "l1_coeff_rule": "sign",  # of earlier versions
+    "router_bias": False,  # likewise
 }
 
 
@@ -112,12 +117,10 @@ def to_config(args: argparse.Namespace) -> Config:
         config |= {
             "l1_coeff_init": args.moe_relu_l1_reg_coeff_init,
             "l1_coeff_multiplier": args.moe_relu_l1_reg_coeff_multiplier,
-            "l1_coeff_rule": getattr(args, "moe_relu_l1_reg_coeff_rule", "sign"),
             # the published code has no such arguments, and always balances
             "load_balancing": getattr(args, "moe_relu_load_balancing", "aux_loss"),
             "max_active_experts": getattr(args, "moe_relu_max_active_experts", None),
             "at_least_one_expert": getattr(args, "moe_relu_at_least_one_expert", False),
-            "router_bias": getattr(args, "moe_relu_start_sparse", False),
         }
     return config
 
@@ -189,11 +192,9 @@ def to_flags(config: Config, padded_vocab_size: int) -> dict[str, Any]:
             "moe_relu_routing": True,
             "moe_relu_l1_reg_coeff_init": config["l1_coeff_init"],
             "moe_relu_l1_reg_coeff_multiplier": config["l1_coeff_multiplier"],
-            "moe_relu_l1_reg_coeff_rule": config["l1_coeff_rule"],
             "moe_relu_load_balancing": config["load_balancing"],
             "moe_relu_max_active_experts": config["max_active_experts"],
             "moe_relu_at_least_one_expert": config["at_least_one_expert"],
-            "moe_relu_start_sparse": config["router_bias"],
         }
     return flags
 

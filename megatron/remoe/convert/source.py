@@ -181,15 +181,11 @@ class HFSource:
                 f"entries, config.json has vocab_size {vocab}; they must be of one model"
             )
         in_config = Counter(_config_key(name) for name in expected if name.startswith(CONFIG))
-        initial = {
-            "l1_coeff": "the published initial value is 1e-8",
-            "l1_coeff_memory": "[-1, 0] is none",
-        }
         for key, count in in_config.items():
             if len(self.config.get(key) or ()) != count:
                 raise ValueError(
                     f"{self.path / 'config.json'} has no {key} of {count} values, one for every "
-                    f"layer with experts; add it ({initial[key]})"
+                    f"layer with experts; add it (the published initial value is 1e-8)"
                 )
 
     @cached_property

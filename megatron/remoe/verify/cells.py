@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,13 +12,17 @@ from torch import Tensor
 
 from megatron.remoe.verify.golden import (
     Extreme,
+    Padding,
     fill_with_golden_weights,
     golden_tokens,
     gpt_config,
     make_extreme,
+    padding_mask,
     transformer_config,
 )
 from megatron.remoe.verify.ranks import initialize_layout
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,15 @@ class Cell:
         router: "relu", "topk", or "dense" for a model without experts.
         experts: our grouped experts, or Megatron's, one linear at a time.
         routing: an extreme to start from: see `golden.make_extreme`.
-        max_assignments: of a layer that are computed at once; None is the automatic limit.
-        padded: the last tokens of every sequence are padding, more of them in later sequences.
+        max_assignments: of a layer that are computed at once; None is the automatic limit, and
+            several numbers are those of the experts' data-parallel ranks in turn, which then differ
+            in which layers they compute chunk by chunk.
+        padding: which tokens are padding: see `golden.padding_mask`.
+        per_token_loss: weight micro-batches by their real tokens, instead of equally.
         run: changes to the golden run's configuration (number of layers, micro-batches, ...).
         reference_run: those of the run to compare with, when they are others.
         informational: differs by design; reported, not judged.
+        plain: compare with the run in plain torch (`plain.train`), not with one rank of Megatron.
     """
 
     name: str
@@ -48,16 +57,18 @@ class Cell:
     recompute: Literal["none", "full", "moe"] = "none"
     distributed_optimizer: bool = False
     overlap: bool = False
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     router: Literal["relu", "topk", "dense"] = "relu"
     load_balancing: Literal["aux_loss", "none"] = "aux_loss"
     experts: Literal["grouped", "sequential"] = "grouped"
     routing: Extreme | None = None
-    max_assignments: int | None = None
-    padded: bool = False
+    max_assignments: int | tuple[int, ...] | None = None
+    padding: Padding = "none"
+    per_token_loss: bool = False
     run: tuple[tuple[str, Any], ...] = ()
     reference_run: tuple[tuple[str, Any], ...] | None = None
     informational: bool = False
+    plain: bool = False
 
     @property
     def dp(self) -> int:
@@ -70,16 +81,27 @@ class Cell:
 def run_cell(cell: Cell, golden: dict[str, Any], steps: int, weights: Path) -> list[dict[str, Any]]:
     """Train and return what every step measured; called on all ranks of the cell.
 
+    Replicas of a weight must be equal at the end, bit for bit.
+
     Args:
         cell: the layout.
         golden: configuration of a golden run.
         steps: how many of its steps.
         weights: a checkpoint written by `save_golden_weights` for the same model.
+
+    Raises:
+        AssertionError: data-parallel or tensor-parallel ranks hold different values of a replica.
     """
     config = cell.config(golden)
     initialize(cell)
     training = Training(cell, config, weights)
-    return [training.step(batch) for batch in golden_tokens(config)[:steps]]
+    trajectory = [training.step(batch) for batch in golden_tokens(config)[:steps]]
+    differing = training.replicas_that_differ()
+    assert not differing, (
+        f"ranks hold different values of {len(differing)} replicas, of which the first is "
+        f"{differing[0]}"
+    )
+    return trajectory
 
 
 class Training:
@@ -103,7 +125,7 @@ class Training:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, padded=self.cell.padded),
+            forward_step_func=partial(_forward_step, padding=self.cell.padding),
             data_iterator=[_micro_batches(batch, self.cell) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=self.config["nmb"] // self.cell.dp,
@@ -113,6 +135,31 @@ class Training:
         )
         _, grad_norm, _ = self.optimizer.step()
         return _measure(losses, grad_norm, self.hook)
+
+    def replicas_that_differ(self) -> list[str]:
+        """Names of the parameters and coefficients of which this rank has another value than rank 0
+        of a group that has replicas of it; called on all ranks."""
+        from megatron.core import parallel_state
+        from megatron.core.utils import unwrap_model
+
+        tensor = parallel_state.get_tensor_model_parallel_group()
+        data = parallel_state.get_data_parallel_group()
+        expert_data = parallel_state.get_expert_data_parallel_group()
+        differing = []
+        for chunk in self.chunks:
+            if self.cell.overlap and self.cell.distributed_optimizer:
+                chunk.start_param_sync(force_sync=True)  # or it would come with the next forward
+            (model,) = unwrap_model([chunk])
+            for name, value in [*model.named_parameters(), *model.named_buffers()]:
+                groups = [expert_data if ".experts." in name else data]
+                if name.endswith((".router.weight", ".l1_coeff", "layernorm.weight")):
+                    groups.append(tensor)
+                for group in groups:
+                    first = value.detach().clone()
+                    torch.distributed.broadcast(first, group=group, group_src=0)
+                    if not torch.equal(first, value):
+                        differing.append(name)
+        return differing
 
 
 def save_golden_weights(cell: Cell, golden: dict[str, Any], weights: Path) -> None:
@@ -154,7 +201,7 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool):
     from megatron.remoe.router import ReLURouting
     from megatron.remoe.step import FinalizeStep
 
-    dtype = torch.bfloat16 if cell.dtype == "bf16" else torch.float32
+    dtype = _DTYPES[cell.dtype]
     changes: dict[str, Any] = {
         "tensor_model_parallel_size": cell.tp,
         "pipeline_model_parallel_size": cell.pp,
@@ -168,6 +215,8 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool):
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": cell.dtype == "bf16",
+        "fp16": cell.dtype == "fp16",
+        "calculate_per_token_loss": cell.per_token_loss,
     }
     if cell.recompute == "full":
         changes |= {"recompute_granularity": "full", "recompute_method": "uniform"}
@@ -183,11 +232,10 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool):
         routing = ReLURouting(
             l1_reg_coeff_init=config["coeff_init"],
             load_balancing=cell.load_balancing,
-            max_assignments=cell.max_assignments,
+            max_assignments=_max_assignments(cell),
         )
     model_config = gpt_config(transformer_config(config, **changes), config, routing)
-    step_count = iter(range(10**9))
-    hook = FinalizeStep(lambda: next(step_count))
+    hook = FinalizeStep()
     model_config.transformer.finalize_model_grads_func = hook
     chunks = GPTModelBuilder(model_config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
@@ -202,6 +250,15 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool):
         data_parallel_random_init=False,
     )
     return chunks, hook
+
+
+def _max_assignments(cell: Cell) -> int | None:
+    from megatron.core import parallel_state
+
+    if not isinstance(cell.max_assignments, tuple):
+        return cell.max_assignments
+    replica = parallel_state.get_expert_data_parallel_rank()
+    return cell.max_assignments[replica % len(cell.max_assignments)]
 
 
 def _build(cell: Cell, config: dict[str, Any], weights: Path | None):
@@ -231,7 +288,8 @@ def _optimizer(cell: Cell, config: dict[str, Any], chunks):
             adam_beta2=0.999,
             clip_grad=1.0,
             bf16=cell.dtype == "bf16",
-            params_dtype=torch.bfloat16 if cell.dtype == "bf16" else torch.float32,
+            fp16=cell.dtype == "fp16",
+            params_dtype=_DTYPES[cell.dtype],
             use_distributed_optimizer=cell.distributed_optimizer,
             overlap_param_gather=cell.overlap and cell.distributed_optimizer,
         ),
@@ -242,34 +300,31 @@ def _optimizer(cell: Cell, config: dict[str, Any], chunks):
     return optimizer
 
 
-def _micro_batches(batch: Tensor, cell: Cell) -> Iterator[Tensor]:
+def _micro_batches(batch: Tensor, cell: Cell) -> Iterator[tuple[int, Tensor]]:
+    """This rank's micro-batches, with their numbers in the step."""
     from megatron.core import parallel_state
 
-    return iter(batch[parallel_state.get_data_parallel_rank() :: cell.dp])
+    return islice(enumerate(batch), parallel_state.get_data_parallel_rank(), None, cell.dp)
 
 
-def _forward_step(data_iterator: Iterator[Tensor], model, *, padded: bool):
+def _forward_step(data_iterator: Iterator[tuple[int, Tensor]], model, *, padding: Padding):
     from megatron.remoe.pretrain import loss_func
 
-    tokens = next(data_iterator)
+    number, tokens = next(data_iterator)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     positions = torch.arange(inputs.shape[1]).expand_as(inputs)
-    padding = None
-    mask = torch.ones_like(labels, dtype=torch.float32)
-    if padded:
-        length = inputs.shape[1]
-        real = length - length * (1 + torch.arange(len(inputs))) // (2 * len(inputs))
-        padding = positions >= real.unsqueeze(1)
-        mask = mask.masked_fill(padding, 0)
-    output = model(inputs, positions, None, labels=labels, padding_mask=padding)
-    return output, partial(loss_func, mask, check_for_nan=False)
+    padded = padding_mask(number, labels, padding)
+    given = None if padding == "none" else padded
+    output = model(inputs, positions, None, labels=labels, padding_mask=given)
+    return output, partial(loss_func, (~padded).float(), check_for_nan=False)
 
 
-def _measure(losses: list[dict[str, Tensor]], grad_norm: float, hook) -> dict[str, Any]:
+def _measure(losses: list[dict[str, Tensor]], grad_norm: float | None, hook) -> dict[str, Any]:
     """The step in the golden files' terms; the loss is known on the last pipeline stage only."""
     from megatron.core import parallel_state
 
-    step: dict[str, Any] = {"grad_norm": float(grad_norm)}
+    skipped = grad_norm is None  # by the loss scaler of fp16
+    step: dict[str, Any] = {"grad_norm": float("nan") if skipped else float(grad_norm)}
     if losses:
         loss = torch.stack([entry["lm loss"] for entry in losses]).sum(dim=0)
         torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
@@ -280,6 +335,7 @@ def _measure(losses: list[dict[str, Tensor]], grad_norm: float, hook) -> dict[st
             "l1_reg": report.l1_reg_L[report.has_router].tolist(),
             "sparsity": report.sparsity.item(),
             "sparsity_per_layer": report.sparsity_L[report.has_router].tolist(),
+            "most_active": report.most_active_L[report.has_router].tolist(),
             "l1_coeff_used": report.l1_coeff.item(),
         }
     return step

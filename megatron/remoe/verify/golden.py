@@ -114,6 +114,45 @@ def golden_tokens(config: dict[str, Any]) -> torch.Tensor:
     return torch.from_numpy(tokens.reshape(shape).astype(np.int64))
 
 
+Padding = Literal["none", "ends", "micro-batch"]
+
+
+def padding_mask(micro_batch: int, tokens: torch.Tensor, padding: str) -> torch.Tensor:
+    """Which tokens of a micro-batch are padding, bool like `tokens`, `[sequences, length]`.
+
+    Args:
+        micro_batch: its number in the step.
+        tokens: of the micro-batch.
+        padding: "none"; "ends", the last tokens of every sequence, more of them in later sequences;
+            "micro-batch", all tokens of the step's first micro-batch and no others.
+    """
+    sequences, length = tokens.shape
+    if padding == "ends":
+        real = length - length * (1 + torch.arange(sequences)) // (2 * sequences)
+        return torch.arange(length) >= real.unsqueeze(1)
+    all_of_it = padding == "micro-batch" and micro_batch == 0
+    return torch.full((sequences, length), all_of_it)
+
+
+def parameter_shapes(config: dict[str, Any]) -> dict[str, list[int]]:
+    """Name and shape of every parameter of a golden run, by the files' naming rule."""
+    h, f = config["H"], config["F"] // config["G"]
+    qkv = h + 2 * h * config["groups"] // config["heads"]
+    shapes = {"embedding.word_embeddings.weight": [256, h]}
+    for layer in range(config["L"]):
+        prefix = f"decoder.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = [h]
+        shapes[prefix + "self_attention.linear_proj.weight"] = [h, h]
+        shapes[prefix + "self_attention.linear_qkv.weight"] = [qkv, h]
+        shapes[prefix + "pre_mlp_layernorm.weight"] = [h]
+        shapes[prefix + "mlp.router.weight"] = [config["E"] * config["G"], h]
+        for expert in range(config["E"] * config["G"]):
+            name = f"{prefix}mlp.experts.local_experts.{expert}."
+            shapes[name + "linear_fc1.weight"] = [2 * f, h]
+            shapes[name + "linear_fc2.weight"] = [h, f]
+    return shapes | {"decoder.final_layernorm.weight": [h], "output_layer.weight": [256, h]}
+
+
 def transformer_config(config: dict[str, Any], **changes: Any):
     """Megatron's TransformerConfig of a golden run; `changes` are its fields."""
     from megatron.core.transformer.transformer_config import TransformerConfig
