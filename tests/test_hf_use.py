@@ -303,6 +303,16 @@ def test_gradient_checkpointing_counts_the_routing_once(reentrant):
     assert found[0][1][1] == 2 * 2 * 9 * 4
 
 
+def test_generation_under_gradient_checkpointing_is_right_or_refused():
+    model, tokens = trained(pad_token_id=0), some_tokens(1, 6)
+    model.gradient_checkpointing_enable()
+    request = {"max_new_tokens": 4, "do_sample": False}
+    with pytest.raises(ValueError, match="gradient checkpointing has no cache in training mode"):
+        model.generate(tokens, **request)
+    without = model.generate(tokens, use_cache=False, **request)
+    assert torch.equal(without, model.eval().generate(tokens, **request))
+
+
 @pytest.mark.parametrize("target", [0.01, 0.99])
 def test_the_coefficient_moves_as_in_pretraining(target):
     """Over all tokens of a step, as the package's controller; evaluation does not count."""

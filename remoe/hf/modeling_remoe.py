@@ -326,6 +326,11 @@ class ReMoEModel(ReMoEPreTrainedModel):
         if use_cache is None:  # with a cache, transformers does not separate packed texts
             use_cache = config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
+            if past_key_values is not None:  # layers would ignore it
+                raise ValueError(
+                    "past_key_values are given, but gradient checkpointing has no cache in training "
+                    "mode; call model.eval() to generate, or pass use_cache=False"
+                )
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
