@@ -328,8 +328,8 @@ class ReMoEModel(ReMoEPreTrainedModel):
         if self.gradient_checkpointing and self.training:
             if past_key_values is not None:  # layers would ignore it
                 raise ValueError(
-                    "past_key_values are given, but gradient checkpointing has no cache in training "
-                    "mode; call model.eval() to generate, or pass use_cache=False"
+                    "past_key_values are given, but gradient checkpointing has no cache in "
+                    "training mode; call model.eval() to generate, or pass use_cache=False"
                 )
             use_cache = False
         if use_cache and past_key_values is None:
