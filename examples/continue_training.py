@@ -2,8 +2,8 @@
 
     python examples/continue_training.py MODEL TEXT --out NEW --steps 100
 
-MODEL is a folder of `remoe convert to-hf`, TEXT a text file. The controller starts from the
-coefficient that travelled in the model's config and moves it once per step, as in pretraining.
+MODEL is a folder of `remoe convert to-hf`, TEXT a text file. The coefficient of the penalty starts
+from the one that travelled in the model's config and moves once per step, as in pretraining.
 """
 
 import argparse
@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import remoe.hf  # noqa: F401, registers the model with transformers
-from remoe import ControllerConfig, SparsityController, sparsity, tokens_per_expert
+import remoe.hf  # registers the model with transformers
 
 
 def main() -> None:
@@ -30,37 +29,28 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model).train()
+    config = model.config
+    if not isinstance(model, remoe.hf.ReMoEForCausalLM) or config.router_type != "relu":
+        parser.error(f"{options.model} has no ReLU router, so it has no sparsity to control")
+    if config.l1_coeff is None:
+        config.l1_coeff = [config.l1_coeff_init] * len(config.moe_layers)
     ids = tokenizer(options.text.read_text(), return_tensors="pt")["input_ids"][0]
     if len(ids) <= options.length:
         parser.error(f"{options.text} has {len(ids)} tokens; it needs more than {options.length}")
 
-    config = model.config
-    if getattr(config, "router_type", None) != "relu":
-        parser.error(f"{options.model} has no ReLU router, so there is no sparsity to control")
-    controller = SparsityController(
-        ControllerConfig(
-            target_sparsity=config.target_sparsity,
-            init=config.l1_coeff_init,
-            multiplier=config.l1_coeff_multiplier,
-        ),
-        num_coeffs=len(config.l1_coeff),
-    )
-    controller.load_state_dict({"l1_coeff": torch.tensor(config.l1_coeff)})
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01)
 
     for step in range(1, options.steps + 1):
         starts = torch.randint(len(ids) - options.length, (options.batch, 1))
         batch = ids[starts + torch.arange(options.length)]
-        output = model(batch, labels=batch, output_routing=True)  # the loss has the penalty in it
+        output = model(batch, labels=batch)  # the loss has the penalty in it
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-        counts = torch.stack([tokens_per_expert(p.flatten(0, 1) > 0) for p in output.router_probs])
-        mean = sparsity(counts, batch.numel()).mean()
-        config.l1_coeff = controller.update(mean).tolist()  # saved with the model
-        print(f"{step} loss {output.loss - output.penalty:.4f} sparsity {mean:.4f} "
+        sparsity = model.update_l1_coeff()  # saved with the model
+        print(f"{step} loss {output.loss - output.penalty:.4f} sparsity {sparsity:.4f} "
               f"coefficient {config.l1_coeff[0]:.2e}")  # fmt: skip
 
     model.save_pretrained(options.out)

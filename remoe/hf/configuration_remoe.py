@@ -3,11 +3,35 @@
 Self-contained: exported with every model.
 """
 
+import difflib
+import math
+from collections.abc import Iterable
 from typing import Any
 
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 ROUTER_TYPES = ("relu", "topk_pre_softmax", "topk_post_softmax")
+FORMAT_VERSION = 1  # of config.json and the names of weights; older code refuses a newer one
+
+_COUNTS = (
+    "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+    "num_experts", "num_experts_per_tok", "max_active_experts",
+)  # fmt: skip
+
+_FORMER = {"l1_coeff_rule": "sign", "router_bias": False}  # settings of earlier versions
+
+
+def refuse_misspelt(given: Iterable[str], known: Iterable[str], kind: str) -> None:
+    """Refuse names that are nearly a known one; transformers would ignore them.
+
+    Raises:
+        ValueError: one of them, and the name that it resembles.
+    """
+    known = set(known)
+    for name in given:
+        if name not in known and (near := difflib.get_close_matches(name, known, 1, 0.85)):
+            raise ValueError(f"{kind} {name!r} is not known; did you mean {near[0]!r}?")
 
 
 class ReMoEConfig(LlamaConfig):
@@ -27,15 +51,16 @@ class ReMoEConfig(LlamaConfig):
         at_least_one_expert: whether a token without any has the expert of its largest logit.
         load_balancing: "aux_loss" weights the penalty by load (Eq. 10), "none" does not (Eq. 9).
         training_facts: what is known about the training: iteration, tokens, losses, sparsity.
+        format_version: of the exported files.
 
     Raises:
-        ValueError: an unknown router, or experts that cannot be chosen.
+        ValueError: a value that no model can have, a misspelt name, or a newer format.
     """
 
     model_type = "remoe"
     # The layers' experts are no part of LLaMA's plans for tensor and pipeline parallelism.
-    base_model_tp_plan = {}
-    base_model_pp_plan = {}
+    base_model_tp_plan = None  # type: ignore[assignment]
+    base_model_pp_plan = None  # type: ignore[assignment]
 
     router_type: str = "relu"
     router_dtype: str | None = "float32"
@@ -51,8 +76,23 @@ class ReMoEConfig(LlamaConfig):
     max_active_experts: int | None = None
     at_least_one_expert: bool = False
     training_facts: dict[str, Any] | None = None
+    format_version: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version is {self.format_version!r}; this code reads only "
+                f"{FORMAT_VERSION}: update it, or load the model with the code in its own folder "
+                f"(trust_remote_code=True)"
+            )
+        for name, only in _FORMER.items():
+            if kwargs.get(name, only) != only:
+                raise ValueError(
+                    f"{name} is {kwargs[name]!r}, which this code does not have any more; load the "
+                    f"model with the code in its own folder (trust_remote_code=True)"
+                )
+        refuse_misspelt(kwargs, vars(self), "the setting")
+        self._check_numbers()
         if self.router_type not in ROUTER_TYPES:
             raise ValueError(
                 f"router_type is {self.router_type!r}, which is not known; "
@@ -74,6 +114,65 @@ class ReMoEConfig(LlamaConfig):
         if self.target_sparsity is None:
             self.target_sparsity = 1 - self.num_experts_per_tok / self.num_experts
         super().__post_init__(**kwargs)
+        self._check_layers()
+
+    def _check_numbers(self) -> None:
+        """Refuse counts that are no positive whole numbers, and numbers out of their range."""
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        ranges = {
+            "rms_norm_eps": (lambda x: x > 0, "a positive number"),
+            "l1_coeff_init": (lambda x: x > 0, "a positive number"),
+            "l1_coeff_multiplier": (lambda x: x > 1, "a number above 1"),
+            "target_sparsity": (lambda x: 0 <= x < 1, "a number of at least 0 and below 1"),
+            "attention_dropout": (lambda x: 0 <= x <= 1, "a number between 0 and 1"),
+        }
+        for name, (is_valid, meaning) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not (_is_finite(value) and is_valid(value)):
+                raise ValueError(f"{name} is {value!r}; it must be {meaning}")
+        if not isinstance(self.at_least_one_expert, bool):
+            raise ValueError(
+                f"at_least_one_expert is {self.at_least_one_expert!r}; it must be true or false"
+            )
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id} of a vocabulary of {self.vocab_size}; "
+                f"it must be below that and not negative, or null"
+            )
+        if self.hidden_act not in ("silu", "swish") or self.mlp_bias:
+            raise ValueError(
+                f"hidden_act is {self.hidden_act!r} and mlp_bias {self.mlp_bias!r}; experts have "
+                f"the activation silu and no biases"
+            )
+
+    def _check_layers(self) -> None:
+        """Refuse heads that do not divide, layers that do not exist, and bad coefficients."""
+        assert self.num_key_value_heads is not None and self.head_dim is not None
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads is {self.num_key_value_heads}; it must divide "
+                f"num_attention_heads, {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even one")
+        dense = self.mlp_only_layers
+        layers = range(self.num_hidden_layers)
+        if dense is not None and not (
+            isinstance(dense, list | tuple) and all(type(i) is int and i in layers for i in dense)
+        ):
+            raise ValueError(
+                f"mlp_only_layers is {dense!r}; it must be a list of layers from 0 to {layers[-1]}"
+            )
+        coeffs = self.l1_coeff
+        if coeffs is not None and not (
+            isinstance(coeffs, list | tuple) and all(_is_finite(c) and c >= 0 for c in coeffs)
+        ):
+            raise ValueError(
+                f"l1_coeff is {coeffs!r}; it must be a list of numbers that are not negative"
+            )
         if self.l1_coeff is not None and len(self.l1_coeff) != len(self.moe_layers):
             raise ValueError(
                 f"l1_coeff has {len(self.l1_coeff)} values for {len(self.moe_layers)} layers with "
@@ -85,6 +184,11 @@ class ReMoEConfig(LlamaConfig):
         """Indices of the layers with experts."""
         dense = set(self.mlp_only_layers or ())
         return [i for i in range(self.num_hidden_layers) if i not in dense]
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 __all__ = ["ReMoEConfig"]

@@ -7,7 +7,6 @@ Shapes: B batch, S sequence, T = B * S tokens, H hidden, E experts, F expert wid
 experts.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +26,20 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.trainer_callback import ExportableState, TrainerCallback
+from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
-from .configuration_remoe import ReMoEConfig
+from .configuration_remoe import ReMoEConfig, refuse_misspelt
+
+logger = logging.get_logger(__name__)
+
+FORWARD_ARGUMENTS = (
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels",
+    "use_cache", "output_attentions", "output_hidden_states", "output_routing", "logits_to_keep",
+    "return_dict", "num_items_in_batch", "shift_labels", "ignore_index",
+)  # fmt: skip
+UNMOVED_STEPS = 100  # forward passes with equal coefficients before a warning
 
 
 def relu_routing(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,11 +108,12 @@ def _scatter(probs_Tk: Tensor, index_Tk: Tensor, logits_TE: Tensor) -> tuple[Ten
     return probs_TE, active_TE
 
 
-ROUTERS: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]] = {
-    "relu": lambda logits_TE, topk: relu_routing(logits_TE),
-    "topk_pre_softmax": topk_pre_softmax,
-    "topk_post_softmax": topk_post_softmax,
-}
+def route(logits_TE: Tensor, router_type: str, topk: int) -> tuple[Tensor, Tensor]:
+    """Gates and the map of active experts of a router of this type, both `[T, E]`."""
+    if router_type == "relu":
+        return relu_routing(logits_TE)
+    routers = {"topk_pre_softmax": topk_pre_softmax, "topk_post_softmax": topk_post_softmax}
+    return routers[router_type](logits_TE, topk)
 
 
 class ReMoERouter(nn.Module):
@@ -112,8 +123,7 @@ class ReMoERouter(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.max_active, self.at_least_one = config.max_active_experts, config.at_least_one_expert
-        self.topk = config.num_experts_per_tok
-        self.route = ROUTERS[config.router_type]
+        self.router_type, self.topk = config.router_type, config.num_experts_per_tok
         self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +131,7 @@ class ReMoERouter(nn.Module):
         # A cast is not enough under autocast, which would cast it back.
         with torch.autocast(x_TH.device.type, enabled=False):
             logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype))
-            probs_TE, active_TE = self.route(logits_TE, self.topk)
+            probs_TE, active_TE = route(logits_TE, self.router_type, self.topk)
             if self.max_active is None and not self.at_least_one:
                 return probs_TE, active_TE
             return bounded_routing(
@@ -148,10 +158,11 @@ class ReMoEExperts(nn.Module):
         # Unbound once, gradients of all experts are stacked once in backward.
         gate_up, down = self.gate_up_proj.unbind(0), self.down_proj.unbind(0)
         counts = active_TE.sum(dim=0).tolist()
-        token_A = active_TE.T.nonzero()[:, 1]
-        for expert, token_a in enumerate(token_A.split(counts)):
-            if counts[expert] == 0:
-                continue
+        tokens = active_TE.T.nonzero()[:, 1].split(counts)
+        # The first expert of a layer without any active pair still computes zero rows, so that
+        # every parameter gets a gradient (of zeros), as data parallelism and weight decay expect.
+        for expert in [e for e, count in enumerate(counts) if count] or [0]:
+            token_a = tokens[expert]
             gate, up = F.linear(x_TH[token_a], gate_up[expert]).chunk(2, dim=-1)
             out = F.linear(F.silu(gate) * up, down[expert])
             out = out * probs_TE[token_a, expert, None].to(out.dtype)
@@ -173,6 +184,21 @@ class ReMoEBlock(nn.Module):
         y_TH = self.experts(x_TH, probs_TE.to(x_TH.dtype), active_TE)
         shape = (*hidden_states.shape[:2], -1)
         return y_TH.view_as(hidden_states), probs_TE.view(shape), active_TE.view(shape)
+
+
+class ReMoERotaryEmbedding(LlamaRotaryEmbedding):
+    """LlamaRotaryEmbedding whose frequencies keep their dtype when a model is cast as a whole.
+
+    In bf16 they would be wrong by up to 0.2%, which is two radians after a thousand tokens.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ReMoERotaryEmbedding":
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            if buffer.dtype != exact[name].dtype and not exact[name].is_meta:
+                setattr(self, name, exact[name].to(buffer.device))
+        return self
 
 
 class ReMoEDecoderLayer(GradientCheckpointingLayer):
@@ -256,16 +282,23 @@ class ReMoEPreTrainedModel(PreTrainedModel):
 
 
 class ReMoEModel(ReMoEPreTrainedModel):
-    """The transformer without its head."""
+    """The transformer without its head.
+
+    Attributes:
+        routed: int64 `[2]`, pairs of a token and an expert in training since the coefficients moved
+            last: active ones and all, without padding; None before the first.
+    """
 
     def __init__(self, config: ReMoEConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # Without `padding_idx`, which would keep gradients from a token that also ends texts.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(ReMoEDecoderLayer(config, i) for i in layers)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.rotary_emb = ReMoERotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        self.routed: Tensor | None = None
         self.post_init()
 
     def forward(
@@ -284,12 +317,20 @@ class ReMoEModel(ReMoEPreTrainedModel):
     ) -> ReMoEModelOutput | tuple[Any, ...]:
         """`[B, S]` tokens to hidden states; `output_routing` adds the routing of every layer."""
         config = self.config
+        if kwargs and not torch.compiler.is_compiling():
+            refuse_misspelt(kwargs, FORWARD_ARGUMENTS, "argument")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        use_cache = config.use_cache if use_cache is None else use_cache
+        if use_cache is None:  # with a cache, transformers does not separate packed texts
+            use_cache = config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
+            if past_key_values is not None:  # layers would ignore it
+                raise ValueError(
+                    "past_key_values are given, but gradient checkpointing has no cache in "
+                    "training mode; call model.eval() to generate, or pass use_cache=False"
+                )
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
@@ -303,6 +344,12 @@ class ReMoEModel(ReMoEPreTrainedModel):
         with_hidden = (
             config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
+        attention = config._attn_implementation
+        if with_attentions and attention != "eager":
+            logger.warning_once(
+                f"output_attentions is set, but {attention} attention does not return its weights; "
+                f"call set_attn_implementation('eager') first."
+            )
         common = {
             "attention_mask": create_causal_mask(
                 config=config,
@@ -322,7 +369,7 @@ class ReMoEModel(ReMoEPreTrainedModel):
         for layer in self.layers:
             all_hidden += [hidden_states] if with_hidden else []
             hidden_states, weights, probs, active = layer(hidden_states, **common, **kwargs)
-            all_attentions += [weights] if with_attentions else []
+            all_attentions += [weights] if with_attentions and weights is not None else []
             if probs is not None and (output_routing or self.training):
                 routing.append((probs, active))
         hidden_states = self.norm(hidden_states)
@@ -340,30 +387,43 @@ class ReMoEModel(ReMoEPreTrainedModel):
         return output if _wants_dict(config, return_dict) else output.to_tuple()
 
     def _l1_reg(self, routing: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> Tensor:
-        regularisers = []
+        device = routing[0][0].device  # layers may be on several
+        real_T = _real_tokens(mask, routing[0][0].shape[1])
+        regularisers, active_pairs = [], []
         for probs, active in routing:
             probs_TE, active_TE = probs.flatten(0, 1), active.flatten(0, 1)
-            if mask is not None and mask.dim() == 2:  # the last S columns are this call's tokens
-                real_T = mask[:, -probs.shape[1] :].bool().reshape(-1)
-                probs_TE, active_TE = probs_TE[real_T], active_TE[real_T]
-            num_tokens, weights_E = max(len(probs_TE), 1), None
+            num_tokens: Tensor | int = len(probs_TE)
+            if real_T is not None:
+                padding_T1 = ~real_T.to(probs.device)[:, None]
+                probs_TE, active_TE = probs_TE.masked_fill(padding_T1, 0), active_TE & ~padding_T1
+                num_tokens = (~padding_T1).sum()
+            weights_E = None
+            tokens_per_expert_E = active_TE.sum(dim=0)
             if self.config.load_balancing == "aux_loss":
                 weights_E = load_weights(
-                    active_TE.sum(dim=0),
+                    tokens_per_expert_E,
                     num_tokens=num_tokens,
                     topk=self.config.num_experts_per_tok,
                 )
-            regularisers.append(
-                l1_regularization(probs_TE, num_tokens=num_tokens, load_weights_E=weights_E)
-            )
+            l1_reg = l1_regularization(probs_TE, num_tokens=num_tokens, load_weights_E=weights_E)
+            regularisers.append(l1_reg.to(device))
+            active_pairs.append(tokens_per_expert_E.sum().to(device))
+        if self.training and torch.is_grad_enabled():
+            active_pair_count = torch.stack(active_pairs).sum()
+            real = torch.full_like(active_pair_count, probs.shape[:2].numel())
+            if real_T is not None:
+                real = real_T.sum().to(device)
+            routed = torch.stack((active_pair_count, real * len(routing) * self.config.num_experts))
+            self.routed = routed if self.routed is None else routed + self.routed.to(device)
         return torch.stack(regularisers)
 
 
 class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
     """The language model.
 
-    In training mode the loss includes the L1 penalty with the coefficients of `config.l1_coeff`;
-    whoever trains moves them once per step (see the project's example) or leaves them as they are.
+    In training mode the loss includes the L1 penalty with the coefficients of `config.l1_coeff`.
+    They stay as they are unless whoever trains calls `update_l1_coeff` after every step, or gives
+    `sparsity_callback()` to the Trainer.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -372,7 +432,51 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = ReMoEModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._unmoved: tuple[list[float], int] = ([], 0)  # coefficients, steps that used them
         self.post_init()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`GenerationMixin.generate`, whose output has no place for the routing.
+
+        Raises:
+            ValueError: `output_routing` is asked for.
+        """
+        if kwargs.get("output_routing"):
+            raise ValueError(
+                "output_routing is set, but generate does not return the routing; call the model "
+                "itself on the text that was generated"
+            )
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    @torch.no_grad()
+    def update_l1_coeff(self) -> float | None:
+        """Move the coefficients of the penalty once (Eq. 7), after an optimizer step.
+
+        The sparsity that decides is the mean over layers, and over all tokens (of all processes)
+        that were trained on since the last call. All layers move alike, as in pretraining.
+
+        Returns:
+            That sparsity; None if there was no token, or the router is no ReLU: then nothing moves.
+        """
+        routed, self.model.routed = self.model.routed, None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if routed is None:
+                routed = torch.zeros(2, dtype=torch.int64, device=self.device)
+            torch.distributed.all_reduce(routed)
+        active, pairs = (0, 0) if routed is None else routed.tolist()
+        if pairs == 0:
+            return None
+        sparsity = 1 - active / pairs
+        config = self.config
+        if config.l1_coeff is not None:
+            coeff, alpha = torch.tensor(config.l1_coeff), config.l1_coeff_multiplier
+            too_dense = sparsity < config.target_sparsity
+            config.l1_coeff = (coeff * alpha if too_dense else coeff / alpha).tolist()
+        return sparsity
+
+    def sparsity_callback(self) -> "SparsityCallback":
+        """What keeps the sparsity at its target in the Trainer: `callbacks=[...]` of it."""
+        return SparsityCallback()
 
     def forward(
         self,
@@ -416,18 +520,26 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
         loss = penalty = None
         if self.training and outputs.l1_reg is not None and self.config.l1_coeff is not None:
             penalty = (outputs.l1_reg * outputs.l1_reg.new_tensor(self.config.l1_coeff)).sum()
+            if torch.is_grad_enabled():
+                self._warn_of_training(input_ids, attention_mask, labels)
         if labels is not None:
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
+                **kwargs,
             )
             if penalty is not None:
-                share: Tensor | float = 1.0
+                share = torch.ones_like(penalty)
                 if num_items_in_batch is not None:  # this micro-batch's part of the step
-                    share = (labels[:, 1:] != -100).sum() / num_items_in_batch
-                loss = loss + penalty * share
+                    shifted = kwargs.get("shift_labels")
+                    counted = labels[..., 1:] if shifted is None else shifted
+                    num_labels = (counted != kwargs.get("ignore_index", -100)).sum()
+                    share = num_labels.to(loss.device) / torch.as_tensor(
+                        num_items_in_batch, device=loss.device
+                    )
+                loss = loss + penalty.to(loss.device) * share.to(loss.device)
         output = ReMoECausalLMOutput(
             loss=loss,
             logits=logits,
@@ -440,6 +552,91 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
             penalty=penalty,
         )
         return output if _wants_dict(self.config, return_dict) else output.to_tuple()
+
+    def _warn_of_training(
+        self, input_ids: Tensor | None, mask: Tensor | None, labels: Tensor | None
+    ) -> None:
+        """Say once what would be missing from training without an error."""
+        if torch.compiler.is_compiling():
+            return
+        if input_ids is not None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, mask)
+        if labels is None:
+            logger.warning_once(
+                "The model is in training mode without labels. The L1 penalty is then in no loss: "
+                "add output.penalty to your own."
+            )
+        coeff, steps = self._unmoved
+        steps = steps + 1 if coeff == self.config.l1_coeff else 1
+        self._unmoved = (list(self.config.l1_coeff), steps)
+        if steps == UNMOVED_STEPS:
+            logger.warning_once(
+                f"The coefficients of the L1 penalty have not moved in {steps} forward passes, so "
+                f"nothing keeps the sparsity at its target. Give the Trainer "
+                f"callbacks=[model.sparsity_callback()], or call model.update_l1_coeff() after "
+                f"every optimizer step."
+            )
+
+
+class SparsityCallback(TrainerCallback, ExportableState):
+    """Moves the coefficients of the L1 penalty once per step of the Trainer.
+
+    Checkpoints carry them in the model's config and in the Trainer's state, from which a resumed
+    training takes them.
+    """
+
+    def __init__(self, l1_coeff: list[float] | None = None) -> None:
+        self.l1_coeff = l1_coeff
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start from the config's coefficients, or in a resumed training from the saved ones.
+
+        Raises:
+            ValueError: an option of the Trainer that leaves the penalty out of the loss.
+        """
+        if args.label_smoothing_factor != 0:
+            raise ValueError(
+                f"label_smoothing_factor is {args.label_smoothing_factor}, but with it the Trainer "
+                f"computes a loss without the L1 penalty, of labels that are not shifted for a "
+                f"model that it does not know; set it to 0"
+            )
+        config = _causal_lm(kwargs["model"]).config
+        if config.router_type == "relu" and config.l1_coeff is None:
+            config.l1_coeff = [config.l1_coeff_init] * len(config.moe_layers)
+        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("args", {})
+        if state.global_step > 0 and saved.get("l1_coeff") is not None:
+            config.l1_coeff = list(saved["l1_coeff"])
+        self.l1_coeff = config.l1_coeff
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = _causal_lm(kwargs["model"])
+        model.update_l1_coeff()
+        self.l1_coeff = model.config.l1_coeff
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"l1_coeff": self.l1_coeff}, "attributes": {}}
+
+
+def _real_tokens(mask: Tensor | None, length: int) -> Tensor | None:
+    """Which of a call's tokens are no padding, bool `[T]`; None is all.
+
+    Args:
+        mask: `[B, S + past]`, or prepared `[B, 1, S, S]`: padding does not attend to itself.
+        length: S.
+    """
+    if mask is None:
+        return None
+    if mask.dim() == 2:  # the last S columns are this call's tokens
+        return mask[:, -length:].bool().flatten()
+    if mask.dim() != 4 or mask.shape[-1] != length:
+        return None
+    itself = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+    return (itself if itself.dtype == torch.bool else itself == 0).flatten()
+
+
+def _causal_lm(model: nn.Module) -> ReMoEForCausalLM:
+    """The language model in whatever wraps it."""
+    return next(module for module in model.modules() if isinstance(module, ReMoEForCausalLM))
 
 
 def _wants_dict(config: PreTrainedConfig, return_dict: bool | None) -> bool:

@@ -16,6 +16,7 @@ from megatron.remoe.convert.shards import ShardWriter, Spec
 from megatron.remoe.convert.source import PADDING_FILE, MegatronSource, validated
 from megatron.remoe.convert.tokenizer import TokenizerFiles
 from remoe.conversion import CONFIG, PADDING, Config, Item
+from remoe.hf.configuration_remoe import FORMAT_VERSION
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -142,6 +143,7 @@ def _write_config(config: Config, folder: Path) -> None:
             "AutoModel": "modeling_remoe.ReMoEModel",
             "AutoModelForCausalLM": "modeling_remoe.ReMoEForCausalLM",
         }
+        whole["format_version"] = FORMAT_VERSION
         for name in _SOURCES:
             shutil.copyfile(Path(remoe.hf.__file__).with_name(name), folder / name)
     _write_json(folder / "config.json", whole)
