@@ -1,6 +1,5 @@
 """The Megatron router on one rank: its penalty, its statistics, and when it counts."""
 
-
 import pytest
 import torch
 

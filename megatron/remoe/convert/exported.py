@@ -15,8 +15,14 @@ from megatron.remoe.convert.source import HFSource, MegatronSource, open_source
 
 @contextmanager
 def exported(source: MegatronSource | HFSource) -> Iterator[Path]:
-    """The Hugging Face folder of a model; that of a checkpoint is temporary."""
+    """The Hugging Face folder of a model; that of a checkpoint is temporary.
+
+    Raises:
+        ValueError: a weight that is NaN or infinite.
+    """
     if isinstance(source, HFSource):
+        for item in source.items:
+            source.hf_tensors(item)  # checks them
         yield source.path
         return
     with tempfile.TemporaryDirectory() as scratch:
