@@ -212,8 +212,10 @@ def _choose_tokenizer(
         "text_key": config.text_key,
         "inputs": {name: hashes[name] for name in used},
     }
-    if old is not None and not force:
-        if old["training"] == training:
+    # After a kill the tokenizer may not be in its place yet; it is trained to the same one again.
+    is_same = old is not None and old["training"] == training
+    if old is not None and not force and not (is_same and _UNFINISHED in old):
+        if is_same:
             return *load_tokenizer(out / "tokenizer"), training
         raise ValueError(
             f"{out} holds tokens of a tokenizer that these inputs would not give again; pass "

@@ -15,6 +15,7 @@ from megatron.remoe.data.files import read_json_object
 
 END_OF_DOCUMENT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and the end of a document
+_MOST_TOKENS = 2**24  # saving a vocabulary takes the time of its holes
 CONFIG = "tokenizer_config.json"
 GPT2_FILES = (("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt"))
 
@@ -97,7 +98,7 @@ def save_tokenizer(tokenizer: Tokenizer, eod_token: str, folder: Path) -> None:
 
 def largest_id(tokenizer: Tokenizer) -> int:
     """Return the largest token; a vocabulary may have holes, so it may exceed the size."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values())
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
 
 
 def _configured_eod(folder: Path) -> str | None:
@@ -124,6 +125,8 @@ def special_token(path: Path, name: str) -> str | None:
 def _with_end_of_document(
     tokenizer: Tokenizer, eod_token: str | None, path: Path
 ) -> tuple[Tokenizer, str]:
+    if (most := largest_id(tokenizer)) >= _MOST_TOKENS:
+        raise ValueError(f"{path} has a token {most}; tokens must be below {_MOST_TOKENS}")
     eod_token = eod_token or END_OF_DOCUMENT
     if tokenizer.token_to_id(eod_token) is None:
         raise ValueError(
