@@ -1,5 +1,6 @@
 """The Megatron router on one rank: its penalty, its statistics, and when it counts."""
 
+
 import pytest
 import torch
 
