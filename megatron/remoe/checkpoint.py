@@ -113,8 +113,14 @@ def folder_of(run: Path) -> Path:
     """
     config = run / "config.yaml"
     if config.is_file():
-        saved = yaml.safe_load(config.read_text()).get("save")
-        return Path(saved) if saved and Path(saved).is_dir() else run / "checkpoints"
+        try:
+            flags = yaml.safe_load(config.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{config} cannot be read ({reason}); mend or remove it") from error
+        saved = flags.get("save") if isinstance(flags, dict) else None
+        is_there = isinstance(saved, str) and Path(saved).is_dir()
+        return Path(saved) if is_there else run / "checkpoints"
     if find(run) or (run / TRACKER).is_file():
         return run
     raise ValueError(

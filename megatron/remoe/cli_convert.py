@@ -177,7 +177,10 @@ def _text_or_ids(text: str | None, file: Path | None, tokens: str | None) -> str
     if file is not None:
         if not file.is_file():
             raise ValueError(f"{file} does not exist; name a text file")
-        return file.read_text()
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 ({error.reason}); name a text file") from error
     if tokens is not None:
         parts = tokens.split(",")
         if len(parts) < 2 or not all(part.strip().isdecimal() for part in parts):

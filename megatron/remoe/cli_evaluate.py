@@ -108,12 +108,13 @@ def evaluate(
 
 def _merge(file: Path, found: dict[str, Any]) -> None:
     """Replace what was evaluated again, and keep the rest."""
-    try:
-        before = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); name another file (--out)") from error
+    from megatron.remoe.data.files import read_json_object
+
+    before = read_json_object(file, "name another file (--out)") if file.exists() else {}
     for key in ("tasks", "perplexity"):
         if key in before and key in found:
+            if not isinstance(before[key], dict):
+                raise ValueError(f"{file} has no mapping as {key}; name another file (--out)")
             found[key] = before[key] | found[key]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(before | found, indent=2) + "\n")

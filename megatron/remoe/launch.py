@@ -174,7 +174,13 @@ def train(config: RunConfig, argv: list[str], console: Console) -> int:
 
 
 def start(
-    config: RunConfig, argv: list[str], log: TextIO, *, runs_beside: int = 1, **options: Any
+    config: RunConfig,
+    argv: list[str],
+    log: TextIO,
+    *,
+    runs_beside: int = 1,
+    first: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> subprocess.Popen:
     """Start torchrun, which holds the run's directory for as long as it has ranks.
 
@@ -183,6 +189,7 @@ def start(
         argv: its command line.
         log: gets the output.
         runs_beside: how many runs share this machine, this one included.
+        first: called while the directory is held and nothing has started.
         options: of `Popen`.
 
     Raises:
@@ -192,6 +199,7 @@ def start(
     environment = cpu_environment(nproc * runs_beside) | os.environ
     lock = _lock(config.run_dir)
     try:
+        first()
         return subprocess.Popen(
             command(argv, nproc),
             stdout=log,

@@ -19,13 +19,16 @@ PARENT = "REMOE_PARENT_PID"  # in the environment: who starts this process
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent() -> None:
+def end_with_parent(parent: int | None = None) -> None:
     """Let the kernel kill this process when the one that started it ends. Linux only.
 
-    Ends it now if that has happened already and the environment says who it was.
+    Ends it now if that has happened already.
+
+    Args:
+        parent: the process that started this one; None is the one that the environment names.
     """
     _set_death_signal()
-    expected = os.environ.get(PARENT)
+    expected = parent or os.environ.get(PARENT)
     if expected and os.getppid() != int(expected):
         os._exit(1)
 

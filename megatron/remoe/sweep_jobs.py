@@ -72,8 +72,11 @@ def run_here(runs: list[SweepRun], jobs: int, console: Console) -> Outcome:
             while waiting and len(active) < jobs:
                 run = waiting.pop(0)
                 try:
+                    if is_finished(run):  # by another sweep, since this one has looked
+                        outcome.finished.append(run.name)
+                        continue
                     active[run.name] = (run, _start(run, jobs))
-                except ValueError as error:  # its directory is in use
+                except ValueError as error:  # its directory is in use, or another run's by now
                     outcome.failed[run.name] = str(error)
                 else:
                     report.started(run.name)
@@ -96,9 +99,17 @@ def _interrupt(*_: object) -> None:
 
 def _start(run: SweepRun, jobs: int) -> subprocess.Popen:
     """Start a run in a session of its own, so that Ctrl-C reaches it through us only."""
-    launch.write_config(run.config)
+
+    def claim() -> None:
+        """With the directory held: another sweep may have put its config there meanwhile."""
+        launch.refuse_another_run(run.config)
+        launch.write_config(run.config)
+
+    run.config.run_dir.mkdir(parents=True, exist_ok=True)
     with (run.config.run_dir / "log.txt").open("a") as log:
-        return launch.start(run.config, run.argv, log, runs_beside=jobs, start_new_session=True)
+        return launch.start(
+            run.config, run.argv, log, runs_beside=jobs, first=claim, start_new_session=True
+        )
 
 
 def _finish(run: SweepRun, process: subprocess.Popen, outcome: Outcome) -> None:

@@ -1,6 +1,8 @@
 """What Megatron reads back from the token files is the text, whatever form it came in."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -14,8 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from megatron.remoe.cli import main
 from megatron.remoe.data import jsonl
 from megatron.remoe.data.jsonl import parse_text
+from megatron.remoe.data.pairs import check_pair
 from megatron.remoe.data.tokenize import TokenizeConfig, find_inputs, tokenize
 from megatron.remoe.data.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_tokenizer
+from megatron.remoe.evaluate.perplexity import find_domains
 
 TEXTS = [
     "The router is a ReLU: an expert is active where its score is positive.\n",
@@ -193,6 +197,10 @@ def test_foreign_tokenizer_neither_cuts_nor_prefixes(tmp_path: Path) -> None:
         (b'{"text": 3}', "holds a int, not a string"),
         (b'{"text": "\\ud800"}', "half a surrogate pair"),
         (b"[" * 100_000, "nested too deeply"),
+        (b"\0\0\0", "not valid JSON"),
+        (b'{"text": "a\0b"}', "not valid JSON"),
+        (b"\xff\xfe{\0", "not UTF-8"),
+        (json.dumps({f"k{i}": 1 for i in range(500)}).encode(), "'k103'.* and 492 more"),
     ],
 )
 def test_malformed_lines_have_a_reason(line: bytes, reason: str) -> None:
@@ -229,6 +237,7 @@ def test_malformed_line_is_named_and_leaves_nothing(
         (lambda data: data[: len(data) // 2], "ends early"),
         (lambda data: data[:-1], "ends early"),
         (lambda data: b"plain text, not zstd", "damaged zstd data"),
+        (lambda data: data + b"garbage", "damaged zstd data"),
     ],
 )
 def test_damaged_zst_is_an_error(tmp_path: Path, damage, reason: str) -> None:
@@ -245,8 +254,122 @@ def test_a_file_without_text_is_an_error(tmp_path: Path, small: TokenizeConfig) 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, small: TokenizeConfig) -> None:
+    for name, mark in (("a", b""), ("b", b"\xef\xbb\xbf")):
+        file = write_jsonl(tmp_path / name / "x.jsonl", TEXTS)
+        file.write_bytes(mark + file.read_bytes())
+        tokenize([file], tmp_path / name / "out", small)
+    assert documents(tmp_path / "a/out/x") == documents(tmp_path / "b/out/x")
+
+
+def word_tokenizer(folder: Path, words: dict[str, int]) -> Path:
+    tokens = Tokenizer(models.WordLevel(words, unk_token="the"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens.save(str(folder / "words.json"))
+    return folder / "words.json"
+
+
+def test_a_vocabulary_with_holes_keeps_its_tokens(tmp_path: Path) -> None:
+    """Three entries would fit into 16 bits, and the token 70000 would become 4464 there."""
+    words = word_tokenizer(tmp_path, {"the": 0, END_OF_DOCUMENT: 1, "router": 70_000})
+    file = write_jsonl(tmp_path / "a.jsonl", ["the router"])
+    tokenize([file], tmp_path / "out", TokenizeConfig(tokenizer=words, workers=1))
+    assert documents(tmp_path / "out/a") == [[0, 70_000, 1]]
+
+
+def test_a_tokenizer_for_other_text_is_refused(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", ["the router"])
+    empty = tmp_path / "empty.json"
+    tokens = Tokenizer(models.BPE(vocab={END_OF_DOCUMENT: 0}, merges=[]))
+    tokens.save(str(empty))
+    with pytest.raises(ValueError, match=r"a\.jsonl has no text of which the tokenizer knows"):
+        tokenize([file], tmp_path / "out", TokenizeConfig(tokenizer=empty, workers=1))
+    content = json.loads(empty.read_text())
+    content["model"]["vocab"]["the"] = 2**31
+    empty.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="has a token 2147483648; tokens must be below 16777216"):
+        tokenize([file], tmp_path / "out", TokenizeConfig(tokenizer=empty, workers=1))
+    assert not (tmp_path / "out").exists()
+
+
+BAD_TOKENIZERS = {
+    "empty": ("tokenizer.json", "", "is not a tokenizer.json"),
+    "list": ("tokenizer.json", "[]", "is not a tokenizer.json"),
+    "no model": ("tokenizer.json", "{}", "is not a tokenizer.json"),
+    "config cut off": ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
+    "config a list": ("tokenizer_config.json", "[]", "holds no JSON object, but a list"),
+    "config, number": ("tokenizer_config.json", '{"eos_token": 5}', "has eos_token = 5; it must"),
+    "config, no content": ("tokenizer_config.json", '{"eos_token": {}}', "has eos_token = {}; it"),
+    "manifest, list": ("../manifest.json", "[]", "manifest.json holds no JSON object"),
+    "manifest, empty": ("../manifest.json", "{}", "a manifest that is not of token files"),
+    "manifest, entry": (
+        "../manifest.json",
+        '{"settings": {}, "training": null, "outputs": {"a": 5}}',
+        "a manifest that is not of token files",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`a.jsonl` and what became of it: `out`."""
+    home = tmp_path_factory.mktemp("finished")
+    tokenize([write_jsonl(home / "a.jsonl", TEXTS)], home / "out", SMALL)
+    return home
+
+
+@pytest.mark.parametrize(("file", "text", "reason"), BAD_TOKENIZERS.values(), ids=BAD_TOKENIZERS)
+def test_a_damaged_output_is_named(
+    finished: Path, tmp_path: Path, file: str, text: str, reason: str
+) -> None:
+    shutil.copytree(finished / "out", tmp_path / "out")
+    (tmp_path / "out/tokenizer" / file).write_text(text)
+    with pytest.raises(ValueError, match=reason) as caught:
+        tokenize([finished / "a.jsonl"], tmp_path / "out", SMALL)
+    assert "\n" not in str(caught.value)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def _put(path: Path, start: int, data: bytes) -> None:
+    content = path.read_bytes()
+    start %= len(content)
+    path.write_bytes(content[:start] + data + content[start + len(data) :])
+
+
+BAD_PAIRS = {
+    "no .idx": (lambda p: Path(f"{p}.idx").unlink(), r"a\.idx does not exist"),
+    "no .bin": (lambda p: Path(f"{p}.bin").unlink(), r"a\.bin does not exist"),
+    "cut .idx": (lambda p: _cut(Path(f"{p}.idx")), r"a\.idx has \d+ bytes, but its header asks"),
+    "cut .bin": (lambda p: _cut(Path(f"{p}.bin")), r"a\.bin has \d+ bytes, but .*a\.idx asks for"),
+    "empty .idx": (lambda p: Path(f"{p}.idx").write_bytes(b""), r"a\.idx is no index"),
+    "text": (lambda p: Path(f"{p}.idx").write_text("text " * 20), r"a\.idx is no index"),
+    "numbers": (lambda p: _put(Path(f"{p}.idx"), 18, b"\xff" * 8), "but its header asks for"),
+    "lengths": (lambda p: _put(Path(f"{p}.idx"), 34, b"\xff" * 4), "points outside of its tokens"),
+    "documents": (lambda p: _put(Path(f"{p}.idx"), -8, b"\x7f" * 8), "points outside"),
+}
+
+
+@pytest.mark.parametrize(("damage", "reason"), BAD_PAIRS.values(), ids=BAD_PAIRS)
+def test_a_damaged_pair_is_named(finished: Path, tmp_path: Path, damage, reason: str) -> None:
+    for suffix in (".bin", ".idx"):
+        shutil.copy(finished / f"out/a{suffix}", tmp_path)
+    check_pair(tmp_path / "a")
+    damage(tmp_path / "a")
+    with pytest.raises(ValueError, match=reason):
+        check_pair(tmp_path / "a")
+    with pytest.raises(ValueError, match=reason):
+        find_domains(tmp_path)
+
+
 def test_inputs_are_checked(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "mixed").mkdir()
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        (tmp_path / "mixed" / name).write_bytes(b"")
+    os.mkfifo(tmp_path / "fifo.jsonl")
     one = write_jsonl(tmp_path / "one" / "x.jsonl", TEXTS[:1])
     two = write_jsonl(tmp_path / "two" / "x.jsonl.zst", TEXTS[:1])
     text = write_jsonl(tmp_path / "x.txt", TEXTS[:1])
@@ -256,6 +379,8 @@ def test_inputs_are_checked(tmp_path: Path) -> None:
         ([tmp_path / "empty"], "empty holds no .jsonl"),
         ([text], r"x\.txt is not a \.jsonl"),
         ([one, two], r"would both become x\.bin"),
+        ([tmp_path / "mixed"], r"b\.jsonl\.gz is not a .* file; convert it"),
+        ([tmp_path / "fifo.jsonl"], "is neither a file nor a folder"),
     ):
         with pytest.raises(ValueError, match=reason):
             find_inputs(paths)

@@ -193,6 +193,101 @@ def test_an_interrupted_sweep_stops_its_runs(monkeypatch, tmp_path):
     assert [p.returncode for p in processes] == [-signal.SIGKILL]  # it does not save
 
 
+def test_two_sweeps_of_one_folder_start_a_run_once(monkeypatch, tmp_path):
+    """What the other trains is reported, what it has finished is left, and its config stays."""
+    runs = [fake_run(tmp_path, name) for name in "ab"]
+    other = fake_run(tmp_path, "a")
+    other.config.flags["lr"] = 0.5
+    launch.write_config(other.config)
+    before = (tmp_path / "a/config.yaml").read_text()
+    other_starts = f"out.write({ROWS + LAST!r})"
+    scripts(monkeypatch, tmp_path, {"a": other_starts, "b": GOOD})
+
+    def start(run, jobs):
+        """While this sweep is at its first run, the other one finishes the second."""
+        (tmp_path / "b").mkdir(exist_ok=True)
+        (tmp_path / "b/metrics.jsonl").write_text(ROWS + LAST)
+        return start_(run, jobs)
+
+    start_ = sweep_jobs._start
+    monkeypatch.setattr(sweep_jobs, "_start", start)
+    lock = launch._lock(tmp_path / "a")
+    outcome, lines = sweep(runs)
+    os.close(lock)
+    assert list(outcome.failed) == ["a"] and "is in use by a run (process" in outcome.failed["a"]
+    assert outcome.finished == ["b"] and "b: started" not in lines
+    assert (tmp_path / "a/config.yaml").read_text() == before
+    outcome, _ = sweep(runs[:1])  # the other has ended, and its config is another
+    assert "holds a run that differs in lr" in outcome.failed["a"]
+    assert (tmp_path / "a/config.yaml").read_text() == before
+
+
+# A sweep whose runs are the real agent with a script that waits in the place of training.
+SWEEP = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from megatron.remoe import launch, sweep_jobs
+from megatron.remoe.config import RunConfig
+from megatron.remoe.sweep import SweepRun
+import typer
+
+def command(argv, nproc):
+    agent = ["-m", "megatron.remoe.agent", "--standalone", "--nproc-per-node=1"]
+    return [sys.executable, "-W", "ignore", *agent, "waits.py", *argv]
+
+def sweep():
+    launch.command = command
+    flags = {"train_iters": 3, "metrics_file": "a/metrics.jsonl"}
+    run = SweepRun("a", RunConfig(Path("a"), 1, flags), ["a"])
+    try:
+        sweep_jobs.run_here([run], 1, Console())
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+typer.run(sweep)
+"""
+WAITS = """
+import os, time
+from pathlib import Path
+from megatron.remoe import processes
+processes.end_with_parent()  # as every rank
+Path("rank.tmp").write_text(f"{os.getpid()} {os.getppid()}")
+os.replace("rank.tmp", "rank")
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_run_outlives_its_sweep(tmp_path, number):
+    """Killed, or interrupted by Ctrl-C, which reaches the whole process group."""
+    (tmp_path / "sweep.py").write_text(SWEEP)
+    (tmp_path / "waits.py").write_text(WAITS)
+    process = subprocess.Popen(
+        [sys.executable, "sweep.py"],
+        cwd=tmp_path,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_until((tmp_path / "rank").exists)
+    pids = (tmp_path / "rank").read_text().split()
+    os.killpg(process.pid, number)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert "Traceback" not in text
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    os.close(launch._lock(tmp_path / "a"))  # nobody holds the directory
+
+
+def wait_until(is_true) -> None:
+    deadline = time.monotonic() + 120
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 SLURM = {
     "sbatch": 'echo "$@" >> calls.txt; echo "4$(wc -l < calls.txt);cluster"',
     "squeue": '[[ $3 == 41 ]] && echo "41 running"',

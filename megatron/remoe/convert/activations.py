@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from megatron.remoe.convert.exported import check_vocabulary
+from megatron.remoe.data.pairs import check_pair
 
 _BATCH = 8
 _SAMPLE_LENGTH = 256
@@ -38,7 +39,7 @@ def tokens_for(model: Any, data: list[Path] | None, num_tokens: int, seed: int) 
             f"the data has {len(found)} tokens of the {count * length} that are asked for; name "
             f"more (--data), or ask for fewer (--tokens)"
         )
-    check_vocabulary(int(found.max()), model)
+    check_vocabulary(found, model)
     pieces = found[: count * length].view(count, length)
     return pieces[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
 
@@ -47,12 +48,7 @@ def _read(prefix: Path, num_tokens: int) -> Tensor:
     """The first tokens of a pair of `.bin/.idx` files, documents one after the other."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    for suffix in (".bin", ".idx"):
-        if not Path(f"{prefix}{suffix}").is_file():
-            raise ValueError(
-                f"{prefix}{suffix} does not exist; name token files without their suffix (remoe "
-                f"data tokenize makes them)"
-            )
+    check_pair(prefix)
     dataset = IndexedDataset(str(prefix))
     parts, total = [], 0
     for index in range(len(dataset)):
@@ -60,6 +56,8 @@ def _read(prefix: Path, num_tokens: int) -> Tensor:
         total += len(parts[-1])
         if total >= num_tokens:
             break
+    if not parts:
+        raise ValueError(f"{prefix} holds no tokens; name other data (--data)")
     return torch.cat(parts)[:num_tokens]
 
 

@@ -4,8 +4,15 @@ Whatever the model in `remoe.hf` (or LLaMA, without experts) does not do is refu
 """
 
 import argparse
+import reprlib
 from typing import Any
 
+from megatron.remoe.convert.values import (
+    check_facts,
+    check_number,
+    check_sizes,
+    check_whole,
+)
 from remoe.analysis.size import layers_with_experts
 from remoe.conversion import Config
 
@@ -60,6 +67,78 @@ _REQUIRED_IN_CONFIG: dict[str, Any] = {
     "l1_coeff_rule": "sign",  # of earlier versions
     "router_bias": False,  # likewise
 }
+
+
+_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length",
+          "max_position_embeddings")  # fmt: skip
+_LATER_SIZES = ("kv_channels",)  # which the published implementation may leave out
+_EXPERT_SIZES = ("num_experts", "moe_router_topk")
+_LATER_EXPERT_SIZES = ("moe_ffn_hidden_size",)
+_NUMBERS = {"layernorm_epsilon": 1.0, "init_method_std": 1e3, "rotary_base": 2.0**53}
+_SWITCHES = ("group_query_attention", "untie_embeddings_and_output_weights")
+_SWITCHES_IF_GIVEN = ("moe_relu_routing", "moe_relu_at_least_one_expert")
+_TEXTS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "metrics_file")
+_LISTS = ("data_path", "train_data_path")
+_PRESENT = ("num_experts", "vocab_size", "mock_data", *_TEXTS[:-1], *_LISTS)
+
+
+def check_arguments(where: str, args: argparse.Namespace, *, complete: bool) -> None:
+    """Check the arguments that a conversion reads, which a checkpoint may have as it pleases.
+
+    Args:
+        where: they are, for the message.
+        args: of a checkpoint.
+        complete: whether those of the published implementation have their later form by now.
+
+    Raises:
+        ValueError: naming the argument that is missing or has no possible value.
+    """
+    given = vars(args)
+    if missing := [name for name in _PRESENT if complete and name not in given]:
+        raise ValueError(f"{where} lack {', '.join(missing)}; save the model with its arguments")
+    has_experts = given.get("num_experts") is not None
+    sizes = _SIZES + (_EXPERT_SIZES if has_experts else ())
+    check_sizes(where, given, sizes)
+    if not complete:
+        if (granularity := given.get("moe_granularity")) is not None:
+            check_whole(where, "moe_granularity", granularity, 1)
+        if given.get("moe_ffn_hidden_size") is not None:
+            check_sizes(where, given, _LATER_EXPERT_SIZES)
+        return
+    check_sizes(where, given, _LATER_SIZES + (_LATER_EXPERT_SIZES if has_experts else ()))
+    needed = _SWITCHES + (("moe_router_pre_softmax",) if has_experts else ())
+    for name in (*needed, *(name for name in _SWITCHES_IF_GIVEN if name in given)):
+        if not isinstance(given.get(name), bool):
+            raise ValueError(f"{where} have {name} = {given.get(name)!r}; it must be true or false")
+    if args.group_query_attention:
+        check_sizes(where, given, ("num_query_groups",))
+    for name, below in _NUMBERS.items():
+        check_number(where, name, given.get(name), above=0, below=below)
+    for kind, names in ((str, _TEXTS), (list, _LISTS)):
+        for name in names:
+            if not isinstance(given.get(name), kind | None):
+                raise ValueError(
+                    f"{where} have {name} = {reprlib.repr(given[name])}, which is none"
+                )
+    for name in ("vocab_size", "consumed_train_samples"):
+        if given.get(name) is not None:
+            check_whole(where, name, given[name], 0)
+    check_facts(where, given.get("remoe_training_facts"))
+    if has_experts:
+        _check_expert_arguments(where, given)
+
+
+def _check_expert_arguments(where: str, given: dict[str, Any]) -> None:
+    dtype, frequency = given.get("moe_router_dtype"), given.get("moe_layer_freq", 1)
+    if not isinstance(dtype, str | None) or dtype not in _ROUTER_DTYPES:
+        raise ValueError(f"{where} have moe_router_dtype = {dtype!r}; it must be fp32 or fp64")
+    is_pattern = isinstance(frequency, list) and len(frequency) == given["num_layers"]
+    if not is_pattern or not all(value in (0, 1) for value in frequency):
+        check_whole(where, "moe_layer_freq", frequency, 1)
+    if given.get("moe_relu_routing"):
+        for name in ("init", "multiplier"):
+            name = f"moe_relu_l1_reg_coeff_{name}"
+            check_number(where, name, given.get(name), above=0, below=1e30)
 
 
 def to_config(args: argparse.Namespace) -> Config:

@@ -73,7 +73,17 @@ def compare(
         raise ValueError("models are compared in fp32 or bf16; choose one of them")
     count, differing = _compare_tensors(one, other)
     positions = one.config["max_position_embeddings"]
+    if new_tokens >= positions:
+        raise ValueError(
+            f"new-tokens is {new_tokens}, but the model has {positions} positions; generate fewer"
+        )
     tokens = _tokenize(one, text)[:positions]
+    vocab = min(source.config["vocab_size"] for source in (one, other))
+    if max(tokens) >= vocab:
+        raise ValueError(
+            f"the text has token {max(tokens)}, the models' vocabulary has {vocab} entries; give "
+            f"tokens below that"
+        )
     prompt = max(1, min(len(tokens) // 2, positions - new_tokens))
     request = {"dtype": dtype, "prompt": prompt, "new_tokens": new_tokens}
     first, second = (forward(source, tokens, **request) for source in (one, other))

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,12 +13,17 @@ import remoe.hf
 from megatron.remoe.convert.facts import model_card
 from megatron.remoe.convert.output import new_folder
 from megatron.remoe.convert.shards import ShardWriter, Spec
-from megatron.remoe.convert.source import PADDING_FILE, MegatronSource, validated
+from megatron.remoe.convert.source import (
+    DTYPES,
+    PADDING_FILE,
+    MegatronSource,
+    check_finite,
+    validated,
+)
 from megatron.remoe.convert.tokenizer import TokenizerFiles
 from remoe.conversion import CONFIG, PADDING, Config, Item
 from remoe.hf.configuration_remoe import FORMAT_VERSION
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _SOURCES = ("configuration_remoe.py", "modeling_remoe.py")
 Progress = Callable[[int, int], None]
@@ -66,6 +71,7 @@ def to_hf(
     return export(
         source,
         out,
+        reads=[path, *([tokenizer] if tokenizer else [])],
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         force=force,
@@ -92,16 +98,17 @@ def export(
     source: Source,
     out: Path,
     *,
+    reads: Iterable[Path] = (),
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Config:
-    """`to_hf` for a model that is open."""
+    """`to_hf` for a model that is open; `reads` is where it is, which `out` must not replace."""
     dtype = dtype or source.dtype
     config = source.config | {"dtype": str(dtype).removeprefix("torch.")}
     validated(config)
-    with new_folder(out, force=force) as folder:
+    with new_folder(out, reads=reads, force=force) as folder:
         _write_weights(source, folder, dtype, max_shard_bytes, progress)
         _write_config(config, folder)
         if source.tokenizer is not None:
@@ -128,11 +135,20 @@ def _write_weights(
         for item in source.items:
             for name, tensor in source.hf_tensors(item).items():
                 if name in weights:
-                    model.write(name, tensor.to(dtype))
+                    model.write(name, _cast(name, tensor, dtype))
                     done += tensor.numel() * dtype.itemsize
                 elif name in padding and rows is not None:
-                    rows.write(name, tensor.to(dtype))
+                    rows.write(name, _cast(name, tensor, dtype))
             progress(done, total)
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Raises ValueError where a narrower range makes infinities."""
+    if tensor.dtype == dtype:
+        return tensor
+    cast = tensor.to(dtype)
+    check_finite(f"{name} as {str(dtype).removeprefix('torch.')}", cast)
+    return cast
 
 
 def _write_config(config: Config, folder: Path) -> None:

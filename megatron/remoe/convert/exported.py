@@ -15,8 +15,14 @@ from megatron.remoe.convert.source import HFSource, MegatronSource, open_source
 
 @contextmanager
 def exported(source: MegatronSource | HFSource) -> Iterator[Path]:
-    """The Hugging Face folder of a model; that of a checkpoint is temporary."""
+    """The Hugging Face folder of a model; that of a checkpoint is temporary.
+
+    Raises:
+        ValueError: a weight that is NaN or infinite.
+    """
     if isinstance(source, HFSource):
+        for item in source.items:
+            source.hf_tensors(item)  # checks them
         yield source.path
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -48,14 +54,15 @@ def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> Any:
     ).eval()
 
 
-def check_vocabulary(largest: int, model: Any) -> None:
-    """Whether data up to this token is of the model's vocabulary.
+def check_vocabulary(tokens: torch.Tensor, model: Any) -> None:
+    """Whether all tokens are of the model's vocabulary.
 
     Raises:
-        ValueError: it is not.
+        ValueError: they are not.
     """
-    if largest >= model.config.vocab_size:
+    least, largest = int(tokens.min()), int(tokens.max())
+    if least < 0 or largest >= model.config.vocab_size:
         raise ValueError(
-            f"the data has token {largest}, the model's vocabulary has "
+            f"the data has token {least if least < 0 else largest}, the model's vocabulary has "
             f"{model.config.vocab_size} entries; tokenize with the model's tokenizer"
         )

@@ -1,12 +1,12 @@
 """What is known about a model's training, and the model card that tells it."""
 
 import argparse
-import json
 import math
 import subprocess
 from pathlib import Path
 from typing import Any
 
+from megatron.remoe.data.files import parse_json
 from remoe.conversion import Config
 
 _STEPS_OF_SPARSITY = 20
@@ -37,7 +37,8 @@ def training_facts(
     }
     rows = [row for row in _metrics(args, run_dir) if row["iteration"] <= iteration]
     steps = [row for row in rows if "split" not in row]
-    sparse = [row["sparsity"] for row in steps[-_STEPS_OF_SPARSITY:] if "sparsity" in row]
+    values = [row.get("sparsity") for row in steps[-_STEPS_OF_SPARSITY:]]
+    sparse = [value for value in values if value is not None]  # a NaN is written as null
     if sparse:
         facts["sparsity"] = sum(sparse) / len(sparse)
         facts["sparsity_steps"] = len(sparse)
@@ -45,7 +46,7 @@ def training_facts(
     if evaluations:
         last = evaluations[-1]["iteration"]
         facts["validation_loss"] = {
-            row["split"]: row["lm_loss"] for row in evaluations if row["iteration"] == last
+            row["split"]: row.get("lm_loss") for row in evaluations if row["iteration"] == last
         }
         facts["validation_iteration"] = last
     return facts
@@ -56,8 +57,30 @@ def _metrics(args: argparse.Namespace, run_dir: Path | None) -> list[dict[str, A
     candidates = [run_dir / "metrics.jsonl"] if run_dir else []
     for path in [*candidates, *([Path(named)] if named else [])]:
         if path.is_file():
-            return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+            return [_row(path, n + 1, line) for n, line in enumerate(_complete_lines(path))]
     return []
+
+
+def _complete_lines(path: Path) -> list[bytes]:
+    """Without a last line that a kill has cut off, or that is being written."""
+    return path.read_bytes().split(b"\n")[:-1]
+
+
+def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"{path}:{number} is not valid JSON ({error}); remove the line") from error
+    numbers = ("iteration", "sparsity", "lm_loss")
+    if not isinstance(row, dict) or not all(_is_value(row.get(name)) for name in numbers):
+        raise ValueError(f"{path}:{number} is no row of metrics; remove the line")
+    if type(row.get("iteration")) is not int or not isinstance(row.get("split", ""), str):
+        raise ValueError(f"{path}:{number} has no iteration; remove the line")
+    return row
+
+
+def _is_value(value: Any) -> bool:
+    return value is None or type(value) in (int, float)
 
 
 def _data_names(args: argparse.Namespace) -> list[str]:
@@ -164,7 +187,8 @@ def _training(config: Config, facts: Config) -> dict[str, Any]:
             f"{facts['sparsity']:.3f} (target {config['target_sparsity']:.3f})"
         )
     for split, loss in sorted((facts.get("validation_loss") or {}).items()):
-        rows[f"validation loss, {split} (step {facts['validation_iteration']})"] = f"{loss:.4f}"
+        shown = "NaN" if loss is None else f"{loss:.4f}"
+        rows[f"validation loss, {split} (step {facts['validation_iteration']})"] = shown
     if config.get("l1_coeff"):
         rows["coefficient of the L1 penalty"] = (
             f"{math.fsum(config['l1_coeff']) / len(config['l1_coeff']):.3e}"

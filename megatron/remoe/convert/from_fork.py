@@ -38,7 +38,8 @@ def from_fork(
     """
     source = MegatronSource(path, tokenizer, fork=True)
     layout.check(source.config)
-    with new_folder(out, force=force) as folder:
+    reads = [path, *([tokenizer] if tokenizer else [])]
+    with new_folder(out, reads=reads, force=force) as folder:
         config = export(source, folder / HF, max_shard_bytes=DEFAULT_SHARD_BYTES, progress=progress)
         to_megatron(folder / HF, folder / MEGATRON, layout=layout, name=out / MEGATRON)
     return config

@@ -45,7 +45,7 @@ def generate(
     from transformers import AutoTokenizer, TextStreamer
 
     with exported_with_tokenizer(path, tokenizer) as folder:
-        tokens = AutoTokenizer.from_pretrained(folder)
+        tokens = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = load(folder, dtype)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -39,11 +39,17 @@ class LegacyReader:
         if not isinstance(state, dict) or not {"args", "model"} <= state.keys():
             raise ValueError(f"{folder / _FILE} has no model with args; save it with its arguments")
         self.common: dict[str, Any] = {k: state.get(k) for k in ("args", "iteration")}
+        model = state["model"]
+        if not isinstance(model, dict) or not all(isinstance(name, str) for name in model):
+            raise ValueError(f"{folder / _FILE} has no tensors by name as its model; copy it again")
         self._tensors: dict[str, Tensor] = {
             name: value
-            for name, value in state["model"].items()
+            for name, value in model.items()
             if isinstance(value, Tensor) and not name.endswith("_extra_state")
         }
+        for name, tensor in self._tensors.items():
+            if tensor.layout != torch.strided or tensor.is_meta:
+                raise ValueError(f"{folder / _FILE} has no values of {name}; save the model again")
 
     @property
     def names(self) -> list[str]:
@@ -56,4 +62,4 @@ class LegacyReader:
         return tuple(self._tensors[name].shape)
 
     def read(self, name: str) -> Tensor:
-        return self._tensors[name]
+        return self._tensors[name].detach()

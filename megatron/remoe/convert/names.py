@@ -78,20 +78,20 @@ class CanonicalReader:
             matches = [match for pattern in _ONE_EXPERT if (match := pattern.fullmatch(name))]
             if matches:
                 key = f"{matches[0]['at']}.experts.{matches[0]['fc']}.weight"
-                experts.setdefault(key, {})[int(matches[0]["expert"])] = name
+                by_expert, number = experts.setdefault(key, {}), int(matches[0]["expert"])
+                if number in by_expert or found.get(key, _Stored(())).names:
+                    _refuse_two(key, name)
+                by_expert[number] = name
                 found[key] = _Stored(())  # keeps the place of the first
-            elif match := _STACKED.fullmatch(name):
-                found[f"{match[1]}.experts.{match[2]}.weight"] = _Stored((name,))
-            elif match := _GROUPED.fullmatch(name):
-                found[f"{match[1]}.experts.linear_fc{match[2]}.weight"] = _Stored(
-                    (name,), "grouped"
-                )
             elif name != COEFFICIENT:
-                found[self._norm(name)] = _Stored((name,))
+                key, stored = self._renamed(name)
+                if key in found:
+                    _refuse_two(key, name)
+                found[key] = stored
         for key, by_expert in experts.items():
-            missing = sorted(set(range(max(by_expert) + 1)) - by_expert.keys())
-            if missing:
-                raise ValueError(f"{key}: the checkpoint lacks expert {missing[0]}; copy it again")
+            missing = next(i for i in range(len(by_expert) + 1) if i not in by_expert)
+            if missing <= max(by_expert):
+                raise ValueError(f"{key}: the checkpoint lacks expert {missing}; copy it again")
             found[key] = _Stored(tuple(by_expert[i] for i in sorted(by_expert)), "by expert")
         if self._has_l1_coeff:
             if self._coefficient is None:
@@ -102,6 +102,13 @@ class CanonicalReader:
             for layer in self._routers:
                 found[f"{layer}.router.l1_coeff"] = _Stored((COEFFICIENT,), "coefficient")
         return found
+
+    def _renamed(self, name: str) -> tuple[str, _Stored]:
+        if match := _STACKED.fullmatch(name):
+            return f"{match[1]}.experts.{match[2]}.weight", _Stored((name,))
+        if match := _GROUPED.fullmatch(name):
+            return f"{match[1]}.experts.linear_fc{match[2]}.weight", _Stored((name,), "grouped")
+        return self._norm(name), _Stored((name,))
 
     def _norm(self, name: str) -> str:
         """Norms have the names of Transformer Engine: fused, except before experts."""
@@ -170,6 +177,12 @@ class CanonicalReader:
         if layer not in self._routers:
             raise ValueError(f"the checkpoint has {name} but no {layer}.router.weight")
         return self._reader.shape(f"{layer}.router.weight")[0]
+
+
+def _refuse_two(key: str, name: str) -> None:
+    raise ValueError(
+        f"the checkpoint has {key} twice, the second time as {name}; save it again with one of them"
+    )
 
 
 def _linear(weight: Tensor, name: str, num_experts: int) -> Tensor:

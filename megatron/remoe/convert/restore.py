@@ -1,7 +1,7 @@
 """A Hugging Face folder to a Megatron checkpoint, to be trained under any parallel layout."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from megatron.remoe.convert.torch_dist import TorchDistWriter
 from remoe.conversion import Config, Item
 
 _VOCABULARY_MULTIPLE = 128  # of Megatron, per tensor-parallel rank
+_MOST_PADDING = 2**20  # rows that stand for no token
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,11 @@ class Layout:
             padded = stored
         if self.padded_vocab_size is not None:
             padded = self.padded_vocab_size
-        if padded < vocab or padded % self.tensor:
+        if not vocab <= padded <= vocab + _MOST_PADDING or padded % self.tensor:
             raise ValueError(
                 f"vocabulary mismatch: padded-vocab-size is {padded}; it must be at least the "
-                f"model's vocab_size of {vocab} and a multiple of {self.tensor}"
+                f"model's vocab_size of {vocab}, at most {_MOST_PADDING} more, and a multiple of "
+                f"{self.tensor}"
             )
         return padded
 
@@ -85,6 +87,7 @@ def to_megatron(
     *,
     layout: Layout,
     name: Path | None = None,
+    reads: Iterable[Path] = (),
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
@@ -98,6 +101,7 @@ def to_megatron(
         out: the folder to make.
         layout: see `Layout`.
         name: of the folder in `model.yaml`, when it will be moved there from `out`.
+        reads: what else the model was made from, which `out` must not replace.
         force: replace `out`.
         progress: told how many tensors are written, and how many there are.
 
@@ -113,12 +117,12 @@ def to_megatron(
     config = source.config
     flags = _flags(source, layout, name or out)
     args = _args(flags, source)
-    iteration = int(_facts(config).get("iteration") or 0)
+    iteration = _facts(config).get("iteration") or 0
     # Megatron takes no tracker of iteration 0, and calls what it did not train a release.
     step, tracked = (
         (f"iter_{iteration:07d}", str(iteration)) if iteration else (checkpoint.RELEASE,) * 2
     )
-    with new_folder(out, force=force) as folder:
+    with new_folder(out, reads=[path, *reads], force=force) as folder:
         (folder / step).mkdir()
         writer = TorchDistWriter(
             folder / step,

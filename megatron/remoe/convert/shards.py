@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron.remoe.data.files import parse_json, read_json_object
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {
     torch.float64: "F64",
@@ -22,6 +24,7 @@ _DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
+_BY_NAME = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 Spec = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -134,42 +137,53 @@ class ShardWriter:
 class SafetensorsReader:
     """The weights of a Hugging Face folder, and the rows of padding beside them if there are any.
 
+    Args:
+        folder: of the model.
+        extra: files beside the weights, and the prefix that all names in them have.
+
     Raises:
-        ValueError: no safetensors there, or files that are damaged or do not fit their index.
+        ValueError: no safetensors there, files that are damaged or do not fit their index, or a
+            tensor that is there twice.
     """
 
-    def __init__(self, folder: Path, extra: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, extra: dict[str, str] | None = None) -> None:
         self.folder = folder
         self._files: dict[str, Any] = {}
         self._where: dict[str, str] = {}
         if (folder / INDEX).is_file():
-            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-            files = sorted(set(weight_map.values()))
+            weight_map = _read_index(folder / INDEX)
         elif (folder / WEIGHTS).is_file():
-            weight_map, files = None, [WEIGHTS]
+            weight_map = None
         else:
             raise ValueError(
                 f"{folder} holds neither {WEIGHTS} nor {INDEX}; only safetensors are read, so save "
                 f"the model with save_pretrained first"
             )
-        for file in files:
+        for file in [WEIGHTS] if weight_map is None else sorted(set(weight_map.values())):
             self._add(file)
-        if weight_map is not None and set(weight_map) != set(self._where):
-            different = sorted(set(weight_map) ^ set(self._where))
-            raise ValueError(f"{folder / INDEX} and its files differ in {', '.join(different[:8])}")
-        for file in extra:
+        if weight_map is not None and weight_map != self._where:
+            different = sorted(set(weight_map.items()) ^ set(self._where.items()))
+            names = ", ".join(dict.fromkeys(name for name, _ in different[:8]))
+            raise ValueError(f"{folder / INDEX} and its files differ in {names}; copy them again")
+        for file, prefix in (extra or {}).items():
             if (folder / file).is_file():
-                self._add(file)
+                self._add(file, prefix)
 
-    def _add(self, file: str) -> None:
+    def _add(self, file: str, prefix: str = "") -> None:
         path = self.folder / file
         if not path.is_file():
             raise ValueError(f"{path} is missing, but {INDEX} names it")
         try:
             self._files[file] = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
+            _check_header(path)
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         for name in self._files[file].keys():  # noqa: SIM118, it is no dict
+            if name in self._where:
+                other = self.folder / self._where[name]
+                raise ValueError(f"{name} is in {path} and in {other}; remove one of them")
+            if not name.startswith(prefix):
+                raise ValueError(f"{path} has {name}, whose name does not begin with {prefix}")
             self._where[name] = file
 
     @property
@@ -179,6 +193,49 @@ class SafetensorsReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[self._where[name]].get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        """One of the dtypes in which a model is stored.
+
+        Raises:
+            ValueError: it is of another.
+        """
+        kind = self._files[self._where[name]].get_slice(name).get_dtype()
+        if kind not in _BY_NAME:
+            raise ValueError(
+                f"{self.folder / self._where[name]} has {name} as {kind}; only weights in "
+                f"{', '.join(sorted(_BY_NAME))} can be converted"
+            )
+        return _BY_NAME[kind]
+
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self._files[self._where[name]].get_tensor(name)
         return tensor
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The file of every tensor, each beside the index.
+
+    Raises:
+        ValueError: no such map, or a file that is elsewhere.
+    """
+    weight_map = read_json_object(path, "copy it again").get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{path} has no weight_map of tensors to files; copy it again")
+    for name, file in weight_map.items():
+        if not is_plain_name(file):
+            raise ValueError(
+                f"{path} has {name} in {file!r}; it must be a file beside it, by its name alone"
+            )
+    return weight_map
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether this is the name of a file, and no path that leads elsewhere."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
+
+
+def _check_header(path: Path) -> None:
+    """Whether every name is in the header once; the safetensors library takes the last."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        parse_json(file.read(length))

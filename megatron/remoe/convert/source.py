@@ -4,9 +4,8 @@ A source has a config, the items of the conversion plan, and each item's tensors
 """
 
 import argparse
-import json
 from collections import Counter
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.remoe import checkpoint
-from megatron.remoe.convert.architecture import moe_layers, to_config
+from megatron.remoe.convert.architecture import check_arguments, moe_layers, to_config
 from megatron.remoe.convert.facts import training_facts
 from megatron.remoe.convert.fork import is_fork, translated
 from megatron.remoe.convert.legacy import LegacyReader, is_legacy
@@ -22,10 +21,13 @@ from megatron.remoe.convert.names import CanonicalReader
 from megatron.remoe.convert.shards import SafetensorsReader
 from megatron.remoe.convert.tokenizer import TokenizerFiles
 from megatron.remoe.convert.torch_dist import TorchDistReader
+from megatron.remoe.convert.values import check_config, check_whole
+from megatron.remoe.data.files import read_json_object
 from remoe.conversion import CONFIG, PADDING, Config, Item, check_names, check_shape, plan
 
 PADDING_FILE = "megatron_padding.safetensors"
 MODEL_TYPES = ("remoe", "llama")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -56,13 +58,16 @@ class MegatronSource:
         stored = LegacyReader(self.checkpoint) if self._is_old else TorchDistReader(self.checkpoint)
         self.args = _arguments(stored.common["args"], self.checkpoint, fork=fork)
         self.reader = CanonicalReader(stored, l1_coeff=fork and self.args.moe_relu_routing)
-        self.iteration = int(self.reader.common.get("iteration") or 0)
+        self.iteration = self.reader.common.get("iteration") or 0
+        check_whole(str(self.checkpoint), "iteration", self.iteration, 0)
         self.tokenizer = TokenizerFiles.find(self.args, tokenizer)
         architecture = to_config(self.args) | {"vocab_size": self._vocab_size()}
+        check_config(f"the arguments in {self.checkpoint} make a model that", architecture)
         self.items = plan(architecture, self.padded_vocab_size)
         check_names(str(self.checkpoint), self.reader.names, [i.megatron for i in self.items])
         for item in self.items:
             check_shape(item.megatron, self.reader.shape(item.megatron), item.megatron_shape)
+            check_dtype(item.megatron, self.reader.dtype(item.megatron))
         self.config = self._complete(architecture)
 
     @property
@@ -72,13 +77,18 @@ class MegatronSource:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.reader.dtype(_EMBEDDING)
+        """The narrowest in which every weight keeps its value."""
+        weights = (i.megatron for i in self.items if not next(iter(i.hf)).startswith(CONFIG))
+        return reduce(torch.promote_types, map(self.reader.dtype, weights))
 
     @property
     def padded_vocab_size(self) -> int:
         if _EMBEDDING not in self.reader.names:
             check_names(str(self.checkpoint), [], [_EMBEDDING])
-        return self.reader.shape(_EMBEDDING)[0]
+        shape = self.reader.shape(_EMBEDDING)
+        if len(shape) != 2:
+            raise ValueError(f"{_EMBEDDING} has shape {list(shape)}; it must be a matrix")
+        return shape[0]
 
     def _vocab_size(self) -> int:
         """Entries that the tokenizer can produce; the rest of the rows is padding."""
@@ -112,13 +122,39 @@ class MegatronSource:
         return config
 
     def hf_tensors(self, item: Item) -> dict[str, Tensor]:
-        return item.to_hf(self.reader.read(item.megatron))
+        tensor = self.reader.read(item.megatron)
+        check_finite(f"{item.megatron} of {self.checkpoint}", tensor)
+        return item.to_hf(tensor)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Whether a tensor is without NaN and infinities.
+
+    Raises:
+        ValueError: it is not; a model with one such weight computes nothing.
+    """
+    if not (finite := torch.isfinite(tensor)).all():
+        raise ValueError(
+            f"{name} has {int((~finite).sum())} values that are NaN or infinite; take an earlier "
+            f"checkpoint, or copy it again"
+        )
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Whether a weight is stored as weights are.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if dtype not in DTYPES.values():
+        raise ValueError(f"{name} is stored as {dtype}; only {', '.join(DTYPES)} can be converted")
 
 
 def _arguments(args: argparse.Namespace, checkpoint: Path, *, fork: bool) -> argparse.Namespace:
     """Complete arguments, of the kind of checkpoint that was asked for."""
     if not isinstance(args, argparse.Namespace):
         raise ValueError(f"{checkpoint} has no arguments of Megatron's; save it with its arguments")
+    where = f"the arguments in {checkpoint}"
     if fork and not is_fork(args):
         raise ValueError(
             f"{checkpoint} was not written by the published implementation (the arguments in it "
@@ -129,7 +165,11 @@ def _arguments(args: argparse.Namespace, checkpoint: Path, *, fork: bool) -> arg
             f"{checkpoint} was written by the published implementation; convert it with remoe "
             f"convert from-fork"
         )
-    return translated(args) if fork else args
+    check_arguments(where, args, complete=not fork)
+    if fork:
+        args = translated(args)
+        check_arguments(where, args, complete=True)
+    return args
 
 
 class HFSource:
@@ -147,7 +187,7 @@ class HFSource:
     def __init__(self, path: Path, padded_vocab_size: int | None = None) -> None:
         self.path = path
         self.config = _read_config(path)
-        self.reader = SafetensorsReader(path, extra=(PADDING_FILE,))
+        self.reader = SafetensorsReader(path, extra={PADDING_FILE: PADDING})
         if padded_vocab_size is None:
             padded_vocab_size = self.config["vocab_size"] + self._stored_padding()
         self.padded_vocab_size = padded_vocab_size
@@ -155,8 +195,23 @@ class HFSource:
         self._check()
 
     def _stored_padding(self) -> int:
-        rows = [self.reader.shape(n)[0] for n in self.reader.names if n.startswith(PADDING)]
-        return rows[0] if rows else 0
+        """Rows of the vocabulary in the file beside the weights, the same for every matrix.
+
+        Raises:
+            ValueError: something else is in it.
+        """
+        stored = [name for name in self.reader.names if name.startswith(PADDING)]
+        known = [name for item in plan(self.config, self.config["vocab_size"]) for name in item.hf]
+        check_names(str(self.path / PADDING_FILE), stored, set(stored) & set(known))
+        shapes = {self.reader.shape(name) for name in stored} or {(0, self.config["hidden_size"])}
+        rows, *width = min(shapes)[:1] or (0,), min(shapes)[1:]
+        if len(shapes) > 1 or width != [(self.config["hidden_size"],)]:
+            raise ValueError(
+                f"{self.path / PADDING_FILE} has tensors of shape "
+                f"{' and '.join(str(list(shape)) for shape in sorted(shapes))}; they must be rows "
+                f"of the model's hidden_size (without the file they become zeros)"
+            )
+        return rows[0]
 
     def _check(self) -> None:
         expected = {name: shape for item in self.items for name, shape in item.hf.items()}
@@ -166,14 +221,19 @@ class HFSource:
             found = [name for name in found if name != "lm_head.weight"]
         check_names(str(self.path), found, weights)
         vocab = self.config["vocab_size"]
-        rows = self.reader.shape("model.embed_tokens.weight")[0]
-        if rows != vocab:
+        embedding = self.reader.shape("model.embed_tokens.weight")
+        if embedding[:1] not in ((vocab,), ()):
             raise ValueError(
                 f"vocabulary mismatch: {self.path / 'config.json'} has vocab_size {vocab}, but "
-                f"model.embed_tokens.weight has {rows} rows; they must be of one model"
+                f"model.embed_tokens.weight has {embedding[0]} rows; they must be of one model"
             )
         for name, shape in weights.items():
             check_shape(f"{self.path}: {name}", self.reader.shape(name), shape)
+            if (dtype := self.reader.dtype(name)) != self.dtype:
+                raise ValueError(
+                    f"{self.path}: {name} is {dtype}, but model.norm.weight is {self.dtype}; save "
+                    f"the model with all weights in one dtype"
+                )
         tokenizer = self.tokenizer
         if tokenizer is not None and tokenizer.vocab_size > vocab:
             raise ValueError(
@@ -195,7 +255,7 @@ class HFSource:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.reader.read("model.norm.weight").dtype
+        return self.reader.dtype("model.norm.weight")
 
     def hf_tensors(self, item: Item) -> dict[str, Tensor]:
         return {name: self._read(name, shape) for name, shape in item.hf.items()}
@@ -203,11 +263,16 @@ class HFSource:
     def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name.startswith(CONFIG):
             index = moe_layers(self.config).index(int(name.rpartition(".")[2]))
-            return torch.tensor(self.config[_config_key(name)][index], dtype=torch.float32)
+            value = torch.tensor(self.config[_config_key(name)][index], dtype=torch.float32)
+            check_finite(f"{_config_key(name)} of {self.path / 'config.json'}", value)
+            return value
         if name.startswith(PADDING):
             stored = name in self.reader.names and self.reader.shape(name) == shape
-            return self.reader.read(name) if stored else torch.zeros(shape, dtype=self.dtype)
-        return self.reader.read(name)
+            if not stored:
+                return torch.zeros(shape, dtype=self.dtype)
+        tensor = self.reader.read(name)
+        check_finite(f"{name} of {self.path}", tensor)
+        return tensor
 
 
 def _config_key(name: str) -> str:
@@ -219,16 +284,16 @@ def _read_config(path: Path) -> Config:
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path} is no Hugging Face model: it has no config.json")
-    try:
-        raw: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error})") from error
+    raw = read_json_object(file, "copy it again")
     kind = raw.get("model_type")
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise ValueError(
             f"{file} has model_type {kind!r}; {' and '.join(MODEL_TYPES)} can be converted"
         )
-    return validated(raw)
+    check_config(str(file), raw)
+    config = validated(raw)
+    check_config(str(file), config)
+    return config
 
 
 def validated(config: Config) -> Config:
@@ -237,7 +302,6 @@ def validated(config: Config) -> Config:
     Raises:
         ValueError: values that the config class refuses.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import LlamaConfig
 
     from remoe.hf import ReMoEConfig
@@ -245,8 +309,9 @@ def validated(config: Config) -> Config:
     cls = ReMoEConfig if config["model_type"] == "remoe" else LlamaConfig
     try:
         complete: Config = cls.from_dict(dict(config)).to_dict()
-    except (StrictDataclassError, TypeError, KeyError) as error:
-        raise ValueError(f"config.json: {' '.join(str(error).split())}") from error
+    except Exception as error:  # transformers takes any value and fails where it is used
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"config.json: {reason}") from error
     return complete
 
 

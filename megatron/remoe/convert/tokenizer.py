@@ -10,7 +10,15 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from megatron.remoe.data.tokenizer import load_gpt2_tokenizer, load_tokenizer, save_tokenizer
+from megatron.remoe.data.files import read_json_object
+from megatron.remoe.data.tokenizer import (
+    CONFIG,
+    largest_id,
+    load_gpt2_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    special_token,
+)
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
           "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
@@ -58,7 +66,8 @@ class TokenizerFiles:
 
     @property
     def vocab_size(self) -> int:
-        return self._loaded[0].get_vocab_size(with_added_tokens=True)
+        """Entries, with the holes of the vocabulary if it has any."""
+        return largest_id(self._loaded[0]) + 1
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._loaded[0].encode(text).ids
@@ -68,11 +77,10 @@ class TokenizerFiles:
     def ids(self) -> dict[str, int | None]:
         """Ids of the special tokens; without one for padding, that of the end of documents."""
         tokenizer, end = self._loaded
-        settings = self._settings
+        path = self.path / CONFIG
         ids = {}
         for name in _IDS:
-            token = settings.get(name.removesuffix("_id"))
-            token = token["content"] if isinstance(token, dict) else token
+            token = special_token(path, name.removesuffix("_id")) if self._settings else None
             ids[name] = tokenizer.token_to_id(token) if token else None
         ids["eos_token_id"] = tokenizer.token_to_id(end)
         if ids["pad_token_id"] is None:
@@ -81,9 +89,8 @@ class TokenizerFiles:
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        path = self.path / "tokenizer_config.json"
-        settings: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-        return settings
+        path = self.path / CONFIG
+        return read_json_object(path, "copy it again") if path.is_file() else {}
 
     def write(self, folder: Path) -> None:
         """Put its files into a folder, with a token for padding, on the left, for generation."""

@@ -16,6 +16,7 @@ import os
 import pickle
 import re
 import signal
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +29,13 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
+from megatron.remoe.convert.shards import is_plain_name
+from megatron.remoe.convert.values import check_layers
+from megatron.remoe.data.files import read_json_object, sha256_file
+
 _METADATA, _BACKEND = ".metadata", "metadata.json"
-_COMMON = "common_state/shard_0_1"
+_COMMON, _COMMON_FILE = "common_state/shard_0_1", "common.pt"  # the file is of versions before 0.19
+_HASHES = "integrity.json"
 _LAYERS = "decoder.layers."
 # State of a training run that is no part of its model.
 _TRAINING_STATE = re.compile(r"(chained_\d+\.)?optimizer[.\d]|rng_state|rerun_state_machine_state")
@@ -130,13 +136,8 @@ class TorchDistReader:
                 raise ValueError(
                     f"{folder} is not a complete torch_dist checkpoint: it has no {name}"
                 )
-        try:
-            with (folder / _METADATA).open("rb") as file:
-                self._metadata = _MetadataUnpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"{folder / _METADATA} cannot be read: {error}; copy the checkpoint again"
-            ) from error
+        _check_hashes(folder)
+        self._metadata = _read_metadata(folder / _METADATA)
         self._shards: dict[str, dict[tuple[int, ...], Any]] = {}
         for index, info in self._metadata.storage_data.items():
             self._shards.setdefault(index.fqn, {})[tuple(index.offset or ())] = info
@@ -151,6 +152,7 @@ class TorchDistReader:
             if rest == key or rest.split(".")[0].isdigit():
                 yield key, _Location(key, None, shape, dtype)
                 continue
+            check_layers(f"{self.folder / _METADATA}", key, shape)
             for layer in range(shape[0]):
                 yield f"{_LAYERS}{layer}.{rest}", _Location(key, layer, shape[1:], dtype)
 
@@ -174,6 +176,7 @@ class TorchDistReader:
         where = self._locations[name]
         out: Tensor | None = None
         size, covered = torch.Size(where.shape).numel(), 0
+        boxes: list[_Box] = []
         for chunk in self._metadata.state_dict_metadata[where.key].chunks:
             offsets, sizes = list(chunk.offsets), list(chunk.sizes)
             index: Any = ...
@@ -182,12 +185,18 @@ class TorchDistReader:
                 if not first <= where.layer < first + count:
                     continue
                 index = where.layer - first
-            data = self._load(where.key, tuple(chunk.offsets))[index]
+            box = list(zip(offsets, sizes, strict=True))
+            if box in boxes:  # the same values from another rank
+                continue
+            data = self._load(where.key, chunk, where.dtype)[index]
             if tuple(sizes) == where.shape:  # it is the whole, and needs no copy
                 return data
+            if any(_overlap(box, other) for other in boxes):
+                break
+            boxes.append(box)
             out = torch.empty(where.shape, dtype=where.dtype) if out is None else out
             target = out
-            for axis, (start, length) in enumerate(zip(offsets, sizes, strict=True)):
+            for axis, (start, length) in enumerate(box):
                 target = target.narrow(axis, start, length)
             target.copy_(data)
             covered += target.numel()
@@ -201,24 +210,28 @@ class TorchDistReader:
     @cached_property
     def common(self) -> dict[str, Any]:
         """What all ranks share: `args`, `iteration` and the like."""
-        if (self.folder / "common.pt").is_file():  # before 0.19
-            raw = (self.folder / "common.pt").read_bytes()
+        if (self.folder / _COMMON_FILE).is_file():
+            raw = (self.folder / _COMMON_FILE).read_bytes()
         elif _COMMON in self._shards:
             raw = self._bytes(_COMMON)
         else:
             raise ValueError(f"{self.folder} has no common state, so its arguments are unknown")
         common = load_allowed(raw, f"the common state of {self.folder}")
-        common = common[0] if isinstance(common, list) else common
+        common = common[0] if isinstance(common, list) and common else common
         if not isinstance(common, dict) or "args" not in common:
             raise ValueError(
                 f"the common state of {self.folder} has no args; save them (no_save_*)"
             )
         return common
 
-    def _load(self, key: str, offset: tuple[int, ...]) -> Tensor:
-        with self._open(key, offset) as view:
-            tensor = torch.load(view, weights_only=True)
-        assert isinstance(tensor, Tensor)
+    def _load(self, key: str, chunk: Any, dtype: torch.dtype) -> Tensor:
+        with self._open(key, tuple(chunk.offsets)) as view:
+            tensor = _load_tensor(view, f"{key} of {self.folder}")
+        if tuple(tensor.shape) != tuple(chunk.sizes) or tensor.dtype != dtype:
+            raise ValueError(
+                f"{key} of {self.folder} is {tensor.dtype} {list(tensor.shape)} in its file, but "
+                f"{dtype} {list(chunk.sizes)} in {_METADATA}; the checkpoint is damaged"
+            )
         return tensor.detach()
 
     def _bytes(self, key: str) -> bytes:
@@ -237,36 +250,152 @@ class TorchDistReader:
             with path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size < info.offset + info.length:
                     raise ValueError(f"{path} is cut off: the values of {key} are missing")
-                yield filesystem._create_file_view(file, info.offset, info.length)
+                yield io.BufferedReader(_Part(file, info.offset, info.length))
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror})") from error
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} is damaged: {key} cannot be read ({reason})") from error
 
 
-def load_allowed(source: bytes | Path, what: str) -> Any:
+class _Part(io.RawIOBase):
+    """A part of an open file, as a file of its own."""
+
+    def __init__(self, file: Any, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._position = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise OSError("a position before the beginning")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        room = max(0, min(len(buffer), self._length - self._position))
+        self._file.seek(self._start + self._position)
+        count: int = self._file.readinto(memoryview(buffer)[:room])
+        self._position += count
+        return count
+
+
+_Box = list[tuple[int, int]]  # the start and the length of every axis
+
+
+def _overlap(one: _Box, other: _Box) -> bool:
+    return all(a < d + n and d < a + m for (a, m), (d, n) in zip(one, other, strict=True))
+
+
+def _check_hashes(folder: Path) -> None:
+    """Hold the files that say where everything is against their hashes, if there are any.
+
+    Tensors have checksums of their own.
+    """
+    if not (folder / _HASHES).is_file():
+        return
+    hashes = read_json_object(folder / _HASHES, "copy the checkpoint again").get("files")
+    for name in (_METADATA, _BACKEND, _COMMON_FILE):
+        known = hashes.get(name) if isinstance(hashes, dict) else None
+        if known and (folder / name).is_file() and sha256_file(folder / name) != known:
+            raise ValueError(
+                f"{folder / name} has changed since it was written; copy the checkpoint again"
+            )
+
+
+def _read_metadata(path: Path) -> Any:
+    """The description of all tensors, every part of it of the type that it should have.
+
+    Raises:
+        ValueError: it is damaged, or asks for what is not allowed in it.
+    """
+    try:
+        with path.open("rb") as file:
+            whole = _MetadataUnpickler(file).load()
+    except Exception as error:  # the remains of a pickle may mean anything
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path} cannot be read: {reason}; copy the checkpoint again") from error
+    try:
+        problem = _find_problem(whole)
+    except (AttributeError, TypeError, ValueError) as error:
+        problem = str(error)
+    if problem is not None:
+        raise ValueError(f"{path} cannot be read: {problem}; copy the checkpoint again")
+    return whole
+
+
+def _find_problem(whole: Any) -> str | None:
+    if not isinstance(whole, metadata.Metadata):
+        return f"it is no description of tensors, but a {type(whole).__name__}"
+    for index, info in whole.storage_data.items():
+        if not is_plain_name(info.relative_path):
+            return (
+                f"{index.fqn} is in {info.relative_path!r}, which must be a file beside it, by its "
+                f"name alone"
+            )
+        if not (_is_size(info.offset) and _is_size(info.length) and isinstance(index.fqn, str)):
+            return f"{index.fqn} has no place in {info.relative_path}"
+    for key, entry in whole.state_dict_metadata.items():
+        if not isinstance(key, str):
+            return f"it names a tensor {key!r}"
+        if not isinstance(entry, metadata.TensorStorageMetadata):
+            continue
+        if not isinstance(entry.properties.dtype, torch.dtype) or not _are_sizes(entry.size):
+            return f"{key} has no dtype and shape"
+        for chunk in entry.chunks:
+            box = list(zip(chunk.offsets, chunk.sizes, entry.size, strict=True))
+            if not _are_sizes([*chunk.offsets, *chunk.sizes]) or any(o + n > m for o, n, m in box):
+                return f"a part of {key} lies outside of it"
+    return None
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _are_sizes(values: Any) -> bool:
+    return all(map(_is_size, values))
+
+
+def _load_tensor(file: Any, what: str) -> Tensor:
+    tensor = load_allowed(file, what)
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{what} is no tensor, but a {type(tensor).__name__}; copy it again")
+    return tensor
+
+
+def load_allowed(source: Any, what: str) -> Any:
     """A `torch.save` with nothing in it but tensors, plain values, and Megatron's arguments.
 
+    Its checksums are compared first, which torch itself does not do.
+
     Args:
-        source: its bytes, or a file that is mapped into memory.
+        source: its bytes, an open file, or the path of a file that is mapped into memory.
         what: its name in errors.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: it is damaged, or holds something else.
     """
     file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
     mapped = isinstance(source, Path)
     try:
+        with zipfile.ZipFile(file) as archive:
+            if (part := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the checksum of {part} is wrong")
+        if not mapped:
+            file.seek(0)
         with torch.serialization.safe_globals(_ALLOWED_IN_COMMON):
             return torch.load(file, weights_only=True, map_location="cpu", mmap=mapped)
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error))
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {name[1]}" if name else (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"{what} cannot be read safely: {reason.splitlines()[0]}; only tensors, plain values "
-            f"and Megatron's arguments are allowed in it"
+            f"{what} cannot be read safely: {reason}; only tensors, plain values and Megatron's "
+            f"arguments are allowed in it"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # the remains of a file may mean anything
         reason = (str(error).splitlines() or ["it is empty"])[0]
         raise ValueError(f"{what} is cut off or damaged ({reason}); copy it again") from error
 

@@ -20,8 +20,15 @@ from torch import Tensor
 from megatron.remoe.convert.activations import mean_loss, mlp_inputs, tokens_for
 from megatron.remoe.convert.export import Progress, export
 from megatron.remoe.convert.exported import exported, load
+from megatron.remoe.convert.output import check_folder
 from megatron.remoe.convert.restore import Layout, to_megatron
-from megatron.remoe.convert.source import HFSource, MegatronSource, open_source, validated
+from megatron.remoe.convert.source import (
+    HFSource,
+    MegatronSource,
+    check_finite,
+    open_source,
+    validated,
+)
 from remoe.config import apply_granularity
 from remoe.conversion import CONFIG, Config, Item, plan
 
@@ -106,6 +113,8 @@ def upcycle(
         raise ValueError(f"{path} has experts already; upcycling starts from a dense model")
     config, layout = _mixture_config(dense.config, settings), layout or Layout()
     layout.check(config)
+    reads = [path, *(data or []), *([tokenizer] if tokenizer else [])]
+    check_folder(out, reads=reads, force=force)
     with exported(dense) as folder, tempfile.TemporaryDirectory() as scratch:
         model = load(folder)
         tokens = tokens_for(model, data, num_tokens, settings.seed)
@@ -117,13 +126,15 @@ def upcycle(
         routers = [
             router_weights(x, y, settings, generator) for x, y in zip(fit, held_out, strict=True)
         ]
+        for router in routers:
+            check_finite("a router that was fitted to the activations", router)
         dense_loss = mean_loss(model, tokens[half:])
         del model
         source = _Mixture(dense, config, routers, settings)
         mixture = Path(scratch) / "mixture"
         export(source, mixture, progress=progress)
         loss = mean_loss(load(mixture), tokens[half:])
-        made = to_megatron(mixture, out, layout=layout, force=force)
+        made = to_megatron(mixture, out, layout=layout, reads=reads, force=force)
     gates = [torch.relu(y @ w.T) for y, w in zip(held_out, routers, strict=True)]
     sums = torch.stack([g.view(len(g), settings.num_experts, -1).sum(dim=1) for g in gates])
     active = torch.stack([(g > 0).float().mean() for g in gates]).mean()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from megatron.remoe.data.files import scratch_folder
+from megatron.remoe.data.files import output_folder, scratch_folder
 from megatron.remoe.data.jsonl import SUFFIXES, parse_text, read_chunks
 
 GROUP = "corpus_cloze"
@@ -52,8 +52,7 @@ def write_cloze(corpus: Path, out: Path, config: ClozeConfig) -> dict[str, int]:
     if not files:
         raise ValueError(f"{folder} holds no .jsonl files; name a corpus (remoe data corpus)")
     items = {p.name.split(".")[0]: _items(p, config) for p in files}
-    out.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(out) as scratch:
+    with output_folder(out), scratch_folder(out) as scratch:
         for domain, rows in items.items():
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (scratch / f"{GROUP}_{domain}.jsonl").write_text(lines, encoding="utf-8")
@@ -71,8 +70,8 @@ def _items(path: Path, config: ClozeConfig) -> list[dict]:
     documents = [
         words
         for chunk in read_chunks(path, lambda _: None)
-        for line in chunk.lines
-        if line.strip() and len(words := _WORD.findall(parse_text(line, "text"))) >= need
+        for number, line in enumerate(chunk.lines, chunk.first_line)
+        if line.strip() and len(words := _WORD.findall(_text(path, number, line))) >= need
     ]
     if len(documents) <= _WRONG:
         raise ValueError(
@@ -93,6 +92,13 @@ def _items(path: Path, config: ClozeConfig) -> list[dict]:
         context = "".join(words[start:middle]).lstrip()
         items.append({"context": context, "choices": choices, "label": label})
     return items
+
+
+def _text(path: Path, number: int, line: bytes) -> str:
+    try:
+        return parse_text(line, "text")
+    except ValueError as error:
+        raise ValueError(f"{path}:{number}: {error}; fix the line") from error
 
 
 def _span(words: list[str], length: int, draw: random.Random) -> str:

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from megatron.remoe.data.cleaning import clean_text, content_key, is_worth_training_on
 from megatron.remoe.data.files import (
     MANIFEST,
+    output_folder,
     read_manifest,
     scratch_folder,
     sha256_file,
@@ -27,6 +28,7 @@ from megatron.remoe.data.progress import byte_progress
 from megatron.remoe.data.sources import DOMAINS, Source, dependency_closure, iter_sources
 
 SPLITS = ("train", "valid")
+_UNFINISHED = {"unfinished": True}  # a manifest while the files are being moved into their place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +65,25 @@ def build_corpus(
     """Build the corpus in `out`; return its manifest and whether anything had to be written.
 
     An `out` that already holds this corpus is left as it is. Raises `ValueError` when it holds
-    another one and `force` is off, or when a split of a domain would be empty. On any failure `out`
-    stays as it was.
+    something else and `force` is off, when a split of a domain would be empty, and while another
+    process writes to `out`. On any failure `out` stays as it was.
     """
+    with output_folder(out):
+        return _build_corpus(out, config, force)
+
+
+def _build_corpus(out: Path, config: CorpusConfig, force: bool) -> tuple[dict[str, Any], bool]:
     distributions = dependency_closure("remoe", frozenset({"megatron"}))
     header = {"settings": asdict(config), "versions": _versions(distributions)}
-    if not force and (existing := read_manifest(out)) is not None:
+    existing = read_manifest(out)
+    names = [f"{split}/{domain}.jsonl" for split in SPLITS for domain in DOMAINS]
+    if not force and existing is None:
+        if there := [name for name in names if (out / name).exists()]:
+            raise ValueError(
+                f"{out / there[0]} is there already, and no {MANIFEST} that says what it is; pass "
+                f"--force to replace it, or choose another folder"
+            )
+    elif not force and existing is not None and existing != _UNFINISHED:
         if {key: existing.get(key) for key in header} != header:
             raise ValueError(
                 f"{out} holds a corpus of other settings or package versions; "
@@ -98,7 +113,8 @@ def build_corpus(
                 "sha256": sha256_file(path),
             }
         manifest = header | {"files": files}
-        (out / MANIFEST).unlink(missing_ok=True)  # never beside files that it does not describe
+        # Never beside files that it does not describe, and the same call may go on after a kill.
+        write_manifest(out, _UNFINISHED)
         for name in files:
             (out / name).parent.mkdir(exist_ok=True)
             (scratch / name).replace(out / name)
@@ -189,7 +205,10 @@ def _versions(distributions: dict[str, metadata.Distribution]) -> dict[str, str]
 
 
 def _files_match(out: Path, manifest: dict[str, Any]) -> bool:
-    return all(
-        (out / name).is_file() and sha256_file(out / name) == entry["sha256"]
-        for name, entry in manifest["files"].items()
+    files = manifest.get("files")
+    return isinstance(files, dict) and all(
+        isinstance(entry, dict)
+        and (out / name).is_file()
+        and sha256_file(out / name) == entry.get("sha256")
+        for name, entry in files.items()
     )

@@ -4,15 +4,18 @@ Kept free of torch and Megatron, because every worker imports it.
 """
 
 import os
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from megatron.remoe import processes
 from megatron.remoe.data.jsonl import Chunk, parse_text
 
 _tokenizer: Tokenizer
@@ -46,7 +49,7 @@ def start_workers(
         max_workers=workers,
         mp_context=get_context("spawn"),
         initializer=_start_worker,
-        initargs=(tokenizer.to_str(), text_key, [] if eod_id is None else [eod_id]),
+        initargs=(os.getpid(), tokenizer.to_str(), text_key, [] if eod_id is None else [eod_id]),
     )
 
 
@@ -56,18 +59,31 @@ def encode_chunks(
     """Yield the encoded chunks in order, with at most a few per worker under way.
 
     `Executor.map` and `Pool.imap` would read the whole file ahead of the workers.
+
+    Raises:
+        ValueError: a worker was killed.
     """
     under_way: deque[Future[Encoded]] = deque()
-    for chunk in chunks:
-        under_way.append(pool.submit(_encode_chunk, chunk))
-        if len(under_way) >= 3 * workers:
+    try:
+        for chunk in chunks:
+            under_way.append(pool.submit(_encode_chunk, chunk))
+            if len(under_way) >= 3 * workers:
+                yield under_way.popleft().result()
+        while under_way:
             yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            f"one of the {workers} worker processes was killed, perhaps for want of memory; use "
+            f"fewer (--workers)"
+        ) from error
 
 
-def _start_worker(tokenizer_json: str, text_key: str, suffix: list[int]) -> None:
+def _start_worker(parent: int, tokenizer_json: str, text_key: str, suffix: list[int]) -> None:
     global _tokenizer, _text_key, _suffix
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is for the parent, which ends this process
+    processes.end_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _tokenizer = Tokenizer.from_str(tokenizer_json)
     # A document may speak of "<|endoftext|>"; only we end documents.

@@ -1,7 +1,12 @@
-"""Files on disk: hashes, and outputs that appear complete or not at all."""
+"""Files on disk: hashes, JSON, and outputs that appear complete or not at all."""
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
+import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+_SCRATCH = ".partial-"
+# Of file systems that lock no folders, such as NFS.
+_NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def sha256_file(path: Path) -> str:
@@ -18,43 +26,144 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """Return the JSON object in a file, in which every key is once and every number is finite.
+
+    Args:
+        path: of a file.
+        remedy: what the user should do about a bad one.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+    """
+    try:
+        value = parse_json(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object, but a {type(value).__name__}; {remedy}")
+    return value
+
+
+def parse_json(data: bytes) -> Any:
+    """Return the value of a JSON text in UTF-8, in which every key is once and no number is NaN.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    try:
+        return json.loads(
+            data.decode("utf-8"),
+            parse_constant=_finite,
+            parse_float=_finite,
+            object_pairs_hook=_unique,
+        )
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no number")
+    return number
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {repeated!r} is there more than once")
+    return found
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of `folder`, or None when there is none."""
     path = folder / MANIFEST
     if not path.exists():
         return None
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); delete it or choose another folder"
-        ) from error
-    return manifest
+    return read_json_object(path, "delete it or choose another folder")
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest of `folder` in one step: a reader sees the old one or the new one."""
-    partial = folder / f".{MANIFEST}.partial"
+    partial = folder / f"{_SCRATCH}{MANIFEST}"
     partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     partial.replace(folder / MANIFEST)
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[bool]:
+    """Hold a folder alone, by a lock that the kernel takes back when this process ends.
+
+    Yields whether it is held: some file systems lock no folders.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield _lock(lock)
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: int) -> bool:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+@contextmanager
+def output_folder(out: Path) -> Iterator[None]:
+    """Make `out` and let no other process write to it meanwhile.
+
+    What a killed writer has left there is removed. An `out` that did not exist before and holds
+    nothing afterwards is removed too.
+
+    Raises:
+        ValueError: `out` is a file, or is being written.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, but a folder to write to is needed; choose another")
+    created = [path for path in (out, *out.parents) if not path.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, created)
+        try:
+            held = stack.enter_context(hold_folder(out))
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{out} is being written by another process; wait until it ends, or choose "
+                f"another folder"
+            ) from error
+        for left in out.glob(f"{_SCRATCH}*") if held else ():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder inside `out`; remove it afterwards, whatever happened.
 
-    Being on the file system of `out`, what is made in it is moved into place by a rename. An `out`
-    that did not exist before and holds nothing afterwards is removed too. Raises `ValueError` when
-    `out` is a file.
+    Being on the file system of `out`, what is made in it is moved into place by a rename.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, but a folder to write to is needed; choose another")
-    created = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=out))
+    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=out))
     try:
         yield scratch
     finally:
         shutil.rmtree(scratch)
-        if created and not any(out.iterdir()):
-            out.rmdir()

@@ -10,6 +10,8 @@ import zstandard
 SUFFIXES = (".jsonl", ".jsonl.zst")
 BLOCK_BYTES = 1 << 20
 CHUNK_BYTES = 1 << 18
+_KEYS_SHOWN = 8
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some programs put before UTF-8
 MAX_ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` writes
 
 
@@ -55,7 +57,10 @@ def parse_text(line: bytes, text_key: str) -> str:
     if not isinstance(document, dict):
         raise ValueError(f"a JSON {type(document).__name__}, not an object")
     if text_key not in document:
-        raise ValueError(f"no key {text_key!r} among {sorted(document)} (see --text-key)")
+        more = len(document) - _KEYS_SHOWN
+        rest = f" and {more} more" if more > 0 else ""
+        keys = sorted(document)[:_KEYS_SHOWN]
+        raise ValueError(f"no key {text_key!r} among {keys}{rest} (see --text-key)")
     text = document[text_key]
     if not isinstance(text, str):
         raise ValueError(f"key {text_key!r} holds a {type(text).__name__}, not a string")
@@ -89,12 +94,14 @@ def _read_lines(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
     blocks = _read_blocks(path, advance)
     if path.suffix == ".zst":
         blocks = _decompress(path, blocks)
-    rest = b""
+    first, rest = True, b""
     for block in blocks:
         *lines, rest = (rest + block).split(b"\n")
+        if lines and first:
+            first, lines[0] = False, lines[0].removeprefix(_BYTE_ORDER_MARK)
         yield from lines
     if rest:
-        yield rest
+        yield rest.removeprefix(_BYTE_ORDER_MARK) if first else rest
 
 
 def _read_blocks(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:

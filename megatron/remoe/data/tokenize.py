@@ -17,18 +17,27 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megatron.remoe.data.encode import encode_chunks, start_workers
-from megatron.remoe.data.files import read_manifest, scratch_folder, sha256_file, write_manifest
+from megatron.remoe.data.files import (
+    output_folder,
+    read_manifest,
+    scratch_folder,
+    sha256_file,
+    write_manifest,
+)
 from megatron.remoe.data.jsonl import SUFFIXES, iter_texts, line_error, read_chunks
 from megatron.remoe.data.progress import byte_progress
 from megatron.remoe.data.tokenizer import (
     END_OF_DOCUMENT,
     MIN_VOCAB_SIZE,
+    largest_id,
     load_gpt2_tokenizer,
     load_tokenizer,
     save_tokenizer,
     train_tokenizer,
 )
 
+_ENTRY = {"input_sha256", "pair_bytes", "documents", "tokens", "empty", "invalid"}
+_UNFINISHED = "unfinished"  # in the manifest: pairs that are being moved into their place
 TRAINING_BYTES = 256_000_000  # of text, spread evenly over the files: keeps memory bounded
 
 
@@ -76,11 +85,19 @@ def tokenize(
     """Tokenize files and corpus folders into `out`; return its manifest and the outputs written.
 
     Outputs that `out` holds already, of the same input and settings, are kept as they are. Raises
-    `ValueError` for bad input, and when `force` is off and something else would be overwritten.
+    `ValueError` for bad input, when `force` is off and something else would be overwritten, and
+    while another process writes to `out`.
     """
     inputs = find_inputs(paths)
+    with output_folder(out):
+        return _tokenize(inputs, out, config, force)
+
+
+def _tokenize(
+    inputs: dict[str, Path], out: Path, config: TokenizeConfig, force: bool
+) -> tuple[dict[str, Any], list[str]]:
     hashes = {name: sha256_file(path) for name, path in inputs.items()}
-    old = read_manifest(out)
+    old = _read_own_manifest(out)
     tokenizer, eod_token, training = _choose_tokenizer(inputs, hashes, out, old, config, force)
     manifest = _new_manifest(tokenizer, eod_token, training, config)
     if old is not None and old["settings"] == manifest["settings"]:
@@ -97,7 +114,7 @@ def tokenize(
         save_tokenizer(tokenizer, eod_token, scratch / "tokenizer")
         finished: dict[str, Any] = {}
         for name, path in todo.items():
-            entry = _write_pair(path, scratch / name, pool, config, tokenizer.get_vocab_size())
+            entry = _write_pair(path, scratch / name, pool, config, largest_id(tokenizer) + 1)
             finished[name] = {"input": path.name, "input_sha256": hashes[name]} | entry
             # Tokens of other settings are replaced all at once: the pairs of a folder match.
             if old is None or manifest is old:
@@ -124,8 +141,10 @@ def find_inputs(paths: list[Path]) -> dict[str, Path]:
             named = {"": [path]}
         elif (path / "train").is_dir() and (path / "valid").is_dir():
             named = {f"{split}/": _json_files(path / split) for split in ("train", "valid")}
-        else:
+        elif path.is_dir():
             named = {"": _json_files(path)}
+        else:
+            raise ValueError(f"{path} is neither a file nor a folder; write it to a file first")
         for prefix, files in named.items():
             for file in files:
                 suffix = next((s for s in SUFFIXES if file.name.endswith(s)), None)
@@ -142,10 +161,34 @@ def find_inputs(paths: list[Path]) -> dict[str, Path]:
 
 
 def _json_files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
+    found = sorted(p for p in folder.iterdir() if ".jsonl" in p.name and not p.name.startswith("."))
+    files = [path for path in found if path.name.endswith(SUFFIXES)]
+    if other := sorted(set(found) - set(files)):
+        raise ValueError(
+            f"{other[0]} is not a {' or '.join(SUFFIXES)} file; convert it, or move it away"
+        )
     if not files:
         raise ValueError(f"{folder} holds no {' or '.join(SUFFIXES)} file; name a folder that does")
     return files
+
+
+def _read_own_manifest(out: Path) -> dict[str, Any] | None:
+    """The manifest of token files, of which nothing is missing.
+
+    Raises:
+        ValueError: it is another's, or damaged.
+    """
+    manifest = read_manifest(out)
+    if manifest is None:
+        return None
+    outputs = manifest.get("outputs")
+    entries = outputs.values() if isinstance(outputs, dict) else [None]
+    are_ours = all(isinstance(entry, dict) and entry.keys() >= _ENTRY for entry in entries)
+    if not are_ours or not isinstance(manifest.get("settings"), dict) or "training" not in manifest:
+        raise ValueError(
+            f"{out} has a manifest that is not of token files, or damaged; choose another --out"
+        )
+    return manifest
 
 
 def _choose_tokenizer(
@@ -169,8 +212,10 @@ def _choose_tokenizer(
         "text_key": config.text_key,
         "inputs": {name: hashes[name] for name in used},
     }
-    if old is not None and not force:
-        if old["training"] == training:
+    # After a kill the tokenizer may not be in its place yet; it is trained to the same one again.
+    is_same = old is not None and old["training"] == training
+    if old is not None and not force and not (is_same and _UNFINISHED in old):
+        if is_same:
             return *load_tokenizer(out / "tokenizer"), training
         raise ValueError(
             f"{out} holds tokens of a tokenizer that these inputs would not give again; pass "
@@ -238,7 +283,8 @@ def _select_todo(
         pair = [out / f"{name}{suffix}" for suffix in (".bin", ".idx")]
         sizes = [file.stat().st_size if file.exists() else None for file in pair]
         done = entry.get("input_sha256") == hashes[name] and entry["pair_bytes"] == sizes
-        if not done and not force and sizes != [None, None]:
+        interrupted = name in manifest.get(_UNFINISHED, ())
+        if not done and not force and not interrupted and sizes != [None, None]:
             raise ValueError(
                 f"{pair[0]} exists but is not, or not whole, of {path} with these settings; "
                 "pass --force to replace it, or choose another --out"
@@ -277,6 +323,8 @@ def _write_pair(
             counts["invalid"] += len(encoded.invalid)
     if counts["documents"] == 0:
         raise ValueError(f"{path} holds no document with text; leave it out")
+    if counts["tokens"] == counts["documents"] * int(config.append_eod):
+        raise ValueError(f"{path} has no text of which the tokenizer knows a token; name another")
     builder.finalize(f"{prefix}.idx")
     pair_bytes = [Path(f"{prefix}{suffix}").stat().st_size for suffix in (".bin", ".idx")]
     return counts | {"dtype": dtype.__name__, "pair_bytes": pair_bytes}
@@ -285,10 +333,12 @@ def _write_pair(
 def _publish(scratch: Path, out: Path, manifest: dict[str, Any], finished: dict[str, Any]) -> None:
     """Move `finished` pairs, and the tokenizer before the first, into `out` and its manifest.
 
-    The manifest never claims a pair that is about to change.
+    The manifest never claims a pair that is about to change, and says that it is, so that the same
+    call may go on after a kill.
     """
     manifest["outputs"] = {k: v for k, v in manifest["outputs"].items() if k not in finished}
-    write_manifest(out, manifest)
+    manifest.pop(_UNFINISHED, None)
+    write_manifest(out, manifest | {_UNFINISHED: sorted(finished)})
     new_files = [f"{name}{suffix}" for name in finished for suffix in (".bin", ".idx")]
     if (scratch / "tokenizer").is_dir():
         new_files += [f"tokenizer/{file.name}" for file in (scratch / "tokenizer").iterdir()]

@@ -5,13 +5,18 @@ Megatron reads the saved folder with
 """
 
 import json
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron.remoe.data.files import read_json_object
+
 END_OF_DOCUMENT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and the end of a document
+_MOST_TOKENS = 2**24  # saving a vocabulary takes the time of its holes
+CONFIG = "tokenizer_config.json"
 GPT2_FILES = (("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt"))
 
 
@@ -56,7 +61,8 @@ def load_tokenizer(path: Path, eod_token: str | None = None) -> tuple[Tokenizer,
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer.json ({error})") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a tokenizer.json ({reason}); copy it again") from error
     return _with_end_of_document(tokenizer, eod_token or _configured_eod(path.parent), path)
 
 
@@ -71,8 +77,9 @@ def load_gpt2_tokenizer(
         gpt2 = ByteLevelBPETokenizer.from_file(str(vocab_file), str(merge_file))
         tokenizer = Tokenizer.from_str(gpt2.to_str())
     except Exception as error:  # tokenizers raises bare Exception
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{vocab_file} and {merge_file} are not a GPT-2 vocabulary ({error})"
+            f"{vocab_file} and {merge_file} are not a GPT-2 vocabulary ({reason}); copy them again"
         ) from error
     return _with_end_of_document(tokenizer, eod_token, vocab_file)
 
@@ -86,22 +93,40 @@ def save_tokenizer(tokenizer: Tokenizer, eod_token: str, folder: Path) -> None:
         "eos_token": eod_token,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def largest_id(tokenizer: Tokenizer) -> int:
+    """Return the largest token; a vocabulary may have holes, so it may exceed the size."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
 
 
 def _configured_eod(folder: Path) -> str | None:
-    config = folder / "tokenizer_config.json"
-    if not config.is_file():
+    if not (folder / CONFIG).is_file():
         return None
-    token: str | dict[str, str] | None = json.loads(config.read_text(encoding="utf-8")).get(
-        "eos_token"
-    )
-    return token["content"] if isinstance(token, dict) else token
+    return special_token(folder / CONFIG, "eos_token")
+
+
+def special_token(path: Path, name: str) -> str | None:
+    """Return a special token that a `tokenizer_config.json` names; None if it names none.
+
+    Raises:
+        ValueError: the file is damaged, or has something else there.
+    """
+    given = read_json_object(path, "copy it again").get(name)
+    token = given.get("content") if isinstance(given, dict) else given
+    if not isinstance(token, str | None) or (given is not None and token is None):
+        raise ValueError(
+            f"{path} has {name} = {reprlib.repr(given)}; it must be a token of the vocabulary"
+        )
+    return token
 
 
 def _with_end_of_document(
     tokenizer: Tokenizer, eod_token: str | None, path: Path
 ) -> tuple[Tokenizer, str]:
+    if (most := largest_id(tokenizer)) >= _MOST_TOKENS:
+        raise ValueError(f"{path} has a token {most}; tokens must be below {_MOST_TOKENS}")
     eod_token = eod_token or END_OF_DOCUMENT
     if tokenizer.token_to_id(eod_token) is None:
         raise ValueError(

@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from megatron.remoe.convert.export import Progress
 from megatron.remoe.convert.exported import check_vocabulary, exported, load
 from megatron.remoe.convert.source import MegatronSource, open_source
+from megatron.remoe.data.pairs import check_pair
 
 DEFAULT_SEED = 1234  # Megatron's
 
@@ -42,17 +43,21 @@ def find_domains(data: Path) -> dict[str, Path]:
     """Token files by domain: all of a folder, or one prefix.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or one that is not whole.
     """
-    prefixes = sorted(p.with_suffix("") for p in data.glob("*.idx")) if data.is_dir() else []
-    if not data.is_dir() and Path(f"{data}.idx").is_file():
-        prefixes = [data]
-    complete = {p.name: p for p in prefixes if Path(f"{p}.bin").is_file()}
+    if data.is_dir():
+        files = [path for path in data.iterdir() if path.suffix in (".bin", ".idx")]
+        prefixes = sorted({path.with_suffix("") for path in files})
+    else:
+        prefixes = [data] if Path(f"{data}.idx").is_file() else []
+    complete = {prefix.name: prefix for prefix in prefixes}
     if not complete:
         raise ValueError(
             f"{data} holds no .bin/.idx files; name a folder of them or one without its suffix "
             f"(remoe data tokenize makes them)"
         )
+    for prefix in prefixes:
+        check_pair(prefix)
     return complete
 
 
@@ -145,7 +150,7 @@ def _loss(model: Any, dataset: Any, batch_size: int, progress: Any) -> Loss:
     for start in range(0, len(dataset), batch_size):
         samples = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
         inputs, labels = (torch.stack([s[key] for s in samples]) for key in ("tokens", "labels"))
-        check_vocabulary(int(torch.maximum(inputs, labels).max()), model)
+        check_vocabulary(torch.cat((inputs, labels)), model)
         logits = model(inputs.to(model.device), use_cache=False).logits.float().flatten(0, 1)
         loss = F.cross_entropy(logits, labels.to(model.device).flatten(), reduction="sum")
         total, tokens = total + float(loss), tokens + labels.numel()

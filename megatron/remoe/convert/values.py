@@ -1,0 +1,187 @@
+"""Whether the values of a model's configuration can be a model's at all.
+
+Files from elsewhere may say anything. What is checked here is checked before anything is computed
+from it: types, ranges, and sizes that no machine could hold. Whether the weights have these sizes
+is checked where they are opened.
+"""
+
+import math
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from remoe.config import ControllerConfig
+from remoe.conversion import Config
+
+_MOST = 2**31 - 1  # of any size
+_MOST_LAYERS = 10_000
+_MOST_VALUES = 2**48  # of one tensor: a petabyte
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
+_EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+# What transformers has no sensible default for.
+_NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+           "vocab_size")  # fmt: skip
+_LAYERS = ("num_hidden_layers", "num_layers")
+_FACTS = {"iteration": 0, "tokens": 0, "sequence_length": 1, "padded_vocab_size": 1}
+
+
+def check_sizes(where: str, values: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Whole numbers from 1 to what any machine could hold.
+
+    Raises:
+        ValueError: a value that is none.
+    """
+    for name in names:
+        most = _MOST_LAYERS if name in _LAYERS else _MOST
+        check_whole(where, name, values.get(name), 1, most)
+
+
+def check_whole(where: str, name: str, value: Any, least: int, most: int = 2**62) -> None:
+    """A whole number in a range.
+
+    Raises:
+        ValueError: another value, or none.
+    """
+    if type(value) is not int or not least <= value <= most:
+        raise _error(where, name, value, f"a whole number from {least} to {most}")
+
+
+def check_layers(where: str, name: str, shape: tuple[int, ...]) -> None:
+    """Whether a tensor of stacked layers has as many as a model can.
+
+    Raises:
+        ValueError: it has none, or more.
+    """
+    if not shape or not 1 <= shape[0] <= _MOST_LAYERS:
+        raise ValueError(
+            f"{where} has {name} of shape {list(shape)}; its first dimension must be the number of "
+            f"layers, at most {_MOST_LAYERS}"
+        )
+
+
+def check_number(where: str, name: str, value: Any, *, above: float, below: float) -> None:
+    """A finite number between two others.
+
+    Raises:
+        ValueError: another value, or none.
+    """
+    is_number = type(value) in (int, float)
+    if not is_number or not above < value < below or not math.isfinite(value):
+        raise _error(where, name, value, f"a number above {above:g} and below {below:g}")
+
+
+def check_config(where: str, config: Config) -> None:
+    """Check a `config.json` of ours or of a Llama, complete or as it is in its file.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    names = [name for name in _SIZES if name in _NEEDED or config.get(name) is not None]
+    has_experts = config["model_type"] == "remoe"
+    check_sizes(where, config, [*names, *(_EXPERT_SIZES if has_experts else ())])
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
+    if groups is not None and heads % groups:
+        raise _error(where, "num_key_value_heads", groups, f"a divisor of the {heads} heads")
+    _check_tensors(where, config)
+    if config.get("rms_norm_eps") is not None:
+        check_number(where, "rms_norm_eps", config["rms_norm_eps"], above=0, below=1)
+    if config.get("initializer_range") is not None:
+        check_number(where, "initializer_range", config["initializer_range"], above=0, below=1e3)
+    _check_rope(where, config.get("rope_parameters"))
+    if config.get("quantization_config") is not None:
+        raise ValueError(f"{where} is of quantized weights; only weights in floats are converted")
+    if has_experts:
+        _check_dense(where, config.get("mlp_only_layers"), config["num_hidden_layers"])
+        _check_routing(where, config)
+    check_facts(where, config.get("training_facts"))
+
+
+def _check_tensors(where: str, config: Config) -> None:
+    """Sizes that are possible one by one make tensors that are not."""
+    width = max(
+        config["vocab_size"],
+        config["intermediate_size"],
+        config["num_attention_heads"] * (config.get("head_dim") or 1),
+        (config.get("num_key_value_heads") or 1) * (config.get("head_dim") or 1),
+        2 * (config.get("num_experts") or 0) * (config.get("moe_intermediate_size") or 0),
+    )
+    if width * config["hidden_size"] > _MOST_VALUES:
+        raise ValueError(
+            f"{where} has sizes that make a tensor of {width * config['hidden_size']:.1e} values "
+            f"(hidden_size {config['hidden_size']}); correct them"
+        )
+
+
+def _check_rope(where: str, rope: Any) -> None:
+    if rope is None:
+        return
+    if not isinstance(rope, dict):
+        raise _error(where, "rope_parameters", rope, "a mapping with rope_type and rope_theta")
+    if "rope_theta" in rope:
+        check_number(where, "rope_theta", rope["rope_theta"], above=0, below=2.0**53)
+
+
+def _check_dense(where: str, layers: Any, num_layers: int) -> None:
+    if layers is None:
+        return
+    is_list = isinstance(layers, list) and all(type(i) is int for i in layers)
+    if not is_list or not all(0 <= i < num_layers for i in layers):
+        raise _error(where, "mlp_only_layers", layers, f"a list of layers below {num_layers}")
+
+
+def _check_routing(where: str, config: Config) -> None:
+    most, k = config["num_experts"], config["num_experts_per_tok"]
+    if k > most:
+        raise _error(where, "num_experts_per_tok", k, f"at most num_experts, {most}")
+    if config.get("router_type", "relu") != "relu":
+        return
+    limit = config.get("max_active_experts")
+    if limit is not None:
+        check_whole(where, "max_active_experts", limit, 1, most)
+    if not isinstance(config.get("at_least_one_expert", False), bool):
+        raise _error(where, "at_least_one_expert", config["at_least_one_expert"], "true or false")
+    target = config.get("target_sparsity")
+    if target is not None:
+        check_number(where, "target_sparsity", target, above=-1e-9, below=1)
+        if abs(target - (1 - k / most)) > 1e-6:
+            raise _error(where, "target_sparsity", target, f"1 - k/E, {1 - k / most:g}")
+    values = [config.get(f"l1_coeff_{name}", ...) for name in ("init", "multiplier")]
+    for name, value in zip(("init", "multiplier"), values, strict=True):
+        if value is not ...:
+            check_number(where, f"l1_coeff_{name}", value, above=0, below=1e30)
+    rule = {n: v for n, v in zip(("init", "multiplier"), values, strict=True) if v is not ...}
+    ControllerConfig(target_sparsity=1 - k / most, **rule)
+    coefficients = config.get("l1_coeff")
+    if coefficients is not None:
+        if not isinstance(coefficients, list):
+            raise _error(where, "l1_coeff", coefficients, "a list of numbers")
+        for value in coefficients:
+            check_number(where, "l1_coeff", value, above=0, below=1e38)
+
+
+def check_facts(where: str, facts: Any) -> None:
+    """Check what is known about a training: a mapping, or nothing.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    if facts is None:
+        return
+    if not isinstance(facts, dict):
+        raise _error(where, "training_facts", facts, "a mapping")
+    for name, least in _FACTS.items():
+        if facts.get(name) is not None:
+            check_whole(where, f"training_facts.{name}", facts[name], least)
+
+
+def _error(where: str, name: str, value: Any, wanted: str) -> ValueError:
+    return ValueError(f"{where} has {name} = {reprlib.repr(value)}; it must be {wanted}")
