@@ -286,9 +286,13 @@ def _verify_kills(kills: int, seed: int, console) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake (`ValueError`) is one line and exit code 2."""
+    """Run the command line; a user's mistake (`ValueError`, or `OSError`) is one line and exit code 2."""
     try:
         app(args=argv)
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:  # a file that cannot be read or written
+        named = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"error: {named}{error.strerror or error}; correct the path", err=True)
         sys.exit(2)
