@@ -403,10 +403,17 @@ def _check_what_megatron_finds_late(args: argparse.Namespace) -> None:
         raise ValueError("lr is not given; set the learning rate")
     if not (args.train_iters or args.train_samples):
         raise ValueError("neither train_iters nor train_samples is given; set one of them")
-    if args.multiple_validation_sets and not args.full_validation:
+    if args.multiple_validation_sets != args.full_validation:
+        there, missing = "multiple_validation_sets", "full_validation"
+        if args.full_validation:
+            there, missing = missing, there
         raise ValueError(
-            "multiple_validation_sets is set without full_validation, which Megatron does not "
-            "have; set full_validation too"
+            f"{there} is set without {missing}, which Megatron does not have; set {missing} too"
+        )
+    if args.validation_set_names and not args.multiple_validation_sets:
+        raise ValueError(
+            f"validation_set_names is {args.validation_set_names}, but there are no "
+            f"multiple_validation_sets to name; set these too, or leave it out"
         )
     ranks = args.expert_tensor_parallel_size * args.expert_model_parallel_size
     ranks *= args.pipeline_model_parallel_size

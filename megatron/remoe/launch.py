@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from megatron.remoe import processes, rundir
+from megatron.remoe import cpu, processes, rundir
 from megatron.remoe.config import RunConfig, check, megatron_parser, to_argv
 from remoe.analysis.runs import parse_row
 
@@ -30,8 +30,6 @@ _NOTICES = ("remoe: warning: ", "remoe: error: ", "remoe: continuing ")  # of th
 
 def default_nproc() -> int:
     import torch
-
-    from megatron.remoe import cpu
 
     return 1 if cpu.is_enabled() else max(1, torch.cuda.device_count())
 
@@ -105,6 +103,7 @@ def prepare(
         ValueError: arguments that the run would reject, or a directory that holds another run.
     """
     config = complete(config)
+    refuse_nccl_without_gpu(config)
     argv = to_argv(config.flags, megatron_parser())
     check(argv, nodes * (config.nproc or 1))
     rundir.check(config)
@@ -114,6 +113,16 @@ def prepare(
     os.close(_lock(config.run_dir))
     write_config(config)
     return config, argv
+
+
+def refuse_nccl_without_gpu(config: RunConfig) -> None:
+    """Raise `ValueError` for a backend that this machine cannot run."""
+    backend = config.flags.get("distributed_backend")
+    if cpu.is_enabled() and backend not in (None, "gloo"):
+        raise ValueError(
+            f"distributed_backend is {backend}, which needs GPUs, and this machine has none; leave "
+            f"it out"
+        )
 
 
 def _lock(run_dir: Path) -> int:

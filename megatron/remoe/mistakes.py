@@ -35,7 +35,9 @@ def explain(error: BaseException, args: argparse.Namespace | None) -> str:
     if isinstance(error, AssertionError) and not message:
         message = f"Megatron requires {_condition(statement)}"
     elif isinstance(error, _UNTOLD) or not message:
-        message = f"Megatron fails with {type(error).__name__}: {message} in {_condition(statement)}"
+        message = (
+            f"Megatron fails with {type(error).__name__}: {message} in {_condition(statement)}"
+        )
     values = {} if args is None else _values(statement, args)
     if not values:
         return message
@@ -45,7 +47,9 @@ def explain(error: BaseException, args: argparse.Namespace | None) -> str:
 
 def names(message: str, keys: Collection[str]) -> bool:
     """Whether a message names one of these keys of a config, perhaps as a flag."""
-    words = re.findall(r"[a-z0-9]+(?:[_-][a-z0-9]+)+|\b(?:lr|seed|split|save|load|optimizer)\b", message)
+    words = re.findall(
+        r"[a-z0-9]+(?:[_-][a-z0-9]+)+|\b(?:lr|seed|split|save|load|optimizer)\b", message
+    )
     return any(word.replace("-", "_") in keys for word in words)
 
 
@@ -63,7 +67,9 @@ def _is_ours(frame: traceback.FrameSummary) -> bool:
 
 def _statement(frame: traceback.FrameSummary) -> ast.AST | None:
     first = frame.lineno or 0
-    lines = [linecache.getline(frame.filename, n) for n in range(first, (frame.end_lineno or 0) + 1)]
+    lines = [
+        linecache.getline(frame.filename, n) for n in range(first, (frame.end_lineno or 0) + 1)
+    ]
     text = "".join(line.strip() + "\n" for line in lines)
     for attempt in (text, f"{text}    pass", text.removeprefix("return ").rstrip(",\n")):
         try:

@@ -104,24 +104,14 @@ def forward_step(data_iterator, model):
     return output, partial(loss_func, loss_mask, check_for_nan=check_for_nan)
 
 
-def datasets_provider(num_samples, vp_stage: int | None = None):
-    """Megatron's train, validation and test datasets over the `.bin/.idx` files of the arguments.
-
-    Args:
-        num_samples: number of samples of each split.
-        vp_stage: virtual pipeline stage.
-    """
-    from megatron.core import mpu
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-    from megatron.training import get_args, get_tokenizer
+def dataset_config(args):
+    """Megatron's configuration of the datasets over the `.bin/.idx` files of the arguments."""
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+    from megatron.training import get_tokenizer
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
+    return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -139,6 +129,24 @@ def datasets_provider(num_samples, vp_stage: int | None = None):
         create_attention_mask=args.create_attention_mask_in_dataloader,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
     )
+
+
+def datasets_provider(num_samples, vp_stage: int | None = None):
+    """Megatron's train, validation and test datasets over the `.bin/.idx` files of the arguments.
+
+    Args:
+        num_samples: number of samples of each split.
+        vp_stage: virtual pipeline stage.
+    """
+    from megatron.core import mpu
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
+    from megatron.training import get_args
+
+    args = get_args()
+    config = dataset_config(args)
 
     def is_built_here() -> bool:
         stage = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}

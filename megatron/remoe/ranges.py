@@ -85,7 +85,9 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{key} is {value}; it must be a finite number")
             if abs(value) > _LARGEST:
-                raise ValueError(f"{key} is {value}; it must be within 64 bits, choose a smaller one")
+                raise ValueError(
+                    f"{key} is {value}; it must be within 64 bits, choose a smaller one"
+                )
             interval = _interval(name, action.type is int)
             if interval is not None and not _contains(interval, value):
                 raise ValueError(f"{key} is {value}; it must be {_in_words(interval)}")

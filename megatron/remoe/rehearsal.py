@@ -124,11 +124,12 @@ def _build(args: argparse.Namespace, tokenizer: bool) -> None:
         gpt_config_from_args,
         pretrain_cfg_container_from_args,
     )
-    from megatron.training.global_vars import get_tokenizer, set_global_variables
+    from megatron.training.global_vars import set_global_variables
     from megatron.training.initialize import initialize_megatron
     from megatron.training.training import setup_model_and_optimizer
 
     from megatron.remoe.arguments import configure
+    from megatron.remoe.pretrain import dataset_config
 
     torch.set_num_threads(1)
     _forget_state()
@@ -139,9 +140,10 @@ def _build(args: argparse.Namespace, tokenizer: bool) -> None:
     args.wandb_project, args.async_save, args.log_progress = "", False, False
     if not tokenizer and args.padded_vocab_size is None:
         args.padded_vocab_size = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-    set_global_variables(args, build_tokenizer=tokenizer)
+    set_global_variables(args, build_tokenizer=False)
     if tokenizer:
-        _check_vocabulary(args, get_tokenizer())
+        _build_tokenizer(args)
+        dataset_config(args)
     initialize_megatron()
     model_config = gpt_config_from_args(args)
     configure(model_config, args)
@@ -197,7 +199,17 @@ def _fake_process_groups(world_size: int) -> None:
     torch.distributed.new_group = fake_group
 
 
-def _check_vocabulary(args: argparse.Namespace, tokenizer: Any) -> None:
+def _build_tokenizer(args: argparse.Namespace) -> None:
+    from megatron.training import global_vars
+
+    try:
+        tokenizer = global_vars._build_tokenizer(args)
+    except Exception as error:  # of many libraries
+        raise ValueError(
+            f"tokenizer_type is {args.tokenizer_type} with tokenizer_model {args.tokenizer_model} "
+            f"and vocab_size {args.vocab_size}, and cannot be loaded: {one_line(error)}; correct "
+            f"these"
+        ) from error
     if args.padded_vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"padded_vocab_size is {args.padded_vocab_size}, less than the {tokenizer.vocab_size} "

@@ -28,7 +28,7 @@ from megatron.remoe.config import (
     read_yaml,
     to_argv,
 )
-from megatron.remoe.launch import complete
+from megatron.remoe.launch import complete, refuse_nccl_without_gpu
 
 _KEYS = ("list", "grid")
 
@@ -153,6 +153,8 @@ def _check_run(
         config = for_cluster(config, machines, gpus=True)
     try:
         config = complete(config)
+        if machines is None:
+            refuse_nccl_without_gpu(config)
         argv = to_argv(config.flags, parser)
         if is_whole:
             check(argv, machines.world if machines else config.nproc or 1)
