@@ -8,6 +8,7 @@ values (`${data_root}/01`). Other paths are relative to the working directory, a
 import argparse
 import contextlib
 import difflib
+import functools
 import io
 import os
 import sys
@@ -20,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from megatron.remoe.mistakes import explain, names, one_line
+from megatron.remoe import checkpoint
+from megatron.remoe.mistakes import Foreign, explain, names, one_line
 
 _OWN_KEYS = ("base", "run_dir", "nproc", "data_root")
 _YAML_ERRORS = (OmegaConfBaseException, YAMLError, TypeError, ValueError, RecursionError)
@@ -239,6 +241,7 @@ def _concerns_experts(key: str) -> bool:
     return key.startswith(("moe_", "expert_")) or key == "num_experts"
 
 
+@functools.cache
 def megatron_parser() -> argparse.ArgumentParser:
     """Megatron's parser with our flags, as the entry point uses it."""
     from megatron.training.arguments import add_megatron_arguments
@@ -338,9 +341,8 @@ def check(argv: list[str], nproc: int, *, paths: bool = True) -> argparse.Namesp
     """
     try:
         return _validated(argv, nproc, paths=paths)
-    except ValueError as error:
-        message = str(error)
-        given = _options(argv)
+    except Foreign as error:
+        message, given = str(error), _options(argv)
         if not names(message, {_key(words) for words in given}):
             message = _blamed(message, given, nproc, paths=paths)
         raise ValueError(message) from error
@@ -392,8 +394,10 @@ def _validated(argv: list[str], nproc: int, *, paths: bool) -> argparse.Namespac
             rehearse(args, tokenizer=paths)
     except SystemExit:
         raise ValueError(one_line(complaints.getvalue()).removeprefix("error: ")) from None
+    except Foreign:
+        raise
     except Exception as error:  # whatever Megatron raises is about a value
-        raise ValueError(explain(error, args)) from error
+        raise explain(error, args) from error
     return args
 
 
@@ -476,6 +480,16 @@ def check_paths(args: argparse.Namespace) -> None:
                     f"{flag}: {prefix}{missing[0]} does not exist; tokenize the data first "
                     f"(remoe data tokenize), or correct the path"
                 )
+    is_elsewhere = args.load is not None and (
+        args.save is None or os.path.abspath(args.load) != os.path.abspath(args.save)
+    )
+    for flag in ("pretrained_checkpoint", *(("load",) if is_elsewhere else ())):
+        folder = getattr(args, flag)
+        if folder is not None and checkpoint.tracked_path(Path(folder)) is None:
+            raise ValueError(
+                f"{flag}: {folder} is no folder of checkpoints (no {checkpoint.TRACKER}); correct "
+                f"the path"
+            )
     tokenizer = args.tokenizer_model
     if args.tokenizer_type == "HuggingFaceTokenizer" and tokenizer and not Path(tokenizer).exists():
         is_hub_name = tokenizer.count("/") <= 1 and not tokenizer.startswith((".", "/"))

@@ -53,7 +53,7 @@ def complete(config: RunConfig) -> RunConfig:
     run_dir, flags = config.run_dir, dict(config.flags)
     metrics, steps = str(run_dir / "metrics.jsonl"), train_iters(flags)
     given = flags.setdefault("metrics_file", metrics)
-    if not isinstance(given, str) or Path(given).resolve() != Path(metrics).resolve():
+    if not isinstance(given, str) or os.path.abspath(given) != os.path.abspath(metrics):
         raise ValueError(
             f"metrics_file is {given}, but progress, curves and comparisons of a run are read from "
             f"{metrics}; leave it out, or choose another run_dir"

@@ -13,12 +13,16 @@ _MOST_VALUES = 4
 _UNTOLD = (ArithmeticError, AttributeError, IndexError, KeyError, NameError, TypeError)
 
 
+class Foreign(ValueError):
+    """What Megatron or torch has raised, in one line that perhaps names no key of the config."""
+
+
 def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def explain(error: BaseException, args: argparse.Namespace | None) -> str:
-    """What went wrong, in one line.
+def explain(error: BaseException, args: argparse.Namespace | None) -> ValueError:
+    """The same mistake in one line.
 
     An assertion without a message is told by its condition. The arguments that the failing
     statement of Megatron names are added with their values.
@@ -29,9 +33,9 @@ def explain(error: BaseException, args: argparse.Namespace | None) -> str:
     """
     frame = _failing_frame(error.__traceback__)
     message = re.sub(r"( when instantiating \w+)+$", "", one_line(error))
-    if frame is None or (isinstance(error, ValueError) and _is_ours(frame)):
-        return message or type(error).__name__
-    statement = _statement(frame)
+    if isinstance(error, ValueError) and frame is not None and _is_ours(frame):
+        return ValueError(message)
+    statement = None if frame is None else _statement(frame)
     if isinstance(error, AssertionError) and not message:
         message = f"Megatron requires {_condition(statement)}"
     elif isinstance(error, _UNTOLD) or not message:
@@ -40,9 +44,10 @@ def explain(error: BaseException, args: argparse.Namespace | None) -> str:
         )
     values = {} if args is None else _values(statement, args)
     if not values:
-        return message
+        return Foreign(message)
     named = ", ".join(f"{key} is {value}" for key, value in values.items())
-    return f"{message.rstrip('.')} ({named}; change {'it' if len(values) == 1 else 'one of them'})"
+    remedy = "it" if len(values) == 1 else "one of them"
+    return Foreign(f"{message.rstrip('.')} ({named}; change {remedy})")
 
 
 def names(message: str, keys: Collection[str]) -> bool:

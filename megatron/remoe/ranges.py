@@ -16,8 +16,9 @@ _INTERVALS: tuple[tuple[str, str], ...] = (
     (r"(micro|eval_micro|global|eval_global)_batch_size", "[1, inf)"),
     # the model
     (r"num_layers", "[1, 10000]"),
-    (r"(moe_)?ffn_hidden_size|hidden_size|num_attention_heads|kv_channels|num_query_groups", "[1, inf)"),
-    (r"seq_length|max_position_embeddings|(padded_)?vocab_size|make_vocab_size_divisible_by", "[1, inf)"),
+    (r"((moe_)?ffn_)?hidden_size|num_attention_heads|kv_channels|num_query_groups", "[1, inf)"),
+    (r"seq_length|max_position_embeddings", "[1, inf)"),
+    (r"(padded_)?vocab_size|make_vocab_size_divisible_by", "[1, inf)"),
     (r"(embedding_)?init_method_std", "[0, inf)"),
     (r"layernorm_epsilon", "(0, inf)"),
     (r"(hidden|attention)_dropout", "[0, 1)"),

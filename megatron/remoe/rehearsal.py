@@ -1,10 +1,10 @@
 """Build what every rank of a run builds, before the run starts, and say what fails.
 
-Process groups of torch's `fake` backend play the whole run, and tensors are on the `meta` device, so
-that a model of any size and layout takes about a second and no memory: the tokenizer, the model,
-DDP, the optimizer and its schedule as the first rank makes them, and a forward and backward pass
-in which layers of experts do nothing (their sizes depend on the tokens). All this sets state of the
-process, so it happens in a child.
+Process groups of torch's `fake` backend play the whole run, and tensors are on the `meta` device:
+a model of any size and layout takes about a second and no memory. What is built are the tokenizer,
+the model, DDP, the optimizer and its schedule as the first rank makes them, and a forward and
+backward pass in which layers of experts do nothing (their sizes depend on the tokens). All this
+sets the state of a process, so it happens in a child.
 """
 
 import argparse
@@ -20,16 +20,23 @@ import time
 from typing import Any, BinaryIO
 
 from megatron.remoe import cpu
-from megatron.remoe.mistakes import explain, one_line
+from megatron.remoe.mistakes import Foreign, explain, one_line
 
 _SECONDS = 120
 _LONGEST_MESSAGE = 2000
+_FOREIGN = "Megatron: "  # begins the answer of the child that `Foreign` is raised for
+
+# Nothing that is built depends on these, in which runs of a sweep differ.
+_NOT_BUILT = ("seed", "save", "load", "metrics_file", "data_cache_path", "tensorboard_dir",
+              "wandb_exp_name", "wandb_save_dir")  # fmt: skip
+_passed: set[str] = set()
 
 
 def rehearse(args: argparse.Namespace, *, tokenizer: bool = True) -> None:
     """Build the run of these arguments in a child process.
 
-    A child that takes longer than two minutes is given up, and the run is accepted.
+    A child that takes longer than two minutes is given up, and the run is accepted. What has been
+    built once in this process is not built again, so a sweep over seeds builds one run.
 
     Args:
         args: validated by Megatron.
@@ -38,6 +45,9 @@ def rehearse(args: argparse.Namespace, *, tokenizer: bool = True) -> None:
     Raises:
         ValueError: what every rank would raise, in one line.
     """
+    known = {k: v for k, v in vars(args).items() if k not in _NOT_BUILT} | {"tokenizer": tokenizer}
+    if repr(known) in _passed:
+        return
     pid, answer = _fork(args, tokenizer) if cpu.is_enabled() else _spawn(args, tokenizer)
     message, end = b"", time.monotonic() + _SECONDS
     try:
@@ -54,12 +64,13 @@ def rehearse(args: argparse.Namespace, *, tokenizer: bool = True) -> None:
     if not ready:
         return
     if message:
-        raise ValueError(message.decode(errors="replace"))
+        text = message.decode(errors="replace")
+        if text.startswith(_FOREIGN):
+            raise Foreign(text.removeprefix(_FOREIGN))
+        raise ValueError(text)
     if status:
-        raise ValueError(
-            f"the model of this config cannot be built: the process that tried ended with status "
-            f"{os.waitstatus_to_exitcode(status)}; check its sizes"
-        )
+        raise Foreign(f"building it ends with exit code {os.waitstatus_to_exitcode(status)}")
+    _passed.add(repr(known))
 
 
 def _fork(args: argparse.Namespace, tokenizer: bool) -> tuple[int, BinaryIO]:
@@ -107,9 +118,10 @@ def _answer(args: argparse.Namespace, tokenizer: bool, to: int) -> None:
         _build(args, tokenizer)
         status = 0
     except Exception as error:
-        message = explain(error, args)
+        found = explain(error, args)
+        message = f"{_FOREIGN if isinstance(found, Foreign) else ''}{found}"
     except SystemExit as end:
-        message = f"Megatron ends at its start with code {end.code}"
+        message = f"{_FOREIGN}Megatron ends at its start with code {end.code}"
     finally:
         if message:
             os.write(to, one_line(message).encode()[:_LONGEST_MESSAGE])
@@ -207,8 +219,8 @@ def _build_tokenizer(args: argparse.Namespace) -> None:
     except Exception as error:  # of many libraries
         raise ValueError(
             f"tokenizer_type is {args.tokenizer_type} with tokenizer_model {args.tokenizer_model} "
-            f"and vocab_size {args.vocab_size}, and cannot be loaded: {one_line(error)}; correct "
-            f"these"
+            f"and vocab_size {args.vocab_size}, and cannot be loaded: "
+            f"{one_line(error).rstrip('.')}; correct these"
         ) from error
     if args.padded_vocab_size < tokenizer.vocab_size:
         raise ValueError(

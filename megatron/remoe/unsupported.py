@@ -79,7 +79,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 
 def _runs_here(args: argparse.Namespace) -> bool:
-    """Not so for a command that is printed, or a model that is described, for machines with GPUs."""
+    """Whether it is not for machines with GPUs, as what is printed or described often is."""
     return args.distributed_backend == "gloo"
 
 

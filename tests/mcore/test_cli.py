@@ -59,15 +59,16 @@ CASES = {
         "experts again; use alltoall or allgather",
     ),
     "no such value": (["lr=fast"], "argument --lr: invalid float value: 'fast'"),
-    "no heads": (["num_attention_heads=0"], "Megatron requires: "),
+    "no heads": (["num_attention_heads=0"], "num_attention_heads is 0; it must be at least 1"),
     "no learning rate": (["lr=null"], "lr is not given; set the learning rate"),
     "no length": (["train_iters=null", "save_interval=1"], "neither train_iters nor train_samples"),
     "heads": (
         ["hidden_size=33"],
-        "Megatron requires: assert args.hidden_size % args.num_attention_heads == 0",
+        "Megatron requires hidden_size % num_attention_heads == 0 (hidden_size is 33, "
+        "num_attention_heads is 2; change one of them)",
     ),
     "batch": (
-        ["global_batch_size=7", "full_validation=true"],
+        ["global_batch_size=7", "full_validation=true", "multiple_validation_sets=true"],
         "global_batch_size 7 is not a multiple of 2: micro_batch_size 2 on each of 1 data-parallel",
     ),
     "expert groups": (
@@ -152,7 +153,10 @@ def test_a_process_of_its_own_prints_that_line_only(tmp_path):
     tiny.write_config(tmp_path / "tiny.yaml")
     process = tiny.start("train", "tiny.yaml", "hidden_size=33", cwd=tmp_path)
     out, error = process.communicate()
-    line = "error: Megatron requires: assert args.hidden_size % args.num_attention_heads == 0\n"
+    line = (
+        "error: Megatron requires hidden_size % num_attention_heads == 0 (hidden_size is 33, "
+        "num_attention_heads is 2; change one of them)\n"
+    )
     assert (process.returncode, out, error) == (2, "", line)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 

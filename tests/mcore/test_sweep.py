@@ -89,7 +89,8 @@ MISTAKES = {
     "two of a name": ({"sweep": {"grid": {"seed": [1, 1]}}}, "two runs would be named seed=1"),
     "megatron": (
         {"sweep": {"list": {"a": {"hidden_size": 33}, "b": {}}}},
-        "Megatron requires: assert args.hidden_size % args.num_attention_heads == 0 (in a)",
+        "Megatron requires hidden_size % num_attention_heads == 0 (hidden_size is 33, "
+        "num_attention_heads is 2; change one of them) (in a)",
     ),
 }
 
@@ -239,7 +240,8 @@ def names_of(path: Path) -> list[str]:
     from megatron.remoe import config, sweep
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "check_paths", lambda args: None)
+        check = config.check
+        patch.setattr(sweep, "check", lambda argv, nproc: check(argv, nproc, paths=False))
         return [run.name for run in sweep.load_sweep(path)]
 
 
