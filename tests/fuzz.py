@@ -4,7 +4,7 @@
 
 Every case is a YAML file of a tiny run with one to three changes: any known key of Megatron's or
 our parser with a value of any type, a malformed document, an override, or something in the way of
-the run's directory. The check must accept it, or raise a `ValueError` of one line and leave no file.
+the run directory. The check must accept it, or raise a `ValueError` of one line and leave no file.
 What it accepts is trained for two steps in a process of its own, as a rank trains, and must end
 well; a loss that is NaN or infinite, which the run itself reports, is counted apart.
 """

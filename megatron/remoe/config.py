@@ -313,6 +313,8 @@ def _check_kind(key: str, value: Any, action: argparse.Action) -> None:
             f"config key {key!r} is {value!r}, a {type(value).__name__}; put it in quotes to pass "
             f"it as text"
         )
+    if "\0" in str(value) or "\\x00" in repr(value):
+        raise ValueError(f"config key {key!r} is {value!r}, with a NUL in it; remove that")
     if action.nargs == 0 and not isinstance(value, bool | None):
         raise ValueError(f"config key {key!r} is {value!r}; it must be true or false")
 
@@ -372,6 +374,8 @@ def _blamed(message: str, given: list[list[str]], nproc: int, *, paths: bool) ->
             value = given[index][0].partition("=")[2] or " ".join(given[index][1:]) or "true"
             key = _key(given[index])
             return f"{key} is {value}: {message.rstrip('.')}; change it, or leave it out"
+    if "; change " in message:  # it names values that follow from the given ones
+        return message
     return f"the run cannot be built from these values: {message}"
 
 

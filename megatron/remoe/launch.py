@@ -336,7 +336,11 @@ def summarise(run_dir: Path, console: Console) -> None:
     from remoe.analysis.plots import plot_curves
     from remoe.analysis.runs import Run
 
-    run = Run.load(run_dir)
+    try:
+        run = Run.load(run_dir)
+    except ValueError as error:  # the run itself has ended well
+        console.print(f"no summary: {error}", markup=False, highlight=False)
+        return
     plot_curves(run, run_dir / "curves.png")
     table = Table(title=str(run_dir), show_header=False)
     table.add_row("iterations", str(run.train[-1]["iteration"]))

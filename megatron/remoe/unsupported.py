@@ -36,7 +36,7 @@ _REFUSED = {
     "ckpt_convert_format": "it ends after a conversion; leave it out",
     "dataloader_type.external": "it needs a program with a data loader of its own; leave it out",
 }
-# Flags that need CUDA, and those that need a package.
+# Flags that need CUDA, and those that need a package, some of them whole groups.
 _NEEDS_GPU = (
     "optimizer_cuda_graph", "record_memory_history", "log_memory_to_tensorboard", "log_straggler",
     "pipeline_model_parallel_comm_backend", "nccl_ub", "use_sharp", "use_torch_fsdp2",
@@ -44,8 +44,9 @@ _NEEDS_GPU = (
     "high_priority_stream_groups", "nccl_communicator_config_path",
 )  # fmt: skip
 _NEEDS_PACKAGE = {
-    "enable_ft_package": "nvidia_resiliency_ext",
-    "inprocess_restart": "nvidia_resiliency_ext",
+    "ft_package": "nvidia_resiliency_ext",
+    "In-process restart": "nvidia_resiliency_ext",
+    "fault injector": "nvidia_resiliency_ext",
     "log_energy": "pynvml",
     "enable_msc": "multistorageclient",
 }
@@ -62,7 +63,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         ValueError: naming the flag, its value, the reason and the remedy.
     """
     for group in parser._action_groups:
-        program = _OTHER_PROGRAMS.get(group.title or "")
+        title = group.title or ""
+        program, needed = _OTHER_PROGRAMS.get(title), _NEEDS_PACKAGE.get(title)
         for action in group._group_actions:
             value = getattr(args, action.dest, action.default)
             if action.dest in _READ or value == parser.get_default(action.dest):
@@ -72,7 +74,9 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
                 reason = f"it is read by Megatron's programs for {program} only; leave it out"
             elif action.dest in _NEEDS_GPU and cpu.is_enabled() and _runs_here(args):
                 reason = "it needs a GPU; leave it out on this machine"
-            elif (package := _NEEDS_PACKAGE.get(action.dest)) and not _is_installed(package):
+            elif (package := needed or _NEEDS_PACKAGE.get(action.dest)) and not _is_installed(
+                package
+            ):
                 reason = f"it needs {package}, which is not installed; install it, or leave it out"
             if reason is not None:
                 raise ValueError(f"{_option(action)} is {_said(action, value)}, but {reason}")
