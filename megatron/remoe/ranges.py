@@ -5,6 +5,7 @@ train a run that means nothing (NaN as the limit of the gradient, dropout above 
 """
 
 import argparse
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -78,8 +79,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         ValueError: naming the flag, its value and what it may be.
     """
     numbers = {action.dest: action for action in parser._actions if action.type in (int, float)}
-    patterns = [pattern for pattern, _ in _INTERVALS]
-    for name in sorted(numbers, key=lambda name: _place(name, patterns)):
+    for name in sorted(numbers, key=_place):
         action = numbers[name]
         key = action.option_strings[0].removeprefix("--").replace("-", "_")
         for value in _values(args, name):
@@ -101,15 +101,16 @@ def _values(args: argparse.Namespace, name: str) -> Iterator[int | float]:
             yield one
 
 
-def _place(name: str, patterns: list[str]) -> int:
-    fits = (i for i, pattern in enumerate(patterns) if re.fullmatch(pattern, name))
-    return next(fits, len(patterns))
+@functools.cache
+def _place(name: str) -> int:
+    fits = (i for i, (pattern, _) in enumerate(_INTERVALS) if re.fullmatch(pattern, name))
+    return next(fits, len(_INTERVALS))
 
 
 def _interval(name: str, is_whole: bool) -> str | None:
-    for pattern, interval in _INTERVALS:
-        if re.fullmatch(pattern, name):
-            return interval
+    place = _place(name)
+    if place < len(_INTERVALS):
+        return _INTERVALS[place][1]
     return "[0, inf)" if is_whole and not _SIGNED.fullmatch(name) else None
 
 

@@ -29,6 +29,7 @@ _REFUSED = {
     "init_method_xavier_uniform": "Megatron 0.19 cannot build a model with it; use init_method_std",
     "lazy_mpu_init": "it needs a program that makes the process groups itself; leave it out",
     "fake_process_group": "ranks would not exchange anything; leave it out",
+    "config_logger_dir": "Megatron 0.19 cannot write configs that hold process groups; leave it out",
     "yaml_cfg": "Megatron would read the other flags from that file; write them into the config",
     "skip_train": "nothing would be trained; use remoe evaluate",
     "test_mode": "it belongs to Megatron's own tests; leave it out",

@@ -194,3 +194,14 @@ def test_progress_is_read_from_the_rows_of_this_run(monkeypatch, tmp_path):
     first, last = out.splitlines()
     assert first == "1/2  loss nan  ETA 8 s"  # 64 tokens at 8 per second
     assert last == "2/2  loss 1.500  sparsity 0.750  coefficient 1.0e-08  ETA 0 s"
+
+
+def test_a_damaged_line_does_not_end_a_live_run(monkeypatch, tmp_path):
+    row = {"iteration": 2, "lm_loss": 1.5, "tokens": 128, "tokens_per_second": 8.0}
+    lines = ["{", "\udcff", "[1]", '{"iteration": 1}', json.dumps(row)]
+    path = tmp_path / "run/metrics.jsonl"
+    written = "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
+    code, out = train_with(
+        monkeypatch, tmp_path / "run", f"open({str(path)!r}, 'wb').write({written})"
+    )
+    assert (code, out) == (0, "2/2  loss 1.500  ETA 0 s\n")

@@ -169,6 +169,26 @@ def test_finished_runs_are_left_and_unfinished_ones_go_on(monkeypatch, tmp_path)
     assert (tmp_path / "a/metrics.jsonl").stat().st_mtime_ns == before
 
 
+def test_a_run_whose_metrics_are_damaged_fails_alone(monkeypatch, tmp_path):
+    scripts(monkeypatch, tmp_path, {"a": f"out.write('{{\\n')\n{GOOD}", "b": GOOD})
+    outcome, _ = sweep([fake_run(tmp_path, name) for name in "ab"])
+    assert outcome.finished == ["b"]
+    assert "a/metrics.jsonl, line 1: it is not JSON" in outcome.failed["a"]
+    with pytest.raises(ValueError, match="a/metrics.jsonl, line 1: it is not JSON"):
+        sweep([fake_run(tmp_path, "a")])
+
+
+def test_a_run_is_finished_when_its_last_logged_step_is_there(tmp_path):
+    run = fake_run(tmp_path, "a")
+    run.config.flags.update(log_interval=2, eval_iters=0)
+    run.config.run_dir.mkdir()
+    metrics = run.config.run_dir / "metrics.jsonl"
+    metrics.write_text(json.dumps({"iteration": 1, "lm_loss": 1.0}) + "\n")
+    assert not sweep_jobs.is_finished(run)
+    metrics.write_text(json.dumps({"iteration": 2, "lm_loss": 1.0}) + "\n")
+    assert sweep_jobs.is_finished(run)
+
+
 def test_an_interrupted_sweep_stops_its_runs(monkeypatch, tmp_path):
     slow = "import time\nopen('started', 'w')\ntime.sleep(60)"
     monkeypatch.chdir(tmp_path)
