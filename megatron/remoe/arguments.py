@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any, NoReturn, get_args
 
-from megatron.remoe import compat, cpu, options, ranges, unsupported
+from megatron.remoe import compat, cpu, options, ranges
 from remoe.config import L1CoeffRule, LoadBalancing, apply_granularity
 
 
@@ -129,7 +129,6 @@ class _Parser(argparse.ArgumentParser):
         namespace, unknown = super().parse_known_args(args, namespace)
         try:
             ranges.check(namespace, self)
-            unsupported.check(namespace, self)
             finish(namespace)
         except ValueError as error:
             self.error(str(error))

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from megatron.remoe import checkpoint
+from megatron.remoe import checkpoint, unsupported
 from megatron.remoe.mistakes import Foreign, explain, names, one_line
 
 _OWN_KEYS = ("base", "run_dir", "nproc", "data_root")
@@ -390,6 +390,7 @@ def _validated(argv: list[str], nproc: int, *, paths: bool) -> argparse.Namespac
     try:
         with _as_rank_zero(argv, nproc), contextlib.redirect_stderr(complaints):
             args = parse_args(extra_args_provider=add_arguments)
+            unsupported.check(args, megatron_parser())
             if paths:
                 check_paths(args)
             validate_args(args)

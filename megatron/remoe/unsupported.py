@@ -1,7 +1,8 @@
 """Flags of Megatron's parser that pretraining does not read, or that this machine cannot run.
 
 Megatron has one parser for all its programs. A flag of another program would do nothing here, and
-several others end every rank after the start. What is here was found by `python -m tests.fuzz`.
+several others end every rank after the start. What is here was found by `python -m tests.fuzz`. It
+holds for our entry point: a script of one's own may read more flags.
 """
 
 import argparse
@@ -29,7 +30,7 @@ _REFUSED = {
     "init_method_xavier_uniform": "Megatron 0.19 cannot build a model with it; use init_method_std",
     "lazy_mpu_init": "it needs a program that makes the process groups itself; leave it out",
     "fake_process_group": "ranks would not exchange anything; leave it out",
-    "config_logger_dir": "Megatron 0.19 cannot write configs that hold process groups; leave it out",
+    "config_logger_dir": "Megatron 0.19 cannot write configs with process groups; leave it out",
     "yaml_cfg": "Megatron would read the other flags from that file; write them into the config",
     "skip_train": "nothing would be trained; use remoe evaluate",
     "test_mode": "it belongs to Megatron's own tests; leave it out",
