@@ -140,16 +140,19 @@ def _build(args: argparse.Namespace, tokenizer: bool) -> None:
     from megatron.training.initialize import initialize_megatron
     from megatron.training.training import setup_model_and_optimizer
 
+    from megatron.remoe import compat
     from megatron.remoe.arguments import configure
     from megatron.remoe.pretrain import dataset_config
 
     torch.set_num_threads(1)
+    compat.apply()
     _forget_state()
     _fake_process_groups(args.world_size)
     args = copy.copy(args)
     # What would be read or written.
     args.load = args.pretrained_checkpoint = args.save = args.tensorboard_dir = None
-    args.wandb_project, args.async_save, args.log_progress = "", False, False
+    args.wandb_project = args.config_logger_dir = ""
+    args.async_save = args.log_progress = False
     if not tokenizer and args.padded_vocab_size is None:
         args.padded_vocab_size = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     set_global_variables(args, build_tokenizer=False)

@@ -38,7 +38,7 @@ _REFUSED = {
     "ckpt_convert_format": "it ends after a conversion; leave it out",
     "dataloader_type.external": "it needs a program with a data loader of its own; leave it out",
 }
-# Flags that need CUDA, and those that need a package, some of them whole groups.
+# Flags that need CUDA, and those that need a package: flags, or a whole group.
 _NEEDS_GPU = (
     "optimizer_cuda_graph", "record_memory_history", "log_memory_to_tensorboard", "log_straggler",
     "pipeline_model_parallel_comm_backend", "nccl_ub", "use_sharp", "use_torch_fsdp2",
@@ -46,8 +46,9 @@ _NEEDS_GPU = (
     "high_priority_stream_groups", "nccl_communicator_config_path",
 )  # fmt: skip
 _NEEDS_PACKAGE = {
-    "ft_package": "nvidia_resiliency_ext",
-    "In-process restart": "nvidia_resiliency_ext",
+    "enable_ft_package": "nvidia_resiliency_ext",
+    "calc_ft_timeouts": "nvidia_resiliency_ext",
+    "inprocess_restart": "nvidia_resiliency_ext",
     "fault injector": "nvidia_resiliency_ext",
     "log_energy": "pynvml",
     "enable_msc": "multistorageclient",

@@ -359,6 +359,32 @@ def state_around_a_check(path: Path) -> bool:
     return state() == before and len(rehearsal._passed) == built + 1
 
 
+def test_a_machine_with_gpus_builds_the_run_in_a_new_process(call, tmp_path):
+    tiny.write_config(tmp_path / "tiny.yaml", hidden_size=40)
+    good, bad = call(answers_of_a_new_process, tmp_path / "tiny.yaml")
+    assert good == "" and bad.startswith("emerging-optimizers package is required for")
+
+
+def answers_of_a_new_process(path: Path) -> list[str]:
+    """What `rehearse` says where `cpu` does not stand in: of this config, and of an optimizer."""
+    from megatron.remoe import config, cpu, launch, rehearsal
+
+    answers: list[str] = []
+    argv = config.to_argv(launch.complete(config.load_config(path)).flags, config.megatron_parser())
+    args = config.check(argv, 1)
+    rehearsal._passed.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "is_enabled", lambda: False)
+        for optimizer in ("adam", "muon"):
+            args.optimizer = optimizer
+            try:
+                rehearsal.rehearse(args)
+                answers.append("")
+            except ValueError as error:
+                answers.append(str(error))
+    return answers
+
+
 def test_a_run_whose_summary_cannot_be_read_has_still_ended_well(call, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text("lr: 1\n")
