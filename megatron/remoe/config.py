@@ -397,7 +397,9 @@ def _validated(argv: list[str], nproc: int, *, paths: bool) -> argparse.Namespac
             core_transformer_config_from_args(args)
             _check_what_megatron_finds_late(args)
             rehearse(args, tokenizer=paths)
-    except SystemExit:
+    except SystemExit as end:
+        if not complaints.getvalue().strip():  # it has printed why, or has not said
+            raise Foreign(f"Megatron ends at its start with code {end.code}") from None
         raise ValueError(one_line(complaints.getvalue()).removeprefix("error: ")) from None
     except Foreign:
         raise

@@ -7,7 +7,9 @@ from pathlib import Path
 from megatron.remoe.config import RunConfig, read_yaml
 
 _FILES = ("config.yaml", ".lock", "log.txt", "metrics.jsonl", "curves.png")
-_FOLDERS = ("save", "data_cache_path", "tensorboard_dir", "wandb_save_dir")
+_FOLDERS = (
+    "save", "data_cache_path", "tensorboard_dir", "wandb_save_dir", "moe_routing_trace_path",
+)  # fmt: skip
 
 
 def check(config: RunConfig) -> None:

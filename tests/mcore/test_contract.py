@@ -114,6 +114,7 @@ VALUES = {
     "a part of a list": (["train_data_path[0]=x"], "does not name a flag: 'train_data_path"),
     "a key in a list": (["train_data_path.a=x"], "does not name a flag: 'train_data_path"),
     "mixed types": (["train_data_path=[1, {a: b}]"], "its list must consist of plain values"),
+    "an end without a word": (["checkpoint_activations=true"], "checkpoint_activations is true: "),
     "an enumeration": (["attention_backend=x"], "attention_backend is x: Megatron fails with KeyE"),
     "a name of 300 characters": (["run_dir=" + 300 * "x"], "a folder (File name too long)"),
 }  # fmt: skip
