@@ -72,14 +72,13 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             value = getattr(args, action.dest, action.default)
             if action.dest in _READ or value == parser.get_default(action.dest):
                 continue
+            package = needed or _NEEDS_PACKAGE.get(action.dest)
             reason = _REFUSED.get(action.dest) or _REFUSED.get(f"{action.dest}.{value}")
             if program is not None:
                 reason = f"it is read by Megatron's programs for {program} only; leave it out"
             elif action.dest in _NEEDS_GPU and cpu.is_enabled() and _runs_here(args):
                 reason = "it needs a GPU; leave it out on this machine"
-            elif (package := needed or _NEEDS_PACKAGE.get(action.dest)) and not _is_installed(
-                package
-            ):
+            elif package is not None and importlib.util.find_spec(package) is None:
                 reason = f"it needs {package}, which is not installed; install it, or leave it out"
             if reason is not None:
                 raise ValueError(f"{_option(action)} is {_said(action, value)}, but {reason}")
@@ -88,10 +87,6 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 def _runs_here(args: argparse.Namespace) -> bool:
     """Whether it is not for machines with GPUs, as what is printed or described often is."""
     return args.distributed_backend == "gloo"
-
-
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def _option(action: argparse.Action) -> str:
