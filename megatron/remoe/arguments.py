@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, get_args
 
-from megatron.remoe import compat, cpu, options
+from megatron.remoe import compat, cpu, options, ranges
 from remoe.config import LoadBalancing, apply_granularity
 
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -134,6 +134,7 @@ class _Parser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, list[str]]:
         namespace, unknown = super().parse_known_args(args, namespace)
         try:
+            ranges.check(namespace, self)
             finish(namespace)
         except ValueError as error:
             self.error(str(error))

@@ -286,7 +286,7 @@ def _verify_kills(kills: int, seed: int, console) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake, or a path's, is one line and exit code 2."""
+    """Run the command; a user's mistake (`ValueError`, `OSError`) is one line and exit code 2."""
     try:
         app(args=argv)
     except ValueError as error:

@@ -1,6 +1,6 @@
 """Start a run on this machine, follow it, and sum it up."""
 
-import json
+import contextlib
 import os
 import signal
 import socket
@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from megatron.remoe import processes
+from megatron.remoe import cpu, processes, rundir
 from megatron.remoe.config import RunConfig, check, megatron_parser, to_argv
+from remoe.analysis.runs import parse_row
 
 _POLL_SECONDS = 0.5
+_LOG_INTERVAL = 100  # Megatron's default
 _SECONDS_BETWEEN_LINES = 15  # where the output is not a terminal
 _STEPS_OF_ETA = 20
 _NOTICES = ("remoe: warning: ", "remoe: error: ", "remoe: continuing ")  # of the log, to be shown
@@ -30,27 +31,45 @@ _NOTICES = ("remoe: warning: ", "remoe: error: ", "remoe: continuing ")  # of th
 def default_nproc() -> int:
     import torch
 
-    from megatron.remoe import cpu
-
     return 1 if cpu.is_enabled() else max(1, torch.cuda.device_count())
 
 
 def train_iters(flags: dict[str, Any]) -> int | None:
     """Steps of the whole run; None where the flags leave that to Megatron's defaults."""
-    if flags.get("train_samples") and flags.get("global_batch_size"):
-        return int(flags["train_samples"]) // int(flags["global_batch_size"])
-    return flags.get("train_iters")
+    samples, batch, steps = (
+        flags.get(key) for key in ("train_samples", "global_batch_size", "train_iters")
+    )
+    if isinstance(samples, int) and isinstance(batch, int) and samples > 0 and batch > 0:
+        return samples // batch
+    return steps if isinstance(steps, int) else None
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """Add what follows from the run directory: where metrics, checkpoints and logs go, and how."""
+    """Add what follows from the run directory: where metrics, checkpoints and logs go, and how.
+
+    Raises:
+        ValueError: metrics that would be elsewhere, or nowhere.
+    """
     run_dir, flags = config.run_dir, dict(config.flags)
-    flags.setdefault("metrics_file", str(run_dir / "metrics.jsonl"))
+    metrics, steps = str(run_dir / "metrics.jsonl"), train_iters(flags)
+    given = flags.setdefault("metrics_file", metrics)
+    if not isinstance(given, str) or os.path.abspath(given) != os.path.abspath(metrics):
+        raise ValueError(
+            f"metrics_file is {given}, but progress, curves and comparisons of a run are read from "
+            f"{metrics}; leave it out, or choose another run_dir"
+        )
     flags.setdefault("data_cache_path", str(run_dir / "cache"))
     flags.setdefault("save", str(run_dir / "checkpoints"))
     flags.setdefault("load", flags["save"])
-    flags.setdefault("save_interval", train_iters(flags))
-    flags.setdefault("eval_interval", train_iters(flags))  # Megatron has no default, and needs one
+    flags.setdefault("save_interval", steps)
+    flags.setdefault("eval_interval", steps)  # Megatron has no default, and needs one
+    if isinstance(steps, int) and steps > 0:
+        log_interval = flags.setdefault("log_interval", min(steps, _LOG_INTERVAL))
+        if isinstance(log_interval, int) and log_interval > steps:
+            raise ValueError(
+                f"log_interval is {log_interval}, but the run has {steps} steps and would log "
+                f"nothing; choose a log_interval up to {steps}"
+            )
     # No fault loses the run: see docs/reliability.md.
     flags.setdefault("exit_signal_handler", True)
     flags.setdefault("rerun_mode", "disabled")
@@ -61,7 +80,8 @@ def complete(config: RunConfig) -> RunConfig:
     if flags.get("wandb_project"):
         flags.setdefault("wandb_exp_name", run_dir.name)
         flags.setdefault("wandb_save_dir", str(run_dir))
-    return RunConfig(run_dir, config.nproc or default_nproc(), flags)
+    added = {key: value for key, value in flags.items() if key not in config.flags}
+    return RunConfig(run_dir, config.nproc or default_nproc(), added | config.flags)
 
 
 def prepare(
@@ -83,14 +103,26 @@ def prepare(
         ValueError: arguments that the run would reject, or a directory that holds another run.
     """
     config = complete(config)
+    refuse_nccl_without_gpu(config)
     argv = to_argv(config.flags, megatron_parser())
     check(argv, nodes * (config.nproc or 1))
+    rundir.check(config)
     if not force:
-        refuse_another_run(config)
+        rundir.refuse_another_run(config)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     os.close(_lock(config.run_dir))
     write_config(config)
     return config, argv
+
+
+def refuse_nccl_without_gpu(config: RunConfig) -> None:
+    """Raise `ValueError` for a backend that this machine cannot run."""
+    backend = config.flags.get("distributed_backend")
+    if cpu.is_enabled() and backend not in (None, "gloo"):
+        raise ValueError(
+            f"distributed_backend is {backend}, which needs GPUs, and this machine has none; leave "
+            f"it out"
+        )
 
 
 def _lock(run_dir: Path) -> int:
@@ -103,21 +135,6 @@ def write_config(config: RunConfig) -> None:
     temporary = config.run_dir / f".config.yaml.{socket.gethostname()}.{os.getpid()}"
     temporary.write_text(config.to_yaml())
     os.replace(temporary, config.run_dir / "config.yaml")
-
-
-def refuse_another_run(config: RunConfig) -> None:
-    """Raise `ValueError` when the run directory holds a run with other settings."""
-    path = config.run_dir / "config.yaml"
-    if not path.exists():
-        return
-    there = OmegaConf.to_container(OmegaConf.load(path))
-    here = OmegaConf.to_container(OmegaConf.create(config.to_yaml()))
-    changed = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
-    if changed:
-        raise ValueError(
-            f"{config.run_dir} holds a run that differs in {', '.join(changed)}; give this one its "
-            f"own directory (run_dir=PATH), or continue that run with these settings (--force)"
-        )
 
 
 def command(argv: list[str], nproc: int) -> list[str]:
@@ -267,11 +284,12 @@ def _new_rows(
     while True:
         ended = process.poll() is not None
         if path.exists() and path.stat().st_mtime >= started:
-            with path.open() as file:
+            with path.open(errors="replace") as file:
                 file.seek(position)
                 for line in _complete_lines(file):
                     position = file.tell()
-                    yield json.loads(line)
+                    with contextlib.suppress(ValueError):  # `Run.load` names a damaged line
+                        yield parse_row(line)
         yield None
         if ended:
             return
@@ -326,7 +344,11 @@ def summarise(run_dir: Path, console: Console) -> None:
     from remoe.analysis.plots import plot_curves
     from remoe.analysis.runs import Run
 
-    run = Run.load(run_dir)
+    try:
+        run = Run.load(run_dir)
+    except ValueError as error:  # the run itself has ended well
+        console.print(f"no summary: {error}", markup=False, highlight=False)
+        return
     plot_curves(run, run_dir / "curves.png")
     table = Table(title=str(run_dir), show_header=False)
     table.add_row("iterations", str(run.train[-1]["iteration"]))

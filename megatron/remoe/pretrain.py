@@ -5,16 +5,14 @@
 On a machine without a GPU the same command trains on the CPU over gloo.
 """
 
-import argparse
 import os
 import signal
 import sys
 from functools import partial
-from typing import Any
 
 import torch
 
-from megatron.remoe import cpu, processes
+from megatron.remoe import cpu, processes, unsupported
 
 
 def get_batch(data_iterator, args, *, training: bool, vp_stage: int | None = None):
@@ -106,24 +104,14 @@ def forward_step(data_iterator, model):
     return output, partial(loss_func, loss_mask, check_for_nan=check_for_nan)
 
 
-def datasets_provider(num_samples, vp_stage: int | None = None):
-    """Megatron's train, validation and test datasets over the `.bin/.idx` files of the arguments.
-
-    Args:
-        num_samples: number of samples of each split.
-        vp_stage: virtual pipeline stage.
-    """
-    from megatron.core import mpu
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-    from megatron.training import get_args, get_tokenizer
+def dataset_config(args):
+    """Megatron's configuration of the datasets over the `.bin/.idx` files of the arguments."""
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+    from megatron.training import get_tokenizer
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
+    return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -142,6 +130,24 @@ def datasets_provider(num_samples, vp_stage: int | None = None):
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
     )
 
+
+def datasets_provider(num_samples, vp_stage: int | None = None):
+    """Megatron's train, validation and test datasets over the `.bin/.idx` files of the arguments.
+
+    Args:
+        num_samples: number of samples of each split.
+        vp_stage: virtual pipeline stage.
+    """
+    from megatron.core import mpu
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
+    from megatron.training import get_args
+
+    args = get_args()
+    config = dataset_config(args)
+
     def is_built_here() -> bool:
         stage = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
         ends = mpu.is_pipeline_first_stage(**stage) or mpu.is_pipeline_last_stage(**stage)
@@ -153,37 +159,6 @@ def datasets_provider(num_samples, vp_stage: int | None = None):
 
 # Megatron then builds the datasets on every rank that needs them, and asks `is_built_here`.
 datasets_provider.is_distributed = True
-
-
-# Flags that are for Megatron's own scripts to act on, with their defaults.
-_UNUSED: dict[str, Any] = {
-    "allow_ambiguous_pad_tokens": False,
-    "check_for_spiky_loss": False,
-    "dataloader_fast_cache_load": False,
-    "dataloader_defer_npy_index_mmap": False,
-    "dataloader_inter_document_masking": False,
-    "fim_data": False,
-    "hybrid_context_parallel": False,
-    "hybrid_layer_pattern": None,
-    "hybrid_override_pattern": None,
-    "is_hybrid_model": False,
-    "logits_load_dir": None,
-    "object_storage_cache_path": None,
-    "per_dataset_sequences_path": None,
-    "perform_rl_step": False,
-    "sft": False,
-}
-
-
-def refuse_unused(args: argparse.Namespace) -> None:
-    """Raise ValueError for a flag of Megatron's that this entry point would ignore."""
-    for name, default in _UNUSED.items():
-        value = getattr(args, name, default)
-        if value != default:
-            raise ValueError(
-                f"{name} is {value}, which this entry point ignores; leave it out, or use a script "
-                f"of Megatron-LM that acts on it (the README says how)"
-            )
 
 
 def main() -> int:
@@ -211,7 +186,7 @@ def _pretrain() -> None:
     args = parse_and_validate_args(extra_args_provider=add_arguments)
     model_config = gpt_config_from_args(args)
     with processes.mistakes_in_one_line():
-        refuse_unused(args)
+        unsupported.refuse_unused(args)
         hook = configure(model_config, args)
     with running(args, hook):
         pretrain(

@@ -17,13 +17,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
+from megatron.remoe import rundir
 from megatron.remoe.cluster import Cluster, for_cluster
-from megatron.remoe.config import RunConfig, check, load_config, megatron_parser, to_argv
-from megatron.remoe.launch import complete, refuse_another_run
+from megatron.remoe.config import (
+    RunConfig,
+    bases_of,
+    check,
+    load_flags,
+    megatron_parser,
+    read_yaml,
+    to_argv,
+)
+from megatron.remoe.launch import complete, refuse_nccl_without_gpu
 
 _KEYS = ("list", "grid")
 
@@ -50,9 +55,12 @@ def load_sweep(
     Raises:
         ValueError: naming everything that is wrong in any of the runs, a line each.
     """
-    document = _read(path)
+    document = read_yaml(path, "sweep")
     settings = _settings(path, document.pop("sweep", None))
-    folder = Path(document.pop("run_dir", None) or Path("runs") / path.stem)
+    run_dir = document.pop("run_dir", None)
+    if not isinstance(run_dir, str | None):
+        raise ValueError(f"{path}: run_dir is {run_dir!r}; it must be the path of a folder")
+    folder = Path(run_dir or Path("runs") / path.stem)
     names = [name for name in settings if only is None or _matches(name, only)]
     if not names:
         raise ValueError(f"no run of {path} matches {only!r}; it has {', '.join(settings)}")
@@ -74,18 +82,6 @@ def load_sweep(
     return runs
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"sweep {path} does not exist; pass the path of a YAML file")
-    try:
-        document = OmegaConf.to_container(OmegaConf.load(path))
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} is not a mapping; a sweep has the keys base and sweep")
-    return document
-
-
 def _settings(path: Path, sweep: Any) -> dict[str, dict[str, Any]]:
     """The flags of every run by its name."""
     if not isinstance(sweep, dict) or not sweep or set(sweep) - set(_KEYS):
@@ -93,7 +89,11 @@ def _settings(path: Path, sweep: Any) -> dict[str, dict[str, Any]]:
     named, grid = sweep.get("list") or {"": {}}, sweep.get("grid") or {}
     if not isinstance(named, dict):
         raise ValueError(f"{path}: list must map names to flags; it is {named!r}")
+    if not isinstance(grid, dict):
+        raise ValueError(f"{path}: grid must map flags to lists of values; it is {grid!r}")
     for name, flags in named.items():
+        if "/" in str(name) or name in (".", ".."):
+            raise ValueError(f"{path}: {name!r} names a run and its folder; write it without /")
         if not isinstance(flags, dict | None):
             raise ValueError(f"{path}: the flags of {name!r} are {flags!r}; write a mapping")
     for key, values in grid.items():
@@ -119,13 +119,8 @@ def _matches(name: str, pattern: str) -> bool:
     return pattern in name or fnmatchcase(name, pattern)
 
 
-def _bases(flags: dict[str, Any]) -> list[str]:
-    base = flags.get("base") or []
-    return base if isinstance(base, list) else [base]
-
-
 def _missing_bases(path: Path, document: dict, settings: list[dict]) -> list[str]:
-    named = [b for flags in (document, *settings) for b in _bases(flags)]
+    named = [b for flags in (document, *settings) for b in bases_of(flags.get("base"), path)]
     return [b for b in dict.fromkeys(named) if not (path.parent / b).is_file()]
 
 
@@ -138,11 +133,12 @@ def _check_run(
     machines: Cluster | None,
 ) -> tuple[SweepRun | None, list[str]]:
     """The run, unless something is wrong with it, and everything that is."""
-    bases = [str((path.parent / b).resolve()) for b in _bases(flags) if b not in missing]
-    is_whole = len(bases) == len(_bases(flags))
+    named = bases_of(flags.get("base"), path)
+    bases = [str(path.parent / base) for base in named if base not in missing]
+    is_whole = len(bases) == len(named)
     own = {k: v for k, v in flags.items() if k != "base"}
     try:
-        config = load_flags({"base": bases} | own | {"run_dir": str(run_dir)})
+        config = load_flags({"base": bases} | own | {"run_dir": str(run_dir)}, f"{path}")
     except ValueError as error:
         return None, [str(error)]
     parser, problems, known = megatron_parser(), [], {}
@@ -155,30 +151,20 @@ def _check_run(
     config = RunConfig(config.run_dir, config.nproc, known)
     if machines is not None:
         config = for_cluster(config, machines, gpus=True)
-    config = complete(config)
-    argv = to_argv(config.flags, parser)
     try:
+        config = complete(config)
+        if machines is None:
+            refuse_nccl_without_gpu(config)
+        argv = to_argv(config.flags, parser)
         if is_whole:
             check(argv, machines.world if machines else config.nproc or 1)
-            refuse_another_run(config)
+            rundir.check(config)
+            rundir.refuse_another_run(config)
         else:  # without its base Megatron would miss half of the model: our own checks only
             _parse(argv)
     except ValueError as error:
         problems.append(str(error))
     return (None if problems else SweepRun(name, config, argv)), problems
-
-
-def load_flags(flags: dict[str, Any]) -> RunConfig:
-    """`load_config` of a mapping: its bases, interpolations and dense models."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run.yaml"
-        path.write_text(OmegaConf.to_yaml(OmegaConf.create(flags)))
-        try:
-            return load_config(path)
-        except ValueError as error:
-            raise ValueError(str(error).replace(f"{path} with overrides []: ", "")) from None
 
 
 def _parse(argv: list[str]) -> None:

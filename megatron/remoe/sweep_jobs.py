@@ -1,6 +1,5 @@
 """Running a sweep: several runs at a time here, or one Slurm job each; finished ones are left."""
 
-import json
 import os
 import re
 import shutil
@@ -15,8 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from megatron.remoe import cluster, launch
+from megatron.remoe import cluster, launch, rundir
 from megatron.remoe.sweep import SweepRun
+from remoe.analysis.runs import read_rows
 
 _POLL_SECONDS = 0.5
 _SECONDS_BETWEEN_LINES = 30  # where the output is not a terminal
@@ -27,21 +27,24 @@ Active = dict[str, tuple[SweepRun, subprocess.Popen]]  # runs that are going on,
 
 
 def is_finished(run: SweepRun) -> bool:
-    """Whether the last step is logged, and the validation after it where there is one."""
-    last, steps = False, launch.train_iters(run.config.flags)
-    evaluates = run.config.flags.get("eval_iters", 100) != 0
-    for row in _rows(run):
-        if row["iteration"] == steps:
-            last = last or (row.get("split") == "valid" if evaluates else "split" not in row)
-    return last
+    """Whether the last step that is logged is there, and the validation after the last one.
+
+    Raises:
+        ValueError: a damaged line.
+    """
+    flags = run.config.flags
+    steps = launch.train_iters(flags)
+    if steps is None:
+        return False
+    evaluates = flags.get("eval_iters", 100) != 0
+    last = steps if evaluates else steps - steps % flags.get("log_interval", 1)
+    split = "valid" if evaluates else None
+    return any(row["iteration"] == last and row.get("split") == split for row in _rows(run))
 
 
 def _rows(run: SweepRun) -> list[dict[str, Any]]:
     path = Path(run.config.flags["metrics_file"])
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_rows(path) if path.exists() else []
 
 
 @dataclass
@@ -102,7 +105,7 @@ def _start(run: SweepRun, jobs: int) -> subprocess.Popen:
 
     def claim() -> None:
         """With the directory held: another sweep may have put its config there meanwhile."""
-        launch.refuse_another_run(run.config)
+        rundir.refuse_another_run(run.config)
         launch.write_config(run.config)
 
     run.config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -120,10 +123,14 @@ def _finish(run: SweepRun, process: subprocess.Popen, outcome: Outcome) -> None:
     if process.returncode != 0:
         outcome.failed[run.name] = f"exit code {process.returncode}, see {log}{_reason(log)}"
         return
-    if not is_finished(run):
-        outcome.failed[run.name] = f"ended before its last step, see {log}"
+    try:
+        if not is_finished(run):
+            outcome.failed[run.name] = f"ended before its last step, see {log}"
+            return
+        plot_curves(Run.load(run.config.run_dir), run.config.run_dir / "curves.png")
+    except ValueError as error:
+        outcome.failed[run.name] = str(error)
         return
-    plot_curves(Run.load(run.config.run_dir), run.config.run_dir / "curves.png")
     outcome.finished.append(run.name)
 
 
@@ -155,7 +162,10 @@ def _stop(active: Active) -> None:
 
 def _progress(run: SweepRun) -> tuple[int, str]:
     """Last logged step, and what it says."""
-    rows = [row for row in _rows(run) if "split" not in row]
+    try:
+        rows = [row for row in _rows(run) if "split" not in row]
+    except ValueError as error:
+        return 0, str(error)
     return (rows[-1]["iteration"], launch.describe_row(rows[-1])) if rows else (0, "starting")
 
 

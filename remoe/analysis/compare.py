@@ -117,10 +117,20 @@ def accuracy(run: Run) -> float | None:
     """Mean accuracy of the tasks in `evaluation.json`; None without that file or tasks in it.
 
     A group stands for its tasks, whose names begin with the group's.
+
+    Raises:
+        ValueError: the file is damaged.
     """
     file = run.path / "evaluation.json"
-    tasks = json.loads(file.read_text()).get("tasks") if file.is_file() else None
-    known = {name: task["acc"] for name, task in (tasks or {}).items() if "acc" in task}
+    if not file.is_file():
+        return None
+    try:
+        tasks = json.loads(file.read_bytes()).get("tasks") or {}
+        known = {name: task["acc"] for name, task in tasks.items() if "acc" in task}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not what remoe evaluate writes ({error}); delete it, or evaluate again"
+        ) from None
     own = [n for n in known if not any(n.startswith(f"{other}_") for other in known)]
     return statistics.fmean(known[name] for name in own) if own else None
 

@@ -41,6 +41,52 @@ class StageCost:
     peak_memory: int | None
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`; a last line that is not complete is left out.
+
+    Raises:
+        ValueError: another line is damaged, naming it.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):
+            try:
+                rows.append(parse_row(line))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number}: {error}; delete the line, or restore the file"
+                ) from None
+    return rows
+
+
+def parse_row(line: str | bytes) -> dict[str, Any]:
+    """A line of `metrics.jsonl`.
+
+    Raises:
+        ValueError: it is not a step or an evaluation.
+    """
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ValueError(f"it is not JSON ({error})") from None
+    if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
+        raise ValueError("it is neither a step nor an evaluation")
+    if not isinstance(row.get("lm_loss"), int | float | None) or "lm_loss" not in row:
+        raise ValueError("its lm_loss is no number")
+    return row
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not YAML ({reason}); restore the file") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} does not map flags to values; restore the file")
+    return config
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run wrote.
@@ -62,17 +108,16 @@ class Run:
         """Read a run directory; a last line that a kill has cut off is left out.
 
         Raises:
-            ValueError: the directory is not a run, or has no step yet.
+            ValueError: the directory is not a run, has no step yet, or a file in it is damaged.
         """
         for name in ("config.yaml", "metrics.jsonl"):
             if not (path / name).is_file():
                 raise ValueError(f"{path} is not a run directory: it has no {name}")
-        text = (path / "metrics.jsonl").read_text()
-        rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        rows = read_rows(path / "metrics.jsonl")
         train = [row for row in rows if "split" not in row]
         if not train:
             raise ValueError(f"{path} has no training step yet; wait for the first, or start it")
-        config = yaml.safe_load((path / "config.yaml").read_text())
+        config = _read_config(path / "config.yaml")
         return cls(path, config, train, [row for row in rows if "split" in row])
 
     def series(self, key: str) -> list[Any]:

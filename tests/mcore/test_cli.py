@@ -59,15 +59,16 @@ CASES = {
         "experts again; use alltoall or allgather",
     ),
     "no such value": (["lr=fast"], "argument --lr: invalid float value: 'fast'"),
-    "no heads": (["num_attention_heads=0"], "Megatron requires: "),
+    "no heads": (["num_attention_heads=0"], "num_attention_heads is 0; it must be at least 1"),
     "no learning rate": (["lr=null"], "lr is not given; set the learning rate"),
     "no length": (["train_iters=null", "save_interval=1"], "neither train_iters nor train_samples"),
     "heads": (
         ["hidden_size=33"],
-        "Megatron requires: assert args.hidden_size % args.num_attention_heads == 0",
+        "Megatron requires hidden_size % num_attention_heads == 0 (hidden_size is 33, "
+        "num_attention_heads is 2; change one of them)",
     ),
     "batch": (
-        ["global_batch_size=7", "full_validation=true"],
+        ["global_batch_size=7", "full_validation=true", "multiple_validation_sets=true"],
         "global_batch_size 7 is not a multiple of 2: micro_batch_size 2 on each of 1 data-parallel",
     ),
     "expert groups": (
@@ -160,7 +161,10 @@ def test_a_process_of_its_own_prints_that_line_only(tmp_path):
     tiny.write_config(tmp_path / "tiny.yaml")
     process = tiny.start("train", "tiny.yaml", "hidden_size=33", cwd=tmp_path)
     out, error = process.communicate()
-    line = "error: Megatron requires: assert args.hidden_size % args.num_attention_heads == 0\n"
+    line = (
+        "error: Megatron requires hidden_size % num_attention_heads == 0 (hidden_size is 33, "
+        "num_attention_heads is 2; change one of them)\n"
+    )
     assert (process.returncode, out, error) == (2, "", line)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
@@ -198,3 +202,14 @@ def test_progress_is_read_from_the_rows_of_this_run(monkeypatch, tmp_path):
     first, last = out.splitlines()
     assert first == "1/2  loss nan  ETA 8 s"  # 64 tokens at 8 per second
     assert last == "2/2  loss 1.500  sparsity 0.750  coefficient 1.0e-08  ETA 0 s"
+
+
+def test_a_damaged_line_does_not_end_a_live_run(monkeypatch, tmp_path):
+    row = {"iteration": 2, "lm_loss": 1.5, "tokens": 128, "tokens_per_second": 8.0}
+    lines = ["{", "\udcff", "[1]", '{"iteration": 1}', json.dumps(row)]
+    path = tmp_path / "run/metrics.jsonl"
+    written = "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
+    code, out = train_with(
+        monkeypatch, tmp_path / "run", f"open({str(path)!r}, 'wb').write({written})"
+    )
+    assert (code, out) == (0, "2/2  loss 1.500  ETA 0 s\n")

@@ -43,8 +43,8 @@ def test_a_base_may_be_reached_twice(tmp_path):
     [
         ("base: nowhere.yaml\n", r"nowhere\.yaml does not exist; pass the path of a YAML file"),
         ("- lr\n", r"run\.yaml is not a mapping"),
-        ("lr: ${nothing}\n", r"run\.yaml with overrides \[\]: .*'nothing' not found"),
-        ("lr: [1\n", r"run\.yaml with overrides \[\]: .*expected"),
+        ("lr: ${nothing}\n", r"run\.yaml: .*'nothing' not found \(in lr\); correct the value"),
+        ("lr: [1\n", r"run\.yaml: line 2, column 1: .*expected .*; correct the YAML there"),
         ("nproc: 0\n", r"nproc is 0; it must be a positive number"),
         ("nproc: two\n", r"nproc is 'two'; it must be a positive number"),
     ],

@@ -89,7 +89,8 @@ MISTAKES = {
     "two of a name": ({"sweep": {"grid": {"seed": [1, 1]}}}, "two runs would be named seed=1"),
     "megatron": (
         {"sweep": {"list": {"a": {"hidden_size": 33}, "b": {}}}},
-        "Megatron requires: assert args.hidden_size % args.num_attention_heads == 0 (in a)",
+        "Megatron requires hidden_size % num_attention_heads == 0 (hidden_size is 33, "
+        "num_attention_heads is 2; change one of them) (in a)",
     ),
 }
 
@@ -166,6 +167,26 @@ def test_finished_runs_are_left_and_unfinished_ones_go_on(monkeypatch, tmp_path)
     assert sorted(outcome.finished) == ["a", "b", "c"] and outcome.failed == {}
     assert lines[0] == "1 of 3 runs are finished already" and "a: started" not in lines
     assert (tmp_path / "a/metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_run_whose_metrics_are_damaged_fails_alone(monkeypatch, tmp_path):
+    scripts(monkeypatch, tmp_path, {"a": f"out.write('{{\\n')\n{GOOD}", "b": GOOD})
+    outcome, _ = sweep([fake_run(tmp_path, name) for name in "ab"])
+    assert outcome.finished == ["b"]
+    assert "a/metrics.jsonl, line 1: it is not JSON" in outcome.failed["a"]
+    with pytest.raises(ValueError, match="a/metrics.jsonl, line 1: it is not JSON"):
+        sweep([fake_run(tmp_path, "a")])
+
+
+def test_a_run_is_finished_when_its_last_logged_step_is_there(tmp_path):
+    run = fake_run(tmp_path, "a")
+    run.config.flags.update(log_interval=2, eval_iters=0)
+    run.config.run_dir.mkdir()
+    metrics = run.config.run_dir / "metrics.jsonl"
+    metrics.write_text(json.dumps({"iteration": 1, "lm_loss": 1.0}) + "\n")
+    assert not sweep_jobs.is_finished(run)
+    metrics.write_text(json.dumps({"iteration": 2, "lm_loss": 1.0}) + "\n")
+    assert sweep_jobs.is_finished(run)
 
 
 def test_an_interrupted_sweep_stops_its_runs(monkeypatch, tmp_path):
@@ -334,7 +355,8 @@ def names_of(path: Path) -> list[str]:
     from megatron.remoe import config, sweep
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "check_paths", lambda args: None)
+        check = config.check
+        patch.setattr(sweep, "check", lambda argv, nproc: check(argv, nproc, paths=False))
         return [run.name for run in sweep.load_sweep(path)]
 
 

@@ -7,6 +7,7 @@ sequences, and the boundaries (8 each). Megatron reads past the end of a file th
 
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -15,8 +16,12 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # of a token, by the code of its dtype
 
 
-def check_pair(prefix: Path) -> None:
+def check_pair(prefix: Path, *, contents: bool = True) -> None:
     """Check that the files of a prefix are a pair, and whole.
+
+    Args:
+        prefix: of the two files.
+        contents: whether to read the whole index, and not only its header and its last entries.
 
     Raises:
         ValueError: a file that is missing, cut off or no token file.
@@ -42,6 +47,9 @@ def check_pair(prefix: Path) -> None:
                 f"{index} has {index.stat().st_size} bytes, but its header asks for {expected}; "
                 f"{again}"
             )
+        if not contents:
+            _check_size(tokens, _last_byte(file, sequences, _BYTES[code]), again)
+            return
         lengths = np.fromfile(file, np.int32, sequences)
         offsets = np.fromfile(file, np.int64, sequences)
         documents = np.fromfile(file, np.int64, boundaries)
@@ -50,7 +58,21 @@ def check_pair(prefix: Path) -> None:
     is_sound = (lengths >= 0).all() and (offsets == np.cumsum(sizes) - sizes).all()
     if not is_sound or ((documents < 0) | (documents > sequences)).any():
         raise ValueError(f"{index} is damaged: it points outside of its tokens; {again}")
-    if tokens.stat().st_size != size:
-        raise ValueError(
-            f"{tokens} has {tokens.stat().st_size} bytes, but {index} asks for {size}; {again}"
-        )
+    _check_size(tokens, size, again)
+
+
+def _last_byte(index: BinaryIO, sequences: int, bytes_per_token: int) -> int:
+    """Where the last sequence ends, by an open index."""
+    if sequences == 0:
+        return 0
+    index.seek(_HEADER.size + 4 * (sequences - 1))
+    (length,) = np.fromfile(index, np.int32, 1).tolist()
+    index.seek(_HEADER.size + 12 * sequences - 8)
+    (offset,) = np.fromfile(index, np.int64, 1).tolist()
+    return int(offset + length * bytes_per_token)
+
+
+def _check_size(tokens: Path, size: int, again: str) -> None:
+    found, index = tokens.stat().st_size, tokens.with_suffix(".idx")
+    if found != size:
+        raise ValueError(f"{tokens} has {found} bytes, but {index} asks for {size}; {again}")

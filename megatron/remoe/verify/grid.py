@@ -47,8 +47,8 @@ FROM_A_FLIP_ON = FP32 | {"grad_norm": 1e-2, "l1_reg": 1e-2, "most_active": 1}
 # weights; logits near zero flip, and where sparsity is near its target the coefficient then goes
 # down instead of up: two such steps (1.2 squared) are allowed, and with them regulariser and norm.
 # One rank with other kernels (the cell "bf16: one rank") differs as much.
-# The regularizer depends on sparsity through load and through gates: one processor showed 0.51 where
-# another showed 0.39, with the same code.
+# The regularizer depends on sparsity through load and through gates: one processor showed 0.51
+# where another showed 0.39, with the same code.
 BF16 = {
     "lm_loss": 1e-2,
     "grad_norm": 5e-1,
