@@ -54,6 +54,27 @@ def dense_run(tmp_path) -> Path:
     return write_run(tmp_path / "dense", [step(1), step(2)], "num_layers: 2\n")
 
 
+def test_a_step_of_padding_alone_has_no_sparsity_and_disturbs_nothing(tmp_path):
+    """Its row has null; stages, plots and the summary of a run are those of the other rows."""
+    from rich.console import Console
+
+    from megatron.remoe.launch import describe_row, summarise
+    from remoe.analysis.compare import deviation, steps_to_settle
+
+    rows = relu_rows([0.4, 0.6] + [0.75] * 24)
+    for row in rows:
+        row |= {"tokens": 100 * row["iteration"], "tokens_per_second": 50.0}
+    nothing = rows[5] | {"sparsity": None, "sparsity_per_layer": [None, None]}
+    path = write_run(tmp_path / "run", rows[:5] + [nothing] + rows[6:])
+    run = Run.load(path)
+    assert run.stages == Stages(1, 3)
+    assert steps_to_settle(run) == 3
+    assert deviation(run) == pytest.approx(deviation(Run("", run.config, rows[:5] + rows[6:], [])))
+    assert "sparsity" not in describe_row(nothing) and "sparsity 0.750" in describe_row(rows[6])
+    summarise(path, Console(quiet=True))
+    assert (path / "curves.png").stat().st_size > 0
+
+
 def test_a_run_is_read_as_it_was_written(relu_run):
     run = Run.load(relu_run)
     assert run.path == relu_run

@@ -353,8 +353,8 @@ def summarise(run_dir: Path, console: Console) -> None:
     table = Table(title=str(run_dir), show_header=False)
     table.add_row("iterations", str(run.train[-1]["iteration"]))
     table.add_row("training loss", _loss(run.train[-1]["lm_loss"], 4))
-    if run.has_relu_routing:
-        last = run.series("sparsity")[-20:]
+    if run.has_relu_routing and run.measured:
+        last = [row["sparsity"] for row in run.measured[-20:]]
         table.add_row(
             f"sparsity, mean of the last {len(last)} rows",
             f"{sum(last) / len(last):.4f} (target {run.target_sparsity:g})",
@@ -379,7 +379,7 @@ def summarise(run_dir: Path, console: Console) -> None:
 def describe_row(row: dict[str, Any]) -> str:
     """A training row in a few words."""
     text = f"loss {_loss(row['lm_loss'], 3)}"
-    if "sparsity" in row:
+    if row.get("sparsity") is not None:  # null: the batch was padding alone
         text += f"  sparsity {row['sparsity']:.3f}"
     if "l1_coeff" in row:
         text += f"  coefficient {row['l1_coeff']:.1e}"

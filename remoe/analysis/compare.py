@@ -85,11 +85,10 @@ def steps_to_settle(run: Run) -> int | None:
     if not run.has_relu_routing:
         return None
     target, length = run.target_sparsity, 0
-    steps = run.series("iteration")
-    for index, sparsity in enumerate(run.series("sparsity")):
-        length = length + 1 if abs(sparsity - target) <= _SETTLED_WITHIN else 0
+    for index, row in enumerate(run.measured):
+        length = length + 1 if abs(row["sparsity"] - target) <= _SETTLED_WITHIN else 0
         if length == _SETTLED_STEPS:
-            return int(steps[index - _SETTLED_STEPS + 1])
+            return int(run.measured[index - _SETTLED_STEPS + 1]["iteration"])
     return None
 
 
@@ -108,7 +107,7 @@ def deviation(run: Run) -> float | None:
 
 def _deviation(run: Run, rows: int) -> float | None:
     """In means of so many rows."""
-    values = [row["sparsity"] for row in run.train[-_OSCILLATION_ROWS:] if "sparsity" in row]
+    values = [row["sparsity"] for row in run.measured[-_OSCILLATION_ROWS:]]
     parts = [values[i : i + rows] for i in range(0, len(values), rows)]
     return statistics.pstdev(map(statistics.fmean, parts)) if parts else None
 

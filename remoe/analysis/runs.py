@@ -125,6 +125,11 @@ class Run:
         return [row[key] for row in self.train]
 
     @property
+    def measured(self) -> list[dict[str, Any]]:
+        """The training rows that have a sparsity: a batch of padding alone has none (null)."""
+        return [row for row in self.train if row.get("sparsity") is not None]
+
+    @property
     def has_relu_routing(self) -> bool:
         return "l1_coeff" in self.train[0]
 
@@ -136,7 +141,7 @@ class Run:
     @property
     def stages(self) -> Stages:
         dense_until, sparse_from = 0, None
-        for row in self.train:
+        for row in self.measured:
             if row["sparsity"] >= self.target_sparsity:
                 sparse_from = int(row["iteration"])
                 break
