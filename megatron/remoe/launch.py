@@ -105,8 +105,8 @@ def prepare(
     config = complete(config)
     refuse_nccl_without_gpu(config)
     argv = to_argv(config.flags, megatron_parser())
-    check(argv, nodes * (config.nproc or 1))
     rundir.check(config)
+    check(argv, nodes * (config.nproc or 1))
     if not force:
         rundir.refuse_another_run(config)
     config.run_dir.mkdir(parents=True, exist_ok=True)

@@ -157,8 +157,8 @@ def _check_run(
             refuse_nccl_without_gpu(config)
         argv = to_argv(config.flags, parser)
         if is_whole:
-            check(argv, machines.world if machines else config.nproc or 1)
             rundir.check(config)
+            check(argv, machines.world if machines else config.nproc or 1)
             rundir.refuse_another_run(config)
         else:  # without its base Megatron would miss half of the model: our own checks only
             _parse(argv)

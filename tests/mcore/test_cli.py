@@ -86,8 +86,8 @@ CASES = {
     ),
     "not an override": (["lr"], "override 'lr' is not of the form key=value"),
     "for another script": (
-        ["sft=true"],
-        "sft is True, which this entry point ignores; leave it out, or use a script of Megatron-LM",
+        ["fim_data=true"],
+        "fim_data is True, which this entry point ignores; leave it out, or use a script of Megatron-LM",
     ),
     "format of checkpoints": (
         ["ckpt_format=torch"],
