@@ -86,8 +86,8 @@ CASES = {
     ),
     "not an override": (["lr"], "override 'lr' is not of the form key=value"),
     "for another script": (
-        ["fim_data=true"],
-        "fim_data is True, which this entry point ignores; leave it out, or use a script of Megatron-LM",
+        ["check_for_spiky_loss=true"],
+        "check_for_spiky_loss is True, which this entry point ignores; leave it out, or use a",
     ),
     "format of checkpoints": (
         ["ckpt_format=torch"],
