@@ -394,6 +394,18 @@ def _refuse_what_local_lacks(args: argparse.Namespace) -> None:
                 f"Transformer Engine's layers; leave it out (metrics_file has the load of the "
                 f"experts)"
             )
+    for name, allowed in (
+        ("attention_backend", ("auto", "local")),
+        ("use_kitchen_attention", (False,)),
+        ("use_grouped_gemm_for_dense_mlp", (False,)),
+    ):
+        value = getattr(args, name)
+        value = getattr(value, "name", value)  # of an enum
+        if value not in allowed:
+            raise ValueError(
+                f"{name} is {value}, which the layers of transformer_impl local ignore; leave it "
+                f"out, or use transformer_impl transformer_engine"
+            )
     if "layernorm" in (args.recompute_modules or ()):
         raise ValueError(
             "recompute_modules has layernorm, which Megatron recomputes with Transformer Engine "

@@ -307,6 +307,14 @@ WIDE = ["--ffn-hidden-size", "64"]
             "recompute_modules has layernorm, which Megatron recomputes with Transformer Engine",
         ),
         (
+            ["--transformer-impl", "local", "--attention-backend", "flash"],
+            "attention_backend is flash, which the layers of transformer_impl local ignore",
+        ),
+        (
+            ["--transformer-impl", "local", "--use-grouped-gemm-for-dense-mlp"],
+            "use_grouped_gemm_for_dense_mlp is True, which the layers of transformer_impl local",
+        ),
+        (
             ["--transformer-impl", "local", "--save-tokens-per-expert-interval", "1"],
             "save_tokens_per_expert_interval is 1, but Megatron takes what it saves from Transf",
         ),

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from megatron.remoe import checkpoint
+from megatron.remoe.convert.source import find_checkpoint
 from megatron.remoe.verify.ranks import Ranks
 from tests.mcore import tiny
 from tests.mcore.convert_cases import (
@@ -356,6 +358,27 @@ def test_generates_alike_from_a_checkpoint_and_from_its_export(call, model, toke
     sampled = [*request, "--temperature", "2.0", "--seed"]
     texts = [call(tiny.remoe, tmp_path, "generate", "hf", *sampled, s)[1] for s in "112"]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_chosen_tokenizer_replaces_that_of_a_model(call, model, tokenizer, tmp_path):
+    """`--tokenizer` is for a folder of transformers too, which has none of its own here."""
+    shutil.copytree(model / "hf", tmp_path / "hf")
+    prompt = ["generate", "hf", "def ", "--max-new-tokens", "2"]
+    assert "tokenizer" in fails(call, tmp_path, *prompt)
+    code, out, error = call(tiny.remoe, tmp_path, *prompt, "--tokenizer", str(tokenizer))
+    assert code == 0 and out, error
+    assert "does not exist" in fails(call, tmp_path, *prompt, "--tokenizer", "nowhere")
+
+
+def test_reading_an_older_checkpoint_than_the_trackers_is_said(model, tmp_path, capsys):
+    for number in (3, 4):
+        shutil.copytree(model / "iter_0000003", tmp_path / f"iter_000000{number}")
+    (tmp_path / checkpoint.TRACKER).write_text("4")
+    assert find_checkpoint(tmp_path).name == "iter_0000004"
+    assert capsys.readouterr().out == ""
+    (tmp_path / "iter_0000004/metadata.json").unlink()
+    assert find_checkpoint(tmp_path).name == "iter_0000003"
+    assert "iter_0000004 is not complete; reading" in capsys.readouterr().out
 
 
 def test_a_tokenizer_that_does_not_fit_is_a_vocabulary_mismatch(call, model, tokenizer, tmp_path):

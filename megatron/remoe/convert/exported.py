@@ -11,11 +11,13 @@ import torch
 import remoe.hf  # noqa: F401, registers the model with transformers
 from megatron.remoe.convert.export import export
 from megatron.remoe.convert.source import HFSource, MegatronSource, open_source
+from megatron.remoe.convert.tokenizer import TokenizerFiles
 
 
 @contextmanager
 def exported(source: MegatronSource | HFSource) -> Iterator[Path]:
-    """The Hugging Face folder of a model; that of a checkpoint is temporary.
+    """The Hugging Face folder of a model; that of a checkpoint, or one with another tokenizer than
+    the folder's own, is temporary.
 
     Raises:
         ValueError: a weight that is NaN or infinite.
@@ -23,7 +25,15 @@ def exported(source: MegatronSource | HFSource) -> Iterator[Path]:
     if isinstance(source, HFSource):
         for item in source.items:
             source.hf_tensors(item)  # checks them
-        yield source.path
+        if source.chosen_tokenizer is None:
+            yield source.path
+            return
+        with tempfile.TemporaryDirectory() as scratch:  # the model's files, and other tokens
+            for file in source.path.absolute().iterdir():
+                if file.name == "config.json" or "safetensors" in file.name:
+                    (Path(scratch) / file.name).symlink_to(file)
+            TokenizerFiles.chosen(source.chosen_tokenizer).write(Path(scratch))
+            yield Path(scratch)
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
@@ -33,7 +43,7 @@ def exported(source: MegatronSource | HFSource) -> Iterator[Path]:
 
 @contextmanager
 def exported_with_tokenizer(path: Path, tokenizer: Path | None = None) -> Iterator[Path]:
-    """`exported` for a model with a tokenizer, its own or the one that is given for a run.
+    """`exported` for a model with a tokenizer, its own or the one that is given.
 
     Raises:
         ValueError: no model there, or no tokenizer.

@@ -32,7 +32,7 @@ def generate(
         top_p: smallest share of the probability to sample from.
         seed: of sampling.
         dtype: of the model; None is that of its weights.
-        tokenizer: in place of the one that a run names.
+        tokenizer: in place of the model's own.
 
     Raises:
         ValueError: no model or no tokenizer there, or values out of range.

@@ -34,7 +34,7 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 def open_source(path: Path, tokenizer: Path | None = None) -> "MegatronSource | HFSource":
     """A Hugging Face folder, or else whatever Megatron's checkpoints may be found in."""
     if (path / "config.json").is_file():
-        return HFSource(path)
+        return HFSource(path, tokenizer=tokenizer)
     return MegatronSource(path, tokenizer)
 
 
@@ -179,13 +179,20 @@ class HFSource:
         path: the folder.
         padded_vocab_size: rows of Megatron's embedding; as in the run that the model is from, or
             the vocabulary's, when None.
+        tokenizer: in place of the folder's.
 
     Raises:
         ValueError: files that do not make a model of type `remoe` or `llama`.
     """
 
-    def __init__(self, path: Path, padded_vocab_size: int | None = None) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        padded_vocab_size: int | None = None,
+        *,
+        tokenizer: Path | None = None,
+    ) -> None:
+        self.path, self.chosen_tokenizer = path, tokenizer
         self.config = _read_config(path)
         self.reader = SafetensorsReader(path, extra={PADDING_FILE: PADDING})
         if padded_vocab_size is None:
@@ -237,8 +244,9 @@ class HFSource:
         tokenizer = self.tokenizer
         if tokenizer is not None and tokenizer.vocab_size > vocab:
             raise ValueError(
-                f"vocabulary mismatch: the tokenizer of {self.path} has {tokenizer.vocab_size} "
-                f"entries, config.json has vocab_size {vocab}; they must be of one model"
+                f"vocabulary mismatch: the tokenizer of {tokenizer.path} has "
+                f"{tokenizer.vocab_size} entries, config.json has vocab_size {vocab}; they must "
+                f"be of one model"
             )
         in_config = Counter(_config_key(name) for name in expected if name.startswith(CONFIG))
         for key, count in in_config.items():
@@ -250,6 +258,8 @@ class HFSource:
 
     @cached_property
     def tokenizer(self) -> TokenizerFiles | None:
+        if self.chosen_tokenizer is not None:
+            return TokenizerFiles.chosen(self.chosen_tokenizer)
         has_one = (self.path / "tokenizer.json").is_file()
         return TokenizerFiles(self.path) if has_one else None
 
@@ -327,8 +337,11 @@ def find_checkpoint(path: Path) -> Path:
         return path
     folder = checkpoint.folder_of(path)
     newest_first = [found.path for found in reversed(checkpoint.find(folder))]
-    for candidate in (checkpoint.tracked_path(folder), *newest_first):
+    tracked = checkpoint.tracked_path(folder)
+    for candidate in (tracked, *newest_first):
         if candidate is not None and _is_checkpoint(candidate):
+            if tracked not in (None, candidate):
+                print(f"remoe: warning: {tracked} is not complete; reading {candidate} instead")
             return candidate
     raise ValueError(
         f"{path} holds no complete checkpoint; name a run directory, a folder of checkpoints "

@@ -51,12 +51,21 @@ class TokenizerFiles:
             if kind != "HuggingFaceTokenizer" or not args.tokenizer_model:
                 return None
             chosen = Path(args.tokenizer_model)
-        if not chosen.exists():
+        return cls.chosen(chosen)
+
+    @classmethod
+    def chosen(cls, path: Path) -> "TokenizerFiles":
+        """The one of a folder or a `tokenizer.json`.
+
+        Raises:
+            ValueError: it does not exist here.
+        """
+        if not path.exists():
             raise ValueError(
-                f"the tokenizer {chosen} does not exist here; go to the directory that the run was "
+                f"the tokenizer {path} does not exist here; go to the directory that the run was "
                 f"started in, or name a copy (--tokenizer PATH)"
             )
-        return cls(chosen)
+        return cls(path)
 
     @cached_property
     def _loaded(self) -> tuple[Tokenizer, str]:
