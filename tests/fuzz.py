@@ -144,8 +144,8 @@ def _typed(action: argparse.Action, random_: random.Random) -> Any:
 
 def judge(case: Case, folder: Path) -> tuple[str, Any]:
     """ "refused" and the message, "accepted" and the command line, or "broken" and why."""
-    from megatron.remoe import launch
-    from megatron.remoe.config import load_config
+    from megatron.remoe.run import launch
+    from megatron.remoe.run.config import load_config
 
     path = folder / "config.yaml"
     content = case.text if isinstance(case.text, bytes) else case.text.encode()
@@ -245,7 +245,7 @@ def _rank(argv: list[str], folder: Path, log: Path) -> None:
 
 def fuzz(indices: range, seed: int, share: float, report: Any) -> collections.Counter[str]:
     """Judge these cases; `report` gets a line for each that fell."""
-    from megatron.remoe.config import megatron_parser
+    from megatron.remoe.run.config import megatron_parser
 
     options = {
         option[2:].replace("-", "_"): action

@@ -50,7 +50,7 @@ def test_the_sdist_has_what_it_needs_and_no_more(built):
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "pyproject.toml", "remoe/routing.py"} <= names
-    assert {"megatron/remoe/cli.py", "megatron/remoe/data/encode.py"} <= names
+    assert {"megatron/remoe/cli/app.py", "megatron/remoe/data/encode.py"} <= names
     assert "megatron/__init__.py" not in names
     unwanted = ("data/", "runs/", ".venv", "shared")
     assert [n for n in names if n.startswith(unwanted) or "__pycache__" in n] == []

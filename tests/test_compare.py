@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from remoe.analysis import compare as tables
-from remoe.analysis import figures
-from remoe.analysis.runs import Run
+from megatron.remoe.analysis import compare as tables
+from megatron.remoe.analysis import figures
+from megatron.remoe.analysis.runs import Run
 from tests.test_runs import evaluation, size_of_png
 
 SHAPE = {

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from remoe import conversion
-from remoe.conversion import TABLE, check_names, plan
+from megatron.remoe.convert import table as conversion
+from megatron.remoe.convert.table import TABLE, check_names, plan
 
 CONFIG = {
     "model_type": "remoe",

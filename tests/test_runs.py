@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from remoe.analysis.plots import plot_curves
-from remoe.analysis.runs import Run, Stages
+from megatron.remoe.analysis.plots import plot_curves
+from megatron.remoe.analysis.runs import Run, Stages
 
 # Target 1 - 2/8 = 0.75. Dense until 3, although 2 is not: the last step below one half counts.
 SPARSITY = [0.4, 0.55, 0.45, 0.51, 0.7, 0.75, 0.74, 0.8]
@@ -58,8 +58,8 @@ def test_a_step_of_padding_alone_has_no_sparsity_and_disturbs_nothing(tmp_path):
     """Its row has null; stages, plots and the summary of a run are those of the other rows."""
     from rich.console import Console
 
-    from megatron.remoe.launch import describe_row, summarise
-    from remoe.analysis.compare import deviation, steps_to_settle
+    from megatron.remoe.analysis.compare import deviation, steps_to_settle
+    from megatron.remoe.run.launch import describe_row, summarise
 
     rows = relu_rows([0.4, 0.6] + [0.75] * 24)
     for row in rows:

@@ -17,16 +17,16 @@ import importlib
 from typing import Any
 
 _MODULE_OF = {
-    "FinalizeStep": "step",
-    "MetricsWriter": "metrics",
-    "ReLURouting": "router",
+    "FinalizeStep": "train.step",
+    "MetricsWriter": "train.metrics",
+    "ReLURouting": "moe.router",
     "add_arguments": "arguments",
     "args_provider": "arguments",
     "configure": "arguments",
-    "layer_spec": "spec",
+    "layer_spec": "moe.spec",
     "prepare_megatron": "cpu",
     "routing_from_args": "arguments",
-    "running": "session",
+    "running": "train.session",
 }
 
 __all__ = list(_MODULE_OF)

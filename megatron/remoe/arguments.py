@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, get_args
 
-from megatron.remoe import compat, cpu, options, ranges
+from megatron.remoe import compat, cpu, options
+from megatron.remoe.run import ranges
 from remoe.config import LoadBalancing, apply_granularity
 
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -534,8 +535,8 @@ def _finish_relu_routing(args: argparse.Namespace) -> None:
 
 def routing_from_args(args: argparse.Namespace):
     """The settings of ReLU routing, or of TopK routing."""
-    from megatron.remoe.router import ReLURouting
-    from megatron.remoe.warmup import TopKRouting
+    from megatron.remoe.moe.router import ReLURouting
+    from megatron.remoe.moe.topk_router import TopKRouting
 
     if args.moe_relu_routing:
         return ReLURouting(
@@ -566,9 +567,9 @@ def configure(model_config, args: argparse.Namespace):
         ValueError: another kind of model, layers of the script's own, or a checkpoint to load that
             was trained with another router.
     """
-    from megatron.remoe import saved
-    from megatron.remoe.spec import layer_spec
-    from megatron.remoe.step import FinalizeStep
+    from megatron.remoe.moe.spec import layer_spec
+    from megatron.remoe.train import saved
+    from megatron.remoe.train.step import FinalizeStep
 
     _check_model(model_config)
     _refuse_what_is_replaced(args)  # again, since --use-checkpoint-args brings some

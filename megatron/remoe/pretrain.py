@@ -12,7 +12,8 @@ from functools import partial
 
 import torch
 
-from megatron.remoe import cpu, processes, unsupported
+from megatron.remoe import cpu, processes
+from megatron.remoe.run import unsupported
 
 
 def get_batch(data_iterator, args, *, training: bool, vp_stage: int | None = None):
@@ -181,7 +182,7 @@ def _pretrain() -> None:
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron.remoe.arguments import add_arguments, configure
-    from megatron.remoe.session import running
+    from megatron.remoe.train.session import running
 
     args = parse_and_validate_args(extra_args_provider=add_arguments)
     model_config = gpt_config_from_args(args)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.remoe.cli import main
+from megatron.remoe.cli.app import main
 from megatron.remoe.data.cleaning import clean_text, content_key, is_worth_training_on
 from megatron.remoe.data.corpus import (
     CorpusConfig,

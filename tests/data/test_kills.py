@@ -121,7 +121,7 @@ def test_a_worker_that_is_killed_is_named(home, tmp_path, monkeypatch):
 TOKENIZE = """
 import sys, time
 from megatron.remoe.data import tokenize
-from megatron.remoe.cli import main
+from megatron.remoe.cli.app import main
 
 def stop_after(chunks):
     for number, chunk in enumerate(chunks):

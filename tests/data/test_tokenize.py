@@ -13,7 +13,7 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from megatron.remoe.cli import main
+from megatron.remoe.cli.app import main
 from megatron.remoe.data import jsonl
 from megatron.remoe.data.jsonl import parse_text
 from megatron.remoe.data.pairs import check_pair

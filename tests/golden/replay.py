@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from megatron.remoe.verify import grid
-from megatron.remoe.verify.golden import (
+from megatron.remoe.testing.golden import (
     Golden,
     fill_with_golden_weights,
     golden_tokens,
     gpt_config,
     transformer_config,
 )
+from megatron.remoe.verify import grid
 
 TOLERANCES = {
     "lm_loss": ("relative", 1e-4),
@@ -43,7 +43,7 @@ def build_model(golden: Golden):
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron.remoe.router import ReLURouting
+    from megatron.remoe.moe.router import ReLURouting
 
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel()
@@ -63,7 +63,7 @@ def replay(golden: Golden, steps: int) -> list[dict]:
     """Train for `steps` steps and record what the golden file records."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from megatron.remoe.step import relu_routers, update_routers
+    from megatron.remoe.train.step import relu_routers, update_routers
 
     config, model = golden.config, build_model(golden)
     matrices = [p for p in model.parameters() if p.ndim > 1]

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.remoe.ranks import Ranks
+from megatron.remoe.testing.golden import CLOSED_LOOP as CLOSED_LOOP_CONFIG
+from megatron.remoe.testing.golden import Golden, golden_tokens, golden_weight, parameter_shapes
 from megatron.remoe.verify import grid
-from megatron.remoe.verify.golden import CLOSED_LOOP as CLOSED_LOOP_CONFIG
-from megatron.remoe.verify.golden import Golden, golden_tokens, golden_weight, parameter_shapes
-from megatron.remoe.verify.ranks import Ranks
 from tests.golden.replay import TOLERANCES, replay
 
 FOLDER = Path(__file__).parent
@@ -42,7 +42,7 @@ def test_comparable_steps():
 
 
 def without_load_balancing(path):
-    import megatron.remoe.router as router
+    import megatron.remoe.moe.router as router
 
     original = router.load_weights
     router.load_weights = lambda counts, **kwargs: torch.ones_like(counts, dtype=torch.float32)

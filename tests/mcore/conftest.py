@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron.remoe.verify.ranks import Ranks
+from megatron.remoe.ranks import Ranks
 
 
 @pytest.fixture(scope="session")

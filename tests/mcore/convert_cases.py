@@ -118,8 +118,8 @@ def through_hf(flags: dict[str, Any], home: Path) -> Outcome:
     """Megatron -> HF -> Megatron, with both forward passes."""
     from megatron.remoe.convert import forward
     from megatron.remoe.convert.export import to_hf
-    from megatron.remoe.convert.restore import Layout, to_megatron
     from megatron.remoe.convert.source import HFSource, MegatronSource
+    from megatron.remoe.convert.to_megatron import Layout, to_megatron
 
     model = save(flags, home / "iter_0000003")
     ours, maps = forward.logits_and_maps(model, TOKENS, 100)
@@ -167,7 +167,7 @@ def through_hf_with(corruption: str, flags: dict[str, Any], home: Path) -> Outco
     """`through_hf` with a mistake in the table."""
     from dataclasses import replace
 
-    from remoe import conversion
+    from megatron.remoe.convert import table as conversion
 
     table = conversion.TABLE
     conversion.TABLE = tuple(_corrupted(corruption, rule, replace) for rule in table)
@@ -179,7 +179,7 @@ def through_hf_with(corruption: str, flags: dict[str, Any], home: Path) -> Outco
 
 def _corrupted(corruption: str, rule, replace):
     """QKV without its groups, the halves of a matrix exchanged, norms exchanged."""
-    from remoe import conversion
+    from megatron.remoe.convert import table as conversion
 
     if corruption == "qkv" and rule.megatron.endswith("linear_qkv.weight"):
 
@@ -210,10 +210,10 @@ def write_synthetic(folder: Path, *, layers: int, hidden: int, width: int) -> in
     Run by hand for gigabytes:
     `python -m tests.mcore.convert_cases FOLDER LAYERS HIDDEN WIDTH`.
     """
-    from megatron.remoe import config as run_config
     from megatron.remoe.convert.architecture import to_config
-    from megatron.remoe.convert.torch_dist import TorchDistWriter
-    from remoe.conversion import plan
+    from megatron.remoe.convert.formats.torch_dist import TorchDistWriter
+    from megatron.remoe.convert.table import plan
+    from megatron.remoe.run import config as run_config
 
     sizes = {"num_layers": layers, "hidden_size": hidden, "moe_ffn_hidden_size": width}
     flags = FLAGS | RELU | UNTIED | sizes | {"num_experts": 8, "kv_channels": hidden // 4}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.remoe.verify.ranks import initialize_layout
+from megatron.remoe.ranks import initialize_layout
 
 HIDDEN, WIDTH, EXPERTS, SEQUENCE, BATCH = 8, 6, 4, 8, 2
 
@@ -98,8 +98,8 @@ def build_layer(
     """Our MoE layer in training mode, with its part of the known weights."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from megatron.remoe.router import ReLURouting
-    from megatron.remoe.spec import block_spec
+    from megatron.remoe.moe.router import ReLURouting
+    from megatron.remoe.moe.spec import block_spec
 
     initialize(layout)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.remoe import checkpoint, resume
-from megatron.remoe.cli import main
+from megatron.remoe import checkpoint
+from megatron.remoe.cli.app import main
+from megatron.remoe.train import resume
 from tests.mcore import tiny
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron.remoe.verify.ranks import Ranks
+from megatron.remoe.ranks import Ranks
 from remoe.kernels.chunks import UNLIMITED
 from tests.mcore import moe_cases
 from tests.mcore.moe_cases import EXPERTS, Layout
@@ -250,7 +250,7 @@ def test_by_default_dense_layers_are_chunked_and_sparse_ones_are_not(rank):
 
 def test_layers_share_a_budget():
     """One dense layer may be held where the others need little; only the present forward counts."""
-    from megatron.remoe.chunking import AssignmentBudget
+    from megatron.remoe.moe.chunking import AssignmentBudget
 
     budget = AssignmentBudget(num_layers=4)
     stable = [3.4, 0.3, 0.2, 0.1]
@@ -272,7 +272,7 @@ def test_layers_share_a_budget():
        "recompute_num_layers": 2}, 4)],
 )  # fmt: skip
 def test_the_budget_is_of_layers_that_are_held_together(recompute, held):
-    from megatron.remoe.chunking import AssignmentBudget
+    from megatron.remoe.moe.chunking import AssignmentBudget
 
     config = moe_cases.transformer_config(Layout(), **recompute)
     assert AssignmentBudget.of(config, 6, None).num_layers == held
@@ -284,7 +284,7 @@ def test_experts_that_cannot_be_split_are_refused_with_a_limit(rank):
 
 
 def refusal(limit):
-    from megatron.remoe import chunking, layer
+    from megatron.remoe.moe import chunking, layer
 
     layer.can_chunk = lambda experts, config: False
     try:
@@ -321,8 +321,8 @@ def warm_up(max_assignments, limit_mb):
     import resource
     from pathlib import Path
 
-    from megatron.remoe.verify import cells
-    from megatron.remoe.verify.golden import CLOSED_LOOP, golden_tokens
+    from megatron.remoe.testing import cells
+    from megatron.remoe.testing.golden import CLOSED_LOOP, golden_tokens
 
     cell = cells.Cell("one rank", max_assignments=max_assignments)
     config = CLOSED_LOOP | MANY_EXPERTS

@@ -10,15 +10,15 @@ import pytest
 import yaml
 from rich.console import Console
 
-from megatron.remoe import launch
-from megatron.remoe.config import RunConfig
+from megatron.remoe.run import launch
+from megatron.remoe.run.config import RunConfig
 from tests.mcore import tiny
 
 
 def prepare(cwd, *overrides, force=False):
     """What `remoe train` does before it starts processes; the mistake, or nothing."""
-    from megatron.remoe import launch
-    from megatron.remoe.config import load_config
+    from megatron.remoe.run import launch
+    from megatron.remoe.run.config import load_config
 
     with contextlib.chdir(cwd):
         try:

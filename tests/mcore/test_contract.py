@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from remoe.analysis.runs import Run
+from megatron.remoe.analysis.runs import Run
 from tests.mcore import tiny
 
 TEXTS = {
@@ -228,7 +228,7 @@ def test_a_folder_of_checkpoints_that_cannot_be_made_is_named(call, tmp_path):
 # Everything is imported before, since another user may not be able to read it.
 AS_ANOTHER_USER = """
 import contextlib, io, os
-from megatron.remoe.cli import main
+from megatron.remoe.cli.app import main
 with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
     main(["train", "tiny.yaml", "run_dir=tiny.yaml"])
 if os.geteuid() == 0:
@@ -302,7 +302,7 @@ def test_other_damaged_files_of_a_run_are_named(call, tmp_path):
 
 
 def test_the_flags_of_a_file_come_after_its_bases_and_overrides_last(tmp_path):
-    from megatron.remoe.config import load_config
+    from megatron.remoe.run.config import load_config
 
     (tmp_path / "base.yaml").write_text("lr: 1\nseed: 1\nmin_lr: 1\n")
     (tmp_path / "run.yaml").write_text("base: base.yaml\nlr: 2\nbf16: true\n")
@@ -318,8 +318,8 @@ def test_every_default_of_the_parser_passes_the_tables(call):
 def defaults() -> int:
     import argparse
 
-    from megatron.remoe import ranges, unsupported
-    from megatron.remoe.config import megatron_parser
+    from megatron.remoe.run import ranges, unsupported
+    from megatron.remoe.run.config import megatron_parser
 
     parser = megatron_parser()
     args = argparse.Namespace(**{a.dest: parser.get_default(a.dest) for a in parser._actions})
@@ -339,8 +339,8 @@ def state_around_a_check(path: Path) -> bool:
     from megatron.core import num_microbatches_calculator, parallel_state
     from megatron.training import global_vars
 
-    from megatron.remoe import launch, rehearsal
-    from megatron.remoe.config import check, load_config, megatron_parser, to_argv
+    from megatron.remoe.run import launch, rehearsal
+    from megatron.remoe.run.config import check, load_config, megatron_parser, to_argv
 
     def state() -> tuple:
         return (
@@ -368,7 +368,8 @@ def test_a_machine_with_gpus_builds_the_run_in_a_new_process(call, tmp_path):
 
 def answers_of_a_new_process(path: Path) -> list[str]:
     """What `rehearse` says where `cpu` does not stand in: of this config, and of an optimizer."""
-    from megatron.remoe import config, cpu, launch, rehearsal
+    from megatron.remoe import cpu
+    from megatron.remoe.run import config, launch, rehearsal
 
     answers: list[str] = []
     argv = config.to_argv(launch.complete(config.load_config(path)).flags, config.megatron_parser())
@@ -400,7 +401,7 @@ def summary_of(run_dir: Path) -> str:
 
     from rich.console import Console
 
-    from megatron.remoe import launch
+    from megatron.remoe.run import launch
 
     console = Console(file=io.StringIO(), width=500)
     launch.summarise(run_dir, console)

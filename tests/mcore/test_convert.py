@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron.remoe import checkpoint
 from megatron.remoe.convert.source import find_checkpoint
-from megatron.remoe.verify.ranks import Ranks
+from megatron.remoe.ranks import Ranks
 from tests.mcore import tiny
 from tests.mcore.convert_cases import (
     RELU,

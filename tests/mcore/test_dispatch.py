@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron.remoe.verify.ranks import Ranks
+from megatron.remoe.ranks import Ranks
 from tests.mcore import moe_cases
 from tests.mcore.moe_cases import Layout
 

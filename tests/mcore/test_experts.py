@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron.remoe.verify.ranks import Ranks
+from megatron.remoe.ranks import Ranks
 from remoe.kernels.chunks import UNLIMITED
 from tests.mcore import moe_cases
 from tests.mcore.moe_cases import Layout
@@ -29,8 +29,8 @@ def ids(layout):
 
 def build(layout, grouped, **changes):
     """The layer as Megatron initialises it; not with the known weights."""
-    from megatron.remoe.router import ReLURouting
-    from megatron.remoe.spec import block_spec
+    from megatron.remoe.moe.router import ReLURouting
+    from megatron.remoe.moe.spec import block_spec
 
     moe_cases.initialize(layout)
     config = moe_cases.transformer_config(layout, **({"moe_grouped_gemm": grouped} | changes))

@@ -68,8 +68,8 @@ def start(home, call):
 def argv_of(home: Path, run: str, nproc: int, flags: dict) -> list[str]:
     import contextlib
 
-    from megatron.remoe import launch
-    from megatron.remoe.config import load_config
+    from megatron.remoe.run import launch
+    from megatron.remoe.run.config import load_config
 
     path = tiny.write_config(home / f"{run}.yaml", run_dir=run, nproc=nproc, **flags)
     with contextlib.chdir(home):

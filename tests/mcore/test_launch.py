@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.remoe.config import load_config
+from megatron.remoe.run.config import load_config
 from tests.mcore import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +37,8 @@ LAYOUTS = {
 
 def checked_argv(preset: Path, world: int, overrides: tuple[str, ...]) -> dict:
     """Megatron's parser and validation over the printed command, for its world size."""
-    from megatron.remoe import cluster, launch
-    from megatron.remoe.config import check, megatron_parser, to_argv
+    from megatron.remoe.run import cluster, launch
+    from megatron.remoe.run.config import check, megatron_parser, to_argv
 
     machines = cluster.Cluster(world // 8, 8)
     run = cluster.for_cluster(load_config(preset, list(overrides)), machines, gpus=True)

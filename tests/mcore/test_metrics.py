@@ -10,8 +10,8 @@ import megatron.training
 import pytest
 import torch
 
-from megatron.remoe.metrics import MetricsWriter
-from megatron.remoe.step import StepReport
+from megatron.remoe.train.metrics import MetricsWriter
+from megatron.remoe.train.step import StepReport
 
 EVERY = {"grad_norm", "iteration", "learning_rate", "lm_loss", "tokens", "tokens_per_second"}
 EVERY |= {"peak_memory"}

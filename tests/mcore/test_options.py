@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron.remoe import options
-from megatron.remoe.verify.ranks import Ranks
+from megatron.remoe.ranks import Ranks
 from tests.mcore import moe_cases
 from tests.mcore.moe_cases import Layout
 

@@ -8,16 +8,10 @@ import re
 import pytest
 import torch
 
+from megatron.remoe.ranks import Ranks
+from megatron.remoe.testing.cells import Cell, Training, initialize, run_cell, save_golden_weights
+from megatron.remoe.testing.golden import CLOSED_LOOP, golden_tokens
 from megatron.remoe.verify import grid
-from megatron.remoe.verify.cells import (
-    Cell,
-    Training,
-    initialize,
-    run_cell,
-    save_golden_weights,
-)
-from megatron.remoe.verify.golden import CLOSED_LOOP, golden_tokens
-from megatron.remoe.verify.ranks import Ranks
 
 STEPS = 4
 SUBSET = [
@@ -156,7 +150,8 @@ def test_a_dropped_reduction_is_caught(one_rank, mutation, quantity):
 
 
 def run_mutated(mutation, cell, weights):
-    from megatron.remoe import backend, router, step
+    from megatron.remoe.moe import backend, router
+    from megatron.remoe.train import step
 
     if mutation == "statistics of one rank only":
         step.torch = _WithoutAllReduce(torch)

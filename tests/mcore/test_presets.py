@@ -9,10 +9,10 @@ import pytest
 import torch
 import zstandard
 
-from megatron.remoe.config import load_config, to_argv
-from megatron.remoe.verify.ranks import Ranks, initialize_layout
-from remoe.analysis.memory import Layout, activation_bytes
-from remoe.analysis.size import ModelSize
+from megatron.remoe.analysis.memory import Layout, activation_bytes
+from megatron.remoe.analysis.size import ModelSize
+from megatron.remoe.ranks import Ranks, initialize_layout
+from megatron.remoe.run.config import load_config, to_argv
 from tests.mcore import tiny
 from tests.mcore.test_metrics import ROUTING
 from tests.mcore.test_train import finish, training
@@ -130,7 +130,7 @@ def build(flags: dict, *, split: bool = True):
     from megatron.training.models.gpt import GPTModelBuilder
 
     from megatron.remoe.arguments import add_arguments, configure
-    from megatron.remoe.config import megatron_parser
+    from megatron.remoe.run.config import megatron_parser
 
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
     sys.argv = ["pretrain", *to_argv(flags, megatron_parser())]
@@ -163,7 +163,7 @@ def forward_loss(flags: dict) -> float | None:
     """Mean loss of a random batch, on the last pipeline stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron.remoe.verify.cells import _forward_step
+    from megatron.remoe.testing.cells import _forward_step
 
     chunks, args = build(flags)
     shape = (args.micro_batch_size, args.seq_length + 1)

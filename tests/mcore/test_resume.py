@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron.remoe.ranks import Ranks
+from megatron.remoe.testing.cells import Cell, run_cell, save_golden_weights
+from megatron.remoe.testing.golden import CLOSED_LOOP
 from megatron.remoe.verify import kills, resume
-from megatron.remoe.verify.cells import Cell, run_cell, save_golden_weights
-from megatron.remoe.verify.golden import CLOSED_LOOP
 from megatron.remoe.verify.grid import FP32, Comparison, deviations
-from megatron.remoe.verify.ranks import Ranks
 
 SAME = "EP2, distributed optimizer, overlap"
 NAMES = [f"{SAME} -> {SAME}", "EP2 -> TP2", f"1, distributed optimizer -> {SAME}"]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron.remoe.verify.ranks import Ranks
+from megatron.remoe.ranks import Ranks
 from remoe import l1_regularization, load_weights, relu_routing, tokens_per_expert
 from tests.mcore import moe_cases
 from tests.mcore.moe_cases import EXPERTS, HIDDEN, Layout
@@ -129,7 +129,7 @@ def passes_of_three_steps(fatal):
     """
     from megatron.core import rerun_state_machine as rerun
 
-    from megatron.remoe import step
+    from megatron.remoe.train import step
 
     layer = moe_cases.build_layer(Layout(), 0.0)
     step.megatron_finalize_model_grads = lambda *args, **kwargs: None
@@ -169,7 +169,7 @@ def test_a_step_that_will_be_repeated_from_a_checkpoint_leaves_the_coefficient(r
 
 def reports_of_two_steps():
     """Reports of a layer's first and second step, and of a new layer whose first it is."""
-    from megatron.remoe import step
+    from megatron.remoe.train import step
 
     step.megatron_finalize_model_grads = lambda *args, **kwargs: None
     reports = []
@@ -194,7 +194,7 @@ def test_every_step_counts_afresh(rank):
 
 def step_of(padded):
     """A step of two micro-batches, of which some are padding alone."""
-    from megatron.remoe import step
+    from megatron.remoe.train import step
 
     step.megatron_finalize_model_grads = lambda *args, **kwargs: None
     layer, hook = moe_cases.build_layer(Layout(), 0.0, COEFF), step.FinalizeStep()
@@ -207,7 +207,7 @@ def step_of(padded):
 
 
 def test_padding_alone_has_no_penalty_and_leaves_the_coefficient(rank):
-    from megatron.remoe.metrics import routing_metrics
+    from megatron.remoe.train.metrics import routing_metrics
 
     grad, coeff, report = rank(step_of, (True, True))
     assert torch.equal(grad, torch.zeros_like(grad))

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron.remoe import checkpoint, saved
+from megatron.remoe import checkpoint
+from megatron.remoe.train import saved
 from tests.mcore import tiny
 
 BOTH = {"num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_granularity": 2}

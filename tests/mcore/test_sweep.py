@@ -14,9 +14,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from megatron.remoe import launch, sweep_jobs
-from megatron.remoe.config import RunConfig
-from megatron.remoe.sweep import SweepRun
+from megatron.remoe.run import launch, sweep_jobs
+from megatron.remoe.run.config import RunConfig
+from megatron.remoe.run.sweep import SweepRun
 from tests.mcore import tiny
 
 
@@ -29,7 +29,7 @@ def write_sweep(folder: Path, **keys) -> Path:
 
 def described(path: Path, only: str | None = None) -> dict[str, tuple[str, dict]]:
     """Directory and flags of every run by name, or the mistake."""
-    from megatron.remoe.sweep import load_sweep
+    from megatron.remoe.run.sweep import load_sweep
 
     with contextlib.chdir(path.parent):
         runs = load_sweep(Path(path.name), only=only)
@@ -248,9 +248,9 @@ SWEEP = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from megatron.remoe import launch, sweep_jobs
-from megatron.remoe.config import RunConfig
-from megatron.remoe.sweep import SweepRun
+from megatron.remoe.run import launch, sweep_jobs
+from megatron.remoe.run.config import RunConfig
+from megatron.remoe.run.sweep import SweepRun
 import typer
 
 def command(argv, nproc):
@@ -352,7 +352,7 @@ def with_path(folder: Path, *argv: str):
 
 def names_of(path: Path) -> list[str]:
     """The runs of an example, without its data."""
-    from megatron.remoe import config, sweep
+    from megatron.remoe.run import config, sweep
 
     with pytest.MonkeyPatch.context() as patch:
         check = config.check

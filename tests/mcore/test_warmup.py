@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron.remoe.verify.ranks import Ranks
+from megatron.remoe.ranks import Ranks
 from tests.mcore import moe_cases, tiny
 from tests.mcore.moe_cases import EXPERTS, HIDDEN, WIDTH, Layout
 from tests.mcore.test_train import finish, training
@@ -19,8 +19,8 @@ def ranks():
 
 def run_layer(layout: Layout, iteration: int):
     """Output of the layer at a training iteration, and what its router counted."""
-    from megatron.remoe.spec import block_spec
-    from megatron.remoe.warmup import TopKRouting
+    from megatron.remoe.moe.spec import block_spec
+    from megatron.remoe.moe.topk_router import TopKRouting
 
     moe_cases.initialize(layout)
     config = moe_cases.transformer_config(layout)

@@ -83,7 +83,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 def remoe(cwd: Path, *argv: str) -> tuple[int, str, str]:
     """The `remoe` command: exit code, standard output and error."""
-    from megatron.remoe.cli import main
+    from megatron.remoe.cli.app import main
 
     out, error = io.StringIO(), io.StringIO()
     with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
@@ -110,7 +110,7 @@ def parse(*argv: str) -> tuple[dict[str, Any], str]:
 
 @functools.cache
 def _parser():
-    from megatron.remoe.config import megatron_parser
+    from megatron.remoe.run.config import megatron_parser
 
     return megatron_parser()
 

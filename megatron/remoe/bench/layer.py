@@ -154,8 +154,8 @@ def _megatron(
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from megatron.remoe.router import ReLURouting
-    from megatron.remoe.spec import block_spec
+    from megatron.remoe.moe.router import ReLURouting
+    from megatron.remoe.moe.spec import block_spec
 
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=shape.device))
     balanced = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
@@ -215,7 +215,7 @@ def megatron_layer(
     shape: Shape, config, spec, router: Tensor, gate_up: Tensor, down: Tensor
 ) -> torch.nn.Module:
     """The MoE layer of a block's spec, with known weights."""
-    from megatron.remoe.experts import GroupedExperts
+    from megatron.remoe.moe.experts import GroupedExperts
 
     layer = spec.layer_specs[0].submodules.mlp(config=config, layer_number=1)
     layer.set_layer_number(1)

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from megatron.remoe import cpu, peak
+from megatron.remoe import cpu
+from megatron.remoe.analysis.memory import ExpertsMemory, layers_at_once, routing_bytes
 from megatron.remoe.bench.layer import (
     Shape,
     initialize,
@@ -27,7 +28,7 @@ from megatron.remoe.bench.layer import (
     weights,
 )
 from megatron.remoe.bench.timing import Alternative, measure
-from remoe.analysis.memory import ExpertsMemory, layers_at_once, routing_bytes
+from megatron.remoe.train import peak
 from remoe.kernels.chunks import UNLIMITED
 
 
@@ -88,8 +89,8 @@ def build(case: Case) -> Callable[[int], None]:
     """The layer in Megatron with main gradients, as a function that trains it on some tokens."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from megatron.remoe.router import ReLURouting
-    from megatron.remoe.spec import block_spec
+    from megatron.remoe.moe.router import ReLURouting
+    from megatron.remoe.moe.spec import block_spec
 
     shape = case.shape
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=shape.device))

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from megatron.remoe.bench.layer import threshold
 from megatron.remoe.bench.timing import Alternative
-from megatron.remoe.verify.cells import Cell, Training
-from megatron.remoe.verify.golden import golden_tokens
+from megatron.remoe.testing.cells import Cell, Training
+from megatron.remoe.testing.golden import golden_tokens
 
 DENSE = "dense of equal active FLOPs"
 
@@ -75,7 +75,7 @@ def route_exactly(training: Training, batch: Tensor) -> None:
     """
     from megatron.core.utils import unwrap_model
 
-    from megatron.remoe.step import relu_routers
+    from megatron.remoe.train.step import relu_routers
 
     (model,) = unwrap_model(training.chunks)
     tokens = batch.flatten(end_dim=-2)[:, :-1]

@@ -7,14 +7,14 @@ import argparse
 import reprlib
 from typing import Any
 
+from megatron.remoe.analysis.size import layers_with_experts
+from megatron.remoe.convert.table import Config
 from megatron.remoe.convert.values import (
     check_facts,
     check_number,
     check_sizes,
     check_whole,
 )
-from remoe.analysis.size import layers_with_experts
-from remoe.conversion import Config
 
 # Arguments whose other values make a model that neither of our two is. Absent is as required.
 _REQUIRED: dict[str, Any] = {

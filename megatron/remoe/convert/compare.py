@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron.remoe.convert.forward import Forward, forward
 from megatron.remoe.convert.source import HFSource, MegatronSource, open_source
-from remoe.conversion import PADDING, check_names
+from megatron.remoe.convert.table import PADDING, check_names
 
 # fp32: sums in another order. Logits of a trained model are of order 10, an fp32 rounding of them
 # is 1e-6, and the paths differ by a few of those.

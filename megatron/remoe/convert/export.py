@@ -11,8 +11,8 @@ import torch
 
 import remoe.hf
 from megatron.remoe.convert.facts import model_card
+from megatron.remoe.convert.formats.safetensors import ShardWriter, Spec
 from megatron.remoe.convert.output import new_folder
-from megatron.remoe.convert.shards import ShardWriter, Spec
 from megatron.remoe.convert.source import (
     DTYPES,
     PADDING_FILE,
@@ -20,8 +20,8 @@ from megatron.remoe.convert.source import (
     check_finite,
     validated,
 )
+from megatron.remoe.convert.table import CONFIG, PADDING, Config, Item
 from megatron.remoe.convert.tokenizer import TokenizerFiles
-from remoe.conversion import CONFIG, PADDING, Config, Item
 from remoe.hf.configuration_remoe import FORMAT_VERSION
 
 DEFAULT_SHARD_BYTES = 5 * 10**9

@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from megatron.remoe.convert.table import Config
 from megatron.remoe.data.files import parse_json
-from remoe.conversion import Config
 
 _STEPS_OF_SPARSITY = 20
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron.remoe.convert.exported import load
-from megatron.remoe.convert.restore import Layout, flags_of
 from megatron.remoe.convert.source import HFSource, MegatronSource
-from megatron.remoe.verify.ranks import Ranks, initialize_layout
+from megatron.remoe.convert.to_megatron import Layout, flags_of
+from megatron.remoe.ranks import Ranks, initialize_layout
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def build_model(flags: dict[str, Any], nproc: int = 1) -> tuple[torch.nn.Module,
     from megatron.training.models.gpt import GPTModelBuilder
 
     from megatron.remoe.arguments import configure
-    from megatron.remoe.config import check, megatron_parser, to_argv
+    from megatron.remoe.run.config import check, megatron_parser, to_argv
 
     needed = {"lr": 1.0, "train_iters": 1, "micro_batch_size": 1, "mock_data": True}
     with contextlib.redirect_stdout(io.StringIO()):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from megatron.remoe.convert.export import DEFAULT_SHARD_BYTES, Progress, export
 from megatron.remoe.convert.output import new_folder
-from megatron.remoe.convert.restore import Layout, to_megatron
 from megatron.remoe.convert.source import MegatronSource
-from remoe.conversion import Config
+from megatron.remoe.convert.table import Config
+from megatron.remoe.convert.to_megatron import Layout, to_megatron
 
 HF, MEGATRON = "hf", "megatron"
 

@@ -16,14 +16,22 @@ from megatron.remoe import checkpoint
 from megatron.remoe.convert.architecture import check_arguments, moe_layers, to_config
 from megatron.remoe.convert.facts import training_facts
 from megatron.remoe.convert.fork import is_fork, translated
-from megatron.remoe.convert.legacy import LegacyReader, is_legacy
-from megatron.remoe.convert.names import CanonicalReader
-from megatron.remoe.convert.shards import SafetensorsReader
+from megatron.remoe.convert.formats.legacy import LegacyReader, is_legacy
+from megatron.remoe.convert.formats.names import CanonicalReader
+from megatron.remoe.convert.formats.safetensors import SafetensorsReader
+from megatron.remoe.convert.formats.torch_dist import TorchDistReader
+from megatron.remoe.convert.table import (
+    CONFIG,
+    PADDING,
+    Config,
+    Item,
+    check_names,
+    check_shape,
+    plan,
+)
 from megatron.remoe.convert.tokenizer import TokenizerFiles
-from megatron.remoe.convert.torch_dist import TorchDistReader
 from megatron.remoe.convert.values import check_config, check_whole
 from megatron.remoe.data.files import read_json_object
-from remoe.conversion import CONFIG, PADDING, Config, Item, check_names, check_shape, plan
 
 PADDING_FILE = "megatron_padding.safetensors"
 MODEL_TYPES = ("remoe", "llama")

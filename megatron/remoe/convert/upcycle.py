@@ -21,7 +21,6 @@ from megatron.remoe.convert.activations import mean_loss, mlp_inputs, tokens_for
 from megatron.remoe.convert.export import Progress, export
 from megatron.remoe.convert.exported import exported, load
 from megatron.remoe.convert.output import check_folder
-from megatron.remoe.convert.restore import Layout, to_megatron
 from megatron.remoe.convert.source import (
     HFSource,
     MegatronSource,
@@ -29,8 +28,9 @@ from megatron.remoe.convert.source import (
     open_source,
     validated,
 )
+from megatron.remoe.convert.table import CONFIG, Config, Item, plan
+from megatron.remoe.convert.to_megatron import Layout, to_megatron
 from remoe.config import apply_granularity
-from remoe.conversion import CONFIG, Config, Item, plan
 
 _RIDGE = 1e-3  # of the mean square of an activation
 

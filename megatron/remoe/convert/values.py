@@ -10,8 +10,8 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from megatron.remoe.convert.table import Config
 from remoe.config import ControllerConfig
-from remoe.conversion import Config
 
 _MOST = 2**31 - 1  # of any size
 _MOST_LAYERS = 10_000

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron.remoe.verify.cells import Cell, run_cell, save_golden_weights
-from megatron.remoe.verify.golden import CLOSED_LOOP, OPEN_LOOP_STEPS, PUBLISHED_COEFF_INIT
+from megatron.remoe.ranks import Pools
+from megatron.remoe.testing.cells import Cell, run_cell, save_golden_weights
+from megatron.remoe.testing.golden import CLOSED_LOOP, OPEN_LOOP_STEPS, PUBLISHED_COEFF_INIT
 from megatron.remoe.verify.plain import train
-from megatron.remoe.verify.ranks import Pools
 from remoe.kernels.chunks import UNLIMITED
 
 Trajectory = list[dict[str, Any]]

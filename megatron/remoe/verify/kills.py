@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.remoe import checkpoint, processes
-from megatron.remoe.config import RunConfig
+from megatron.remoe.run.config import RunConfig
 
 _NOT_COMPARED = ("tokens_per_second", "peak_memory")
 _SECONDS_TO_END = 60  # torchrun gives the ranks 30
@@ -136,7 +136,7 @@ def _lines(run: Path) -> list[str]:
 
 
 def _prepare(run: Path) -> list[str]:
-    from megatron.remoe import launch
+    from megatron.remoe.run import launch
 
     config, argv = launch.prepare(RunConfig(run, 2, dict(_FLAGS)))
     return launch.command(argv, config.nproc)

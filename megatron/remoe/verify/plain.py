@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, rms_norm
 
-from megatron.remoe.verify.golden import (
+from megatron.remoe.testing.golden import (
     golden_tokens,
     golden_weight,
     padding_mask,

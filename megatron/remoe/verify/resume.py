@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.remoe.verify import cells
-from megatron.remoe.verify.cells import Cell
-from megatron.remoe.verify.golden import CLOSED_LOOP, golden_tokens
+from megatron.remoe.ranks import Pools
+from megatron.remoe.testing import cells
+from megatron.remoe.testing.cells import Cell
+from megatron.remoe.testing.golden import CLOSED_LOOP, golden_tokens
 from megatron.remoe.verify.grid import Comparison, Trajectory, reference_of, table
-from megatron.remoe.verify.ranks import Pools
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,165 @@
+"""Activations that a rank holds for the backward pass: an estimate of the largest tensors.
+
+Counted are the inputs of the linear layers, norms, attention and activation function, as the
+backward pass needs them; not counted are the optimizer, communication buffers and fragmentation.
+Experts are taken to be balanced over ranks. `remoe bench memory` measures what `ExpertsMemory`
+estimates.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.remoe.analysis.size import ModelSize
+from remoe.kernels.chunks import Limits
+
+Recompute = Literal["none", "moe", "full"]
+_INDEX_BYTES = 3 * 8  # of an assignment: its token, its probability's place, its place by token
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is split over ranks, and what a rank holds at a time.
+
+    Attributes:
+        tp, pp, cp, expert_tp: sizes of tensor, pipeline, context and expert tensor parallelism.
+        sequence_parallel: whether tensor-parallel ranks share the tokens outside linear layers.
+        micro_batch: sequences of a micro-batch.
+        num_micro_batches: micro-batches of a step, by data-parallel rank.
+        recompute: what is computed again in the backward pass.
+        bytes_per_value: 2 for bf16, 4 for fp32.
+        max_assignments: of a layer and rank that are computed at once; None is the automatic limit.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    expert_tp: int = 1
+    sequence_parallel: bool = False
+    micro_batch: int = 1
+    num_micro_batches: int = 1
+    recompute: Recompute = "none"
+    bytes_per_value: int = 2
+    max_assignments: int | None = None
+
+
+@dataclass(frozen=True)
+class ExpertsMemory:
+    """Bytes of the routed experts of one layer on a rank, as `remoe.kernels` computes them.
+
+    Attributes:
+        hidden, width: of the rows, and of an expert on this rank.
+        matrices: of an expert: 3 with a gate.
+        bytes_per_value: of the activations.
+    """
+
+    hidden: float
+    width: float
+    matrices: int = 3
+    bytes_per_value: int = 4
+
+    def kept(self, rows: float) -> float:
+        """For backward: inputs, and products with gate and up."""
+        values = self.hidden + (self.matrices - 1) * self.width
+        return rows * (values * self.bytes_per_value + _INDEX_BYTES)
+
+    def passing(self, rows: float, busiest: float) -> float:
+        """In backward, beside it: gradients of the rows, and what the expert in turn needs.
+
+        Args:
+            rows: assignments in all.
+            busiest: those of the expert with most of them, or all where a GPU takes them together.
+        """
+        values = 2 * self.hidden * rows
+        values += busiest * (2 * self.hidden + (self.matrices + 1) * self.width)
+        return values * self.bytes_per_value
+
+    def peak(self, rows: float, busiest: float, chunk: float | None) -> float:
+        """Forward and backward of this layer alone, in chunks of so many rows, or at once."""
+        if chunk is None:
+            return self.kept(rows) + self.passing(rows, busiest)
+        return self.kept(chunk) + self.passing(chunk, min(busiest, chunk))
+
+
+def routing_bytes(tokens: float, num_experts: int, bytes_per_value: int) -> float:
+    """Of a layer's router: logits' and penalty's fp32 values, the map, and probabilities."""
+    return tokens * num_experts * (4 + 1 + bytes_per_value)
+
+
+def layers_at_once(
+    num_layers: int, rows: float, balanced: float, max_assignments: int | None
+) -> tuple[int, float | None]:
+    """How many layers are computed at once when all have so many assignments.
+
+    The rule of Megatron's layer (`megatron.remoe.moe.chunking.AssignmentBudget`).
+
+    Args:
+        num_layers: that keep their activations at the same time.
+        rows: assignments of a layer on a rank.
+        balanced: the same at topk per token.
+        max_assignments: the limit; None is the automatic one.
+
+    Returns:
+        The number of layers, and the rows of the other layers' chunks, None if there are none.
+    """
+    limits = Limits.of(balanced, max_assignments)
+    if rows <= limits.at_once:
+        return num_layers, None
+    at_once = max(0, int((num_layers * limits.at_once - limits.share) // rows))
+    return (num_layers, None) if at_once >= num_layers else (at_once, limits.chunk)
+
+
+def activation_bytes(size: ModelSize, layout: Layout, active_experts: float) -> float:
+    """Bytes of activations on the fullest pipeline stage.
+
+    Args:
+        size: the model.
+        layout: how it is split.
+        active_experts: per token, k in the stable stage and up to E in the dense warm-up.
+    """
+    tokens = size.seq_length * layout.micro_batch / layout.cp
+    outside = tokens / layout.tp if layout.sequence_parallel else tokens
+    # norm, its output as the input of the projection, and the residual's second norm likewise
+    shared = 4 * size.hidden * outside
+    split = (2 * size.query_width + 2 * size.key_width) * tokens / layout.tp
+    split += size.shared_width * size.matrices * tokens / layout.tp if size.num_moe_layers else 0
+    dense_mlp = size.ffn_width * size.matrices * tokens / layout.tp
+    num_dense = size.num_layers - size.num_moe_layers
+    experts, expert_peak = _experts(size, layout, active_experts, tokens / layout.tp)
+
+    if layout.recompute == "full":
+        held = size.num_layers * size.hidden * outside
+        largest = shared + split + (expert_peak if size.num_moe_layers else dense_mlp)
+    else:
+        held = size.num_layers * (shared + split) + num_dense * dense_mlp
+        held += 0 if layout.recompute == "moe" else experts
+        largest = expert_peak
+    # logits in the model's precision and in fp32 for the cross-entropy
+    logits = tokens * size.vocab / layout.tp * (1 + 4 / layout.bytes_per_value)
+    in_flight = min(layout.pp, layout.num_micro_batches)
+    first = held / layout.pp * in_flight + largest
+    last = held / layout.pp + max(largest, logits)
+    return max(first, last) * layout.bytes_per_value
+
+
+def _experts(size: ModelSize, layout: Layout, active: float, tokens: float) -> tuple[float, float]:
+    """Values that all layers' experts keep, and those that pass in the backward of one."""
+    if not size.num_moe_layers:
+        return 0.0, 0.0
+    memory = ExpertsMemory(
+        size.hidden * layout.expert_tp, size.expert_width, size.matrices, layout.bytes_per_value
+    )
+    rows, balanced = active * tokens, size.topk * tokens
+    busiest = tokens * active / size.num_experts
+    together = 1 if layout.recompute != "none" else max(1, size.num_moe_layers // layout.pp)
+    at_once, chunk = layers_at_once(together, rows, balanced, layout.max_assignments)
+    kept = size.num_moe_layers * at_once / together * memory.kept(rows)
+    if layout.recompute == "none":
+        kept += size.num_moe_layers * routing_bytes(
+            tokens, size.num_experts, layout.bytes_per_value
+        )
+    passing = memory.peak(rows, busiest, None) if at_once and layout.recompute != "none" else 0.0
+    if at_once and layout.recompute == "none":
+        passing = memory.passing(rows, busiest)
+    if chunk is not None:
+        passing = max(passing, memory.peak(rows, busiest, chunk))
+    return kept / layout.bytes_per_value, passing / layout.bytes_per_value

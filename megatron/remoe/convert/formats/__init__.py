@@ -1,0 +1,1 @@
+"""Files that checkpoints and models are stored in, read without running what they hold."""

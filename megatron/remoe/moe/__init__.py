@@ -1,0 +1,1 @@
+"""The MoE layer in Megatron: router, dispatch, experts, and the specs that place them."""

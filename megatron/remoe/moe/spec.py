@@ -1,0 +1,116 @@
+"""Layer specs: Megatron's GPT block with our backend, router and MoE layer put in."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron.remoe import options
+from megatron.remoe.moe.backend import TorchSpecProvider
+from megatron.remoe.moe.chunking import AssignmentBudget
+from megatron.remoe.moe.layer import DroplessMoELayer
+from megatron.remoe.moe.router import ReLURouter, ReLURouting
+from megatron.remoe.moe.topk_router import CountingTopKRouter, TopKRouting
+
+Routing = ReLURouting | TopKRouting
+
+
+def layer_spec(routing: Routing | None) -> Callable[..., TransformerBlockSubmodules]:
+    """A value for `GPTModelConfig.transformer_layer_spec`.
+
+    Args:
+        routing: settings of ReLU routing, or of TopK routing that counts and may warm up; None
+            keeps Megatron's TopK router. Without experts in the model config the layers are dense
+            either way.
+    """
+
+    def build(model_config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+        return block_spec(model_config.transformer, routing, vp_stage=vp_stage)
+
+    return build
+
+
+def block_spec(
+    config: TransformerConfig, routing: Routing | None, *, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, for the local or the Transformer Engine backend.
+
+    Megatron's own block spec decides which layers are on this stage and which of them have experts;
+    we exchange modules in it.
+
+    Raises:
+        ValueError: an option that ReLU routing refuses (`options`).
+    """
+    if isinstance(routing, ReLURouting) and config.num_moe_experts is not None:
+        options.check(config)
+    use_te = config.transformer_impl == "transformer_engine"
+    block = get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=use_te,
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+        vp_stage=vp_stage,
+    )
+    if not use_te:
+        block.layer_norm = TorchSpecProvider().layer_norm()
+        block.layer_specs = [_with_torch_modules(spec, config) for spec in block.layer_specs]
+    if routing is not None:
+        num_layers = sum(_has_experts(spec) for spec in block.layer_specs)
+        budget = None
+        if routing.varies:
+            budget = AssignmentBudget.of(config, num_layers, routing.max_assignments)
+        block.layer_specs = [
+            _with_routing(spec, routing, budget) if _has_experts(spec) else spec
+            for spec in block.layer_specs
+        ]
+    return block
+
+
+def _has_experts(layer: ModuleSpec) -> bool:
+    mlp = getattr(layer.submodules.mlp, "func", None)
+    return isinstance(mlp, type) and issubclass(mlp, MoELayer)
+
+
+def _with_torch_modules(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
+    backend = TorchSpecProvider()
+    norm = backend.layer_norm()
+    attention = layer.submodules.self_attention
+    mlp = layer.submodules.mlp
+    # In checkpoints norms are named as Transformer Engine names them: fused into the next linear,
+    # except before experts.
+    names = dict(layer.submodules.sharded_state_dict_keys_map)
+    if _has_experts(layer):
+        names.pop("pre_mlp_layernorm.")
+        mlp = _moe(layer, experts=backend.grouped_mlp_modules(config.moe_grouped_gemm))
+    submodules = replace(
+        layer.submodules,
+        input_layernorm=norm,
+        pre_mlp_layernorm=norm,
+        self_attention=replace(
+            attention,
+            submodules=replace(attention.submodules, core_attention=backend.core_attention()),
+        ),
+        mlp=mlp,
+        sharded_state_dict_keys_map=names,
+    )
+    return replace(layer, submodules=submodules)
+
+
+def _with_routing(
+    layer: ModuleSpec, routing: Routing, budget: AssignmentBudget | None
+) -> ModuleSpec:
+    kind = ReLURouter if isinstance(routing, ReLURouting) else CountingTopKRouter
+    mlp = _moe(layer, router=partial(kind, routing=routing))
+    return replace(layer, submodules=replace(layer.submodules, mlp=partial(mlp, budget=budget)))
+
+
+def _moe(layer: ModuleSpec, **modules: Any) -> partial:
+    """The layer's experts with a dropless dispatcher, and with some modules exchanged."""
+    submodules = replace(layer.submodules.mlp.keywords["submodules"], **modules)
+    return partial(DroplessMoELayer, submodules=submodules)

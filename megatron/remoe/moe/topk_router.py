@@ -1,0 +1,81 @@
+"""TopK with near-dense warm-up: many experts per token for the first steps, then k.
+
+The control of ReMoE's dense stage (arXiv 2412.14711, appendix H): a softmax router that spends the
+same early compute. k depends on the training iteration, which every checkpoint carries, so that a
+resumed run goes on with the right one; the dispatcher is sized by the routing map.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron.remoe.moe.counting import CountsRouting
+
+
+@dataclass(frozen=True)
+class TopKRouting:
+    """What a layer with a TopK router needs beyond Megatron's TransformerConfig.
+
+    Attributes:
+        warmup_steps: training steps of the near-dense warm-up; 0 is Megatron's plain TopK.
+        warmup_topk: k in those steps, after granularity.
+        max_assignments: see `chunking.AssignmentBudget`.
+    """
+
+    warmup_steps: int = 0
+    warmup_topk: int = 0
+    max_assignments: int | None = None
+
+    @property
+    def varies(self) -> bool:
+        """Whether the number of assignments does."""
+        return self.warmup_steps > 0
+
+    def topk_at(self, iteration: int, topk: int) -> int:
+        """k of a training step; `iteration` counts the steps before it."""
+        return self.warmup_topk if iteration < self.warmup_steps else topk
+
+
+def current_iteration() -> int:
+    """Megatron's training steps before the present one, also in a process that only evaluates."""
+    from megatron.training import get_args
+
+    args = get_args()
+    return int(getattr(args, "curr_iteration", None) or args.iteration or 0)
+
+
+class CountingTopKRouter(CountsRouting, TopKRouter):
+    """Megatron's TopK router, which counts what it routed and may warm up.
+
+    An evaluation routes with the k of the last training step.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: Any = None,
+        is_mtp_layer: bool = False,
+        *,
+        routing: TopKRouting | None = None,
+        iteration: Callable[[], int] = current_iteration,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.warmup = routing or TopKRouting()
+        self._iteration = iteration
+        self.register_counters(self.num_experts)
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`[s, b, E]` logits to probs and the routing map, both `[T, E]`."""
+        if self.warmup.warmup_steps:
+            self.topk = self.warmup.topk_at(self._iteration(), self.config.moe_router_topk)
+        probs, routing_map = super().routing(logits, padding_mask)
+        # With activation recompute the router runs twice: first without gradients, then with.
+        if self.training and torch.is_grad_enabled():
+            flat = None if padding_mask is None else padding_mask.reshape(-1)
+            self.count(routing_map, flat, num_ranks=self.tp_cp_group.size())
+        return probs, routing_map

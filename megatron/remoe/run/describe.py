@@ -1,0 +1,144 @@
+"""`remoe describe`: size, cost and memory of a config's run, without starting it."""
+
+import argparse
+from dataclasses import dataclass, replace
+
+from megatron.remoe.analysis.memory import Layout, activation_bytes
+from megatron.remoe.analysis.size import ModelSize
+from megatron.remoe.run.config import RunConfig, check, megatron_parser, to_argv
+from remoe.kernels.chunks import UNLIMITED
+
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a run is and costs.
+
+    Attributes:
+        size: the model.
+        world: GPUs of the layout.
+        sequences: of the whole run; tokens: likewise.
+        weights_gb: weights, gradients and optimizer on the fullest GPU, by Megatron's estimate.
+        dense_gb, stable_gb: activations on it while every expert may be active for every token
+            (ReLU routing) or k of the warm-up is (TopK), and at k active experts; at_once_gb: while
+            every expert may be, if layers did not go chunk by chunk.
+        layout: how the run is split, in words.
+    """
+
+    size: ModelSize
+    world: int
+    sequences: int
+    tokens: int
+    weights_gb: float
+    dense_gb: float
+    stable_gb: float
+    at_once_gb: float
+    layout: str
+
+    def hours(
+        self, *, tflops: float | None = None, tokens_per_second: float | None = None
+    ) -> float | None:
+        """Time of the whole run at a throughput: TFLOP/s per GPU, or tokens per second in all."""
+        if tokens_per_second is not None:
+            return self.tokens / tokens_per_second / 3600
+        if tflops is None:
+            return None
+        flops = self.size.flops_per_sequence * self.sequences
+        return flops / (tflops * 1e12 * self.world) / 3600
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The report, by line: a name and a value."""
+        size = self.size
+        experts = "none"
+        if size.num_experts:
+            experts = f"{size.topk} of {size.num_experts} active, width {size.expert_width}"
+        return [
+            ("active parameters", _count(size.active_params)),
+            ("total parameters", _count(size.total_params)),
+            ("routers, beside these", _count(size.router_params)),
+            ("experts", experts),
+            ("GFLOPs per sequence", f"{size.flops_per_sequence / 1e9:.1f}"),
+            ("sequences", f"{self.sequences:,} of {size.seq_length} tokens"),
+            ("tokens", f"{self.tokens / 1e9:.2f}B"),
+            ("FLOPs of the run", f"{size.flops_per_sequence * self.sequences:.3g}"),
+            (f"layout, {self.world} GPUs", self.layout),
+            ("weights and optimizer per GPU", f"{self.weights_gb:.1f} GB"),
+            ("activations, dense warm-up", f"{self.dense_gb:.1f} GB"),
+            ("activations, stable stage", f"{self.stable_gb:.1f} GB"),
+            ("activations, dense at once", f"{self.at_once_gb:.1f} GB"),
+            ("memory per GPU, dense warm-up", f"{self.weights_gb + self.dense_gb:.1f} GB"),
+            ("memory per GPU, stable stage", f"{self.weights_gb + self.stable_gb:.1f} GB"),
+        ]
+
+
+def describe(config: RunConfig, world: int) -> Description:
+    """Let Megatron check the config for a number of GPUs, and describe the run.
+
+    Data and tokenizer need not exist here.
+
+    Raises:
+        ValueError: arguments that the run would reject, or a model that is not counted.
+    """
+    from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
+
+    flags = {"distributed_backend": "nccl"} | config.flags
+    args = check(to_argv(flags, megatron_parser()), world, paths=False)
+    if args.padded_vocab_size is None:
+        raise ValueError("padded_vocab_size is not given; the model's size depends on it")
+    size = ModelSize.from_flags(vars(args) | {"moe_granularity": 1})  # it is applied already
+    sequences = args.train_samples or args.train_iters * args.global_batch_size
+    layout = _layout(args)
+    most = args.moe_topk_warmup_topk or (size.num_experts if args.moe_relu_routing else size.topk)
+    return Description(
+        size=size,
+        world=world,
+        sequences=sequences,
+        tokens=sequences * size.seq_length,
+        weights_gb=compute_weight_and_optimizer_memory(args) / _GB,
+        dense_gb=activation_bytes(size, layout, most) / _GB,
+        stable_gb=activation_bytes(size, layout, size.topk) / _GB,
+        at_once_gb=activation_bytes(size, replace(layout, max_assignments=UNLIMITED), most) / _GB,
+        layout=_in_words(args, layout),
+    )
+
+
+def _layout(args: argparse.Namespace) -> Layout:
+    recompute = "none"
+    if args.recompute_granularity == "full":
+        recompute = "full"
+    elif "moe" in (args.recompute_modules or ()):
+        recompute = "moe"
+    return Layout(
+        tp=args.tensor_model_parallel_size,
+        pp=args.pipeline_model_parallel_size,
+        cp=args.context_parallel_size,
+        expert_tp=args.expert_tensor_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+        micro_batch=args.micro_batch_size,
+        num_micro_batches=args.global_batch_size
+        // (args.micro_batch_size * args.data_parallel_size),
+        recompute=recompute,
+        bytes_per_value=2 if args.bf16 or args.fp16 else 4,
+        max_assignments=args.moe_relu_max_assignments,
+    )
+
+
+def _in_words(args: argparse.Namespace, layout: Layout) -> str:
+    sizes = {
+        "TP": layout.tp,
+        "EP": args.expert_model_parallel_size,
+        "expert TP": layout.expert_tp,
+        "PP": layout.pp,
+        "CP": layout.cp,
+        "DP": args.data_parallel_size,
+    }
+    split = " x ".join(f"{name} {n}" for name, n in sizes.items() if n > 1) or "one GPU"
+    return (
+        f"{split}; micro-batches {layout.num_micro_batches} of {layout.micro_batch}; "
+        f"recompute {layout.recompute}"
+    )
+
+
+def _count(params: int) -> str:
+    return f"{params / 1e9:.2f}B" if params >= 1e9 else f"{params / 1e6:.1f}M"

@@ -1,0 +1,81 @@
+"""What may stand in the way of a run's directory, looked at before anything is written."""
+
+import os
+import stat
+from pathlib import Path
+
+from megatron.remoe.run.config import RunConfig, read_yaml
+
+_FILES = ("config.yaml", ".lock", "log.txt", "metrics.jsonl", "curves.png")
+_FOLDERS = (
+    "save", "data_cache_path", "tensorboard_dir", "wandb_save_dir", "moe_routing_trace_path",
+)  # fmt: skip
+
+
+def check(config: RunConfig) -> None:
+    """Make sure that everything that the run writes can be written, as far as can be seen.
+
+    Args:
+        config: completed.
+
+    Raises:
+        ValueError: naming what is in the way.
+    """
+    _check_folder("run_dir", config.run_dir)
+    for name in _FILES:
+        path = config.run_dir / name
+        if path.is_dir():
+            raise ValueError(
+                f"run_dir: {path} is a folder, where the run writes a file; remove it, or choose "
+                f"another run_dir"
+            )
+        if path.exists() and not os.access(path, os.W_OK):
+            raise ValueError(
+                f"run_dir: {path} cannot be written by this user; choose another run_dir"
+            )
+    for key in _FOLDERS:
+        if config.flags.get(key):
+            _check_folder(key, Path(str(config.flags[key])))
+
+
+def _check_folder(key: str, path: Path) -> None:
+    """Raise `ValueError` unless the folder is there and writable, or can be made."""
+    for place in (path, *path.parents):
+        try:
+            mode = os.stat(place).st_mode
+        except FileNotFoundError:
+            if not place.is_symlink():
+                continue
+            reason = "is a link to nothing"
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = f"cannot be a folder ({getattr(error, 'strerror', None) or error})"
+        else:
+            if not stat.S_ISDIR(mode):
+                reason = "is a file"
+            elif not os.access(place, os.W_OK | os.X_OK):
+                reason = "cannot be written by this user"
+            else:
+                return
+        text = str(place) if len(str(place)) < 80 else f"{str(place)[:80]}..."
+        raise ValueError(f"{key}: {text} {reason}; choose another {key}")
+
+
+def refuse_another_run(config: RunConfig) -> None:
+    """Raise `ValueError` when the run directory holds a run with other settings."""
+    path = config.run_dir / "config.yaml"
+    if not path.exists():
+        return
+    try:
+        there = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{config.run_dir} holds a run whose config.yaml is damaged ({error}); choose another "
+            f"run_dir, or continue that run with these settings (--force)"
+        ) from None
+    here = config.to_dict()
+    changed = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
+    if changed:
+        raise ValueError(
+            f"{config.run_dir} holds a run that differs in {', '.join(changed)}; give this one its "
+            f"own directory (run_dir=PATH), or continue that run with these settings (--force)"
+        )

@@ -1,0 +1,1 @@
+"""Runs of the golden files in Megatron, which `verify` and the tests share."""

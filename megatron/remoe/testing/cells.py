@@ -1,0 +1,341 @@
+"""One cell of the grid: a golden run trained by Megatron's parts under one parallel layout."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron.remoe.ranks import initialize_layout
+from megatron.remoe.testing.golden import (
+    Extreme,
+    Padding,
+    fill_with_golden_weights,
+    golden_tokens,
+    gpt_config,
+    make_extreme,
+    padding_mask,
+    transformer_config,
+)
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A parallel layout, and the run to train under it.
+
+    Attributes:
+        world, tp, ep, expert_tp, pp, vp: ranks, and sizes of the parallel dimensions; the rest is
+            data parallelism. Sequence parallelism is on whenever tp > 1.
+        router: "relu", "topk", or "dense" for a model without experts.
+        experts: our grouped experts, or Megatron's, one linear at a time.
+        routing: an extreme to start from: see `golden.make_extreme`.
+        max_assignments: of a layer that are computed at once; None is the automatic limit, and
+            several numbers are those of the experts' data-parallel ranks in turn, which then differ
+            in which layers they compute chunk by chunk.
+        padding: which tokens are padding: see `golden.padding_mask`.
+        per_token_loss: weight micro-batches by their real tokens, instead of equally.
+        run: changes to the golden run's configuration (number of layers, micro-batches, ...).
+        reference_run: those of the run to compare with, when they are others.
+        informational: differs by design; reported, not judged.
+        plain: compare with the run in plain torch (`plain.train`), not with one rank of Megatron.
+    """
+
+    name: str
+    world: int = 1
+    tp: int = 1
+    ep: int = 1
+    expert_tp: int = 1
+    pp: int = 1
+    vp: int | None = None
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    recompute: Literal["none", "full", "moe"] = "none"
+    distributed_optimizer: bool = False
+    overlap: bool = False
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    router: Literal["relu", "topk", "dense"] = "relu"
+    load_balancing: Literal["aux_loss", "none"] = "aux_loss"
+    experts: Literal["grouped", "sequential"] = "grouped"
+    routing: Extreme | None = None
+    max_assignments: int | tuple[int, ...] | None = None
+    padding: Padding = "none"
+    per_token_loss: bool = False
+    run: tuple[tuple[str, Any], ...] = ()
+    reference_run: tuple[tuple[str, Any], ...] | None = None
+    informational: bool = False
+    plain: bool = False
+
+    @property
+    def dp(self) -> int:
+        return self.world // (self.tp * self.pp)
+
+    def config(self, golden: dict[str, Any]) -> dict[str, Any]:
+        return golden | dict(self.run)
+
+
+def run_cell(cell: Cell, golden: dict[str, Any], steps: int, weights: Path) -> list[dict[str, Any]]:
+    """Train and return what every step measured; called on all ranks of the cell.
+
+    Replicas of a weight must be equal at the end, bit for bit.
+
+    Args:
+        cell: the layout.
+        golden: configuration of a golden run.
+        steps: how many of its steps.
+        weights: a checkpoint written by `save_golden_weights` for the same model.
+
+    Raises:
+        AssertionError: data-parallel or tensor-parallel ranks hold different values of a replica.
+    """
+    config = cell.config(golden)
+    initialize(cell)
+    training = Training(cell, config, weights)
+    trajectory = [training.step(batch) for batch in golden_tokens(config)[:steps]]
+    differing = training.replicas_that_differ()
+    assert not differing, (
+        f"ranks hold different values of {len(differing)} replicas, of which the first is "
+        f"{differing[0]}"
+    )
+    return trajectory
+
+
+class Training:
+    """A model of a cell with its optimizer; process groups exist already."""
+
+    def __init__(self, cell: Cell, config: dict[str, Any], weights: Path | None) -> None:
+        self.cell, self.config = cell, config
+        self.chunks, self.hook = _build(cell, config, weights)
+        self.optimizer = _optimizer(cell, config, self.chunks)
+        transformer = self.chunks[0].config
+        transformer.grad_scale_func = self.optimizer.scale_loss
+        if cell.overlap:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            transformer.no_sync_func = no_sync if len(self.chunks) > 1 else no_sync[0]
+
+    def step(self, batch: Tensor) -> dict[str, Any]:
+        """Train on `[micro-batches, micro-batch, sequence + 1]` tokens; what was measured."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, padding=self.cell.padding),
+            data_iterator=[_micro_batches(batch, self.cell) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=self.config["nmb"] // self.cell.dp,
+            seq_length=self.config["seq"],
+            micro_batch_size=self.config["mbs"],
+            forward_only=False,
+        )
+        _, grad_norm, _ = self.optimizer.step()
+        return _measure(losses, grad_norm, self.hook)
+
+    def replicas_that_differ(self) -> list[str]:
+        """Names of the parameters and coefficients of which this rank has another value than rank 0
+        of a group that has replicas of it; called on all ranks."""
+        from megatron.core import parallel_state
+        from megatron.core.utils import unwrap_model
+
+        tensor = parallel_state.get_tensor_model_parallel_group()
+        data = parallel_state.get_data_parallel_group()
+        expert_data = parallel_state.get_expert_data_parallel_group()
+        differing = []
+        for chunk in self.chunks:
+            if self.cell.overlap and self.cell.distributed_optimizer:
+                chunk.start_param_sync(force_sync=True)  # or it would come with the next forward
+            (model,) = unwrap_model([chunk])
+            for name, value in [*model.named_parameters(), *model.named_buffers()]:
+                groups = [expert_data if ".experts." in name else data]
+                if name.endswith((".router.weight", ".l1_coeff", "layernorm.weight")):
+                    groups.append(tensor)
+                for group in groups:
+                    first = value.detach().clone()
+                    torch.distributed.broadcast(first, group=group, group_src=0)
+                    if not torch.equal(first, value):
+                        differing.append(name)
+        return differing
+
+
+def save_golden_weights(cell: Cell, golden: dict[str, Any], weights: Path) -> None:
+    """Write a one-rank checkpoint of a cell's model at its golden weights."""
+    from megatron.core import dist_checkpointing
+
+    config = cell.config(golden)
+    initialize(cell)
+    (model,), _ = _models(cell, config, wrap=False)
+    fill_with_golden_weights(model, config["seed"])
+    if cell.routing is not None:
+        make_extreme(model, cell.routing)
+    weights.mkdir(parents=True, exist_ok=True)
+    dist_checkpointing.save(model.sharded_state_dict(), str(weights))
+
+
+def initialize(cell: Cell) -> None:
+    """Process groups of a layout, replacing those of the cell before."""
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
+    unset_num_microbatches_calculator()
+    destroy_moe_metrics_tracker()  # it has the number of layers of the model before
+    initialize_layout(
+        tensor=cell.tp,
+        pipeline=cell.pp,
+        virtual_pipeline=cell.vp,
+        expert=cell.ep,
+        expert_tensor=cell.expert_tp,
+    )
+
+
+def _models(cell: Cell, config: dict[str, Any], *, wrap: bool):
+    """Model chunks of this rank, and the once-per-step hook."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    from megatron.remoe.moe.router import ReLURouting
+    from megatron.remoe.train.step import FinalizeStep
+
+    dtype = _DTYPES[cell.dtype]
+    changes: dict[str, Any] = {
+        "tensor_model_parallel_size": cell.tp,
+        "pipeline_model_parallel_size": cell.pp,
+        "virtual_pipeline_model_parallel_size": cell.vp,
+        "expert_model_parallel_size": cell.ep,
+        "expert_tensor_parallel_size": cell.expert_tp,
+        "sequence_parallel": cell.tp > 1,
+        "moe_token_dispatcher_type": cell.dispatcher,
+        "moe_grouped_gemm": cell.experts == "grouped",
+        "moe_layer_freq": list(config.get("moe_layer_freq", [1] * config["L"])),
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": cell.dtype == "bf16",
+        "fp16": cell.dtype == "fp16",
+        "calculate_per_token_loss": cell.per_token_loss,
+    }
+    if cell.recompute == "full":
+        changes |= {"recompute_granularity": "full", "recompute_method": "uniform"}
+        changes |= {"recompute_num_layers": 1}
+    elif cell.recompute == "moe":
+        changes |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    if cell.router == "topk":
+        changes |= {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
+    elif cell.router == "dense":
+        changes |= {"num_moe_experts": None, "moe_ffn_hidden_size": None}
+    routing = None
+    if cell.router == "relu":
+        routing = ReLURouting(
+            l1_reg_coeff_init=config["coeff_init"],
+            load_balancing=cell.load_balancing,
+            max_assignments=_max_assignments(cell),
+        )
+    model_config = gpt_config(transformer_config(config, **changes), config, routing)
+    hook = FinalizeStep()
+    model_config.transformer.finalize_model_grads_func = hook
+    chunks = GPTModelBuilder(model_config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=cell.overlap,
+            overlap_param_gather=cell.overlap and cell.distributed_optimizer,
+            use_distributed_optimizer=cell.distributed_optimizer,
+            bucket_size=20_000 if cell.overlap else None,  # several buckets in a tiny model
+        ),
+        wrap_with_ddp=wrap,
+        data_parallel_random_init=False,
+    )
+    return chunks, hook
+
+
+def _max_assignments(cell: Cell) -> int | None:
+    from megatron.core import parallel_state
+
+    if not isinstance(cell.max_assignments, tuple):
+        return cell.max_assignments
+    replica = parallel_state.get_expert_data_parallel_rank()
+    return cell.max_assignments[replica % len(cell.max_assignments)]
+
+
+def _build(cell: Cell, config: dict[str, Any], weights: Path | None):
+    from megatron.core import dist_checkpointing
+    from megatron.core.utils import unwrap_model
+
+    chunks, hook = _models(cell, config, wrap=True)
+    if weights is None:
+        return [chunk.train() for chunk in chunks], hook
+    models = unwrap_model(chunks)
+    states = {str(i): model.sharded_state_dict() for i, model in enumerate(models)}
+    states = dist_checkpointing.load(states, str(weights))
+    for i, model in enumerate(models):
+        model.load_state_dict(states[str(i)])
+    return [chunk.train() for chunk in chunks], hook
+
+
+def _optimizer(cell: Cell, config: dict[str, Any], chunks):
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=config["lr"],
+            weight_decay=0.01,
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+            clip_grad=1.0,
+            bf16=cell.dtype == "bf16",
+            fp16=cell.dtype == "fp16",
+            params_dtype=_DTYPES[cell.dtype],
+            use_distributed_optimizer=cell.distributed_optimizer,
+            overlap_param_gather=cell.overlap and cell.distributed_optimizer,
+        ),
+        chunks,
+    )
+    for group in optimizer.param_groups:  # as Megatron's learning rate scheduler does
+        group["weight_decay"] = 0.01 * group["wd_mult"]
+    return optimizer
+
+
+def _micro_batches(batch: Tensor, cell: Cell) -> Iterator[tuple[int, Tensor]]:
+    """This rank's micro-batches, with their numbers in the step."""
+    from megatron.core import parallel_state
+
+    return islice(enumerate(batch), parallel_state.get_data_parallel_rank(), None, cell.dp)
+
+
+def _forward_step(data_iterator: Iterator[tuple[int, Tensor]], model, *, padding: Padding):
+    from megatron.remoe.pretrain import loss_func
+
+    number, tokens = next(data_iterator)
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+    padded = padding_mask(number, labels, padding)
+    given = None if padding == "none" else padded
+    output = model(inputs, positions, None, labels=labels, padding_mask=given)
+    return output, partial(loss_func, (~padded).float(), check_for_nan=False)
+
+
+def _measure(losses: list[dict[str, Tensor]], grad_norm: float | None, hook) -> dict[str, Any]:
+    """The step in the golden files' terms; the loss is known on the last pipeline stage only."""
+    from megatron.core import parallel_state
+
+    skipped = grad_norm is None  # by the loss scaler of fp16
+    step: dict[str, Any] = {"grad_norm": float("nan") if skipped else float(grad_norm)}
+    if losses:
+        loss = torch.stack([entry["lm loss"] for entry in losses]).sum(dim=0)
+        torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
+        step["lm_loss"] = (loss[0] / loss[1]).item()
+    if hook.report is not None:
+        report = hook.report
+        step |= {
+            "l1_reg": report.l1_reg_L[report.has_router].tolist(),
+            "sparsity": report.sparsity.item(),
+            "sparsity_per_layer": report.sparsity_L[report.has_router].tolist(),
+            "most_active": report.most_active_L[report.has_router].tolist(),
+            "l1_coeff_used": report.l1_coeff.item(),
+        }
+    return step

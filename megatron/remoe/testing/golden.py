@@ -1,0 +1,203 @@
+"""The runs that golden trajectories are recorded from: weights and data as functions of a seed.
+
+Their definition is that of the published implementation's trajectories (`tests/golden`): every
+weight is a function of its name, so that it is the same under any parallel layout.
+"""
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+PUBLISHED_COEFF_INIT = 1e-8
+# The router turns sparse around step 90 of a run that starts at 1e-8; from there on a perturbation
+# of 1e-6 grows to percents, so only the steps before it are compared value by value.
+OPEN_LOOP_STEPS = 60
+
+# The closed-loop run of the golden files: sparsity crosses its target several times in 40 steps.
+CLOSED_LOOP = {
+    "seed": 424242, "E": 8, "k": 1, "G": 1, "L": 2, "H": 64, "F": 128, "heads": 4, "groups": 2,
+    "seq": 64, "mbs": 4, "nmb": 2, "steps": 40, "lr": 0.002, "coeff_init": 0.01,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A recorded run.
+
+    Attributes:
+        config: E, k, G, L, H, F, heads, groups, seq, mbs, nmb, steps, lr, seed, coeff_init.
+        num_experts, topk: after granularity.
+        params: name and shape of every parameter.
+        trajectory: what was measured, by step.
+    """
+
+    config: dict[str, Any]
+    num_experts: int
+    topk: int
+    params: dict[str, list[int]]
+    trajectory: list[dict[str, Any]]
+
+    @classmethod
+    def load(cls, path: Path) -> "Golden":
+        record = json.loads(path.read_text())
+        keys = ("config", "num_experts", "topk", "params", "trajectory")
+        return cls(**{key: record[key] for key in keys})
+
+    @property
+    def coeff_init(self) -> float:
+        return self.config.get("coeff_init", PUBLISHED_COEFF_INIT)
+
+    @property
+    def comparable_steps(self) -> int:
+        steps = len(self.trajectory)
+        open_loop = self.coeff_init == PUBLISHED_COEFF_INIT
+        return min(steps, OPEN_LOOP_STEPS) if open_loop else steps
+
+
+def golden_weight(name: str, shape: list[int], seed: int) -> torch.Tensor:
+    """A parameter's initial value, fp32."""
+    if "norm" in name:
+        return torch.ones(shape)
+    state = np.random.RandomState((zlib.crc32(name.encode()) ^ seed) & 0xFFFFFFFF)
+    return torch.from_numpy((state.standard_normal(shape) * 0.02).astype(np.float32))
+
+
+def fill_with_golden_weights(model: torch.nn.Module, seed: int) -> None:
+    """Give every parameter of a whole (one-rank) model its golden value, in place."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(golden_weight(name, list(parameter.shape), seed))
+
+
+Extreme = Literal["all active", "silent layer", "silent rank", "one expert"]
+
+
+def make_extreme(model: torch.nn.Module, extreme: Extreme) -> None:
+    """Set the routers of a whole model to an extreme, in place.
+
+    "all active": every expert for every token, in all layers. The embedding gets a large constant
+    feature, and the routers read it. "silent layer": no expert of the first layer is active.
+    "silent rank": only the first half of the experts can be active, in all layers, so that with two
+    expert-parallel ranks one has nothing to do. "one expert": only the first expert can be active.
+    """
+    from megatron.remoe.train.step import relu_routers
+
+    routers = relu_routers([model])
+    with torch.no_grad():
+        if extreme == "all active":
+            model.embedding.word_embeddings.weight[:, 0] = 10.0
+            for router in routers:
+                router.weight.zero_()
+                router.weight[:, 0] = 0.05
+        elif extreme == "silent layer":
+            routers[0].weight.zero_()
+        else:
+            for router in routers:
+                first = 1 if extreme == "one expert" else router.num_experts // 2
+                router.weight[first:] = 0.0
+
+
+def golden_tokens(config: dict[str, Any]) -> torch.Tensor:
+    """The run's data, int64 `[steps, nmb, mbs, seq + 1]`: Zipf-distributed words of 3-7 tokens."""
+    shape = (config["steps"], config["nmb"], config["mbs"], config["seq"] + 1)
+    need = int(np.prod(shape))
+    r = np.random.RandomState(config["seed"])
+    words = [r.randint(0, 256, size=r.randint(3, 8)) for _ in range(64)]
+    p = 1 / np.arange(1, 65)
+    chosen = r.choice(64, size=need // 3 + 8, p=p / p.sum())
+    tokens = np.concatenate([words[i] for i in chosen])[:need]
+    return torch.from_numpy(tokens.reshape(shape).astype(np.int64))
+
+
+Padding = Literal["none", "ends", "micro-batch"]
+
+
+def padding_mask(micro_batch: int, tokens: torch.Tensor, padding: str) -> torch.Tensor:
+    """Which tokens of a micro-batch are padding, bool like `tokens`, `[sequences, length]`.
+
+    Args:
+        micro_batch: its number in the step.
+        tokens: of the micro-batch.
+        padding: "none"; "ends", the last tokens of every sequence, more of them in later sequences;
+            "micro-batch", all tokens of the step's first micro-batch and no others.
+    """
+    sequences, length = tokens.shape
+    if padding == "ends":
+        real = length - length * (1 + torch.arange(sequences)) // (2 * sequences)
+        return torch.arange(length) >= real.unsqueeze(1)
+    all_of_it = padding == "micro-batch" and micro_batch == 0
+    return torch.full((sequences, length), all_of_it)
+
+
+def parameter_shapes(config: dict[str, Any]) -> dict[str, list[int]]:
+    """Name and shape of every parameter of a golden run, by the files' naming rule."""
+    h, f = config["H"], config["F"] // config["G"]
+    qkv = h + 2 * h * config["groups"] // config["heads"]
+    shapes = {"embedding.word_embeddings.weight": [256, h]}
+    for layer in range(config["L"]):
+        prefix = f"decoder.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = [h]
+        shapes[prefix + "self_attention.linear_proj.weight"] = [h, h]
+        shapes[prefix + "self_attention.linear_qkv.weight"] = [qkv, h]
+        shapes[prefix + "pre_mlp_layernorm.weight"] = [h]
+        shapes[prefix + "mlp.router.weight"] = [config["E"] * config["G"], h]
+        for expert in range(config["E"] * config["G"]):
+            name = f"{prefix}mlp.experts.local_experts.{expert}."
+            shapes[name + "linear_fc1.weight"] = [2 * f, h]
+            shapes[name + "linear_fc2.weight"] = [h, f]
+    return shapes | {"decoder.final_layernorm.weight": [h], "output_layer.weight": [256, h]}
+
+
+def transformer_config(config: dict[str, Any], **changes: Any):
+    """Megatron's TransformerConfig of a golden run; `changes` are its fields."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    fields = {
+        "num_layers": config["L"],
+        "hidden_size": config["H"],
+        "ffn_hidden_size": config["F"],
+        "num_attention_heads": config["heads"],
+        "num_query_groups": config["groups"],
+        "num_moe_experts": config["E"] * config["G"],
+        "moe_router_topk": config["k"] * config["G"],
+        "moe_ffn_hidden_size": config["F"] // config["G"],
+        "moe_router_load_balancing_type": "none",
+        "moe_router_pre_softmax": True,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": 1e-5,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_activation_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "transformer_impl": "local",
+    }
+    return TransformerConfig(**(fields | changes))
+
+
+def gpt_config(transformer, config: dict[str, Any], routing):
+    """Megatron's GPTModelConfig of a golden run, with our layers."""
+    from megatron.training.models.gpt import GPTModelConfig
+
+    from megatron.remoe import compat
+    from megatron.remoe.moe.spec import layer_spec
+
+    return GPTModelConfig(
+        transformer=transformer,
+        transformer_layer_spec=layer_spec(routing),
+        vocab_size=256,
+        seq_length=config["seq"],
+        position_embedding_type="rope",
+        rotary_base=1_000_000,
+        share_embeddings_and_output_weights=False,
+        pre_wrap_hooks=[compat.mark_experts],
+    )

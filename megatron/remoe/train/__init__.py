@@ -1,0 +1,1 @@
+"""A training step, and what surrounds a run in its ranks: metrics, checkpoints, resuming."""
