@@ -10,8 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, get_args
 
-from megatron.remoe import compat, cpu, options
-from megatron.remoe.run import ranges
+from megatron.remoe import compat, cpu, options, ranges
 from remoe.config import LoadBalancing, apply_granularity
 
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]

@@ -12,8 +12,7 @@ from functools import partial
 
 import torch
 
-from megatron.remoe import cpu, processes
-from megatron.remoe.run import unsupported
+from megatron.remoe import cpu, processes, unsupported
 
 
 def get_batch(data_iterator, args, *, training: bool, vp_stage: int | None = None):

@@ -18,7 +18,6 @@ from megatron.remoe.data.corpus import (
     select_documents,
     split_documents,
 )
-from megatron.remoe.data.files import sha256_file
 from megatron.remoe.data.sources import (
     DOMAINS,
     Source,
@@ -26,6 +25,7 @@ from megatron.remoe.data.sources import (
     iter_sources,
     read_docstrings,
 )
+from megatron.remoe.files import sha256_file
 
 SMALL = CorpusConfig(max_mb_per_domain=0.3, valid_fraction=0.1)
 SMALL_FLAGS = ["--max-mb-per-domain", "0.3", "--valid-fraction", "0.1"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron.remoe.convert.output import new_folder
-from megatron.remoe.data.files import hold_folder, output_folder, parse_json, read_json_object
+from megatron.remoe.files import hold_folder, output_folder, parse_json, read_json_object
 
 
 def status_of(work: Callable[[], object]) -> int:

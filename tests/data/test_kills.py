@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.remoe.data import files
+from megatron.remoe import files
 from megatron.remoe.data.corpus import CorpusConfig, build_corpus
 from megatron.remoe.data.tokenize import TokenizeConfig, tokenize
 from megatron.remoe.processes import children

@@ -211,14 +211,14 @@ def write_synthetic(folder: Path, *, layers: int, hidden: int, width: int) -> in
     `python -m tests.mcore.convert_cases FOLDER LAYERS HIDDEN WIDTH`.
     """
     from megatron.remoe.convert.architecture import to_config
-    from megatron.remoe.convert.formats.torch_dist import TorchDistWriter
     from megatron.remoe.convert.table import plan
-    from megatron.remoe.run import config as run_config
+    from megatron.remoe.formats.torch_dist import TorchDistWriter
+    from megatron.remoe.run.argv import megatron_parser, to_argv
 
     sizes = {"num_layers": layers, "hidden_size": hidden, "moe_ffn_hidden_size": width}
     flags = FLAGS | RELU | UNTIED | sizes | {"num_experts": 8, "kv_channels": hidden // 4}
-    parser = run_config.megatron_parser()
-    args = parser.parse_args(run_config.to_argv(flags, parser))
+    parser = megatron_parser()
+    args = parser.parse_args(to_argv(flags, parser))
     args = Namespace(**{k: v for k, v in vars(args).items() if isinstance(v, PLAIN)})
     folder.mkdir(parents=True)
     writer = TorchDistWriter(folder, num_layers=layers, stacked=True)

@@ -95,7 +95,7 @@ def _experts(name: str, tensor: Tensor, form: str):
 
 def _write_torch_dist(tensors: dict[str, Tensor], args: Namespace, home: Path) -> None:
     """Stacked over layers; norms before experts as the stock local spec names them."""
-    from megatron.remoe.convert.formats.torch_dist import TorchDistWriter
+    from megatron.remoe.formats.torch_dist import TorchDistWriter
 
     folder = home / "torch_dist/iter_0000003"
     folder.mkdir(parents=True)

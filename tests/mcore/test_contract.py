@@ -318,8 +318,8 @@ def test_every_default_of_the_parser_passes_the_tables(call):
 def defaults() -> int:
     import argparse
 
-    from megatron.remoe.run import ranges, unsupported
-    from megatron.remoe.run.config import megatron_parser
+    from megatron.remoe import ranges, unsupported
+    from megatron.remoe.run.argv import megatron_parser
 
     parser = megatron_parser()
     args = argparse.Namespace(**{a.dest: parser.get_default(a.dest) for a in parser._actions})
@@ -340,7 +340,9 @@ def state_around_a_check(path: Path) -> bool:
     from megatron.training import global_vars
 
     from megatron.remoe.run import launch, rehearsal
-    from megatron.remoe.run.config import check, load_config, megatron_parser, to_argv
+    from megatron.remoe.run.argv import megatron_parser, to_argv
+    from megatron.remoe.run.check import check
+    from megatron.remoe.run.config import load_config
 
     def state() -> tuple:
         return (
@@ -369,11 +371,14 @@ def test_a_machine_with_gpus_builds_the_run_in_a_new_process(call, tmp_path):
 def answers_of_a_new_process(path: Path) -> list[str]:
     """What `rehearse` says where `cpu` does not stand in: of this config, and of an optimizer."""
     from megatron.remoe import cpu
-    from megatron.remoe.run import config, launch, rehearsal
+    from megatron.remoe.run import launch, rehearsal
+    from megatron.remoe.run.argv import megatron_parser, to_argv
+    from megatron.remoe.run.check import check as check_argv
+    from megatron.remoe.run.config import load_config
 
     answers: list[str] = []
-    argv = config.to_argv(launch.complete(config.load_config(path)).flags, config.megatron_parser())
-    args = config.check(argv, 1)
+    argv = to_argv(launch.complete(load_config(path)).flags, megatron_parser())
+    args = check_argv(argv, 1)
     rehearsal._passed.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "is_enabled", lambda: False)

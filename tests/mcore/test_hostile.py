@@ -235,7 +235,7 @@ def test_parts_that_overlap_do_not_make_a_tensor(home, tmp_path):
     """Their sizes add up to it, while some of its values are nowhere."""
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-    from megatron.remoe.convert.formats.torch_dist import TorchDistReader
+    from megatron.remoe.formats.torch_dist import TorchDistReader
 
     shutil.copytree(home / STEP, tmp_path / STEP)
     name, rows = "decoder.final_layernorm.weight", (0, 8)
@@ -551,7 +551,7 @@ def test_mistakes_of_a_comparison(call, home, tmp_path, options, message):
 def ended(cwd: Path, moment: str, number: int, *argv: str) -> tuple[int, str]:
     """How the command ends, and what it says, when a signal comes at a moment of its work."""
     from megatron.remoe.convert import output
-    from megatron.remoe.convert.formats import safetensors, torch_dist
+    from megatron.remoe.formats import safetensors, torch_dist
 
     places = {
         "weights": (safetensors.ShardWriter, "write", 5),

@@ -38,7 +38,8 @@ LAYOUTS = {
 def checked_argv(preset: Path, world: int, overrides: tuple[str, ...]) -> dict:
     """Megatron's parser and validation over the printed command, for its world size."""
     from megatron.remoe.run import cluster, launch
-    from megatron.remoe.run.config import check, megatron_parser, to_argv
+    from megatron.remoe.run.argv import megatron_parser, to_argv
+    from megatron.remoe.run.check import check
 
     machines = cluster.Cluster(world // 8, 8)
     run = cluster.for_cluster(load_config(preset, list(overrides)), machines, gpus=True)

@@ -12,7 +12,8 @@ import zstandard
 from megatron.remoe.analysis.memory import Layout, activation_bytes
 from megatron.remoe.analysis.size import ModelSize
 from megatron.remoe.ranks import Ranks, initialize_layout
-from megatron.remoe.run.config import load_config, to_argv
+from megatron.remoe.run.argv import to_argv
+from megatron.remoe.run.config import load_config
 from tests.mcore import tiny
 from tests.mcore.test_metrics import ROUTING
 from tests.mcore.test_train import finish, training
@@ -130,7 +131,7 @@ def build(flags: dict, *, split: bool = True):
     from megatron.training.models.gpt import GPTModelBuilder
 
     from megatron.remoe.arguments import add_arguments, configure
-    from megatron.remoe.run.config import megatron_parser
+    from megatron.remoe.run.argv import megatron_parser
 
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
     sys.argv = ["pretrain", *to_argv(flags, megatron_parser())]

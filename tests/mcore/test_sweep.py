@@ -352,10 +352,10 @@ def with_path(folder: Path, *argv: str):
 
 def names_of(path: Path) -> list[str]:
     """The runs of an example, without its data."""
-    from megatron.remoe.run import config, sweep
+    from megatron.remoe.run import sweep
 
     with pytest.MonkeyPatch.context() as patch:
-        check = config.check
+        check = sweep.check
         patch.setattr(sweep, "check", lambda argv, nproc: check(argv, nproc, paths=False))
         return [run.name for run in sweep.load_sweep(path)]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.remoe.run.config import load_config, to_argv
+from megatron.remoe.run.argv import to_argv
+from megatron.remoe.run.config import load_config
 from tests.mcore import tiny
 from tests.mcore.test_metrics import COUNTED, EVERY, ROUTING
 
@@ -215,7 +216,7 @@ def test_arguments_from_the_checkpoint_are_not_multiplied_again(both, home, call
 
 
 def shapes_from_checkpoint(home: Path) -> list[tuple[int, int, int]]:
-    from megatron.remoe.run.config import megatron_parser
+    from megatron.remoe.run.argv import megatron_parser
 
     changes = {"load": str(home / "relu/checkpoints"), "use_checkpoint_args": True}
     path = tiny.write_config(home / "again.yaml", moe_granularity=2, **changes)

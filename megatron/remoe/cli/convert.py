@@ -51,7 +51,7 @@ def to_hf(
     """Export a model as transformers loads it: weights, tokenizer, code and model card."""
     prepare()
     from megatron.remoe.convert import export
-    from megatron.remoe.convert.formats.safetensors import parse_size
+    from megatron.remoe.formats.safetensors import parse_size
 
     chosen, size = export.parse_dtype(dtype), parse_size(max_shard_size)
     with progress("bytes") as report:

@@ -108,7 +108,7 @@ def evaluate(
 
 def _merge(file: Path, found: dict[str, Any]) -> None:
     """Replace what was evaluated again, and keep the rest."""
-    from megatron.remoe.data.files import read_json_object
+    from megatron.remoe.files import read_json_object
 
     before = read_json_object(file, "name another file (--out)") if file.exists() else {}
     for key in ("tasks", "perplexity"):

@@ -63,7 +63,9 @@ def launch(
     from megatron.remoe import cpu
     from megatron.remoe.run import cluster
     from megatron.remoe.run import launch as local
-    from megatron.remoe.run.config import check, load_config, megatron_parser, to_argv
+    from megatron.remoe.run.argv import megatron_parser, to_argv
+    from megatron.remoe.run.check import check
+    from megatron.remoe.run.config import load_config
 
     cpu.prepare_megatron()
     machines = cluster.Cluster(nodes, gpus_per_node)

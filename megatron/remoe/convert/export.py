@@ -11,7 +11,6 @@ import torch
 
 import remoe.hf
 from megatron.remoe.convert.facts import model_card
-from megatron.remoe.convert.formats.safetensors import ShardWriter, Spec
 from megatron.remoe.convert.output import new_folder
 from megatron.remoe.convert.source import (
     DTYPES,
@@ -22,6 +21,7 @@ from megatron.remoe.convert.source import (
 )
 from megatron.remoe.convert.table import CONFIG, PADDING, Config, Item
 from megatron.remoe.convert.tokenizer import TokenizerFiles
+from megatron.remoe.formats.safetensors import ShardWriter, Spec
 from remoe.hf.configuration_remoe import FORMAT_VERSION
 
 DEFAULT_SHARD_BYTES = 5 * 10**9

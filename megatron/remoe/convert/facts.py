@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.remoe.convert.table import Config
-from megatron.remoe.data.files import parse_json
+from megatron.remoe.files import parse_json
 
 _STEPS_OF_SPARSITY = 20
 

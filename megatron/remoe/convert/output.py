@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron.remoe.data.files import hold_folder
+from megatron.remoe.files import hold_folder
 
 # What a folder has that a conversion made, so that it may be replaced.
 _MADE_HERE = ("config.json", "model.yaml", "hf/config.json")

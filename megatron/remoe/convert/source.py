@@ -16,10 +16,6 @@ from megatron.remoe import checkpoint
 from megatron.remoe.convert.architecture import check_arguments, moe_layers, to_config
 from megatron.remoe.convert.facts import training_facts
 from megatron.remoe.convert.fork import is_fork, translated
-from megatron.remoe.convert.formats.legacy import LegacyReader, is_legacy
-from megatron.remoe.convert.formats.names import CanonicalReader
-from megatron.remoe.convert.formats.safetensors import SafetensorsReader
-from megatron.remoe.convert.formats.torch_dist import TorchDistReader
 from megatron.remoe.convert.table import (
     CONFIG,
     PADDING,
@@ -31,7 +27,11 @@ from megatron.remoe.convert.table import (
 )
 from megatron.remoe.convert.tokenizer import TokenizerFiles
 from megatron.remoe.convert.values import check_config, check_whole
-from megatron.remoe.data.files import read_json_object
+from megatron.remoe.files import read_json_object
+from megatron.remoe.formats.legacy import LegacyReader, is_legacy
+from megatron.remoe.formats.names import CanonicalReader
+from megatron.remoe.formats.safetensors import SafetensorsReader
+from megatron.remoe.formats.torch_dist import TorchDistReader
 
 PADDING_FILE = "megatron_padding.safetensors"
 MODEL_TYPES = ("remoe", "llama")

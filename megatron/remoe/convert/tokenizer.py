@@ -10,7 +10,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from megatron.remoe.data.files import read_json_object
 from megatron.remoe.data.tokenizer import (
     CONFIG,
     largest_id,
@@ -19,6 +18,7 @@ from megatron.remoe.data.tokenizer import (
     save_tokenizer,
     special_token,
 )
+from megatron.remoe.files import read_json_object
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
           "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip

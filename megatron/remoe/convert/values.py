@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron.remoe.convert.table import Config
+from megatron.remoe.formats.torch_dist import MOST_LAYERS
 from remoe.config import ControllerConfig
 
 _MOST = 2**31 - 1  # of any size
-_MOST_LAYERS = 10_000
 _MOST_VALUES = 2**48  # of one tensor: a petabyte
 _SIZES = (
     "hidden_size",
@@ -41,7 +41,7 @@ def check_sizes(where: str, values: Mapping[str, Any], names: Iterable[str]) -> 
         ValueError: a value that is none.
     """
     for name in names:
-        most = _MOST_LAYERS if name in _LAYERS else _MOST
+        most = MOST_LAYERS if name in _LAYERS else _MOST
         check_whole(where, name, values.get(name), 1, most)
 
 
@@ -53,19 +53,6 @@ def check_whole(where: str, name: str, value: Any, least: int, most: int = 2**62
     """
     if type(value) is not int or not least <= value <= most:
         raise _error(where, name, value, f"a whole number from {least} to {most}")
-
-
-def check_layers(where: str, name: str, shape: tuple[int, ...]) -> None:
-    """Whether a tensor of stacked layers has as many as a model can.
-
-    Raises:
-        ValueError: it has none, or more.
-    """
-    if not shape or not 1 <= shape[0] <= _MOST_LAYERS:
-        raise ValueError(
-            f"{where} has {name} of shape {list(shape)}; its first dimension must be the number of "
-            f"layers, at most {_MOST_LAYERS}"
-        )
 
 
 def check_number(where: str, name: str, value: Any, *, above: float, below: float) -> None:

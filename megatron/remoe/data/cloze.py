@@ -13,8 +13,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from megatron.remoe.data.files import output_folder, scratch_folder
 from megatron.remoe.data.jsonl import SUFFIXES, parse_text, read_chunks
+from megatron.remoe.files import output_folder, scratch_folder
 
 GROUP = "corpus_cloze"
 _WRONG = 3

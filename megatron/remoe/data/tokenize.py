@@ -17,13 +17,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megatron.remoe.data.encode import encode_chunks, start_workers
-from megatron.remoe.data.files import (
-    output_folder,
-    read_manifest,
-    scratch_folder,
-    sha256_file,
-    write_manifest,
-)
 from megatron.remoe.data.jsonl import SUFFIXES, iter_texts, line_error, read_chunks
 from megatron.remoe.data.progress import byte_progress
 from megatron.remoe.data.tokenizer import (
@@ -34,6 +27,13 @@ from megatron.remoe.data.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     train_tokenizer,
+)
+from megatron.remoe.files import (
+    output_folder,
+    read_manifest,
+    scratch_folder,
+    sha256_file,
+    write_manifest,
 )
 
 _ENTRY = {"input_sha256", "pair_bytes", "documents", "tokens", "empty", "invalid"}

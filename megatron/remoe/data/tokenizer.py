@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron.remoe.data.files import read_json_object
+from megatron.remoe.files import read_json_object
 
 END_OF_DOCUMENT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and the end of a document

@@ -20,7 +20,9 @@ from rich.table import Table
 from megatron.remoe import cpu, processes
 from megatron.remoe.analysis.runs import parse_row
 from megatron.remoe.run import rundir
-from megatron.remoe.run.config import RunConfig, check, megatron_parser, to_argv
+from megatron.remoe.run.argv import megatron_parser, to_argv
+from megatron.remoe.run.check import check
+from megatron.remoe.run.config import RunConfig
 
 _POLL_SECONDS = 0.5
 _LOG_INTERVAL = 100  # Megatron's default

@@ -18,16 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.remoe.run import rundir
+from megatron.remoe.run.argv import megatron_parser, to_argv
+from megatron.remoe.run.check import check
 from megatron.remoe.run.cluster import Cluster, for_cluster
-from megatron.remoe.run.config import (
-    RunConfig,
-    bases_of,
-    check,
-    load_flags,
-    megatron_parser,
-    read_yaml,
-    to_argv,
-)
+from megatron.remoe.run.config import RunConfig, bases_of, load_flags, read_yaml
 from megatron.remoe.run.launch import complete, refuse_nccl_without_gpu
 
 _KEYS = ("list", "grid")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.remoe import checkpoint
-from megatron.remoe.convert.formats.torch_dist import TorchDistReader
+from megatron.remoe.formats.torch_dist import TorchDistReader
 
 _ROUTERS = {"relu": "ReLU routing", "topk": "TopK routing", "dense": "a dense model"}
 

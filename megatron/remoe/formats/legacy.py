@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.remoe.convert.formats.torch_dist import load_allowed
+from megatron.remoe.formats.torch_dist import load_allowed
 
 _FILE = "mp_rank_00/model_optim_rng.pt"
 

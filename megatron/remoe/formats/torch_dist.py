@@ -29,9 +29,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
-from megatron.remoe.convert.formats.safetensors import is_plain_name
-from megatron.remoe.convert.values import check_layers
-from megatron.remoe.data.files import read_json_object, sha256_file
+from megatron.remoe.files import read_json_object, sha256_file
+from megatron.remoe.formats.safetensors import is_plain_name
 
 _METADATA, _BACKEND = ".metadata", "metadata.json"
 _COMMON, _COMMON_FILE = "common_state/shard_0_1", "common.pt"  # the file is of versions before 0.19
@@ -39,6 +38,8 @@ _HASHES = "integrity.json"
 _LAYERS = "decoder.layers."
 # State of a training run that is no part of its model.
 _TRAINING_STATE = re.compile(r"(chained_\d+\.)?optimizer[.\d]|rng_state|rerun_state_machine_state")
+
+MOST_LAYERS = 10_000  # that a model may have
 
 
 class _StandIn:
@@ -152,7 +153,7 @@ class TorchDistReader:
             if rest == key or rest.split(".")[0].isdigit():
                 yield key, _Location(key, None, shape, dtype)
                 continue
-            check_layers(f"{self.folder / _METADATA}", key, shape)
+            _check_layers(f"{self.folder / _METADATA}", key, shape)
             for layer in range(shape[0]):
                 yield f"{_LAYERS}{layer}.{rest}", _Location(key, layer, shape[1:], dtype)
 
@@ -482,3 +483,16 @@ class TorchDistWriter:
         torch.save(value, self._file)
         length = self._file.tell() - start
         self._storage[index] = filesystem._StorageInfo(self._name, start, length)
+
+
+def _check_layers(where: str, name: str, shape: tuple[int, ...]) -> None:
+    """Whether a tensor of stacked layers has as many as a model can.
+
+    Raises:
+        ValueError: it has none, or more.
+    """
+    if not shape or not 1 <= shape[0] <= MOST_LAYERS:
+        raise ValueError(
+            f"{where} has {name} of shape {list(shape)}; its first dimension must be the number of "
+            f"layers, at most {MOST_LAYERS}"
+        )

@@ -1,0 +1,1 @@
+__import__("setuptools").setup()  # for tools that look for this file; pyproject.toml has everything
