@@ -245,7 +245,7 @@ def _rank(argv: list[str], folder: Path, log: Path) -> None:
 
 def fuzz(indices: range, seed: int, share: float, report: Any) -> collections.Counter[str]:
     """Judge these cases; `report` gets a line for each that fell."""
-    from megatron.remoe.run.argv import megatron_parser
+    from megatron.remoe.arguments import megatron_parser
 
     options = {
         option[2:].replace("-", "_"): action

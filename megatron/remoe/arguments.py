@@ -4,6 +4,7 @@ The published flags keep their names, so that published launch scripts carry ove
 """
 
 import argparse
+import functools
 import importlib.util
 import os
 import sys
@@ -143,6 +144,14 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+@functools.cache
+def megatron_parser() -> argparse.ArgumentParser:
+    """Megatron's parser with our flags, as the entry point uses it."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
 
 
 def _machine_defaults() -> dict[str, Any]:

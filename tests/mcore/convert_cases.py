@@ -210,10 +210,11 @@ def write_synthetic(folder: Path, *, layers: int, hidden: int, width: int) -> in
     Run by hand for gigabytes:
     `python -m tests.mcore.convert_cases FOLDER LAYERS HIDDEN WIDTH`.
     """
+    from megatron.remoe.arguments import megatron_parser
     from megatron.remoe.convert.architecture import to_config
     from megatron.remoe.convert.table import plan
     from megatron.remoe.formats.torch_dist import TorchDistWriter
-    from megatron.remoe.run.argv import megatron_parser, to_argv
+    from megatron.remoe.run.argv import to_argv
 
     sizes = {"num_layers": layers, "hidden_size": hidden, "moe_ffn_hidden_size": width}
     flags = FLAGS | RELU | UNTIED | sizes | {"num_experts": 8, "kv_channels": hidden // 4}

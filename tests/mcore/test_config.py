@@ -164,7 +164,7 @@ def test_keys_and_values_are_checked(parser, flags, message):
 
 
 def example_command_lines() -> dict[str, list[str]]:
-    from megatron.remoe.run.argv import megatron_parser
+    from megatron.remoe.arguments import megatron_parser
 
     parser = megatron_parser()
     paths = (p for p in tiny.EXAMPLES.rglob("*.yaml") if "sweep:" not in p.read_text())
@@ -205,7 +205,7 @@ def test_granularity_is_applied_once_from_command_line_to_model(call, tmp_path):
 
 
 def shapes_of(path: Path) -> list[tuple[int, int, int]]:
-    from megatron.remoe.run.argv import megatron_parser
+    from megatron.remoe.arguments import megatron_parser
 
     return tiny.shapes(*to_argv(load_config(path).flags, megatron_parser()))
 

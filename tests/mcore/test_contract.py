@@ -319,7 +319,7 @@ def defaults() -> int:
     import argparse
 
     from megatron.remoe import ranges, unsupported
-    from megatron.remoe.run.argv import megatron_parser
+    from megatron.remoe.arguments import megatron_parser
 
     parser = megatron_parser()
     args = argparse.Namespace(**{a.dest: parser.get_default(a.dest) for a in parser._actions})
@@ -339,8 +339,9 @@ def state_around_a_check(path: Path) -> bool:
     from megatron.core import num_microbatches_calculator, parallel_state
     from megatron.training import global_vars
 
+    from megatron.remoe.arguments import megatron_parser
     from megatron.remoe.run import launch, rehearsal
-    from megatron.remoe.run.argv import megatron_parser, to_argv
+    from megatron.remoe.run.argv import to_argv
     from megatron.remoe.run.check import check
     from megatron.remoe.run.config import load_config
 
@@ -371,8 +372,9 @@ def test_a_machine_with_gpus_builds_the_run_in_a_new_process(call, tmp_path):
 def answers_of_a_new_process(path: Path) -> list[str]:
     """What `rehearse` says where `cpu` does not stand in: of this config, and of an optimizer."""
     from megatron.remoe import cpu
+    from megatron.remoe.arguments import megatron_parser
     from megatron.remoe.run import launch, rehearsal
-    from megatron.remoe.run.argv import megatron_parser, to_argv
+    from megatron.remoe.run.argv import to_argv
     from megatron.remoe.run.check import check as check_argv
     from megatron.remoe.run.config import load_config
 

@@ -37,8 +37,9 @@ LAYOUTS = {
 
 def checked_argv(preset: Path, world: int, overrides: tuple[str, ...]) -> dict:
     """Megatron's parser and validation over the printed command, for its world size."""
+    from megatron.remoe.arguments import megatron_parser
     from megatron.remoe.run import cluster, launch
-    from megatron.remoe.run.argv import megatron_parser, to_argv
+    from megatron.remoe.run.argv import to_argv
     from megatron.remoe.run.check import check
 
     machines = cluster.Cluster(world // 8, 8)

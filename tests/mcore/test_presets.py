@@ -130,8 +130,7 @@ def build(flags: dict, *, split: bool = True):
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron.remoe.arguments import add_arguments, configure
-    from megatron.remoe.run.argv import megatron_parser
+    from megatron.remoe.arguments import add_arguments, configure, megatron_parser
 
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
     sys.argv = ["pretrain", *to_argv(flags, megatron_parser())]

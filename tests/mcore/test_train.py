@@ -216,7 +216,7 @@ def test_arguments_from_the_checkpoint_are_not_multiplied_again(both, home, call
 
 
 def shapes_from_checkpoint(home: Path) -> list[tuple[int, int, int]]:
-    from megatron.remoe.run.argv import megatron_parser
+    from megatron.remoe.arguments import megatron_parser
 
     changes = {"load": str(home / "relu/checkpoints"), "use_checkpoint_args": True}
     path = tiny.write_config(home / "again.yaml", moe_granularity=2, **changes)

@@ -110,7 +110,7 @@ def parse(*argv: str) -> tuple[dict[str, Any], str]:
 
 @functools.cache
 def _parser():
-    from megatron.remoe.run.argv import megatron_parser
+    from megatron.remoe.arguments import megatron_parser
 
     return megatron_parser()
 

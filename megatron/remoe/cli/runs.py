@@ -61,9 +61,10 @@ def launch(
     import shlex
 
     from megatron.remoe import cpu
+    from megatron.remoe.arguments import megatron_parser
     from megatron.remoe.run import cluster
     from megatron.remoe.run import launch as local
-    from megatron.remoe.run.argv import megatron_parser, to_argv
+    from megatron.remoe.run.argv import to_argv
     from megatron.remoe.run.check import check
     from megatron.remoe.run.config import load_config
 

@@ -153,8 +153,8 @@ def build_model(flags: dict[str, Any], nproc: int = 1) -> tuple[torch.nn.Module,
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron.remoe.arguments import configure
-    from megatron.remoe.run.argv import megatron_parser, to_argv
+    from megatron.remoe.arguments import configure, megatron_parser
+    from megatron.remoe.run.argv import to_argv
     from megatron.remoe.run.check import check
 
     needed = {"lr": 1.0, "train_iters": 1, "micro_batch_size": 1, "mock_data": True}

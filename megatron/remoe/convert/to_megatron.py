@@ -12,12 +12,13 @@ from megatron.core.dist_checkpointing.validation import save_integrity_manifest
 from omegaconf import OmegaConf
 
 from megatron.remoe import checkpoint
+from megatron.remoe.arguments import megatron_parser
 from megatron.remoe.convert.architecture import moe_layers, to_flags
 from megatron.remoe.convert.output import new_folder
 from megatron.remoe.convert.source import HFSource
 from megatron.remoe.convert.table import Config, Item
 from megatron.remoe.formats.torch_dist import TorchDistWriter
-from megatron.remoe.run.argv import megatron_parser, to_argv
+from megatron.remoe.run.argv import to_argv
 
 _VOCABULARY_MULTIPLE = 128  # of Megatron, per tensor-parallel rank
 _MOST_PADDING = 2**20  # rows that stand for no token

@@ -1,23 +1,12 @@
-"""Configs as command lines: Megatron's parser with our flags, and its arguments."""
+"""A config as a command line."""
 
 import argparse
 import difflib
-import functools
 from typing import Any
 
 from megatron.remoe.run.config import OWN_KEYS
 
 _NEAR = 0.75  # similarity from which another key is suggested
-
-
-@functools.cache
-def megatron_parser() -> argparse.ArgumentParser:
-    """Megatron's parser with our flags, as the entry point uses it."""
-    from megatron.training.arguments import add_megatron_arguments
-
-    from megatron.remoe.arguments import add_arguments
-
-    return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
 
 
 def to_argv(flags: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:

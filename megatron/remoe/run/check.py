@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.remoe import checkpoint, unsupported
+from megatron.remoe.arguments import megatron_parser
 from megatron.remoe.data.pairs import check_pair
-from megatron.remoe.run.argv import megatron_parser
 from megatron.remoe.run.mistakes import Foreign, explain, names, one_line
 
 _MOST_SUSPECTS = 12  # options that are left out, one at a time, to find the one that does not fit

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from megatron.remoe.analysis.memory import Layout, activation_bytes
 from megatron.remoe.analysis.size import ModelSize
-from megatron.remoe.run.argv import megatron_parser, to_argv
+from megatron.remoe.arguments import megatron_parser
+from megatron.remoe.run.argv import to_argv
 from megatron.remoe.run.check import check
 from megatron.remoe.run.config import RunConfig
 from remoe.kernels.chunks import UNLIMITED

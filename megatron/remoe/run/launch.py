@@ -19,8 +19,9 @@ from rich.table import Table
 
 from megatron.remoe import cpu, processes
 from megatron.remoe.analysis.runs import parse_row
+from megatron.remoe.arguments import megatron_parser
 from megatron.remoe.run import rundir
-from megatron.remoe.run.argv import megatron_parser, to_argv
+from megatron.remoe.run.argv import to_argv
 from megatron.remoe.run.check import check
 from megatron.remoe.run.config import RunConfig
 

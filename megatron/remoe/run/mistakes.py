@@ -94,7 +94,7 @@ def _condition(statement: ast.AST | None) -> str:
 
 def _values(statement: ast.AST | None, args: argparse.Namespace) -> dict[str, object]:
     """The config's keys that a statement names, with their values."""
-    from megatron.remoe.run.argv import megatron_parser
+    from megatron.remoe.arguments import megatron_parser
 
     options = {a.dest: a.option_strings[0] for a in megatron_parser()._actions if a.option_strings}
     found = {}

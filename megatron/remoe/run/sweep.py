@@ -17,8 +17,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from megatron.remoe.arguments import megatron_parser
 from megatron.remoe.run import rundir
-from megatron.remoe.run.argv import megatron_parser, to_argv
+from megatron.remoe.run.argv import to_argv
 from megatron.remoe.run.check import check
 from megatron.remoe.run.cluster import Cluster, for_cluster
 from megatron.remoe.run.config import RunConfig, bases_of, load_flags, read_yaml
