@@ -6,6 +6,8 @@ from remoe.layer import ReMoELayer, l1_penalty, update_l1_coeff
 from remoe.regularization import l1_regularization, load_weights
 from remoe.routing import active_experts, relu_routing, sparsity, tokens_per_expert
 
+__version__ = "0.1.0"  # pyproject.toml reads this literal without importing the package
+
 __all__ = [
     "ControllerConfig",
     "ReMoEConfig",

@@ -99,7 +99,8 @@ def test_modules_come_from_the_wheel_and_megatron_from_megatron_core(installed, 
     code = f"import importlib\nfor m in {modules}: print(importlib.import_module(m).__file__)"
     out = run(installed / "bin/python", "-W", "ignore", "-c", code, cwd=tmp_path).splitlines()
     (site,) = installed.glob("lib/python*/site-packages")
-    folders = ["remoe", "megatron/remoe", "megatron/remoe", "megatron/core", "megatron/training"]
+    rooms = ["megatron/remoe", "megatron/remoe/cli"]
+    folders = ["remoe", *rooms, "megatron/core", "megatron/training"]
     assert [str(Path(path).parent) for path in out] == [str(site / name) for name in folders]
     # This checkout is nowhere on the path, so that the above can fail.
     code = "import sys; print(*sys.path, *map(repr, sys.meta_path), sep='\\n')"
@@ -112,3 +113,6 @@ def test_the_command_is_installed(installed, tmp_path):
     assert "ReMoE: mixture-of-experts with ReLU routing" in out
     for command in ("train", "data", "plot"):
         assert f" {command} " in out
+    code = "import importlib.metadata as m; print(m.version('remoe'))"
+    version = run(installed / "bin/python", "-c", code, cwd=tmp_path).strip()
+    assert run(installed / "bin/remoe", "--version", cwd=tmp_path).startswith(f"remoe {version}\n")

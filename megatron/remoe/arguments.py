@@ -9,10 +9,15 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from megatron.remoe import compat, cpu, options, ranges
 from remoe.config import LoadBalancing, apply_granularity
+
+if TYPE_CHECKING:
+    from megatron.remoe.moe.router import ReLURouting
+    from megatron.remoe.moe.spec import Routing
+    from megatron.remoe.train.step import FinalizeStep
 
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -133,13 +138,13 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        namespace, unknown = super().parse_known_args(args, namespace)
+        parsed, unknown = super().parse_known_args(args, namespace)
         try:
-            ranges.check(namespace, self)
-            finish(namespace)
+            ranges.check(parsed, self)
+            finish(parsed)
         except ValueError as error:
             self.error(str(error))
-        return namespace, unknown
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}", file=sys.stderr)
@@ -538,23 +543,15 @@ def _finish_relu_routing(args: argparse.Namespace) -> None:
     # Megatron report a loss that does not exist.
     args.moe_router_load_balancing_type = "none"
     if args.num_experts is not None:
-        routing_from_args(args).controller_for(args.num_experts, args.moe_router_topk)
+        _relu_routing(args).controller_for(args.num_experts, args.moe_router_topk)
 
 
-def routing_from_args(args: argparse.Namespace):
+def routing_from_args(args: argparse.Namespace) -> "Routing":
     """The settings of ReLU routing, or of TopK routing."""
-    from megatron.remoe.moe.router import ReLURouting
     from megatron.remoe.moe.topk_router import TopKRouting
 
     if args.moe_relu_routing:
-        return ReLURouting(
-            l1_reg_coeff_init=args.moe_relu_l1_reg_coeff_init,
-            l1_reg_coeff_multiplier=args.moe_relu_l1_reg_coeff_multiplier,
-            load_balancing=args.moe_relu_load_balancing,
-            max_active_experts=args.moe_relu_max_active_experts,
-            at_least_one_expert=args.moe_relu_at_least_one_expert,
-            max_assignments=args.moe_relu_max_assignments,
-        )
+        return _relu_routing(args)
     if args.moe_topk_warmup_steps:
         return TopKRouting(
             args.moe_topk_warmup_steps, args.moe_topk_warmup_topk, args.moe_relu_max_assignments
@@ -562,7 +559,20 @@ def routing_from_args(args: argparse.Namespace):
     return TopKRouting()
 
 
-def configure(model_config, args: argparse.Namespace):
+def _relu_routing(args: argparse.Namespace) -> "ReLURouting":
+    from megatron.remoe.moe.router import ReLURouting
+
+    return ReLURouting(
+        l1_reg_coeff_init=args.moe_relu_l1_reg_coeff_init,
+        l1_reg_coeff_multiplier=args.moe_relu_l1_reg_coeff_multiplier,
+        load_balancing=args.moe_relu_load_balancing,
+        max_active_experts=args.moe_relu_max_active_experts,
+        at_least_one_expert=args.moe_relu_at_least_one_expert,
+        max_assignments=args.moe_relu_max_assignments,
+    )
+
+
+def configure(model_config: Any, args: argparse.Namespace) -> "FinalizeStep":
     """Put our layers and our once-per-step hook into Megatron's `GPTModelConfig`.
 
     Without `--moe-relu-routing` the model is Megatron's TopK mixture, or dense without experts, on
@@ -592,7 +602,7 @@ def configure(model_config, args: argparse.Namespace):
     return hook
 
 
-def _check_model(model_config) -> None:
+def _check_model(model_config: Any) -> None:
     from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
     kind = type(model_config).__name__

@@ -119,8 +119,9 @@ def folder_of(run: Path) -> Path:
             reason = " ".join(str(error).split())
             raise ValueError(f"{config} cannot be read ({reason}); mend or remove it") from error
         saved = flags.get("save") if isinstance(flags, dict) else None
-        is_there = isinstance(saved, str) and Path(saved).is_dir()
-        return Path(saved) if is_there else run / "checkpoints"
+        if isinstance(saved, str) and Path(saved).is_dir():
+            return Path(saved)
+        return run / "checkpoints"
     if find(run) or (run / TRACKER).is_file():
         return run
     raise ValueError(

@@ -7,6 +7,7 @@ has mended it. `apply()` is called by the entry point and by `add_arguments`.
 import functools
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 TESTED_VERSION = "0.19.2"
 
@@ -76,7 +77,7 @@ def _resumable_distributed_optimizer() -> type:
     class ResumableDistributedOptimizer(DistributedOptimizer):
         """Megatron's, with torch's Adam, whose `step` is a tensor of each parameter's state."""
 
-        def state_dict(self):
+        def state_dict(self) -> Any:
             # It reads the step from the state, which a new Adam makes in its first step only.
             for group in self.optimizer.param_groups:
                 for parameter in group["params"]:
@@ -89,20 +90,22 @@ def _resumable_distributed_optimizer() -> type:
             return super().state_dict()
 
         @torch.no_grad()  # it copies into parameters
-        def load_state_dict(self, state_dict):
+        def load_state_dict(self, state_dict: Any) -> None:
             super().load_state_dict(state_dict)
             # It gives all parameters one step tensor, which each of them would then count up.
             for state in self.optimizer.state.values():
                 state["step"] = state["step"].clone()
 
-        def _set_main_param_and_optimizer_states(self, model_param, tensors):
+        def _set_main_param_and_optimizer_states(
+            self, model_param: torch.nn.Parameter, tensors: dict[str, Any]
+        ) -> None:
             # The step is loaded with the groups; some formats leave it out here, and it needs one.
             super()._set_main_param_and_optimizer_states(model_param, tensors | {"step": None})
 
     return ResumableDistributedOptimizer
 
 
-def mark_experts(models: list) -> list:
+def mark_experts(models: list[Any]) -> list[Any]:
     """Let expert parameters have an optimizer of their own, also without expert parallelism.
 
     0.19.2 gives them one only with expert parallelism, and optimizers of different number cannot
@@ -156,7 +159,7 @@ def adam() -> str:
     return "apex" if distrib_optimizer.USING_APEX_OPTIMIZER else "torch"
 
 
-def tensorboard_writer():
+def tensorboard_writer() -> Any:
     """The TensorBoard writer that Megatron made for this rank, or None."""
     from megatron.training import global_vars
 

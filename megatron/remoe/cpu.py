@@ -131,7 +131,7 @@ def enable() -> None:
 
     _dynamo.config.disable = True
 
-    cuda = torch.cuda
+    cuda: Any = torch.cuda
     cuda.is_available = lambda: True
     cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cuda.current_device = lambda: _CPU
@@ -155,8 +155,8 @@ def enable() -> None:
     # torch itself (data loaders, pinned memory) must go on believing that there is no accelerator.
     torch.accelerator.is_available = lambda: False
 
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, device=None: self
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
     tensor_type = torch.Tensor.type
 
     def cuda_type(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
@@ -164,12 +164,12 @@ def enable() -> None:
             return "torch.cuda." + tensor_type(self).rpartition(".")[2]
         return tensor_type(self, dtype, **kwargs)
 
-    torch.Tensor.type = cuda_type
-    _CudaMeansCpu().__enter__()
+    torch.Tensor.type = cuda_type  # type: ignore[method-assign, assignment]
+    _CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]
 
     make_iterator = DataLoader.__iter__
 
-    def iterate(self: DataLoader) -> Any:
+    def iterate(self: DataLoader[Any]) -> Any:
         # It draws a seed for its workers. On a GPU machine dropout draws from another generator;
         # here it must not depend on when iterators are made, or a resumed run would differ.
         state = torch.get_rng_state()
@@ -177,7 +177,7 @@ def enable() -> None:
         torch.set_rng_state(state)
         return iterator
 
-    DataLoader.__iter__ = iterate
+    DataLoader.__iter__ = iterate  # type: ignore[method-assign]
 
     import megatron.core.tensor_parallel.random as megatron_random
 

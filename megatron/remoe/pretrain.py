@@ -8,14 +8,21 @@ On a machine without a GPU the same command trains on the CPU over gloo.
 import os
 import signal
 import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
 from megatron.remoe import cpu, processes, unsupported
 
+Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]  # what `loss_func` returns
 
-def get_batch(data_iterator, args, *, training: bool, vp_stage: int | None = None):
+
+def get_batch(
+    data_iterator: Any, args: Namespace, *, training: bool, vp_stage: int | None = None
+) -> tuple[Any, ...]:
     """The micro-batch of this rank as Megatron shares it out over tensor-parallel ranks.
 
     Returns:
@@ -29,7 +36,7 @@ def get_batch(data_iterator, args, *, training: bool, vp_stage: int | None = Non
     last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     if not first and not last:
         return (None,) * 5
-    batch = {}
+    batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         device = torch.cuda.current_device()
         batch = {k: v.to(device, non_blocking=True) for k, v in next(data_iterator).items()}
@@ -57,7 +64,7 @@ def get_batch(data_iterator, args, *, training: bool, vp_stage: int | None = Non
     return tuple(batch[key] for key in keys)
 
 
-def loss_func(loss_mask: torch.Tensor, output: torch.Tensor, *, check_for_nan: bool):
+def loss_func(loss_mask: torch.Tensor, output: torch.Tensor, *, check_for_nan: bool) -> Loss:
     """Sum of the token losses, the number of tokens, and both for Megatron's report.
 
     Args:
@@ -85,7 +92,9 @@ def loss_func(loss_mask: torch.Tensor, output: torch.Tensor, *, check_for_nan: b
     return loss, num_tokens, {"lm loss": report}
 
 
-def forward_step(data_iterator, model):
+def forward_step(
+    data_iterator: Any, model: Any
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], Loss]]:
     """Megatron's forward step: a micro-batch in, token losses and their loss function out."""
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_args, get_timers
@@ -104,7 +113,7 @@ def forward_step(data_iterator, model):
     return output, partial(loss_func, loss_mask, check_for_nan=check_for_nan)
 
 
-def dataset_config(args):
+def dataset_config(args: Namespace) -> Any:
     """Megatron's configuration of the datasets over the `.bin/.idx` files of the arguments."""
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from megatron.training import get_tokenizer
@@ -131,7 +140,7 @@ def dataset_config(args):
     )
 
 
-def datasets_provider(num_samples, vp_stage: int | None = None):
+def datasets_provider(num_samples: Sequence[int | None], vp_stage: int | None = None) -> Any:
     """Megatron's train, validation and test datasets over the `.bin/.idx` files of the arguments.
 
     Args:
@@ -151,14 +160,14 @@ def datasets_provider(num_samples, vp_stage: int | None = None):
     def is_built_here() -> bool:
         stage = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
         ends = mpu.is_pipeline_first_stage(**stage) or mpu.is_pipeline_last_stage(**stage)
-        return ends and mpu.get_tensor_model_parallel_rank() == 0
+        return bool(ends and mpu.get_tensor_model_parallel_rank() == 0)
 
     dataset = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, config).build()
 
 
 # Megatron then builds the datasets on every rank that needs them, and asks `is_built_here`.
-datasets_provider.is_distributed = True
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 def main() -> int:

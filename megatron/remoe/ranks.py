@@ -32,7 +32,7 @@ class Ranks:
     """Processes with a gloo group and Megatron's CPU stand-in enabled."""
 
     def __init__(self, size: int) -> None:
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         context = multiprocessing.get_context("spawn")
         # Served from here, so that its port is free and nobody takes it meanwhile.
@@ -57,6 +57,7 @@ class Ranks:
             pipe.close()  # a rank that waits for work now ends, with the helpers it has started
         for process in self._processes:
             process.join(_SECONDS_TO_END)
+            assert process.pid is not None  # it was started
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
@@ -132,7 +133,7 @@ def renew_groups() -> None:
     _generation += 1
     torch.distributed.init_process_group(
         "gloo",
-        store=torch.distributed.PrefixStore(str(_generation), _store),
+        store=torch.distributed.PrefixStore(str(_generation), _store),  # type: ignore[attr-defined]
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
     )
@@ -181,7 +182,9 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     torch.set_num_threads(1)
     global _store
-    _store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
+    _store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", port, is_master=False
+    )
     renew_groups()
     while True:
         try:

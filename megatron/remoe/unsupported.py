@@ -105,7 +105,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 def _runs_here(args: argparse.Namespace) -> bool:
     """Whether it is not for machines with GPUs, as what is printed or described often is."""
-    return args.distributed_backend == "gloo"
+    return bool(args.distributed_backend == "gloo")
 
 
 def _option(action: argparse.Action) -> str:

@@ -6,7 +6,8 @@ Shapes: T tokens, H hidden, E experts, F expert width.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,6 +18,13 @@ from remoe import ReMoEConfig, ReMoELayer, l1_penalty
 from remoe.routing import tokens_per_expert
 
 DENSE = "dense SwiGLU of equal active FLOPs"
+
+
+class Like(TypedDict):
+    """Where tensors are, and their dtype, as torch's keyword arguments."""
+
+    device: str
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Shape:
     device: str = "cpu"
 
     @property
-    def like(self) -> dict[str, object]:
+    def like(self) -> Like:
         return {"device": self.device, "dtype": self.dtype}
 
 
@@ -123,7 +131,7 @@ def _step(
         x.grad = None
         y = forward(x)
         if penalty is None:
-            y.backward(direction.view_as(y))
+            y.backward(direction.view_as(y))  # type: ignore[no-untyped-call]
         else:
             torch.autograd.backward([y, penalty()], [direction.view_as(y), None])
 
@@ -140,7 +148,7 @@ def initialize() -> None:
     if not torch.distributed.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         backend = "gloo" if cpu.is_enabled() else "nccl"
-        store = torch.distributed.HashStore()
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)
@@ -176,11 +184,17 @@ def _megatron(
     found = []
     for name, config, spec in variants:
         layer = megatron_layer(shape, config, spec, router, gate_up, down)
-        found.append(_step(name, layer, x.unsqueeze(1), lambda x, layer=layer: layer(x)[0]))
+        found.append(_step(name, layer, x.unsqueeze(1), partial(_output, layer)))
     return found
 
 
-def megatron_config(shape: Shape, **changes: Any):
+def _output(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """What one of Megatron's layers returns beside its bias."""
+    output: Tensor = layer(x)[0]
+    return output
+
+
+def megatron_config(shape: Shape, **changes: Any) -> Any:
     """A TransformerConfig of one layer with our modules."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -212,7 +226,7 @@ def megatron_config(shape: Shape, **changes: Any):
 
 @torch.no_grad()
 def megatron_layer(
-    shape: Shape, config, spec, router: Tensor, gate_up: Tensor, down: Tensor
+    shape: Shape, config: Any, spec: Any, router: Tensor, gate_up: Tensor, down: Tensor
 ) -> torch.nn.Module:
     """The MoE layer of a block's spec, with known weights."""
     from megatron.remoe.moe.experts import GroupedExperts
@@ -227,7 +241,8 @@ def megatron_layer(
     for i, expert in enumerate(getattr(layer.experts, "local_experts", [])):
         expert.linear_fc1.weight.copy_(gate_up[i])
         expert.linear_fc2.weight.copy_(down[i])
-    return layer
+    module: torch.nn.Module = layer
+    return module
 
 
 def _hugging_face(
@@ -238,9 +253,12 @@ def _hugging_face(
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
     from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
-    sizes = {"hidden_size": shape.hidden_size, "intermediate_size": shape.ffn_hidden_size}
-    sizes["num_experts_per_tok"] = shape.topk
-    blocks = {
+    sizes: dict[str, Any] = {
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_experts_per_tok": shape.topk,
+    }
+    blocks: dict[str, tuple[Callable[[Any], Any], Any]] = {
         "Mixtral": (
             MixtralSparseMoeBlock,
             MixtralConfig(**sizes, num_local_experts=shape.num_experts),

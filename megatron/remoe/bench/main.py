@@ -1,6 +1,7 @@
 """The commands `remoe bench ...`: what to compare, and what to print."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -105,10 +106,14 @@ def memory(
     for e in experts:
         if not 1 <= topk <= e:
             raise ValueError(f"topk is {topk} of {e} experts; choose it between 1 and experts")
-    rows = []
+    rows: list[dict[str, Any]] = []
     cases = memories.cases(tokens, hidden, ffn, experts, topk)
     for name, case in track(cases, "processes", console=console, transient=True):
-        row = {"experts": case.experts, "routing": name, "active_experts": case.active}
+        row: dict[str, Any] = {
+            "experts": case.experts,
+            "routing": name,
+            "active_experts": case.active,
+        }
         row["peak_mb"] = memories.peak_in_fresh_process(case) / 1e6
         row["estimate_mb"] = case.estimate / 1e6
         stable = next(r for r in [*rows, row] if r["experts"] == case.experts)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,12 +99,12 @@ def build(case: Case) -> Callable[[int], None]:
     spec = block_spec(config, ReLURouting(max_assignments=case.max_assignments))
     x, router = inputs(shape)
     layer = megatron_layer(shape, config, spec, router, *weights(shape, case.experts))
-    for parameter in layer.parameters():
-        parameter.main_grad = torch.ones_like(parameter)  # touched
+    for parameter in layer.parameters():  # gradients whose memory is touched
+        parameter.main_grad = torch.ones_like(parameter)  # type: ignore[attr-defined]
     x = x.unsqueeze(1)
     direction = torch.ones_like(x)
 
-    def run(tokens: int = case.tokens) -> None:
+    def run(tokens: int) -> None:
         layer.zero_grad(set_to_none=True)
         some = x[:tokens].detach().requires_grad_()
         layer(some)[0].backward(direction[:tokens])
@@ -145,9 +146,13 @@ def time_ratio(case: Case, *, rounds: int, console: Any) -> float:
     """Time of the chunked layer relative to the same at once, in turns in this process."""
     pair = [Case(**(asdict(case) | {"chunked": chunked})) for chunked in (False, True)]
     names = ["at once", "chunked"]
-    runs = [Alternative(name, build(each)) for name, each in zip(names, pair, strict=True)]
-    for alternative in runs:  # as long as a round takes, a smaller one must do
-        alternative.run(max(1, case.tokens // 64))
+    layers = [build(each) for each in pair]
+    for train in layers:  # as long as a round takes, a smaller one must do
+        train(max(1, case.tokens // 64))
+    runs = [
+        Alternative(name, partial(train, case.tokens))
+        for name, train in zip(names, layers, strict=True)
+    ]
     rows = measure(runs, rounds=rounds, baseline=names[0], console=console, warm_up=0)
     return rows[1].ratio
 

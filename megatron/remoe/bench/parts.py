@@ -72,11 +72,11 @@ def _bytes(run: Callable[[], Any], fewest: int) -> dict[str, str]:
     }
 
 
-class _BytesTouched(TorchDispatchMode):
+class _BytesTouched(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sums the bytes of inputs and outputs of every operation that is not a view."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(

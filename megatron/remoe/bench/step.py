@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron.remoe.bench.layer import threshold
 from megatron.remoe.bench.timing import Alternative
-from megatron.remoe.testing.cells import Cell, Training
+from megatron.remoe.testing.cells import Cell, RouterKind, Training
 from megatron.remoe.testing.golden import golden_tokens
 
 DENSE = "dense of equal active FLOPs"
@@ -54,7 +54,7 @@ def alternatives(model: Model, experts: list[int], granularities: list[int]) -> 
     return found
 
 
-def _alternative(name: str, router: str, model: Model) -> Alternative:
+def _alternative(name: str, router: RouterKind, model: Model) -> Alternative:
     config = model.config()
     training = Training(Cell(name, router=router), config, None)
     batch = golden_tokens(config)[0]
@@ -80,7 +80,8 @@ def route_exactly(training: Training, batch: Tensor) -> None:
     (model,) = unwrap_model(training.chunks)
     tokens = batch.flatten(end_dim=-2)[:, :-1]
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    for router in relu_routers([model]):
+    routers: list[Any] = relu_routers([model])
+    for router in routers:
         seen: list[Tensor] = []
         hook = router.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         model(tokens, positions, None)

@@ -1,14 +1,36 @@
 """The `remoe` command. Every command is a thin call into the package, which it imports itself."""
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
+from typer.core import TyperGroup
 
 from megatron.remoe.cli import adopt, bench, checkpoint, convert, evaluate, runs
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# The panels of `remoe --help` and their commands, in the order in which they are shown.
+PANELS = {
+    "Data": ("data",),
+    "Train": ("describe", "train", "launch", "sweep", "plot", "compare", "checkpoint"),
+    "Models": ("convert", "generate", "evaluate"),
+    "Check": ("doctor", "verify", "bench"),
+}
+
+
+class _InPanels(TyperGroup):
+    """A group whose commands are listed in the order of `PANELS`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for names in PANELS.values() for name in names]
+
+
 app = typer.Typer(
+    cls=_InPanels,
     help="ReMoE: mixture-of-experts with ReLU routing, on unmodified Megatron.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -26,6 +48,38 @@ app.add_typer(convert.convert, name="convert")
 app.command()(convert.generate)
 adopt.register(convert.convert)
 evaluate.register(app, data)
+
+
+def _print_versions(wanted: bool) -> None:
+    """Print the versions of this package and of the Megatron that is imported, and exit."""
+    if not wanted:
+        return
+    import remoe
+    from megatron.remoe import compat, cpu
+
+    cpu.silence_megatron()
+    typer.echo(f"remoe {remoe.__version__}")
+    try:
+        version, path = compat.imported_version()
+        typer.echo(f"megatron-core {version}, imported from {path}")
+    except ValueError as error:  # it is not installed
+        typer.echo(error)
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Print the versions of remoe and of the imported Megatron, and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Define the options that come before a command."""
 
 
 @data.command()
@@ -232,7 +286,41 @@ def resume(
     _conclude(results, "pairs continue the run", console)
 
 
-def _named(everything: list, only: list[str] | None, what: str) -> list:
+def _put_in_panels() -> None:
+    """Give every command its panel. A command that is in no panel is a KeyError."""
+    panel_of = {name: panel for panel, names in PANELS.items() for name in names}
+    for command in app.registered_commands:
+        assert command.callback is not None
+        command.rich_help_panel = panel_of[command.name or command.callback.__name__]
+    for group in app.registered_groups:
+        assert group.name is not None
+        group.rich_help_panel = panel_of[group.name]
+
+
+_put_in_panels()
+
+
+class _Named(Protocol):
+    """A cell or a pair of cells."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class _Result(_Named, Protocol):
+    """What came of a cell or a pair."""
+
+    @property
+    def deviations(self) -> dict[str, float]: ...
+
+    @property
+    def ok(self) -> bool: ...
+
+    @property
+    def verdict(self) -> str: ...
+
+
+def _named[T: _Named](everything: list[T], only: list[str] | None, what: str) -> list[T]:
     """Those whose names contain one of the given parts."""
     found = [one for one in everything if not only or any(part in one.name for part in only)]
     if not found:
@@ -240,17 +328,17 @@ def _named(everything: list, only: list[str] | None, what: str) -> list:
     return found
 
 
-def _reporter(console):
+def _reporter(console: "Console") -> Callable[[_Result], None]:
     """Prints a result as it is known."""
 
-    def report(result) -> None:
+    def report(result: _Result) -> None:
         worst = " ".join(f"{key} {value:.0e}" for key, value in result.deviations.items())
         console.print(f"{result.verdict:11} {result.name}: {worst}", highlight=False)
 
     return report
 
 
-def _conclude(results: list, claim: str, console) -> None:
+def _conclude(results: Sequence[_Result], claim: str, console: "Console") -> None:
     """Say how many results are as claimed; exit with 1 if one is not."""
     good = sum(result.ok for result in results)
     console.print(f"{good} of {len(results)} {claim}")
@@ -258,7 +346,7 @@ def _conclude(results: list, claim: str, console) -> None:
         raise typer.Exit(1)
 
 
-def _verify_kills(kills: int, seed: int, console) -> None:
+def _verify_kills(kills: int, seed: int, console: "Console") -> None:
     import tempfile
 
     from megatron.remoe import cpu

@@ -198,8 +198,8 @@ def prepare() -> None:
 
     cpu.prepare_megatron()
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

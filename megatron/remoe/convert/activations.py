@@ -69,7 +69,7 @@ def _samples(model: Any, count: int, length: int, seed: int) -> Tensor:
     first = torch.randint(model.config.vocab_size, (count, 1))
     if isinstance(start, int):
         first = torch.full((count, 1), start)
-    return model.generate(
+    sampled: Tensor = model.generate(
         first,
         attention_mask=torch.ones_like(first),
         do_sample=True,
@@ -78,6 +78,7 @@ def _samples(model: Any, count: int, length: int, seed: int) -> Tensor:
         eos_token_id=None,
         pad_token_id=0,
     )
+    return sampled
 
 
 @torch.no_grad()
@@ -90,7 +91,7 @@ def mlp_inputs(model: Any, tokens: Tensor) -> list[Tensor]:
         )
         for layer, seen in zip(model.model.layers, inputs, strict=True)
     ]
-    for batch in tokens.split(_BATCH):
+    for batch in torch.split(tokens, _BATCH):
         model(batch, use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -101,7 +102,7 @@ def mlp_inputs(model: Any, tokens: Tensor) -> list[Tensor]:
 def mean_loss(model: Any, tokens: Tensor) -> float:
     """In nats per token."""
     total = 0.0
-    for batch in tokens.split(_BATCH):
+    for batch in torch.split(tokens, _BATCH):
         logits = model(batch, use_cache=False).logits[:, :-1].float()
         total += float(
             F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")

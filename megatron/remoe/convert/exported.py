@@ -59,9 +59,10 @@ def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> Any:
     """The model of a Hugging Face folder, on the CPU; None is the dtype of its weights."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype or "auto", trust_remote_code=False
-    ).eval()
+    )
+    return model.eval()
 
 
 def check_vocabulary(tokens: torch.Tensor, model: Any) -> None:

@@ -135,11 +135,13 @@ def load_model(checkpoint: Path, flags: dict[str, Any]) -> torch.nn.Module:
     """A checkpoint of any layout as a model on this one rank."""
     from megatron.core import dist_checkpointing
 
+    model: Any  # Megatron's
     model, _ = build_model(flags)
     with contextlib.redirect_stdout(io.StringIO()):
         state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint))
     model.load_state_dict(state["model"])
-    return model
+    built: torch.nn.Module = model
+    return built
 
 
 def build_model(flags: dict[str, Any], nproc: int = 1) -> tuple[torch.nn.Module, Namespace]:

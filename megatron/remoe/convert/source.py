@@ -110,7 +110,8 @@ class MegatronSource:
                 )
             return size
         if self.args.tokenizer_type == "NullTokenizer" and self.args.vocab_size:
-            return min(self.args.vocab_size + 1, padded)  # and the end of documents
+            entries: int = self.args.vocab_size + 1  # and the end of documents
+            return min(entries, padded)
         return padded
 
     def _complete(self, architecture: Config) -> Config:

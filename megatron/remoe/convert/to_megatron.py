@@ -64,7 +64,7 @@ class Layout:
         """
         vocab, stored = config["vocab_size"], _facts(config).get("padded_vocab_size")
         multiple = _VOCABULARY_MULTIPLE * self.tensor
-        padded = -(-vocab // multiple) * multiple
+        padded: int = -(-vocab // multiple) * multiple
         if stored is not None and stored >= vocab and stored % self.tensor == 0:
             padded = stored
         if self.padded_vocab_size is not None:

@@ -154,7 +154,7 @@ def router_weights(
     x, y = fit_TH.double(), held_out_TH.double()
     second = x.T @ x / len(x)
     ridge = _RIDGE * second.diagonal().mean() * torch.eye(x.shape[1], dtype=x.dtype)
-    w_H = torch.linalg.solve(second + ridge, x.mean(dim=0))
+    w_H: Tensor = torch.linalg.solve(second + ridge, x.mean(dim=0))
     shape = (settings.num_experts, settings.granularity, x.shape[1])
     noise_EGH = torch.randn(shape, generator=generator, dtype=x.dtype)
     noise_EGH -= noise_EGH.mean(dim=0)

@@ -10,6 +10,7 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -64,7 +65,7 @@ def write_cloze(corpus: Path, out: Path, config: ClozeConfig) -> dict[str, int]:
     return {domain: len(rows) for domain, rows in items.items()}
 
 
-def _items(path: Path, config: ClozeConfig) -> list[dict]:
+def _items(path: Path, config: ClozeConfig) -> list[dict[str, Any]]:
     """Items of one domain: as many as asked for, documents in turn, passages at random."""
     need = config.context_words + config.continuation_words
     documents = [
@@ -106,7 +107,7 @@ def _span(words: list[str], length: int, draw: random.Random) -> str:
     return "".join(words[start : start + length])
 
 
-def _task(domain: str, data: Path) -> dict:
+def _task(domain: str, data: Path) -> dict[str, Any]:
     metrics = [
         {"metric": name, "aggregation": "mean", "higher_is_better": True}
         for name in ("acc", "acc_norm")
@@ -126,7 +127,7 @@ def _task(domain: str, data: Path) -> dict:
     }
 
 
-def _group(domains: list[str]) -> dict:
+def _group(domains: list[str]) -> dict[str, Any]:
     aggregates = [
         {"metric": name, "aggregation": "mean", "weight_by_size": True}
         for name in ("acc", "acc_norm")

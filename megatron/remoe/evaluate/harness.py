@@ -132,7 +132,7 @@ def _fetch(manager: Any, tasks: list[str]) -> None:
     Raises:
         ValueError: it is not there and cannot be downloaded.
     """
-    from huggingface_hub.errors import HTTPError  # of the client that it is built on
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # its client's
 
     for task in tasks:
         try:

@@ -34,7 +34,8 @@ _NORM = "pre_mlp_layernorm.weight"
 class Reader(Protocol):
     """A checkpoint on disk, tensor by tensor, and what it holds beside tensors (`common`)."""
 
-    common: dict[str, Any]
+    @property
+    def common(self) -> dict[str, Any]: ...
 
     @property
     def names(self) -> list[str]: ...

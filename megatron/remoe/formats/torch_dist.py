@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy._core import multiarray
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
@@ -68,8 +69,8 @@ _ALLOWED_IN_COMMON: list[Any] = [
     np.ndarray,
     np.dtype,
     np.dtypes.UInt32DType,
-    (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
-    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),  # before numpy 2
+    (multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
+    (multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),  # before numpy 2
 ]
 _ALLOWED_IN_METADATA = {
     "torch.distributed.checkpoint.metadata": {

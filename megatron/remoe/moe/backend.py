@@ -4,8 +4,12 @@ experts.
 Shapes: sq, sk query and key lengths; b micro-batch; n heads, g query groups of this rank; d head.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,6 +29,7 @@ def torch_norm(*, config: TransformerConfig, hidden_size: int, eps: float) -> to
     Raises:
         ValueError: a normalisation that torch does not have.
     """
+    norms: dict[str, type[torch.nn.RMSNorm] | type[torch.nn.LayerNorm]]
     norms = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
     if config.normalization not in norms or config.layernorm_zero_centered_gamma:
         raise ValueError(
@@ -34,7 +39,7 @@ def torch_norm(*, config: TransformerConfig, hidden_size: int, eps: float) -> to
         )
     norm = norms[config.normalization](hidden_size, eps=eps)
     for parameter in norm.parameters():
-        parameter.sequence_parallel = config.sequence_parallel
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return norm
 
 
@@ -45,7 +50,7 @@ class SDPAttention(DotProductAttention):
     random state of its tensor-parallel rank, a cache of keys) runs in Megatron's implementation.
     """
 
-    def __init__(self, config: TransformerConfig, *args, **kwargs) -> None:
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.plain = (
             config.softmax_type == "vanilla"
@@ -62,7 +67,7 @@ class SDPAttention(DotProductAttention):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params=None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """`[sq, b, n, d]`, `[sk, b, g, d]` twice, to `[sq, b, n * d]`."""
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
@@ -74,11 +79,14 @@ class SDPAttention(DotProductAttention):
             and packed_seq_params is None
             and query.shape[0] == key.shape[0]
         ):
-            return super().forward(
+            context: Tensor = super().forward(
                 query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
             )
+            return context
         context = scaled_dot_product_attention(
-            *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
             is_causal=True,
             enable_gqa=query.shape[2] != key.shape[2],
             scale=self.softmax_scale,
@@ -89,13 +97,15 @@ class SDPAttention(DotProductAttention):
 class TorchSpecProvider(LocalSpecProvider):
     """Megatron's local backend with the modules above."""
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False):
+    def layer_norm(
+        self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
+    ) -> Callable[..., torch.nn.Module]:
         return torch_norm
 
     def core_attention(self) -> type:
         return SDPAttention
 
-    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool):
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
         if moe_use_grouped_gemm:
             return GroupedExperts
         return super().grouped_mlp_modules(moe_use_grouped_gemm)

@@ -166,7 +166,8 @@ class ChunkOfLayer:
         else:
             rows = self._compute_modules(chunk, weights, rows, counts, prob)
         rows = dispatcher.token_combine(dispatcher.combine_preprocess(rows))
-        return dispatcher.combine_postprocess(rows).squeeze(1)
+        output: Tensor = dispatcher.combine_postprocess(rows).squeeze(1)
+        return output
 
     def _columns(self, chunk: Chunk, values: Tensor) -> Tensor:
         """Those of the chunk's experts on every rank."""
@@ -181,6 +182,7 @@ class ChunkOfLayer:
         part._modules = {"local_experts": modules}
         part.num_local_experts = len(modules)
         names = [name for name, _ in part.named_parameters()]
+        output: Tensor
         output, _ = torch.func.functional_call(
             part, dict(zip(names, weights, strict=True)), (rows, counts, prob)
         )

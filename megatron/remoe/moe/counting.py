@@ -3,7 +3,10 @@
 Shapes: L transformer layers of the whole model, T local tokens, E experts.
 """
 
+from typing import Any
+
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from remoe.buffers import ExactBuffers
@@ -21,6 +24,13 @@ class CountsRouting(ExactBuffers):
 
     stats: Tensor
     most_active: Tensor
+    # What Megatron's routers set. The groups are process groups, or stand-ins of the same methods.
+    config: TransformerConfig
+    num_experts: int
+    layer_number: int
+    is_mtp_layer: bool
+    tp_cp_group: Any
+    tp_dp_cp_group: Any
 
     def register_counters(self, num_experts: int) -> None:
         device = torch.cuda.current_device()

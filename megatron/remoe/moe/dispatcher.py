@@ -91,12 +91,15 @@ class DroplessAlltoAllTokenDispatcher(CountsAssignments, MoEAlltoAllTokenDispatc
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.ep_size * self.tp_size == 1:  # one source of rows, sorted by expert
             return global_input_tokens, self.tokens_per_expert, global_probs
-        return super().dispatch_postprocess(global_input_tokens, global_probs)
+        received: tuple[Tensor, Tensor, Tensor]
+        received = super().dispatch_postprocess(global_input_tokens, global_probs)
+        return received
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         if self.ep_size * self.tp_size == 1:
             return hidden_states
-        return super().combine_preprocess(hidden_states)
+        rows: Tensor = super().combine_preprocess(hidden_states)
+        return rows
 
     def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
         """Sums of the rows of each token, `[s, b, h]`, and the shared experts' output."""
@@ -109,11 +112,15 @@ class DroplessAlltoAllTokenDispatcher(CountsAssignments, MoEAlltoAllTokenDispatc
 class DroplessAllGatherTokenDispatcher(CountsAssignments, MoEAllGatherTokenDispatcher):
     """Megatron's all-gather dispatcher with our permutation."""
 
+    routing_map: Any  # Megatron's; a tensor until `dispatch_postprocess` has used it
+
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         self.received = self._take_counts(routing_map)[:, :, self.local_expert_indices]
-        return super().dispatch_preprocess(hidden_states, routing_map, probs)
+        rows: tuple[Tensor, Tensor]
+        rows = super().dispatch_preprocess(hidden_states, routing_map, probs)
+        return rows
 
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor
@@ -129,7 +136,8 @@ class DroplessAllGatherTokenDispatcher(CountsAssignments, MoEAllGatherTokenDispa
         return combine(hidden_states, self.permutation)
 
 
-DISPATCHERS = {
+Dispatcher = DroplessAlltoAllTokenDispatcher | DroplessAllGatherTokenDispatcher
+DISPATCHERS: dict[str, type[Dispatcher]] = {
     "alltoall": DroplessAlltoAllTokenDispatcher,
     "allgather": DroplessAllGatherTokenDispatcher,
 }

@@ -70,7 +70,7 @@ class GroupedExperts(MegatronModule):
             weight, is_parallel=True, dim=partition_dim, stride=stride
         )
         # As Megatron's linears: True means that gradients are those of the dense parameters' group.
-        weight.allreduce = not (
+        weight.allreduce = not (  # type: ignore[attr-defined]
             config.expert_model_parallel_size > 1
             or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
         )
@@ -114,7 +114,7 @@ class GroupedExperts(MegatronModule):
             weights[0],
             weights[1],
             tokens_per_expert.tolist(),
-            main_grads=buffers,
+            main_grads=None if buffers is None else (buffers[0], buffers[1]),
             only_for_backward=only_for_backward,
         )
 
@@ -138,7 +138,9 @@ class GroupedExperts(MegatronModule):
         experts = (layers, self.ep_group.rank(), self.ep_group.size())
         tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
 
-        def shard(key: str, weight: Tensor, axis: int, rank: int, size: int, replica: ReplicaId):
+        def shard(
+            key: str, weight: Tensor, axis: int, rank: int, size: int, replica: ReplicaId
+        ) -> ShardedTensor:
             return ShardedTensor.from_rank_offsets(
                 key,
                 weight,
@@ -149,7 +151,9 @@ class GroupedExperts(MegatronModule):
                 prepend_axis_num=layers,
             )
 
-        def gate_and_up(key: str, weight: Tensor, replica: ReplicaId, flattened_range: Any):
+        def gate_and_up(
+            key: str, weight: Tensor, replica: ReplicaId, flattened_range: Any
+        ) -> list[ShardedTensor]:
             """Tensor parallelism splits each of them, so they are not one range of the whole."""
             gate, up = weight.chunk(2, dim=1)
             return [

@@ -2,9 +2,9 @@
 
 import copy
 
-from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from megatron.remoe.moe.chunking import (
     plan,
     wait_for_parameters,
 )
-from megatron.remoe.moe.dispatcher import DISPATCHERS, is_dropless
+from megatron.remoe.moe.dispatcher import DISPATCHERS, Dispatcher, is_dropless
 from megatron.remoe.moe.experts import GroupedExperts, in_order, main_grads, mark_gradients
 from remoe.kernels import Chunk, run_chunks
 
@@ -34,9 +34,9 @@ class DroplessMoELayer(MoELayer):
     def __init__(
         self,
         config: TransformerConfig,
-        submodules=None,
+        submodules: MoESubmodules | None = None,
         layer_number: int | None = None,
-        pg_collection=None,
+        pg_collection: ProcessGroupCollection | None = None,
         is_mtp_layer: bool = False,
         name: str | None = None,
         *,
@@ -50,7 +50,7 @@ class DroplessMoELayer(MoELayer):
         if not is_dropless(config):
             return
         self._pg_collection = pg_collection
-        self._dispatchers: dict[int, MoETokenDispatcher] = {}
+        self._dispatchers: dict[int, Dispatcher] = {}
         self.token_dispatcher = DISPATCHERS[config.moe_token_dispatcher_type](
             self.num_local_experts,
             self.local_expert_indices,
@@ -73,7 +73,8 @@ class DroplessMoELayer(MoELayer):
     ) -> tuple[Tensor, Tensor]:
         self._chunks = self._plan(routing_map)
         if not self._chunks:
-            return super().preprocess(hidden_states, probs, routing_map)
+            rows: tuple[Tensor, Tensor] = super().preprocess(hidden_states, probs, routing_map)
+            return rows
         self._routing_map = routing_map
         return hidden_states, probs
 
@@ -92,7 +93,8 @@ class DroplessMoELayer(MoELayer):
     def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         if self._chunks:
             return hidden_states, probs
-        return super().dispatch(hidden_states, probs)
+        rows: tuple[Tensor, Tensor] = super().dispatch(hidden_states, probs)
+        return rows
 
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         if not self._chunks:
@@ -107,6 +109,7 @@ class DroplessMoELayer(MoELayer):
             shared = self.shared_experts
             shared.pre_forward_comm(hidden_states)
             shared.linear_fc1_forward_and_act()
+        assert self._routing_map is not None
         wait_for_parameters(self.experts)
         weights = list(self.experts.parameters())
         chunk = ChunkOfLayer(
@@ -129,7 +132,7 @@ class DroplessMoELayer(MoELayer):
             output = output + shared.get_output()
         return output, None
 
-    def _dispatcher_for(self, num_local_experts: int) -> MoETokenDispatcher:
+    def _dispatcher_for(self, num_local_experts: int) -> Dispatcher:
         """Between the experts of a chunk, so many of every rank."""
         if num_local_experts not in self._dispatchers:
             config, groups = copy.copy(self.config), self._pg_collection
@@ -148,6 +151,7 @@ class DroplessMoELayer(MoELayer):
 
     def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
         if not self._chunks:
-            return super().postprocess(output, shared_expert_output)
+            whole: Tensor = super().postprocess(output, shared_expert_output)
+            return whole
         self._chunks = []
         return output if shared_expert_output is None else output + shared_expert_output

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
 from megatron.core.transformer.moe.router import Router, TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -59,7 +60,7 @@ class ReLURouter(CountsRouting, Router):
     def __init__(
         self,
         config: TransformerConfig,
-        pg_collection=None,
+        pg_collection: ProcessGroupCollection | None = None,
         is_mtp_layer: bool = False,
         *,
         routing: ReLURouting | None = None,
@@ -137,4 +138,5 @@ class ReLURouter(CountsRouting, Router):
             # Megatron will divide every gradient by the number of tokens of the global batch, of
             # which these are the micro-batch's. Ranks need not have equal parts of them.
             penalty = penalty * total[0]
-        return MoEAuxLossAutoScaler.apply(probs, penalty)
+        attached: Tensor = MoEAuxLossAutoScaler.apply(probs, penalty)
+        return attached

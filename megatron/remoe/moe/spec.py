@@ -30,7 +30,7 @@ def layer_spec(routing: Routing | None) -> Callable[..., TransformerBlockSubmodu
             either way.
     """
 
-    def build(model_config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    def build(model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         return block_spec(model_config.transformer, routing, vp_stage=vp_stage)
 
     return build
@@ -105,12 +105,16 @@ def _with_torch_modules(layer: ModuleSpec, config: TransformerConfig) -> ModuleS
 def _with_routing(
     layer: ModuleSpec, routing: Routing, budget: AssignmentBudget | None
 ) -> ModuleSpec:
-    kind = ReLURouter if isinstance(routing, ReLURouting) else CountingTopKRouter
-    mlp = _moe(layer, router=partial(kind, routing=routing))
+    router: partial[ReLURouter] | partial[CountingTopKRouter]
+    if isinstance(routing, ReLURouting):
+        router = partial(ReLURouter, routing=routing)
+    else:
+        router = partial(CountingTopKRouter, routing=routing)
+    mlp = _moe(layer, router=router)
     return replace(layer, submodules=replace(layer.submodules, mlp=partial(mlp, budget=budget)))
 
 
-def _moe(layer: ModuleSpec, **modules: Any) -> partial:
+def _moe(layer: ModuleSpec, **modules: Any) -> partial[DroplessMoELayer]:
     """The layer's experts with a dropless dispatcher, and with some modules exchanged."""
     submodules = replace(layer.submodules.mlp.keywords["submodules"], **modules)
     return partial(DroplessMoELayer, submodules=submodules)

@@ -7,9 +7,9 @@ resumed run goes on with the right one; the dispatcher is sized by the routing m
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -58,7 +58,7 @@ class CountingTopKRouter(CountsRouting, TopKRouter):
     def __init__(
         self,
         config: TransformerConfig,
-        pg_collection: Any = None,
+        pg_collection: ProcessGroupCollection | None = None,
         is_mtp_layer: bool = False,
         *,
         routing: TopKRouting | None = None,

@@ -78,7 +78,8 @@ def _validated(argv: list[str], nproc: int, *, paths: bool) -> argparse.Namespac
     from megatron.remoe.run.rehearsal import rehearse
     from megatron.remoe.train import saved
 
-    complaints, args = io.StringIO(), None
+    complaints = io.StringIO()
+    args: argparse.Namespace | None = None
     try:
         with _as_rank_zero(argv, nproc), contextlib.redirect_stderr(complaints):
             args = parse_args(extra_args_provider=add_arguments)
@@ -174,7 +175,7 @@ def check_paths(args: argparse.Namespace) -> None:
     from megatron.core.datasets.utils import get_blend_from_list
 
     for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
-        prefixes = (get_blend_from_list(getattr(args, flag)) or ([], None))[0]
+        prefixes: list[str] = (get_blend_from_list(getattr(args, flag)) or ([], None))[0]
         for prefix in prefixes:
             missing = [s for s in (".bin", ".idx") if not Path(f"{prefix}{s}").is_file()]
             if missing:

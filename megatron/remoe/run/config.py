@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -90,10 +90,11 @@ def _resolved(merged: DictConfig, overrides: list[str], default_dir: Path, what:
     try:
         changes = OmegaConf.from_dotlist(overrides)
         everything = OmegaConf.merge(merged, changes)
-        config = OmegaConf.to_container(everything, resolve=True, throw_on_missing=True)
+        config = _plain(everything, resolve=True)
     except _YAML_ERRORS as error:
         raise ValueError(f"{what}: {_yaml_problem(error)}") from None
-    config = {k: v for k, v in config.items() if k not in changes} | {k: config[k] for k in changes}
+    own = [str(key) for key in changes]
+    config = {k: v for k, v in config.items() if k not in changes} | {k: config[k] for k in own}
     if config.get("num_experts") is None:
         config = {k: v for k, v in config.items() if not _concerns_experts(k)}
     config.pop("data_root", None)
@@ -134,7 +135,7 @@ def read_yaml(path: Path, what: str = "config") -> dict[str, Any]:
     Raises:
         ValueError: it is missing or malformed, in one line with the place.
     """
-    return OmegaConf.to_container(_read_yaml(path, what))
+    return _plain(_read_yaml(path, what))
 
 
 def _read_yaml(path: Path, what: str) -> DictConfig:
@@ -161,6 +162,17 @@ def _read_yaml(path: Path, what: str) -> DictConfig:
         raise ValueError(f"{what} {path} is not a mapping of flags to values")
     _check_keys(config, f"{what} {path}")
     return config
+
+
+def _plain(config: object, *, resolve: bool = False) -> dict[str, Any]:
+    """Return OmegaConf's mapping of flags, whose keys are checked (`_check_keys`), as a dict.
+
+    Args:
+        config: of OmegaConf.
+        resolve: replace interpolations, and refuse missing values.
+    """
+    plain = OmegaConf.to_container(config, resolve=resolve, throw_on_missing=resolve)
+    return cast(dict[str, Any], plain)
 
 
 def _check_keys(flags: Iterable[Any], what: str) -> None:
@@ -197,7 +209,7 @@ def _load(path: Path, below: tuple[Path, ...]) -> DictConfig:
         )
     config = _read_yaml(path, "config")
     try:
-        base = OmegaConf.to_container(OmegaConf.create({"base": config.pop("base", None)}))["base"]
+        base = _plain(OmegaConf.create({"base": config.pop("base", None)}))["base"]
     except OmegaConfBaseException as error:
         raise ValueError(f"config {path}: {_yaml_problem(error)}") from None
     loaded = [_load(path.parent / b, (*below, real)) for b in bases_of(base, path)]
@@ -210,8 +222,8 @@ def _load(path: Path, below: tuple[Path, ...]) -> DictConfig:
 def _merged(bases: list[DictConfig], own: DictConfig) -> DictConfig:
     """A config on top of its bases, with its own keys last."""
     merged = OmegaConf.merge(*bases, own)
-    ordered = [key for key in merged if key not in own] + list(own)
-    values = OmegaConf.to_container(merged)
+    ordered = [str(key) for key in (*(key for key in merged if key not in own), *own)]
+    values = _plain(merged)
     return OmegaConf.create({key: values[key] for key in ordered})
 
 

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass, replace
 
-from megatron.remoe.analysis.memory import Layout, activation_bytes
+from megatron.remoe.analysis.memory import Layout, Recompute, activation_bytes
 from megatron.remoe.analysis.size import ModelSize
 from megatron.remoe.arguments import megatron_parser
 from megatron.remoe.run.argv import to_argv
@@ -107,7 +107,7 @@ def describe(config: RunConfig, world: int) -> Description:
 
 
 def _layout(args: argparse.Namespace) -> Layout:
-    recompute = "none"
+    recompute: Recompute = "none"
     if args.recompute_granularity == "full":
         recompute = "full"
     elif "moe" in (args.recompute_modules or ()):

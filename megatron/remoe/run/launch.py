@@ -202,7 +202,7 @@ def start(
     runs_beside: int = 1,
     first: Callable[[], None] = lambda: None,
     **options: Any,
-) -> subprocess.Popen:
+) -> subprocess.Popen[bytes]:
     """Start torchrun, which holds the run's directory for as long as it has ranks.
 
     Args:
@@ -245,7 +245,7 @@ class Stop:
         self.saves, self.requested = saves, threading.Event()
         self._told: set[int] = set()
 
-    def pass_on(self, torchrun: subprocess.Popen) -> None:
+    def pass_on(self, torchrun: subprocess.Popen[bytes]) -> None:
         if not self.requested.is_set():
             return
         if not self.saves:
@@ -281,7 +281,7 @@ def _complete_lines(file: TextIO) -> Iterator[str]:
 
 
 def _new_rows(
-    path: Path, process: subprocess.Popen, stop: "Stop"
+    path: Path, process: subprocess.Popen[bytes], stop: "Stop"
 ) -> Iterator[dict[str, Any] | None]:
     """Rows as they are written by this process, until it ends; None while there is nothing new."""
     started, position = time.time(), 0

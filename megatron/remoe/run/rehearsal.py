@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from megatron.remoe import cpu
 from megatron.remoe.run.mistakes import Foreign, explain, one_line
@@ -73,7 +73,7 @@ def rehearse(args: argparse.Namespace, *, tokenizer: bool = True) -> None:
     _passed.add(repr(known))
 
 
-def _fork(args: argparse.Namespace, tokenizer: bool) -> tuple[int, BinaryIO]:
+def _fork(args: argparse.Namespace, tokenizer: bool) -> tuple[int, IO[bytes]]:
     import megatron.core.tokenizers.text  # noqa: F401  many rehearsals import it once
     import megatron.training.training  # noqa: F401
 
@@ -88,7 +88,7 @@ def _fork(args: argparse.Namespace, tokenizer: bool) -> tuple[int, BinaryIO]:
     return pid, os.fdopen(reader, "rb", buffering=0)
 
 
-def _spawn(args: argparse.Namespace, tokenizer: bool) -> tuple[int, BinaryIO]:
+def _spawn(args: argparse.Namespace, tokenizer: bool) -> tuple[int, IO[bytes]]:
     """A new process without GPUs, where this one has them: a fork could not use CUDA."""
     child = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "megatron.remoe.run.rehearsal"],
@@ -165,7 +165,7 @@ def _build(args: argparse.Namespace, tokenizer: bool) -> None:
     container = pretrain_cfg_container_from_args(args, model_config)
     if args.transformer_impl == "transformer_engine":
         return  # its modules are made on a GPU only
-    torch.cuda.current_device = lambda: torch.device("meta")
+    torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment, return-value]
     with torch.device("meta"):
         models, _, _ = setup_model_and_optimizer(
             ModelType.encoder_or_decoder,
@@ -185,6 +185,7 @@ def _forget_state() -> None:
 
     global _kept  # their destructors would wait for threads that a fork does not have
     world = c10d._world
+    maps: tuple[dict[Any, Any], ...]
     maps = (world.pg_map, world.pg_names, world.pg_group_ranks, world.pg_backend_config)
     maps += (world.pg_to_tag, world.tags_to_pg, world.pg_coalesce_state)
     _kept = (dict(vars(parallel_state)), *(dict(one) for one in maps))
@@ -246,4 +247,5 @@ def _pass(model: Any, args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     cpu.prepare_megatron()
     out = os.dup(1)
-    _answer(*pickle.load(sys.stdin.buffer), out)
+    given, with_tokenizer = pickle.load(sys.stdin.buffer)
+    _answer(given, with_tokenizer, out)

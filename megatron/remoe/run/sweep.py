@@ -114,7 +114,9 @@ def _matches(name: str, pattern: str) -> bool:
     return pattern in name or fnmatchcase(name, pattern)
 
 
-def _missing_bases(path: Path, document: dict, settings: list[dict]) -> list[str]:
+def _missing_bases(
+    path: Path, document: dict[str, Any], settings: list[dict[str, Any]]
+) -> list[str]:
     named = [b for flags in (document, *settings) for b in bases_of(flags.get("base"), path)]
     return [b for b in dict.fromkeys(named) if not (path.parent / b).is_file()]
 

@@ -23,7 +23,7 @@ _SECONDS_BETWEEN_LINES = 30  # where the output is not a terminal
 _SECONDS_TO_SAVE = 60
 _JOB_FILE = "slurm_job"
 
-Active = dict[str, tuple[SweepRun, subprocess.Popen]]  # runs that are going on, by name
+Active = dict[str, tuple[SweepRun, subprocess.Popen[bytes]]]  # runs that are going on, by name
 
 
 def is_finished(run: SweepRun) -> bool:
@@ -100,7 +100,7 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _start(run: SweepRun, jobs: int) -> subprocess.Popen:
+def _start(run: SweepRun, jobs: int) -> subprocess.Popen[bytes]:
     """Start a run in a session of its own, so that Ctrl-C reaches it through us only."""
 
     def claim() -> None:
@@ -115,7 +115,7 @@ def _start(run: SweepRun, jobs: int) -> subprocess.Popen:
         )
 
 
-def _finish(run: SweepRun, process: subprocess.Popen, outcome: Outcome) -> None:
+def _finish(run: SweepRun, process: subprocess.Popen[bytes], outcome: Outcome) -> None:
     from megatron.remoe.analysis.plots import plot_curves
     from megatron.remoe.analysis.runs import Run
 

@@ -1,11 +1,11 @@
 """One cell of the grid: a golden run trained by Megatron's parts under one parallel layout."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ from megatron.remoe.testing.golden import (
     padding_mask,
     transformer_config,
 )
+
+if TYPE_CHECKING:
+    from megatron.remoe.pretrain import Loss
+    from megatron.remoe.train.step import FinalizeStep
+
+RouterKind = Literal["relu", "topk", "dense"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,7 +64,7 @@ class Cell:
     distributed_optimizer: bool = False
     overlap: bool = False
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    router: Literal["relu", "topk", "dense"] = "relu"
+    router: RouterKind = "relu"
     load_balancing: Literal["aux_loss", "none"] = "aux_loss"
     experts: Literal["grouped", "sequential"] = "grouped"
     routing: Extreme | None = None
@@ -192,7 +198,7 @@ def initialize(cell: Cell) -> None:
     )
 
 
-def _models(cell: Cell, config: dict[str, Any], *, wrap: bool):
+def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any], "FinalizeStep"]:
     """Model chunks of this rank, and the once-per-step hook."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -257,11 +263,13 @@ def _max_assignments(cell: Cell) -> int | None:
 
     if not isinstance(cell.max_assignments, tuple):
         return cell.max_assignments
-    replica = parallel_state.get_expert_data_parallel_rank()
+    replica: int = parallel_state.get_expert_data_parallel_rank()
     return cell.max_assignments[replica % len(cell.max_assignments)]
 
 
-def _build(cell: Cell, config: dict[str, Any], weights: Path | None):
+def _build(
+    cell: Cell, config: dict[str, Any], weights: Path | None
+) -> tuple[list[Any], "FinalizeStep"]:
     from megatron.core import dist_checkpointing
     from megatron.core.utils import unwrap_model
 
@@ -276,7 +284,7 @@ def _build(cell: Cell, config: dict[str, Any], weights: Path | None):
     return [chunk.train() for chunk in chunks], hook
 
 
-def _optimizer(cell: Cell, config: dict[str, Any], chunks):
+def _optimizer(cell: Cell, config: dict[str, Any], chunks: list[Any]) -> Any:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     optimizer = get_megatron_optimizer(
@@ -307,7 +315,9 @@ def _micro_batches(batch: Tensor, cell: Cell) -> Iterator[tuple[int, Tensor]]:
     return islice(enumerate(batch), parallel_state.get_data_parallel_rank(), None, cell.dp)
 
 
-def _forward_step(data_iterator: Iterator[tuple[int, Tensor]], model, *, padding: Padding):
+def _forward_step(
+    data_iterator: Iterator[tuple[int, Tensor]], model: Any, *, padding: Padding
+) -> tuple[Tensor, "Callable[[Tensor], Loss]"]:
     from megatron.remoe.pretrain import loss_func
 
     number, tokens = next(data_iterator)
@@ -319,18 +329,21 @@ def _forward_step(data_iterator: Iterator[tuple[int, Tensor]], model, *, padding
     return output, partial(loss_func, (~padded).float(), check_for_nan=False)
 
 
-def _measure(losses: list[dict[str, Tensor]], grad_norm: float | None, hook) -> dict[str, Any]:
+def _measure(
+    losses: list[dict[str, Tensor]], grad_norm: float | None, hook: "FinalizeStep"
+) -> dict[str, Any]:
     """The step in the golden files' terms; the loss is known on the last pipeline stage only."""
     from megatron.core import parallel_state
 
-    skipped = grad_norm is None  # by the loss scaler of fp16
-    step: dict[str, Any] = {"grad_norm": float("nan") if skipped else float(grad_norm)}
+    # There is none when the loss scaler of fp16 skips the step.
+    step: dict[str, Any] = {"grad_norm": float("nan") if grad_norm is None else float(grad_norm)}
     if losses:
         loss = torch.stack([entry["lm loss"] for entry in losses]).sum(dim=0)
         torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
         step["lm_loss"] = (loss[0] / loss[1]).item()
     if hook.report is not None:
         report = hook.report
+        assert report.l1_reg_L is not None and report.l1_coeff is not None  # only ReLU counts here
         step |= {
             "l1_reg": report.l1_reg_L[report.has_router].tolist(),
             "sparsity": report.sparsity.item(),

@@ -8,10 +8,13 @@ import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from megatron.remoe.moe.spec import Routing
 
 PUBLISHED_COEFF_INIT = 1e-8
 # The router turns sparse around step 90 of a run that starts at 1e-8; from there on a perturbation
@@ -50,7 +53,8 @@ class Golden:
 
     @property
     def coeff_init(self) -> float:
-        return self.config.get("coeff_init", PUBLISHED_COEFF_INIT)
+        coeff: float = self.config.get("coeff_init", PUBLISHED_COEFF_INIT)
+        return coeff
 
     @property
     def comparable_steps(self) -> int:
@@ -77,7 +81,7 @@ def fill_with_golden_weights(model: torch.nn.Module, seed: int) -> None:
 Extreme = Literal["all active", "silent layer", "silent rank", "one expert"]
 
 
-def make_extreme(model: torch.nn.Module, extreme: Extreme) -> None:
+def make_extreme(model: Any, extreme: Extreme) -> None:
     """Set the routers of a whole model to an extreme, in place.
 
     "all active": every expert for every token, in all layers. The embedding gets a large constant
@@ -87,7 +91,7 @@ def make_extreme(model: torch.nn.Module, extreme: Extreme) -> None:
     """
     from megatron.remoe.train.step import relu_routers
 
-    routers = relu_routers([model])
+    routers: list[Any] = relu_routers([model])
     with torch.no_grad():
         if extreme == "all active":
             model.embedding.word_embeddings.weight[:, 0] = 10.0
@@ -153,7 +157,7 @@ def parameter_shapes(config: dict[str, Any]) -> dict[str, list[int]]:
     return shapes | {"decoder.final_layernorm.weight": [h], "output_layer.weight": [256, h]}
 
 
-def transformer_config(config: dict[str, Any], **changes: Any):
+def transformer_config(config: dict[str, Any], **changes: Any) -> Any:
     """Megatron's TransformerConfig of a golden run; `changes` are its fields."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -184,7 +188,7 @@ def transformer_config(config: dict[str, Any], **changes: Any):
     return TransformerConfig(**(fields | changes))
 
 
-def gpt_config(transformer, config: dict[str, Any], routing):
+def gpt_config(transformer: Any, config: dict[str, Any], routing: "Routing | None") -> Any:
     """Megatron's GPTModelConfig of a golden run, with our layers."""
     from megatron.training.models.gpt import GPTModelConfig
 

@@ -121,10 +121,10 @@ class MetricsWriter:
         args, first = self.args, self.args.iteration + 1
         last = max(args.iteration, iteration - args.log_interval)
         elapsed = get_timers()("interval-time").elapsed(reset=False)
-        seconds = elapsed - (self._seconds_of_first if last == first else 0.0)
+        seconds: float = elapsed - (self._seconds_of_first if last == first else 0.0)
         if iteration == first:
             self._seconds_of_first = elapsed
-        tokens = (iteration - last) * args.global_batch_size * args.seq_length
+        tokens: int = (iteration - last) * args.global_batch_size * args.seq_length
         return round(tokens / seconds, 1)
 
     def _evaluation(self, tag: str, iteration: int, loss: float) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads as megatron_finalize_model_grads
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from torch import Tensor
@@ -98,7 +99,7 @@ def update_routers(
             torch.distributed.all_reduce(stats, group=group)
             torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX, group=group)
 
-    l1_reg, micro_batches, tokens, counts = stats.split([1, 1, 1, num_experts], dim=1)
+    l1_reg, micro_batches, tokens, counts = torch.split(stats, [1, 1, 1, num_experts], dim=1)
     has_router = micro_batches.squeeze(1) > 0
     sparsity_L = sparsity(counts, tokens.squeeze(1))
     mean_sparsity = sparsity_L.where(has_router, 0).sum() / has_router.sum()
@@ -141,7 +142,13 @@ class FinalizeStep:
         self.report: StepReport | None = None
         self._kinds: tuple[bool, bool] | None = None
 
-    def __call__(self, model, num_tokens=None, pg_collection=None, force_all_reduce=False) -> None:
+    def __call__(
+        self,
+        model: list[torch.nn.Module],
+        num_tokens: Tensor | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        force_all_reduce: bool = False,
+    ) -> None:
         megatron_finalize_model_grads(
             model, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce
         )

@@ -138,7 +138,7 @@ def _within(found: dict[str, float], tolerances: dict[str, float]) -> bool:
 def _layouts() -> list[Cell]:
     four_ranks = (("nmb", 4),)
     four_layers = (("L", 4),)
-    dist = {"distributed_optimizer": True}
+    dist: dict[str, Any] = {"distributed_optimizer": True}
     return [
         Cell("DP2", 2),
         Cell("EP2 all-to-all", 2, ep=2),
@@ -172,7 +172,7 @@ def _layouts() -> list[Cell]:
 
 def extremes() -> list[Cell]:
     """Extremes of routing, through every dispatcher and both optimizers."""
-    layouts = [
+    layouts: list[dict[str, Any]] = [
         {"dispatcher": "alltoall"},
         {"dispatcher": "allgather"},
         {"dispatcher": "alltoall", "distributed_optimizer": True, "overlap": True},
@@ -194,7 +194,7 @@ def extremes() -> list[Cell]:
 
 def _name(layout: dict[str, Any]) -> str:
     overlapped = ", distributed optimizer, overlap" if "overlap" in layout else ""
-    return layout["dispatcher"] + overlapped
+    return f"{layout['dispatcher']}{overlapped}"
 
 
 def accumulation() -> list[Cell]:

@@ -96,7 +96,7 @@ def verify(folder: Path, kills: int, *, seed: int, report: Callable[[str], None]
     _run_to_end(folder / "whole", whole)
     duration = time.monotonic() - started
     report(f"the run without kills: {duration:.0f} s")
-    done = []
+    done: list[Kill] = []
     while len(done) < kills:
         kill = _run_and_kill(folder / "killed", killed, rng, duration)
         if kill is None:  # it ended before
@@ -139,10 +139,10 @@ def _prepare(run: Path) -> list[str]:
     from megatron.remoe.run import launch
 
     config, argv = launch.prepare(RunConfig(run, 2, dict(_FLAGS)))
-    return launch.command(argv, config.nproc)
+    return launch.command(argv, config.nproc or 1)
 
 
-def _start(run: Path, command: list[str]) -> subprocess.Popen:
+def _start(run: Path, command: list[str]) -> subprocess.Popen[bytes]:
     environment = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment[processes.PARENT] = str(os.getpid())
     with (run / "log.txt").open("a") as log:
@@ -189,7 +189,7 @@ def _run_and_kill(
     return kill
 
 
-def _kill(run: Path, process: subprocess.Popen, rng: random.Random, seconds: float) -> Kill:
+def _kill(run: Path, process: subprocess.Popen[bytes], rng: random.Random, seconds: float) -> Kill:
     ranks = processes.children(process.pid)
     writers = [pid for rank in ranks for pid in processes.children(rank)]
     victims = {"torchrun": [process.pid], "all": [process.pid, *ranks, *writers]}

@@ -63,7 +63,7 @@ def train(
             loss_sum += losses.sum().item()
             measured.append(layers)
         optimizer.zero_grad()
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         optimizer.step()
         step = _measure(config, measured)
@@ -125,7 +125,7 @@ def _attention(
     qkv = (x @ weights[prefix + "self_attention.linear_qkv.weight"].T).view(
         b, s, groups, per_group + 2, d
     )
-    q, k, v = qkv.split([per_group, 1, 1], dim=3)
+    q, k, v = qkv.split([per_group, 1, 1], dim=3)  # type: ignore[no-untyped-call]
     q = _rotate(q.flatten(2, 3))
     k, v = (t.expand(-1, -1, -1, per_group, -1).flatten(2, 3) for t in (k, v))
     k = _rotate(k)

@@ -72,7 +72,7 @@ class Result:
 
 def pairs() -> list[Pair]:
     """Every dimension of the grid in itself, and from and to the others."""
-    dist = {"distributed_optimizer": True}
+    dist: dict[str, Any] = {"distributed_optimizer": True}
     one, dp2, ep2, tp2, pp2 = (
         Cell("1"), Cell("DP2", 2), Cell("EP2", 2, ep=2), Cell("TP2", 2, tp=2), Cell("PP2", 2, pp=2),
     )  # fmt: skip
@@ -203,7 +203,7 @@ class Training(cells.Training):
         """Train so many steps on the run's batches from `first` on; what every step measured."""
         return [self.step(batch) for batch in golden_tokens(self.config)[first : first + count]]
 
-    def save(self, checkpoint: Path, *, asynchronous: bool = False):
+    def save(self, checkpoint: Path, *, asynchronous: bool = False) -> Any:
         """Write model and optimizer; returns Megatron's request when asynchronous."""
         import torch
         from megatron.core import dist_checkpointing
@@ -243,7 +243,7 @@ class Training(cells.Training):
             no_save_rng=True,
         )
         metadata = checkpointing._build_sharded_state_dict_metadata(flags)
-        return checkpointing.generate_state_dict(
+        state: dict[str, Any] = checkpointing.generate_state_dict(
             flags,
             unwrap_model(self.chunks),
             self.optimizer,
@@ -252,3 +252,4 @@ class Training(cells.Training):
             optim_sd_kwargs={"metadata": metadata, **optimizer_options},
             model_sd_kwargs={"metadata": metadata},
         )
+        return state
