@@ -89,6 +89,11 @@ VALUES = {
     "validation": (["full_validation=true"], "full_validation is set without multiple_validation"),
     "checkpoint": (["pretrained_checkpoint=x"], "pretrained_checkpoint: x is no folder of check"),
     "load": (["load=x"], "load: x is no folder of checkpoints"),
+    "no checkpoint": (
+        ["use_checkpoint_args=true", "load=null", "save=null"],
+        "use_checkpoint_args is set, but there is no load",
+    ),
+    "no data": (["mock_data=false"], "no data is named; set train_data_path"),
     # what would have run and meant nothing
     "NaN as a limit": (["clip_grad=.nan"], "clip_grad is nan; it must be a finite number"),
     "infinity as a limit": (["clip_grad=.inf"], "clip_grad is inf; it must be a finite number"),
