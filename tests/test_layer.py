@@ -186,7 +186,7 @@ def test_layers_without_tokens_take_no_part_in_the_update():
 
 def test_importing_remoe_loads_neither_megatron_nor_transformers():
     code = (
-        "import sys, remoe, megatron.remoe.analysis.runs\n"
+        "import sys, remoe\n"
         "print([m for m in sys.modules if m.split('.')[0] in ('megatron', 'transformers')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -89,6 +89,11 @@ VALUES = {
     "validation": (["full_validation=true"], "full_validation is set without multiple_validation"),
     "checkpoint": (["pretrained_checkpoint=x"], "pretrained_checkpoint: x is no folder of check"),
     "load": (["load=x"], "load: x is no folder of checkpoints"),
+    "no checkpoint": (
+        ["use_checkpoint_args=true", "load=null", "save=null"],
+        "use_checkpoint_args is set, but there is no load",
+    ),
+    "no data": (["mock_data=false"], "no data is named; set train_data_path"),
     # what would have run and meant nothing
     "NaN as a limit": (["clip_grad=.nan"], "clip_grad is nan; it must be a finite number"),
     "infinity as a limit": (["clip_grad=.inf"], "clip_grad is inf; it must be a finite number"),
@@ -361,6 +366,44 @@ def state_around_a_check(path: Path) -> bool:
     for seed in ("1", "2"):
         check([*argv, "--seed", seed], 1)
     return state() == before and len(rehearsal._passed) == built + 1
+
+
+def test_a_child_leaves_the_garbage_of_its_parent_alone(call):
+    """Process groups that nobody refers to would wait for their threads, which a fork has not."""
+    assert call(rehearsal_beside_garbage) == "accepted"
+
+
+def rehearsal_beside_garbage() -> str:
+    import gc
+    from argparse import Namespace
+
+    import torch.distributed.distributed_c10d as c10d
+
+    from megatron.remoe.ranks import initialize_layout
+    from megatron.remoe.run import rehearsal
+
+    gc.disable()
+    try:
+        for _ in range(3):
+            initialize_layout()
+            garbage: list[object] = list(c10d._world.pg_map)
+            garbage.append(garbage)
+            del garbage
+        initialize_layout()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rehearsal, "_build", lambda *_: gc.collect())
+            patch.setattr(rehearsal, "_passed", set())
+            rehearsal.rehearse(Namespace(world_size=1))
+    except ValueError as error:
+        return str(error)
+    finally:
+        gc.enable()
+    return "accepted"
+
+
+def test_a_run_with_dropout_is_accepted(call, tmp_path):
+    tiny.write_config(tmp_path / "tiny.yaml", hidden_dropout=0.1, attention_dropout=0.1)
+    assert call(state_around_a_check, tmp_path / "tiny.yaml")
 
 
 def test_a_machine_with_gpus_builds_the_run_in_a_new_process(call, tmp_path):

@@ -170,11 +170,11 @@ def forward_loss(flags: dict) -> float | None:
     tokens = torch.randint(0, args.padded_vocab_size, shape, generator=torch.Generator())
 
     def step(data, model):
-        return _forward_step(data, model, padded=False)
+        return _forward_step(data, model, padding="none")
 
     losses = get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter([tokens]),
+        data_iterator=iter([(0, tokens)]),
         model=chunks,
         num_microbatches=1,
         seq_length=args.seq_length,

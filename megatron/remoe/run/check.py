@@ -110,6 +110,11 @@ def _check_what_megatron_finds_late(args: argparse.Namespace) -> None:
         raise ValueError("lr is not given; set the learning rate")
     if not (args.train_iters or args.train_samples):
         raise ValueError("neither train_iters nor train_samples is given; set one of them")
+    if args.use_checkpoint_args and args.load is None and args.pretrained_checkpoint is None:
+        raise ValueError(
+            "use_checkpoint_args is set, but there is no load or pretrained_checkpoint to take "
+            "them from; set one of these, or leave it out"
+        )
     if args.multiple_validation_sets != args.full_validation:
         there, missing = "multiple_validation_sets", "full_validation"
         if args.full_validation:
@@ -174,7 +179,14 @@ def check_paths(args: argparse.Namespace) -> None:
     """
     from megatron.core.datasets.utils import get_blend_from_list
 
-    for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+    flags = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+    elsewhere = ("data_args_path", "per_split_data_args_path")
+    if not args.mock_data and not any(getattr(args, flag) for flag in (*flags, *elsewhere)):
+        raise ValueError(
+            "no data is named; set train_data_path (remoe data tokenize makes it), or mock_data "
+            "for random tokens"
+        )
+    for flag in flags:
         prefixes: list[str] = (get_blend_from_list(getattr(args, flag)) or ([], None))[0]
         for prefix in prefixes:
             missing = [s for s in (".bin", ".idx") if not Path(f"{prefix}{s}").is_file()]

@@ -2,14 +2,15 @@
 
 Process groups of torch's `fake` backend play the whole run, and tensors are on the `meta` device:
 a model of any size and layout takes about a second and no memory. What is built are the tokenizer,
-the model, DDP, the optimizer and its schedule as the first rank makes them, and a forward and
-backward pass in which layers of experts do nothing (their sizes depend on the tokens). All this
-sets the state of a process, so it happens in a child.
+the model, DDP, the optimizer and its schedule as the first rank makes them, and a forward pass in
+which layers of experts do nothing (their sizes depend on the tokens). All this sets the state of a
+process, so it happens in a child.
 """
 
 import argparse
 import contextlib
 import copy
+import gc
 import os
 import pickle
 import select
@@ -82,6 +83,7 @@ def _fork(args: argparse.Namespace, tokenizer: bool) -> tuple[int, IO[bytes]]:
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
+        gc.freeze()  # what the parent has left uncollected may wait for threads that are not here
         os.close(reader)
         _answer(args, tokenizer, writer)
     os.close(writer)
@@ -241,7 +243,8 @@ def _pass(model: Any, args: argparse.Namespace) -> None:
         if isinstance(module, MoELayer):
             module.forward = lambda hidden, *args, **kwargs: (hidden, None)
     tokens = torch.zeros(args.micro_batch_size, args.seq_length, dtype=torch.long)
-    model(tokens, torch.zeros_like(tokens), None, labels=tokens).sum().backward()
+    with torch.no_grad():  # backward of dropout and masks fails on the meta device alone
+        model(tokens, torch.zeros_like(tokens), None, labels=tokens)
 
 
 if __name__ == "__main__":
