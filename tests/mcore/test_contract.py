@@ -3,6 +3,7 @@ nothing is written. Each value here once gave a traceback, or a run that failed 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -398,6 +399,24 @@ def rehearsal_beside_garbage() -> str:
         return str(error)
     finally:
         gc.enable()
+    return "accepted"
+
+
+def test_a_child_that_dies_of_a_signal_is_replaced_by_a_new_process(call, tmp_path):
+    tiny.write_config(tmp_path / "tiny.yaml", hidden_size=56)
+    assert call(answer_beside_a_child_that_dies, tmp_path / "tiny.yaml") == "accepted"
+
+
+def answer_beside_a_child_that_dies(path: Path) -> str:
+    from megatron.remoe import config, launch, rehearsal
+
+    argv = config.to_argv(launch.complete(config.load_config(path)).flags, config.megatron_parser())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rehearsal, "_build", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        try:
+            config.check(argv, 1)
+        except ValueError as error:
+            return str(error)
     return "accepted"
 
 

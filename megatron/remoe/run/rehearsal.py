@@ -49,7 +49,22 @@ def rehearse(args: argparse.Namespace, *, tokenizer: bool = True) -> None:
     known = {k: v for k, v in vars(args).items() if k not in _NOT_BUILT} | {"tokenizer": tokenizer}
     if repr(known) in _passed:
         return
-    pid, answer = _fork(args, tokenizer) if cpu.is_enabled() else _spawn(args, tokenizer)
+    died = -1
+    if cpu.is_enabled():
+        died = _judge(*_fork(args, tokenizer))
+    if died < 0:  # a fork of a process that has threads of its own may die of a signal
+        died = _judge(*_spawn(args, tokenizer))
+    if died:
+        raise Foreign(f"building it ends with exit code {died}")
+    _passed.add(repr(known))
+
+
+def _judge(pid: int, answer: BinaryIO) -> int:
+    """The exit code of a child, negative for a signal, when it has said nothing.
+
+    Raises:
+        ValueError: what it has said.
+    """
     message, end = b"", time.monotonic() + _SECONDS
     try:
         with answer:
@@ -63,15 +78,13 @@ def rehearse(args: argparse.Namespace, *, tokenizer: bool = True) -> None:
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
     if not ready:
-        return
+        return 0
     if message:
         text = message.decode(errors="replace")
         if text.startswith(_FOREIGN):
             raise Foreign(text.removeprefix(_FOREIGN))
         raise ValueError(text)
-    if status:
-        raise Foreign(f"building it ends with exit code {os.waitstatus_to_exitcode(status)}")
-    _passed.add(repr(known))
+    return os.waitstatus_to_exitcode(status)
 
 
 def _fork(args: argparse.Namespace, tokenizer: bool) -> tuple[int, IO[bytes]]:
