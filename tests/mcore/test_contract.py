@@ -408,13 +408,17 @@ def test_a_child_that_dies_of_a_signal_is_replaced_by_a_new_process(call, tmp_pa
 
 
 def answer_beside_a_child_that_dies(path: Path) -> str:
-    from megatron.remoe import config, launch, rehearsal
+    from megatron.remoe.arguments import megatron_parser
+    from megatron.remoe.run import launch, rehearsal
+    from megatron.remoe.run.argv import to_argv
+    from megatron.remoe.run.check import check as check_argv
+    from megatron.remoe.run.config import load_config
 
-    argv = config.to_argv(launch.complete(config.load_config(path)).flags, config.megatron_parser())
+    argv = to_argv(launch.complete(load_config(path)).flags, megatron_parser())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rehearsal, "_build", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         try:
-            config.check(argv, 1)
+            check_argv(argv, 1)
         except ValueError as error:
             return str(error)
     return "accepted"
