@@ -59,7 +59,7 @@ def rehearse(args: argparse.Namespace, *, tokenizer: bool = True) -> None:
     _passed.add(repr(known))
 
 
-def _judge(pid: int, answer: BinaryIO) -> int:
+def _judge(pid: int, answer: IO[bytes]) -> int:
     """The exit code of a child, negative for a signal, when it has said nothing.
 
     Raises:
