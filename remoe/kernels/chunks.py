@@ -140,7 +140,7 @@ def plan_chunks(rows_per_expert: Sequence[float], max_rows: float) -> list[Chunk
 
 
 def plan_over_ranks(
-    counts: Tensor, num_local_experts: int, max_rows_per_chunk: Callable[[float], float | None]
+    counts: Tensor, max_rows_per_chunk: Callable[[float], float | None]
 ) -> list[Chunk]:
     """Plan the chunks of a layer whose experts are spread over ranks.
 
@@ -150,14 +150,13 @@ def plan_over_ranks(
     Args:
         counts: tokens of every rank for every expert, `[expert parallel, expert tensor parallel,
             E]`, on the host.
-        num_local_experts: L.
         max_rows_per_chunk: as in `AssignmentBudget`, given the rows of the fullest rank.
 
     Returns:
         Chunks of the L local experts; an empty list to compute all experts at once.
     """
     ep, tp, _ = counts.shape
-    by_owner = counts.view(ep, tp, ep, num_local_experts)
+    by_owner = counts.view(ep, tp, ep, -1)
     sent = by_owner.sum(dim=2).flatten(end_dim=1)
     received = by_owner.sum(dim=(0, 1)) / tp  # over tensor parallelism every rank gets all rows
     fullest = max(sent.sum(dim=1).tolist() + received.sum(dim=1).tolist())

@@ -4,7 +4,8 @@ Shapes: s sequence, b micro-batch, H hidden; T = s * b local tokens, E experts, 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -33,28 +34,22 @@ def budget_of(
     return AssignmentBudget(num_layers, max_assignments)
 
 
+@dataclass
 class ChunkedExperts:
     """The experts of a layer, which are dispatched, computed and combined chunk by chunk.
 
-    Args:
+    Attributes:
         experts: module with the experts of this rank.
-        parts: the same experts, as `PartialExperts`.
+        parts: the same experts, to compute parts of them.
         budget: shared by the layers of a model chunk.
-        config: configuration of the model.
-        groups: process groups.
     """
 
-    def __init__(
-        self,
-        experts: torch.nn.Module,
-        parts: PartialExperts,
-        budget: AssignmentBudget,
-        config: TransformerConfig,
-        groups: ProcessGroupCollection,
-    ) -> None:
-        self.experts, self.parts, self.budget = experts, parts, budget
-        self.config, self.groups = config, groups
-        self._dispatchers: dict[int, Dispatcher] = {}
+    experts: torch.nn.Module
+    parts: PartialExperts
+    budget: AssignmentBudget
+    config: TransformerConfig
+    groups: ProcessGroupCollection
+    _dispatchers: dict[int, Dispatcher] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(
@@ -82,22 +77,17 @@ class ChunkedExperts:
             )
         return None
 
-    def plan(
-        self, counts: Tensor, layer: int, *, num_local_experts: int, tokens: float
-    ) -> list[Chunk]:
+    def plan(self, layer: int, counts: Tensor, tokens: float) -> list[Chunk]:
         """Plan the chunks of a forward; an empty list computes all experts at once.
 
         Args:
-            counts: tokens of every rank for every expert, `[ep, expert tp, E]`, on the host.
             layer: number of the layer.
-            num_local_experts: number of experts of this rank.
+            counts: tokens of every rank for every expert, `[ep, expert tp, E]`, on the host.
             tokens: mean number of tokens of a rank.
         """
         balanced = tokens * self.config.moe_router_topk
         return plan_over_ranks(
-            counts,
-            num_local_experts,
-            lambda rows: self.budget.max_rows_per_chunk(layer, rows, balanced),
+            counts, lambda rows: self.budget.max_rows_per_chunk(layer, rows, balanced)
         )
 
     def compute(
@@ -132,18 +122,18 @@ class ChunkedExperts:
         return self._dispatchers[num_local_experts]
 
 
+@dataclass
 class _RoutedChunks:
     """Chunks of a layer with one routing map, as a `remoe.kernels.chunks.ChunkOfExperts`."""
 
-    def __init__(
-        self,
-        parts: PartialExperts,
-        routing_map: Tensor,
-        dispatcher_for: Callable[[int], Dispatcher],
-        ep_size: int,
-    ) -> None:
-        self.routing_map, self.dispatcher_for, self.ep_size = routing_map, dispatcher_for, ep_size
-        self.parts, self.weights_of = parts, parts.weights_of
+    parts: PartialExperts
+    routing_map: Tensor
+    dispatcher_for: Callable[[int], Dispatcher]
+    ep_size: int
+
+    def weights_of(self, chunk: Chunk, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the chunk's part of the weights, or of tensors of the same shapes."""
+        return self.parts.weights_of(chunk, tensors)
 
     def compute(
         self,
@@ -161,9 +151,7 @@ class _RoutedChunks:
         )
         rows, prob = dispatcher.token_dispatch(rows, prob)
         rows, counts, prob = dispatcher.dispatch_postprocess(rows, prob)
-        rows = self.parts.compute_part(
-            chunk, rows, counts, prob, weights, only_for_backward=only_for_backward
-        )
+        rows = self.parts.compute_part(chunk, rows, counts, prob, weights, only_for_backward)
         rows = dispatcher.token_combine(dispatcher.combine_preprocess(rows))
         output: Tensor = dispatcher.combine_postprocess(rows).squeeze(1)
         return output

@@ -8,7 +8,7 @@ F expert width on this rank.
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import (
@@ -33,41 +33,11 @@ from megatron.remoe.moe.gradients import in_order, main_grads, mark_gradients
 from remoe.kernels import Chunk, grouped_swiglu
 
 
-class PartialExperts(Protocol):
-    """Experts of which a part can be computed, with weights that the caller passes."""
-
-    def weights_of(self, chunk: Chunk, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the chunk's part of the parameters, or of tensors of the same shapes."""
-        ...
-
-    def compute_part(
-        self,
-        chunk: Chunk,
-        rows: Tensor,
-        tokens_per_expert: Tensor,
-        probs: Tensor,
-        weights: Sequence[Tensor],
-        *,
-        only_for_backward: bool = False,
-    ) -> Tensor:
-        """Compute the chunk's experts.
-
-        Args:
-            chunk: consecutive local experts.
-            rows: `[A, H]`, sorted by expert.
-            tokens_per_expert: counts of the chunk's experts, on the host.
-            probs: `[A]`.
-            weights: as `weights_of` returns them.
-            only_for_backward: the values of the result may be anything.
-        """
-        ...
-
-
 class GroupedExperts(MegatronModule):
     """SwiGLU experts with stacked weights, in place of Megatron's SequentialMLP.
 
     Initial weights, parallel layout and checkpoint (keys, shapes, axes) are those of SequentialMLP,
-    which Transformer Engine's grouped experts share. They are `PartialExperts`.
+    which Transformer Engine's grouped experts share.
 
     Parameters:
         linear_fc1: `[E, 2F, H]`, gate first; linear_fc2: `[E, H, F]`.
@@ -140,23 +110,37 @@ class GroupedExperts(MegatronModule):
         return mark_gradients(output, weights, added=buffers is not None), None
 
     def weights_of(self, chunk: Chunk, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the chunk's part of the stacked weights."""
+        """Return the chunk's part of the weights, or of tensors of the same shapes."""
         return [tensor[chunk.experts] for tensor in tensors]
 
     def compute_part(
         self,
         chunk: Chunk,
         rows: Tensor,
-        tokens_per_expert: Tensor,
+        counts: Tensor,
         probs: Tensor,
         weights: Sequence[Tensor],
-        *,
-        only_for_backward: bool = False,
+        only_for_backward: bool,
     ) -> Tensor:
-        """Compute the chunk's experts."""
+        """Compute the chunk's experts with weights that the caller passes.
+
+        Args:
+            chunk: consecutive local experts.
+            rows: `[A, H]`, sorted by expert.
+            counts: tokens of the chunk's experts, on the host.
+            probs: `[A]`.
+            weights: as `weights_of` returns them.
+            only_for_backward: the values of the result may be anything.
+        """
         fc1, fc2 = weights
-        counts, probs = tokens_per_expert.tolist(), probs.to(rows.dtype)
-        return grouped_swiglu(rows, probs, fc1, fc2, counts, only_for_backward=only_for_backward)
+        return grouped_swiglu(
+            rows,
+            probs.to(rows.dtype),
+            fc1,
+            fc2,
+            counts.tolist(),
+            only_for_backward=only_for_backward,
+        )
 
     def get_extra_state(self) -> None:
         """Return nothing; other experts have an entry per linear, for Transformer Engine's fp8."""
@@ -246,13 +230,13 @@ def _check(config: TransformerConfig) -> None:
 
 
 class SequentialParts:
-    """Parts of Megatron's SequentialMLP, as `PartialExperts`."""
+    """Megatron's SequentialMLP, whose parts are computed as those of `GroupedExperts`."""
 
     def __init__(self, experts: SequentialMLP) -> None:
         self.experts = experts
 
     def weights_of(self, chunk: Chunk, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the tensors of the chunk's experts, of which each has equally many."""
+        """Return the tensors of the chunk's experts; every expert has equally many."""
         each = len(tensors) // self.experts.num_local_experts
         return list(tensors[chunk.experts.start * each : chunk.experts.stop * each])
 
@@ -260,11 +244,10 @@ class SequentialParts:
         self,
         chunk: Chunk,
         rows: Tensor,
-        tokens_per_expert: Tensor,
+        counts: Tensor,
         probs: Tensor,
         weights: Sequence[Tensor],
-        *,
-        only_for_backward: bool = False,
+        only_for_backward: bool,
     ) -> Tensor:
         """Compute the chunk's experts; there is nothing to leave out for backward."""
         part = copy.copy(self.experts)  # the same module with fewer experts
@@ -274,9 +257,12 @@ class SequentialParts:
         names = [name for name, _ in part.named_parameters()]
         output: Tensor
         output, _ = torch.func.functional_call(
-            part, dict(zip(names, weights, strict=True)), (rows, tokens_per_expert, probs)
+            part, dict(zip(names, weights, strict=True)), (rows, counts, probs)
         )
         return output
+
+
+PartialExperts = GroupedExperts | SequentialParts
 
 
 def in_parts(experts: torch.nn.Module, config: TransformerConfig) -> PartialExperts | None:

@@ -84,12 +84,7 @@ class DroplessMoELayer(MoELayer):
         if self.chunked is None:
             return []
         counts, tokens = self.token_dispatcher.count(routing_map)
-        return self.chunked.plan(
-            counts,
-            self.layer_number or 1,
-            num_local_experts=self.num_local_experts,
-            tokens=tokens,
-        )
+        return self.chunked.plan(self.layer_number or 1, counts, tokens)
 
     def _at_once(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
         rows, probs = super().preprocess(hidden_states, probs, routing_map)

@@ -14,7 +14,7 @@ from typing import Any
 from megatron.remoe import checkpoint
 from megatron.remoe.formats.torch_dist import TorchDistReader
 
-_ROUTERS = {"relu": "ReLU routing", "topk": "TopK routing", "dense": "a dense model"}
+_ROUTERS = {"relu": "ReLU routing", "topk": "TopK routing", "dense": "no experts"}
 
 _REQUIRED = object()  # marks an argument that every checkpoint with arguments has
 # Settings that change what the forward pass and the penalty compute from the weights. A checkpoint
@@ -173,7 +173,7 @@ def check(args: argparse.Namespace, saved: Saved) -> None:
 
 def _refuse_other_router(args: argparse.Namespace, saved: Saved, now: str) -> None:
     before = saved.router
-    subject = f"checkpoint {saved.path} is of {_ROUTERS[before]}, and this run of {_ROUTERS[now]}"
+    subject = f"checkpoint {saved.path} has {_ROUTERS[before]}, and this run has {_ROUTERS[now]}"
     if before == "dense":
         raise ValueError(
             f"{subject}; leave num_experts out, or make a mixture to start from with remoe "
