@@ -63,9 +63,7 @@ def block_spec(
         block.layer_norm = TorchSpecProvider().layer_norm()
         block.layer_specs = [_with_torch_modules(spec, config) for spec in block.layer_specs]
     if routing is not None:
-        router: type[ReLURouter] | type[CountingTopKRouter] = CountingTopKRouter
-        if isinstance(routing, ReLURouting):
-            router = ReLURouter
+        router: Any = ReLURouter if isinstance(routing, ReLURouting) else CountingTopKRouter
         budget = {}
         if routing.varies and is_dropless(config):
             num_layers = sum(_has_experts(spec) for spec in block.layer_specs)
