@@ -47,8 +47,9 @@ class Shape:
 def inputs(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Tokens `[T, H]` and router `[E, H]` with exactly T * k positive logits.
 
-    The first feature of every token is 1, and its weight is minus the threshold that lets T * k
-    logits through: routing is that of a ReLU router, uneven over tokens and experts.
+    The first three features of every token are 1, and their weights add up to minus the threshold
+    that lets T * k logits through: routing is that of a ReLU router, uneven over tokens and experts.
+    Three bf16 numbers hold the threshold as exactly as one fp32 number.
 
     Raises:
         ValueError: ties make T * k impossible.
@@ -56,12 +57,15 @@ def inputs(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape.tokens, shape.hidden_size, generator=generator)
     router = 0.02 * torch.randn(shape.num_experts, shape.hidden_size, generator=generator)
-    x[:, 0], router[:, 0] = 1, 0
+    x[:, :3], router[:, :3] = 1, 0
     x, router = x.to(**shape.like), router.to(**shape.like)
     wanted = shape.tokens * shape.topk
-    router[:, 0] = -threshold(F.linear(x.float(), router.float()), wanted)
+    rest = -threshold(F.linear(x.float(), router.float()), wanted)
+    for feature in range(3):
+        router[:, feature] = rest
+        rest = rest - router[0, feature].float()
     found = int((F.linear(x.float(), router.float()) > 0).sum())
-    if abs(found - wanted) > wanted // 1000:  # bf16 weights round the threshold
+    if abs(found - wanted) > wanted // 1000:  # logits that are nearly the threshold are rounded
         raise ValueError(f"{found} assignments instead of {wanted}; choose another size or seed")
     return x, router
 
