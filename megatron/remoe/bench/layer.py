@@ -48,8 +48,8 @@ def inputs(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Tokens `[T, H]` and router `[E, H]` with exactly T * k positive logits.
 
     The first three features of every token are 1, and their weights add up to minus the threshold
-    that lets T * k logits through: routing is that of a ReLU router, uneven over tokens and experts.
-    Three bf16 numbers hold the threshold as exactly as one fp32 number.
+    that lets T * k logits through, which three bf16 numbers hold as exactly as one fp32 number.
+    Routing is that of a ReLU router, uneven over tokens and experts.
 
     Raises:
         ValueError: ties make T * k impossible.
