@@ -3,8 +3,8 @@
     python -m tests.golden.replay tests/golden/upstream_remoe_e8k1.json [--device cuda]
 
 One rank, fp32, on the CPU or on a GPU. Exits with 1 unless every quantity agrees within its
-tolerance over the steps that are comparable, and prints the largest deviation of each. The file's format and the definition
-of its runs are those of the published trajectories' README.
+tolerance over the steps that are comparable, and prints the largest deviation of each. The file's
+format and the definition of its runs are those of the published trajectories' README.
 """
 
 import argparse
