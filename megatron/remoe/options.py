@@ -247,7 +247,7 @@ def to_markdown() -> str:
     return "\n\n".join(
         (
             _table(
-                ("option", "ReLU routing", ""),
+                ("option", "ReLU routing", "reason"),
                 ((f"`{name}`", o.answer, _describe(o)) for name, o in OPTIONS.items()),
             ),
             _SETTINGS_TITLE,
@@ -280,7 +280,7 @@ def _settings() -> str:
         )
         for s in settings.values()
     )
-    return _table(("flag", "in an exported `config.json`", "default", "", "on resume"), rows)
+    return _table(("flag", "in an exported `config.json`", "default", "meaning", "on resume"), rows)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
