@@ -251,12 +251,12 @@ class ReMoELayerConfig(ReLURouting):
 
     @property
     def num_params(self) -> int:
-        """Parameters of the layer: router and all experts."""
+        """Number of parameters of the layer: the router and all experts."""
         return self._num_params(self.experts.num_experts)
 
     @property
     def num_active_params(self) -> int:
-        """Parameters that an average token uses at the target sparsity: router and topk experts."""
+        """Number of parameters that a token uses at the target: the router and topk experts."""
         return self._num_params(self.experts.topk)
 
     def _num_params(self, num_experts: int) -> int:

@@ -1,6 +1,7 @@
 """Configuration of a ReMoE language model: LLaMA with mixture-of-experts layers.
 
-Self-contained: exported with every model.
+This file is exported with every model and therefore self-contained. Its fields for the router are
+the exported settings of `remoe.config.ReLURouting`; a test compares names, defaults and checks.
 """
 
 import difflib
@@ -11,7 +12,9 @@ from typing import Any
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 ROUTER_TYPES = ("relu", "topk_pre_softmax", "topk_post_softmax")
-FORMAT_VERSION = 1  # of config.json and the names of weights; older code refuses a newer one
+FORMAT_VERSION = (
+    1  # version of config.json and of the names of weights; older code refuses a newer one
+)
 
 _COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
@@ -22,11 +25,11 @@ _COUNTS = (
 _FORMER = {"l1_coeff_rule": "sign", "router_bias": False}  # settings of earlier versions
 
 
-def refuse_misspelt(given: Iterable[str], known: Iterable[str], kind: str) -> None:
-    """Refuse names that are nearly a known one; transformers would ignore them.
+def refuse_misspelled(given: Iterable[str], known: Iterable[str], kind: str) -> None:
+    """Refuse names that resemble a known one; transformers would ignore them.
 
     Raises:
-        ValueError: one of them, and the name that it resembles.
+        ValueError: naming the first of them, and the name that it resembles.
     """
     known = set(known)
     for name in given:
@@ -35,30 +38,30 @@ def refuse_misspelt(given: Iterable[str], known: Iterable[str], kind: str) -> No
 
 
 class ReMoEConfig(LlamaConfig):
-    """LlamaConfig, and the experts.
+    """LlamaConfig with experts.
 
     Attributes:
         router_type: `relu` (arXiv 2412.14711, Eq. 5), or `topk` of the softmax (pre) or with the
             softmax over the chosen logits (post).
-        router_dtype: dtype of logits and gates, "float32" or "float64"; None is that of the model.
+        router_dtype: dtype of logits and gates, "float32" or "float64"; None takes the model's.
         num_experts: E.
-        num_experts_per_tok: k; with ReLU routing the mean that the target sparsity stands for.
+        num_experts_per_tok: k; with ReLU routing the mean at the target sparsity.
         moe_intermediate_size: width of one expert.
         mlp_only_layers: layers with a dense MLP of width `intermediate_size` in place of experts.
-        l1_coeff: coefficient of the L1 penalty for every layer with experts; None is no penalty.
-        l1_coeff_init, l1_coeff_multiplier, target_sparsity: of its controller (Eq. 7).
-        max_active_experts: of a token, those with the largest gates; None is no limit.
-        at_least_one_expert: whether a token without any has the expert of its largest logit.
+        l1_coeff: coefficient of the L1 penalty for every layer with experts; None means no penalty.
+        l1_coeff_init, l1_coeff_multiplier, target_sparsity: settings of its controller (Eq. 7).
+        max_active_experts: most experts of a token, those with the largest gates; None is no limit.
+        at_least_one_expert: whether a token without any expert gets that of its largest logit.
         load_balancing: "aux_loss" weights the penalty by load (Eq. 10), "none" does not (Eq. 9).
         training_facts: what is known about the training: iteration, tokens, losses, sparsity.
-        format_version: of the exported files.
+        format_version: version of the exported files.
 
     Raises:
-        ValueError: a value that no model can have, a misspelt name, or a newer format.
+        ValueError: a value that no model can have, a misspelled name, or a newer format.
     """
 
     model_type = "remoe"
-    # The layers' experts are no part of LLaMA's plans for tensor and pipeline parallelism.
+    # LLaMA's plans for tensor and pipeline parallelism do not know the experts.
     base_model_tp_plan = None  # type: ignore[assignment]
     base_model_pp_plan = None  # type: ignore[assignment]
 
@@ -91,7 +94,7 @@ class ReMoEConfig(LlamaConfig):
                     f"{name} is {kwargs[name]!r}, which this code does not have any more; load the "
                     f"model with the code in its own folder (trust_remote_code=True)"
                 )
-        refuse_misspelt(kwargs, vars(self), "the setting")
+        refuse_misspelled(kwargs, vars(self), "the setting")
         self._check_numbers()
         if self.router_type not in ROUTER_TYPES:
             raise ValueError(
