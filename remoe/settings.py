@@ -9,10 +9,8 @@ model and must not need this package; a test compares both.
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin
-
-OnResume = Literal["refused", "warned", "free"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,8 @@ class Setting:
         type: annotation of that field.
         default: value that changes nothing, or the published one.
         flag: option of the Megatron entry point.
-        help: one sentence.
-        within: interval of a number, or None.
+        help: what the setting does.
+        within: interval of a number, as `Interval` has it.
         on_resume: what happens to a run whose checkpoint was trained with another value: it is
             refused, warned, or free to change it.
         exported: whether a model for transformers has this setting.
@@ -57,11 +55,11 @@ class Setting:
     default: Any
     flag: str
     help: str
-    within: Interval | None
-    on_resume: OnResume
-    exported: bool
-    may_idle: bool
-    per_granularity: bool
+    within: str | None = None
+    on_resume: Literal["refused", "warned", "free"] = "free"
+    exported: bool = False
+    may_idle: bool = False
+    per_granularity: bool = False
 
     @property
     def dest(self) -> str:
@@ -80,7 +78,7 @@ class Setting:
         """
         if value is None and self.default is None:
             return
-        if not (self._has_type(value) and (self.within is None or value in self.within)):
+        if not (self._has_type(value) and (self.within is None or value in Interval(self.within))):
             raise ValueError(f"{name or self.name} is {value!r}; it must be {self._allowed()}")
 
     def _has_type(self, value: Any) -> bool:
@@ -98,43 +96,21 @@ class Setting:
             return f"one of {', '.join(get_args(self.type))}"
         number = "a finite number" if self.type is float else "a whole number"
         default = "it can be left out" if self.default is None else f"the default is {self.default}"
-        return f"{number} that is {self.within} ({default})"
+        return f"{number} that is {Interval(self.within)} ({default})"
 
 
-def setting(
-    default: Any,
-    *,
-    flag: str,
-    help: str,
-    within: str | None = None,
-    on_resume: OnResume = "free",
-    exported: bool = False,
-    may_idle: bool = False,
-    per_granularity: bool = False,
-) -> Any:
-    """Make a field of a `Settings` class; see `Setting` for the arguments."""
-    facts = {
-        "flag": flag,
-        "help": help,
-        "within": None if within is None else Interval(within),
-        "on_resume": on_resume,
-        "exported": exported,
-        "may_idle": may_idle,
-        "per_granularity": per_granularity,
-    }
-    dest = flag.removeprefix("--").replace("-", "_")
+def setting(default: Any, **facts: Any) -> Any:
+    """Make a field of a `Settings` class; `facts` are the attributes of its `Setting`."""
+    one = Setting(name="", type=None, default=default, **facts)
     # The second entry is what Megatron's ArgumentGroupFactory makes the flag from.
-    argparse_meta = {"arg_names": [flag], "dest": dest, "help": help}
-    return field(default=default, metadata={"setting": facts, "argparse_meta": argparse_meta})
+    argparse_meta = {"arg_names": [one.flag], "dest": one.dest, "help": one.help}
+    return field(default=default, metadata={"setting": one, "argparse_meta": argparse_meta})
 
 
 def settings_of(cls: type) -> list[Setting]:
     """Return the settings of a dataclass, those of its base classes included."""
-    return [
-        Setting(f.name, f.type, f.default, **f.metadata["setting"])
-        for f in fields(cls)
-        if "setting" in f.metadata
-    ]
+    given = (f for f in fields(cls) if "setting" in f.metadata)
+    return [replace(f.metadata["setting"], name=f.name, type=f.type) for f in given]
 
 
 @dataclass(frozen=True, kw_only=True)

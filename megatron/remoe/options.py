@@ -7,6 +7,7 @@ ignored: a test fails on a field that is not here, `check` refuses at the start,
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
 from remoe.config import ROUTINGS
@@ -22,24 +23,17 @@ class Option:
     Attributes:
         answer: "refused" means every value but the allowed ones.
         why: how it is honored, why it is refused (with the remedy), or why it does not matter.
-        allowed: values that pass although the option is refused; None is the field's default.
+        allowed: values that pass although the option is refused; () means the field's default.
     """
 
     answer: Answer
     why: str
-    allowed: tuple[Any, ...] | None = None
+    allowed: tuple[Any, ...] = ()
 
 
-def _honored(why: str) -> Option:
-    return Option("honored", why)
-
-
-def _refused(why: str, *allowed: Any) -> Option:
-    return Option("refused", why, allowed or None)
-
-
-def _irrelevant(why: str) -> Option:
-    return Option("irrelevant", why)
+_honored = partial(Option, "honored")
+_refused = partial(Option, "refused")
+_irrelevant = partial(Option, "irrelevant")
 
 
 def _each(option: Option, prefix: str, names: str) -> dict[str, Option]:
@@ -89,14 +83,14 @@ OPTIONS: dict[str, Option] = {
     "moe_router_load_balancing_type": _refused(
         "these balance a top-k router; ReLU routing balances by its weighted L1 penalty "
         "(--moe-relu-load-balancing)",
-        "none", "aux_loss", "seq_aux_loss", "global_aux_loss",
+        ("none", "aux_loss", "seq_aux_loss", "global_aux_loss"),
     ),
     "moe_aux_loss_coeff": _irrelevant(
         "weight of a top-k router's loss; the published ReMoE scripts pass it and ignore it"
     ),
     "moe_router_pre_softmax": _irrelevant("there is no softmax"),
     "moe_router_score_function": _refused(
-        "the score of ReLU routing is the ReLU; leave it out", "softmax"
+        "the score of ReLU routing is the ReLU; leave it out", ("softmax",)
     ),
     "moe_router_topk_scaling_factor": _refused(
         "the router's output is the weight, unscaled; leave it out"
@@ -120,7 +114,7 @@ OPTIONS: dict[str, Option] = {
     # dispatch
     "moe_token_dispatcher_type": _refused(
         "flex selects the top-k experts again; use alltoall or allgather",
-        "alltoall", "allgather",
+        ("alltoall", "allgather"),
     ),
     "moe_permute_fusion": _refused(f"Transformer Engine's fused permutation {_UNVERIFIED}"),
     "moe_apply_probs_on_input": _refused(
@@ -242,35 +236,20 @@ def check(
             raise ValueError(f"{name} is {value}, which {by} refuses: {option.why}")
 
 
-def to_markdown() -> str:
-    """Return the tables of `docs/options.md`."""
-    return "\n\n".join(
-        (
-            _table(
-                ("option", "ReLU routing", "reason"),
-                ((f"`{name}`", o.answer, _describe(o)) for name, o in OPTIONS.items()),
-            ),
-            _SETTINGS_TITLE,
-            _settings(),
-            _LOGS_TITLE,
-            _table(("flag", "what to know"), ((f"`{name}`", text) for name, text in LOGS.items())),
-        )
-    )
-
-
 _SETTINGS_TITLE = """## The settings of the routers
 
 Each is a field of a class in `remoe/config.py`. A YAML config has the flag's name with underscores.
 The last column says what happens to a run whose checkpoint was trained with another value."""
-
 _LOGS_TITLE = """## Megatron's logs under ReLU routing
 
 Megatron counts k experts per token wherever it counts experts."""
 
 
-def _settings() -> str:
+def to_markdown() -> str:
+    """Return the tables of `docs/options.md`."""
+    options = [(f"`{name}`", o.answer, _describe(o)) for name, o in OPTIONS.items()]
     settings = {s.dest: s for routing in ROUTINGS.values() for s in settings_of(routing)}
-    rows = (
+    routers = [
         (
             f"`{s.flag}`",
             f"`{s.name}`" if s.exported else "",
@@ -279,14 +258,21 @@ def _settings() -> str:
             s.on_resume,
         )
         for s in settings.values()
+    ]
+    logs = [(f"`{name}`", text) for name, text in LOGS.items()]
+    parts = (
+        _table(("option", "ReLU routing", "reason"), options),
+        _SETTINGS_TITLE,
+        _table(("flag", "exported `config.json`", "default", "meaning", "on resume"), routers),
+        _LOGS_TITLE,
+        _table(("flag", "what to know"), logs),
     )
-    return _table(("flag", "in an exported `config.json`", "default", "meaning", "on resume"), rows)
+    return "\n\n".join(parts)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    first, rule, *body = [f"| {' | '.join(cells)} |" for cells in lines]
-    return "\n".join([first, rule.replace(" ", ""), *body])
+    lines = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    return "\n".join([next(lines), "|" + "---|" * len(head), *lines])
 
 
 def _describe(option: Option) -> str:

@@ -30,24 +30,24 @@ class Refusal(NamedTuple):
         name: in Megatron's arguments.
         why: what is wrong with the other values, and the remedy.
         allowed: the accepted values.
-        when: the runs in which the others are refused.
+        when: the runs in which the others are refused; None means all runs.
         flag: as a user writes it, where the name differs.
     """
 
     name: str
     why: str
     allowed: tuple[Any, ...] = (None, False)
-    when: Callable[[argparse.Namespace], bool] = lambda args: True
+    when: Callable[[argparse.Namespace], bool] | None = None
     flag: str | None = None
 
 
+_OR_TE = "leave it out, or use transformer_impl transformer_engine"
+_ALL_ALIKE = "our layers are all alike; leave it out, or use Megatron's own script"
 _NO_FSDP = (
     "sharded parameters have not been run with our experts and checkpoints; use "
     "use_distributed_optimizer"
 )
-_ALL_ALIKE = "our layers are all alike; leave it out, or use Megatron's own script"
-_OR_TE = "leave it out, or use transformer_impl transformer_engine"
-_IGNORED_BY_LOCAL = f"the layers of transformer_impl local ignore it; {_OR_TE}"
+_LOCAL_IGNORES_IT = f"the layers of transformer_impl local ignore it; {_OR_TE}"
 _SAVED_BY_TE = (
     "Megatron takes what it saves from Transformer Engine's layers; leave it out (metrics_file has "
     "the load of the experts)"
@@ -58,141 +58,78 @@ REFUSALS = (
     Refusal("heterogeneous_layers_config_path", _ALL_ALIKE),
     Refusal("heterogeneous_layers_config_encoded_json", _ALL_ALIKE),
     Refusal("experimental_attention_variant", "it needs layers of its own; leave it out"),
-    Refusal(
-        "yaml_cfg",
-        "its arguments take the place of all others, ours included; pass flags, or a config of "
-        "remoe train",
-    ),
-    Refusal(
-        "reset_attention_mask",
-        "no_create_attention_mask_in_dataloader leaves no mask to reset, so that documents would "
-        "see each other; leave one of them out",
-        when=lambda args: not args.create_attention_mask_in_dataloader,
-    ),
-    Refusal(
-        "moe_routing_trace_path",
-        "Megatron traces the k experts of a TopK router on a GPU only, and would write empty "
-        "files; leave it out (metrics_file has the load of the experts)",
-        when=lambda args: args.moe_relu_routing or args.num_experts is None or cpu.is_enabled(),
-    ),
-    Refusal(
-        "moe_use_upcycling",
-        "Megatron then builds its dense model as a mixture too; make the start with remoe convert "
-        "upcycle",
-    ),
+    Refusal("yaml_cfg", "its arguments take the place of all others, ours included; pass flags, or "
+            "a config of remoe train"),
+    Refusal("moe_use_upcycling", "Megatron then builds its dense model as a mixture too; make the "
+            "start with remoe convert upcycle"),
+    Refusal("reset_attention_mask", "no_create_attention_mask_in_dataloader leaves no mask to "
+            "reset, so that documents would see each other; leave one of them out",
+            when=lambda args: not args.create_attention_mask_in_dataloader),
+    Refusal("moe_routing_trace_path", "Megatron traces the k experts of a TopK router on a GPU "
+            "only, and would write empty files; leave it out (metrics_file has the load of the "
+            "experts)",
+            when=lambda args: args.moe_relu_routing or not args.num_experts or cpu.is_enabled()),
     # the backend
-    Refusal(
-        "transformer_impl",
-        "it does not train; use local or transformer_engine",
-        allowed=("local", "transformer_engine"),
-    ),
-    Refusal(
-        "transformer_impl",
-        "that is not installed; install it (pip install 'remoe[te]', needs CUDA), or use "
-        "transformer_impl local",
-        allowed=("local",),
-        when=lambda args: not has_package("transformer_engine"),
-    ),
-    Refusal(
-        "context_parallel_size",
-        "the attention of transformer_impl local sees one rank's part of the sequence only; use "
-        "context_parallel_size 1, or transformer_impl transformer_engine",
-        allowed=(1,),
-        when=_is_local,
-    ),
-    Refusal(
-        "multi_latent_attention",
-        f"it has not been run with transformer_impl local; {_OR_TE}",
-        when=_is_local,
-    ),
-    Refusal(
-        "qk_layernorm",
-        "the norms of transformer_impl local cannot be split over tensor-parallel ranks; use "
-        "tensor_model_parallel_size 1, or transformer_impl transformer_engine",
-        when=lambda args: _is_local(args) and args.tensor_model_parallel_size > 1,
-    ),
-    Refusal(
-        "te_precision_config_file",
-        f"it is for layers of Transformer Engine; {_OR_TE}",
-        when=_is_local,
-    ),
-    Refusal(
-        "layernorm_zero_centered_gamma",
-        f"the norms of transformer_impl local do not have it; {_OR_TE}",
-        when=_is_local,
-        flag="apply_layernorm_1p",
-    ),
-    Refusal(
-        "fp32_residual_connection",
-        "the norms of transformer_impl local hand on fp32 to layers in half precision; " + _OR_TE,
-        when=lambda args: _is_local(args) and (args.bf16 or args.fp16),
-    ),
-    Refusal(
-        "cpu_offloading_num_layers",
-        "Megatron offloads activations with Transformer Engine only; leave it out",
-        when=_is_local,
-    ),
+    Refusal("transformer_impl", "it does not train; use local or transformer_engine",
+            ("local", "transformer_engine")),
+    Refusal("transformer_impl", "that is not installed; install it (pip install 'remoe[te]', needs "
+            "CUDA), or use transformer_impl local", ("local",),
+            when=lambda args: not has_package("transformer_engine")),
+    Refusal("context_parallel_size", "the attention of transformer_impl local sees one rank's part "
+            "of the sequence only; use context_parallel_size 1, or transformer_impl "
+            "transformer_engine", (1,), _is_local),
+    Refusal("multi_latent_attention", f"it has not been run with transformer_impl local; {_OR_TE}",
+            when=_is_local),
+    Refusal("qk_layernorm", "the norms of transformer_impl local cannot be split over "
+            "tensor-parallel ranks; use tensor_model_parallel_size 1, or transformer_impl "
+            "transformer_engine",
+            when=lambda args: _is_local(args) and args.tensor_model_parallel_size > 1),
+    Refusal("te_precision_config_file", f"it is for layers of Transformer Engine; {_OR_TE}",
+            when=_is_local),
+    Refusal("layernorm_zero_centered_gamma",
+            f"the norms of transformer_impl local do not have it; {_OR_TE}",
+            when=_is_local, flag="apply_layernorm_1p"),
+    Refusal("fp32_residual_connection", "the norms of transformer_impl local hand on fp32 to "
+            f"layers in half precision; {_OR_TE}",
+            when=lambda args: _is_local(args) and (args.bf16 or args.fp16)),
+    Refusal("cpu_offloading_num_layers", "Megatron offloads activations with Transformer Engine "
+            "only; leave it out", when=_is_local),
     Refusal("save_tokens_per_expert_interval", _SAVED_BY_TE, when=_is_local),
     Refusal("save_activations_interval", _SAVED_BY_TE, when=_is_local),
     Refusal("save_dgrads_interval", _SAVED_BY_TE, when=_is_local),
-    Refusal("attention_backend", _IGNORED_BY_LOCAL, allowed=("auto", "local"), when=_is_local),
-    Refusal("use_kitchen_attention", _IGNORED_BY_LOCAL, when=_is_local),
-    Refusal("use_grouped_gemm_for_dense_mlp", _IGNORED_BY_LOCAL, when=_is_local),
-    Refusal(
-        "recompute_modules",
-        "Megatron recomputes layernorm with Transformer Engine only; leave it out",
-        when=lambda args: _is_local(args) and "layernorm" in (args.recompute_modules or ()),
-    ),
+    Refusal("attention_backend", _LOCAL_IGNORES_IT, ("auto", "local"), _is_local),
+    Refusal("use_kitchen_attention", _LOCAL_IGNORES_IT, when=_is_local),
+    Refusal("use_grouped_gemm_for_dense_mlp", _LOCAL_IGNORES_IT, when=_is_local),
+    Refusal("recompute_modules", "Megatron recomputes layernorm with Transformer Engine only; "
+            "leave it out",
+            when=lambda args: _is_local(args) and "layernorm" in (args.recompute_modules or ())),
     # checkpoints, and how weights are held
-    Refusal(
-        "ckpt_format",
-        "runs continue from torch_dist only (whole checkpoints, other layouts, save_keep_last); "
-        "leave it out",
-        allowed=("torch_dist",),
-    ),
+    Refusal("ckpt_format", "runs continue from torch_dist only (whole checkpoints, other layouts, "
+            "save_keep_last); leave it out", ("torch_dist",)),
     Refusal("auto_detect_ckpt_format", "runs continue from torch_dist only; leave it out"),
-    Refusal(
-        "ckpt_convert_format",
-        "other formats than torch_dist cannot continue a run; leave it out (remoe convert writes "
-        "models for transformers)",
-    ),
-    Refusal(
-        "non_persistent_ckpt_type",
-        "a run continues from the checkpoints of save, which have hashes and are pruned; leave it "
-        "out and lower save_interval",
-    ),
+    Refusal("ckpt_convert_format", "other formats than torch_dist cannot continue a run; leave it "
+            "out (remoe convert writes models for transformers)"),
+    Refusal("non_persistent_ckpt_type", "a run continues from the checkpoints of save, which have "
+            "hashes and are pruned; leave it out and lower save_interval"),
     Refusal("use_megatron_fsdp", _NO_FSDP),
     Refusal("use_torch_fsdp2", _NO_FSDP),
-    Refusal(
-        "init_model_with_meta_device",
-        "only FSDP, which is refused, gives such a model its first weights; leave it out",
-    ),
-    Refusal(
-        "use_persistent_ckpt_worker",
-        "on a CPU that worker shares the memory of the weights and writes values of later steps; "
-        "leave it out (async_save forks a writer)",
-        when=lambda args: cpu.is_enabled(),
-    ),
-    Refusal(
-        "async_save",
-        "without use_persistent_ckpt_worker Megatron saves synchronously; set both, or neither",
-        when=lambda args: not (cpu.is_enabled() or args.use_persistent_ckpt_worker),
-    ),
-    Refusal(
-        "wandb_project",
-        "wandb is not installed; run: pip install 'remoe[wandb]', or leave wandb_project out",
-        allowed=(None, ""),
-        when=lambda args: not has_package("wandb"),
-    ),
-)
+    Refusal("init_model_with_meta_device", "only FSDP, which is refused, gives such a model its "
+            "first weights; leave it out"),
+    Refusal("use_persistent_ckpt_worker", "on a CPU that worker shares the memory of the weights "
+            "and writes values of later steps; leave it out (async_save forks a writer)",
+            when=lambda args: cpu.is_enabled()),
+    Refusal("async_save", "without use_persistent_ckpt_worker Megatron saves synchronously; set "
+            "both, or neither",
+            when=lambda args: not (cpu.is_enabled() or args.use_persistent_ckpt_worker)),
+    # logs
+    Refusal("wandb_project", "wandb is not installed; run: pip install 'remoe[wandb]', or leave "
+            "wandb_project out", (None, ""), lambda args: not has_package("wandb")),
+)  # fmt: skip
 
 # Flags that are for Megatron's own scripts to act on.
 _UNUSED = tuple(
-    Refusal(
-        name,
-        "this entry point ignores it; leave it out, or use a script of Megatron-LM that acts on it "
-        "(the README says how)",
-    )
+    Refusal(name, "this entry point ignores it; leave it out, or use a script of Megatron-LM that "
+            "acts on it (the README says how)")
     for name in (
         "allow_ambiguous_pad_tokens", "check_for_spiky_loss", "dataloader_fast_cache_load",
         "dataloader_defer_npy_index_mmap", "dataloader_inter_document_masking", "fim_data",
@@ -257,7 +194,7 @@ def _refuse(args: argparse.Namespace, refusals: Iterable[Refusal]) -> None:
     for name, why, allowed, when, flag in refusals:
         value = getattr(args, name, allowed[0])
         value = getattr(value, "name", value)  # that of an enum
-        if value not in allowed and when(args):
+        if value not in allowed and (when is None or when(args)):
             raise ValueError(f"{flag or name} is {_said(value)}, but {why}")
 
 

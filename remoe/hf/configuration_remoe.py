@@ -6,7 +6,7 @@ the exported settings of `remoe.config.ReLURouting`; a test compares names, defa
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -16,13 +16,43 @@ FORMAT_VERSION = (
     1  # version of config.json and of the names of weights; older code refuses a newer one
 )
 
+_FORMER = {"l1_coeff_rule": "sign", "router_bias": False}  # settings of earlier versions
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_coefficients(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(_is_number(one) and one >= 0 for one in value)
+
+
 _COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
     "num_experts", "num_experts_per_tok", "max_active_experts",
 )  # fmt: skip
-
-_FORMER = {"l1_coeff_rule": "sign", "router_bias": False}  # settings of earlier versions
+# What a value must be, by name: a test, and the same in words. A default of None passes as well.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(_COUNTS, (_is_count, "a whole number of at least 1")),
+    "router_type": (lambda x: x in ROUTER_TYPES, f"one of {', '.join(ROUTER_TYPES)}"),
+    "router_dtype": (lambda x: x in ("float32", "float64", None), "float32, float64 or null"),
+    "load_balancing": (lambda x: x in ("aux_loss", "none"), "aux_loss or none"),
+    "rms_norm_eps": (lambda x: _is_number(x) and x > 0, "a positive number"),
+    "l1_coeff": (_is_coefficients, "a list of numbers that are not negative"),
+    "l1_coeff_init": (lambda x: _is_number(x) and x > 0, "a positive number"),
+    "l1_coeff_multiplier": (lambda x: _is_number(x) and x > 1, "a number above 1"),
+    "target_sparsity": (
+        lambda x: _is_number(x) and 0 <= x < 1, "a number of at least 0 and below 1",
+    ),
+    "at_least_one_expert": (lambda x: isinstance(x, bool), "true or false"),
+    "attention_dropout": (lambda x: _is_number(x) and 0 <= x <= 1, "a number between 0 and 1"),
+}  # fmt: skip
 
 
 def refuse_misspelled(given: Iterable[str], known: Iterable[str], kind: str) -> None:
@@ -95,50 +125,23 @@ class ReMoEConfig(LlamaConfig):
                     f"model with the code in its own folder (trust_remote_code=True)"
                 )
         refuse_misspelled(kwargs, vars(self), "the setting")
-        self._check_numbers()
-        if self.router_type not in ROUTER_TYPES:
-            raise ValueError(
-                f"router_type is {self.router_type!r}, which is not known; "
-                f"it must be one of {', '.join(ROUTER_TYPES)}"
-            )
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok is {self.num_experts_per_tok} of {self.num_experts} experts; "
-                f"it must be between 1 and num_experts"
-            )
-        if self.router_dtype not in ("float32", "float64", None):
-            raise ValueError(
-                f"router_dtype is {self.router_dtype!r}; it must be float32, float64 or null"
-            )
-        if self.load_balancing not in ("aux_loss", "none"):
-            raise ValueError(
-                f"load_balancing is {self.load_balancing!r}; it must be aux_loss or none"
-            )
+        for name, (is_valid, meaning) in _VALUES.items():
+            value = getattr(self, name)
+            is_default = value is None and getattr(type(self), name) is None
+            if not is_default and not is_valid(value):
+                raise ValueError(f"{name} is {value!r}; it must be {meaning}")
+        self._check_sizes()
         if self.target_sparsity is None:
             self.target_sparsity = 1 - self.num_experts_per_tok / self.num_experts
         super().__post_init__(**kwargs)
         self._check_layers()
 
-    def _check_numbers(self) -> None:
-        """Refuse counts that are no positive whole numbers, and numbers out of their range."""
-        for name in _COUNTS:
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        ranges = {
-            "rms_norm_eps": (lambda x: x > 0, "a positive number"),
-            "l1_coeff_init": (lambda x: x > 0, "a positive number"),
-            "l1_coeff_multiplier": (lambda x: x > 1, "a number above 1"),
-            "target_sparsity": (lambda x: 0 <= x < 1, "a number of at least 0 and below 1"),
-            "attention_dropout": (lambda x: 0 <= x <= 1, "a number between 0 and 1"),
-        }
-        for name, (is_valid, meaning) in ranges.items():
-            value = getattr(self, name)
-            if value is not None and not (_is_finite(value) and is_valid(value)):
-                raise ValueError(f"{name} is {value!r}; it must be {meaning}")
-        if not isinstance(self.at_least_one_expert, bool):
+    def _check_sizes(self) -> None:
+        """Refuse values that contradict each other, before LLaMA's own config reads them."""
+        if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
-                f"at_least_one_expert is {self.at_least_one_expert!r}; it must be true or false"
+                f"num_experts_per_tok is {self.num_experts_per_tok} of {self.num_experts} experts; "
+                f"it must be between 1 and num_experts"
             )
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
@@ -152,7 +155,7 @@ class ReMoEConfig(LlamaConfig):
             )
 
     def _check_layers(self) -> None:
-        """Refuse heads that do not divide, layers that do not exist, and bad coefficients."""
+        """Refuse heads that do not divide, layers that do not exist, and missing coefficients."""
         assert self.num_key_value_heads is not None and self.head_dim is not None
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -169,13 +172,6 @@ class ReMoEConfig(LlamaConfig):
             raise ValueError(
                 f"mlp_only_layers is {dense!r}; it must be a list of layers from 0 to {layers[-1]}"
             )
-        coeffs = self.l1_coeff
-        if coeffs is not None and not (
-            isinstance(coeffs, list | tuple) and all(_is_finite(c) and c >= 0 for c in coeffs)
-        ):
-            raise ValueError(
-                f"l1_coeff is {coeffs!r}; it must be a list of numbers that are not negative"
-            )
         if self.l1_coeff is not None and len(self.l1_coeff) != len(self.moe_layers):
             raise ValueError(
                 f"l1_coeff has {len(self.l1_coeff)} values for {len(self.moe_layers)} layers with "
@@ -187,11 +183,6 @@ class ReMoEConfig(LlamaConfig):
         """Indices of the layers with experts."""
         dense = set(self.mlp_only_layers or ())
         return [i for i in range(self.num_hidden_layers) if i not in dense]
-
-
-def _is_finite(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
 
 
 __all__ = ["ReMoEConfig"]

@@ -469,8 +469,8 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
     def update_l1_coeff(self) -> float | None:
         """Move the coefficients of the penalty once (Eq. 7), after an optimizer step.
 
-        What decides is the mean sparsity over all layers, and over the tokens that all processes have
-        trained on since the last call. All layers move alike, as in pretraining.
+        The mean sparsity decides, over all layers and over all tokens (of all processes) since the
+        last call in training. All layers move alike, as in pretraining.
 
         Returns:
             That sparsity. It is None, and nothing moves, if there was no token or the router is no
