@@ -79,13 +79,12 @@ class ReMoELayer(ExactBuffers):
         probs_TE, routing_map_TE = relu_routing(logits_TE)
         if self.training and torch.is_grad_enabled():
             self._observe(probs_TE, routing_map_TE)
-        most = self.config.max_active_experts
-        probs_TE, routing_map_TE = bounded_routing(
-            logits_TE,
-            probs_TE,
-            max_active=None if most is None else most * self.config.granularity,
-            at_least_one=self.config.at_least_one_expert,
-        )
+        most, at_least_one = self.config.max_active_experts, self.config.at_least_one_expert
+        if most is not None or at_least_one:
+            most = None if most is None else most * self.config.granularity
+            probs_TE, routing_map_TE = bounded_routing(
+                logits_TE, probs_TE, max_active=most, at_least_one=at_least_one
+            )
 
         balanced = self.config.experts.topk * max(1, len(x_TH))
         limit = self.config.max_assignments

@@ -48,7 +48,7 @@ class Flags:
     """Tags of the W&B run."""
 
     wandb_mode: Literal["online", "offline", "disabled"] | None = None
-    """Whether W&B sends what it logs (online), or writes it to --wandb-save-dir only."""
+    """Send W&B's logs (online), only write them to --wandb-save-dir (offline), or disable W&B."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
