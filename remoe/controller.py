@@ -24,7 +24,8 @@ def next_l1_coeff(l1_coeff: Tensor, sparsity: Tensor, config: ControllerConfig) 
         The coefficients of the next step, same shape and dtype.
     """
     too_dense = sparsity < config.target_sparsity
-    stepped = torch.where(too_dense, l1_coeff * config.multiplier, l1_coeff / config.multiplier)
+    alpha = config.l1_coeff_multiplier
+    stepped = torch.where(too_dense, l1_coeff * alpha, l1_coeff / alpha)
     stepped = torch.where(sparsity.isnan(), l1_coeff, stepped)
     if config.floor is None and config.ceiling is None:
         return stepped
@@ -35,7 +36,7 @@ def register_l1_coeff(
     module: nn.Module, config: ControllerConfig, device: torch.device | str | int | None
 ) -> None:
     """Give a module the buffer of its coefficient, `l1_coeff`, fp32, 0-d and saved with it."""
-    coeff = torch.tensor(config.init, dtype=torch.float32, device=device)
+    coeff = torch.tensor(config.l1_coeff_init, dtype=torch.float32, device=device)
     module.register_buffer("l1_coeff", coeff)
 
 
@@ -63,7 +64,9 @@ class SparsityController:
         device: torch.device | str | None = None,
     ) -> None:
         self.config = config
-        self.l1_coeff = torch.full((num_coeffs,), config.init, dtype=torch.float32, device=device)
+        self.l1_coeff = torch.full(
+            (num_coeffs,), config.l1_coeff_init, dtype=torch.float32, device=device
+        )
 
     def update(self, sparsity: Tensor) -> Tensor:
         """Move the coefficients in place, given the sparsity of the step (0-d or `[num_coeffs]`).

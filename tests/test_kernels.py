@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from remoe import ReMoEConfig, ReMoELayer
+from remoe import ReMoELayer, ReMoELayerConfig
 from remoe.kernels import Permutation, combine, experts, grouped_swiglu, permute
 from remoe.layer import routed_experts
 from remoe.reference import reference_moe
@@ -180,7 +180,7 @@ def test_no_tensor_of_the_size_of_the_routing_map_is_kept():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_layer_makes_the_host_wait_once(recwarn):
     """For the counts that size the experts' inputs; nothing else leaves the device."""
-    config = ReMoEConfig(
+    config = ReMoELayerConfig(
         hidden_size=HIDDEN,
         ffn_hidden_size=WIDTH,
         num_experts=EXPERTS,

@@ -43,12 +43,12 @@ def build_model(golden: Golden):
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron.remoe.moe.router import ReLURouting
+    from remoe.config import ReLURouting
 
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(0)
-    routing = ReLURouting(l1_reg_coeff_init=golden.coeff_init)
+    routing = ReLURouting(l1_coeff_init=golden.coeff_init)
     model_config = gpt_config(transformer_config(golden.config), golden.config, routing)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = GPTModelBuilder(model_config).build_model(groups)

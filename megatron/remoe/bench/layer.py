@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from megatron.remoe.bench.timing import Alternative
-from remoe import ReMoEConfig, ReMoELayer, l1_penalty
+from remoe import ReMoELayer, ReMoELayerConfig, l1_penalty
 from remoe.routing import tokens_per_expert
 
 DENSE = "dense SwiGLU of equal active FLOPs"
@@ -96,7 +96,7 @@ def alternatives(shape: Shape) -> list[Alternative]:
 def remoe_layer(shape: Shape) -> Alternative:
     """`remoe.ReMoELayer`, with its penalty."""
     x, router = inputs(shape)
-    config = ReMoEConfig(
+    config = ReMoELayerConfig(
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
         num_experts=shape.num_experts,
@@ -166,8 +166,8 @@ def _megatron(
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from megatron.remoe.moe.router import ReLURouting
     from megatron.remoe.moe.spec import block_spec
+    from remoe.config import ReLURouting
 
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=shape.device))
     balanced = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}

@@ -15,10 +15,9 @@ from megatron.remoe import options
 from megatron.remoe.moe.backend import TorchSpecProvider
 from megatron.remoe.moe.chunking import AssignmentBudget
 from megatron.remoe.moe.layer import DroplessMoELayer
-from megatron.remoe.moe.router import ReLURouter, ReLURouting
-from megatron.remoe.moe.topk_router import CountingTopKRouter, TopKRouting
-
-Routing = ReLURouting | TopKRouting
+from megatron.remoe.moe.router import ReLURouter
+from megatron.remoe.moe.topk_router import CountingTopKRouter
+from remoe.config import ReLURouting, Routing, TopKRouting
 
 
 def layer_spec(routing: Routing | None) -> Callable[..., TransformerBlockSubmodules]:
@@ -109,6 +108,7 @@ def _with_routing(
     if isinstance(routing, ReLURouting):
         router = partial(ReLURouter, routing=routing)
     else:
+        assert isinstance(routing, TopKRouting)  # the other member of `ROUTINGS`
         router = partial(CountingTopKRouter, routing=routing)
     mlp = _moe(layer, router=router)
     return replace(layer, submodules=replace(layer.submodules, mlp=partial(mlp, budget=budget)))
