@@ -1,6 +1,6 @@
 """ReMoE: mixture-of-experts with ReLU routing (arXiv 2412.14711), the algorithm on torch alone."""
 
-from remoe.config import ControllerConfig, ReMoEConfig, apply_granularity
+from remoe.config import ControllerConfig, ReLURouting, ReMoELayerConfig, apply_granularity
 from remoe.controller import next_l1_coeff
 from remoe.layer import ReMoELayer, l1_penalty, update_l1_coeff
 from remoe.regularization import l1_regularization, load_weights
@@ -10,8 +10,9 @@ __version__ = "0.1.0"  # pyproject.toml reads this literal without importing the
 
 __all__ = [
     "ControllerConfig",
-    "ReMoEConfig",
+    "ReLURouting",
     "ReMoELayer",
+    "ReMoELayerConfig",
     "active_experts",
     "apply_granularity",
     "l1_penalty",

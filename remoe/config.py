@@ -1,15 +1,20 @@
-"""Validated configurations, and the parameter counts that follow from them."""
+"""Validated configurations: the settings of every router, and the parameter counts of a layer.
 
-import math
+To add a setting, add a field to the class of its router; `remoe.settings` says what follows from
+it. To add a router, add a subclass of `Routing` and its name in `ROUTINGS`.
+"""
+
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal
+
+from remoe.settings import Settings, setting
 
 LoadBalancing = Literal["aux_loss", "none"]
 
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """Experts of one layer after granularity: what the layer is built with."""
+    """Experts of one layer after granularity, which are those that the layer is built with."""
 
     num_experts: int
     topk: int
@@ -47,50 +52,162 @@ def apply_granularity(
     )
 
 
-@dataclass(frozen=True)
-class ControllerConfig:
+@dataclass(frozen=True, kw_only=True)
+class L1Coefficient(Settings):
+    """Start and step of the coefficient of the L1 penalty (arXiv 2412.14711, Eq. 7)."""
+
+    l1_coeff_init: float = setting(
+        1e-8,
+        flag="--moe-relu-l1-reg-coeff-init",
+        help="Initial coefficient of the L1 penalty on the router's outputs.",
+        within="(0, inf)",
+        exported=True,
+        may_idle=True,
+    )
+    l1_coeff_multiplier: float = setting(
+        1.2,
+        flag="--moe-relu-l1-reg-coeff-multiplier",
+        help="Factor by which every step multiplies or divides the coefficient.",
+        within="(1, inf)",
+        on_resume="warned",
+        exported=True,
+        may_idle=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerConfig(L1Coefficient):
     """The rule that moves the L1 coefficient (arXiv 2412.14711, Eq. 7).
 
     Attributes:
         target_sparsity: fraction of inactive (token, expert) pairs to reach, `1 - k/E`, in [0, 1).
-        init: coefficient of the first step.
-        multiplier: factor alpha > 1 by which one step moves the coefficient.
         floor, ceiling: bounds on the coefficient; None is unbounded, as published.
     """
 
     target_sparsity: float
-    init: float = 1e-8
-    multiplier: float = 1.2
     floor: float | None = None
     ceiling: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.target_sparsity < 1:
             raise ValueError(
                 f"target_sparsity is {self.target_sparsity}; it must be in [0, 1), usually 1 - k/E"
             )
-        if not 0 < self.init < math.inf:
-            raise ValueError(
-                f"the initial L1 coefficient is {self.init}; it must be positive and finite, "
-                f"because the rule multiplies it (the published value is 1e-8)"
-            )
-        if not 1 < self.multiplier < math.inf:
-            raise ValueError(
-                f"the L1 coefficient's multiplier is {self.multiplier}; it must be finite and "
-                f"above 1 (the published value is 1.2)"
-            )
         low = 0.0 if self.floor is None else self.floor
         high = float("inf") if self.ceiling is None else self.ceiling
-        if not low <= self.init <= high:
+        if not low <= self.l1_coeff_init <= high:
             raise ValueError(
-                f"the initial L1 coefficient {self.init} is outside its bounds [{low}, {high}]; "
-                f"move the bounds or the initial value"
+                f"l1_coeff_init is {self.l1_coeff_init}, which is outside its bounds [{low}, "
+                f"{high}]; move the bounds or the initial value"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing(Settings):
+    """The settings that every router has. A subclass adds those of one router."""
+
+    title: ClassVar[str]
+
+    max_assignments: int | None = setting(
+        None,
+        flag="--moe-relu-max-assignments",
+        help="Number of assignments per layer and rank (mean over layers) to compute at once. A "
+        "layer with more runs its experts in chunks, and again in backward. Default: topk per "
+        "token.",
+        within="[1, inf)",
+    )
+
+    @property
+    def varies(self) -> bool:
+        """Whether the number of assignments changes from batch to batch."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReLURouting(L1Coefficient, Routing):
+    """The settings of a ReLU router (arXiv 2412.14711, Eq. 5)."""
+
+    title: ClassVar[str] = "ReLU routing"
+
+    load_balancing: LoadBalancing = setting(
+        "aux_loss",
+        flag="--moe-relu-load-balancing",
+        help="Weight the L1 penalty by the load of each expert (Eq. 10), or not (none, Eq. 9).",
+        on_resume="refused",
+        exported=True,
+        may_idle=True,
+    )
+    max_active_experts: int | None = setting(
+        None,
+        flag="--moe-relu-max-active-experts",
+        help="Shortcut: keep only this many of a token's experts, those with the largest gates. "
+        "The number is that before granularity.",
+        within="[1, inf)",
+        on_resume="refused",
+        exported=True,
+        per_granularity=True,
+    )
+    at_least_one_expert: bool = setting(
+        False,
+        flag="--moe-relu-at-least-one-expert",
+        help="Shortcut: give a token without any active expert the one with the largest logit.",
+        on_resume="refused",
+        exported=True,
+    )
+
+    def controller_for(self, num_experts: int, topk: int) -> ControllerConfig:
+        """Return the rule that reaches a mean of `topk` active experts out of `num_experts`."""
+        return ControllerConfig(
+            target_sparsity=1 - topk / num_experts,
+            l1_coeff_init=self.l1_coeff_init,
+            l1_coeff_multiplier=self.l1_coeff_multiplier,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKRouting(Routing):
+    """The settings of a TopK router, which may activate more experts in its first steps."""
+
+    title: ClassVar[str] = "TopK routing"
+
+    warmup_steps: int = setting(
+        0,
+        flag="--moe-topk-warmup-steps",
+        help="Number of first training steps in which --moe-topk-warmup-topk experts are active.",
+        within="[0, inf)",
+        on_resume="warned",
+    )
+    warmup_topk: int | None = setting(
+        None,
+        flag="--moe-topk-warmup-topk",
+        help="Number of active experts per token in the near-dense warm-up. The number is that "
+        "before granularity.",
+        within="[1, inf)",
+        on_resume="warned",
+        per_granularity=True,
+    )
+
+    @property
+    def varies(self) -> bool:
+        """Whether the number of assignments changes: after the warm-up, if there is one."""
+        return self.warmup_steps > 0
+
+    def topk_at(self, iteration: int, topk: int) -> int:
+        """Return k of a training step; `iteration` counts the steps before it."""
+        return self.warmup_topk or topk if iteration < self.warmup_steps else topk
+
+
+ROUTINGS: dict[str, type[Routing]] = {"relu": ReLURouting, "topk": TopKRouting}
 
 
 @dataclass(frozen=True)
-class ReMoEConfig:
-    """One ReMoE layer of SwiGLU experts.
+class ReMoELayerConfig(ReLURouting):
+    """One ReMoE layer of SwiGLU experts: its sizes, and the settings of `ReLURouting`.
+
+    `max_assignments` counts the active (token, expert) pairs of one call. With None, a call with
+    more than twice `topk` per token computes a third of that at once, so that the dense first
+    steps need no more memory than later ones.
 
     Attributes:
         hidden_size: width of the tokens.
@@ -98,12 +215,7 @@ class ReMoEConfig:
         num_experts, topk: experts, and how many are active per token on average, both before
             granularity.
         granularity: G; experts x G, active experts x G, expert width / G.
-        load_balancing: "aux_loss" weights the L1 penalty by load (Eq. 10), "none" does not (Eq. 9).
-        l1_coeff_init, l1_coeff_multiplier: see `ControllerConfig`.
         init_std: standard deviation of the initial weights.
-        max_assignments: active (token, expert) pairs that the layer computes at once; with more it
-            goes chunk by chunk, and again in backward. None: above twice `topk` per token it goes
-            by a third of that, so that the dense first steps need no more memory than the others.
     """
 
     hidden_size: int
@@ -111,26 +223,14 @@ class ReMoEConfig:
     num_experts: int = 8
     topk: int = 1
     granularity: int = 1
-    load_balancing: LoadBalancing = "aux_loss"
-    l1_coeff_init: float = 1e-8
-    l1_coeff_multiplier: float = 1.2
     init_std: float = 0.02
-    max_assignments: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_assignments is not None and self.max_assignments < 1:
-            raise ValueError(
-                f"max_assignments is {self.max_assignments}; it must be at least 1, or None"
-            )
+        super().__post_init__()
         if self.hidden_size < 1 or self.ffn_hidden_size < 1:
             raise ValueError(
                 f"hidden_size {self.hidden_size} and ffn_hidden_size {self.ffn_hidden_size} "
                 f"must be positive"
-            )
-        if self.load_balancing not in get_args(LoadBalancing):
-            raise ValueError(
-                f"load_balancing is {self.load_balancing!r}; "
-                f"choose one of {', '.join(get_args(LoadBalancing))}"
             )
         _ = self.experts, self.controller  # their own validation
 
@@ -146,20 +246,17 @@ class ReMoEConfig:
 
     @property
     def controller(self) -> ControllerConfig:
-        return ControllerConfig(
-            target_sparsity=1 - self.topk / self.num_experts,
-            init=self.l1_coeff_init,
-            multiplier=self.l1_coeff_multiplier,
-        )
+        """The rule that moves the coefficient of the layer's penalty."""
+        return self.controller_for(self.num_experts, self.topk)
 
     @property
     def num_params(self) -> int:
-        """Parameters of the layer: router and all experts."""
+        """Number of parameters of the layer: the router and all experts."""
         return self._num_params(self.experts.num_experts)
 
     @property
     def num_active_params(self) -> int:
-        """Parameters that an average token uses at the target sparsity: router and topk experts."""
+        """Number of parameters that a token uses at the target: the router and topk experts."""
         return self._num_params(self.experts.topk)
 
     def _num_params(self, num_experts: int) -> int:

@@ -25,7 +25,8 @@ def next_l1_coeff(l1_coeff: Tensor, sparsity: Tensor, config: ControllerConfig) 
         Coefficients of the same shape and dtype.
     """
     too_dense = sparsity < config.target_sparsity
-    stepped = torch.where(too_dense, l1_coeff * config.multiplier, l1_coeff / config.multiplier)
+    alpha = config.l1_coeff_multiplier
+    stepped = torch.where(too_dense, l1_coeff * alpha, l1_coeff / alpha)
     stepped = torch.where(sparsity.isnan(), l1_coeff, stepped)
     if config.floor is None and config.ceiling is None:
         return stepped
@@ -36,7 +37,7 @@ def register_l1_coeff(
     module: nn.Module, config: ControllerConfig, device: torch.device | str | int | None
 ) -> None:
     """Give a module its coefficient: the buffer `l1_coeff`, fp32, 0-d, saved with the module."""
-    coeff = torch.tensor(config.init, dtype=torch.float32, device=device)
+    coeff = torch.tensor(config.l1_coeff_init, dtype=torch.float32, device=device)
     module.register_buffer("l1_coeff", coeff)
 
 

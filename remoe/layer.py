@@ -1,6 +1,6 @@
 """A ReMoE layer for any torch model on one device.
 
-    layer = ReMoELayer(ReMoEConfig(hidden_size=256, ffn_hidden_size=1024))
+    layer = ReMoELayer(ReMoELayerConfig(hidden_size=256, ffn_hidden_size=1024))
     loss = loss_fn(layer(x)) + l1_penalty(layer)   # l1_penalty takes any model with such layers
     loss.backward(); optimizer.step(); update_l1_coeff(layer)
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from remoe.buffers import ExactBuffers
-from remoe.config import ReMoEConfig
+from remoe.config import ReMoELayerConfig
 from remoe.controller import move_l1_coeff, register_l1_coeff
 from remoe.kernels import (
     Chunk,
@@ -26,7 +26,7 @@ from remoe.kernels import (
     run_chunks,
 )
 from remoe.regularization import penalty, router_regularization
-from remoe.routing import relu_routing, tokens_per_expert
+from remoe.routing import bounded_routing, relu_routing, tokens_per_expert
 from remoe.statistics import TokenCounts
 
 
@@ -46,7 +46,7 @@ class ReMoELayer(ExactBuffers):
 
     def __init__(
         self,
-        config: ReMoEConfig,
+        config: ReMoELayerConfig,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -81,6 +81,12 @@ class ReMoELayer(ExactBuffers):
         probs_TE, routing_map_TE = relu_routing(logits_TE)
         if self.training and torch.is_grad_enabled():
             self._observe(probs_TE, routing_map_TE)
+        most, at_least_one = self.config.max_active_experts, self.config.at_least_one_expert
+        if most is not None or at_least_one:
+            most = None if most is None else most * self.config.granularity
+            probs_TE, routing_map_TE = bounded_routing(
+                logits_TE, probs_TE, max_active=most, at_least_one=at_least_one
+            )
 
         balanced = self.config.experts.topk * max(1, len(x_TH))
         limit = self.config.max_assignments

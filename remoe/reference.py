@@ -1,6 +1,6 @@
-"""ReMoE in plain loops over tokens and experts: what the fast paths are tested against.
+"""ReMoE in plain loops over tokens and experts, against which the fast paths are tested.
 
-Shapes: T tokens, H hidden, E experts, F expert width. Slow on purpose.
+Shapes: T tokens, H hidden, E experts, F expert width. The loops are slow on purpose.
 """
 
 import torch
@@ -8,19 +8,19 @@ from torch import Tensor
 
 
 def reference_routing(x_TH: Tensor, router_EH: Tensor) -> Tensor:
-    """`R(x_t)_e = max(0, w_e . x_t)`, `[T, E]` (Eq. 5)."""
+    """Compute `R(x_t)_e = max(0, w_e . x_t)`, `[T, E]` (Eq. 5)."""
     rows = [torch.stack([(w * x).sum().clamp(min=0) for w in router_EH]) for x in x_TH]
     return torch.stack(rows)
 
 
 def reference_moe(x_TH: Tensor, probs_TE: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """`y_t = sum_e R(x_t)_e FFN_e(x_t)` over active experts, `[T, H]` (Eq. 1).
+    """Compute `y_t = sum_e R(x_t)_e FFN_e(x_t)` over active experts, `[T, H]` (Eq. 1).
 
     Args:
-        x_TH: tokens.
-        probs_TE: router outputs.
-        gate_up: `[E, 2F, H]`, gate first.
-        down: `[E, H, F]`.
+        x_TH: the tokens.
+        probs_TE: the router's outputs.
+        gate_up: first weights of the experts, `[E, 2F, H]`, with the gate first.
+        down: second weights of the experts, `[E, H, F]`.
     """
     width = down.shape[-1]
     rows = []
@@ -35,7 +35,7 @@ def reference_moe(x_TH: Tensor, probs_TE: Tensor, gate_up: Tensor, down: Tensor)
 
 
 def reference_l1(probs_TE: Tensor, *, topk: int, load_balancing: bool) -> Tensor:
-    """The regulariser of one layer and micro-batch, 0-d (Eq. 9-11 without 1/L)."""
+    """Compute the regularizer of one layer and micro-batch, 0-d (Eq. 9-11 without 1/L)."""
     num_tokens, num_experts = probs_TE.shape
     total = probs_TE.new_zeros(())
     for e in range(num_experts):
@@ -47,5 +47,5 @@ def reference_l1(probs_TE: Tensor, *, topk: int, load_balancing: bool) -> Tensor
 
 
 def reference_sparsity(probs_LTE: Tensor) -> float:
-    """Mean share of zeros over layers, tokens and experts (Eq. 8)."""
+    """Compute the mean share of zeros over layers, tokens and experts (Eq. 8)."""
     return sum(float(p == 0) for p in probs_LTE.flatten()) / probs_LTE.numel()

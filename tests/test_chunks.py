@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from remoe import ReMoEConfig, ReMoELayer, l1_penalty
+from remoe import ReMoELayer, ReMoELayerConfig, l1_penalty
 from remoe.kernels import plan_chunks
 from remoe.layer import routed_experts
 from tests.test_kernels import ROUTINGS, TOLERANCES, assert_close, case, outputs_and_gradients
@@ -74,7 +74,7 @@ def test_frozen_weights_get_no_gradient():
 def kept_for_backward(max_assignments):
     """Numbers that autograd holds after the forward of a dense layer, beside weights and input."""
     torch.manual_seed(0)
-    config = ReMoEConfig(
+    config = ReMoELayerConfig(
         hidden_size=8, ffn_hidden_size=16, num_experts=16, max_assignments=max_assignments
     )
     layer = ReMoELayer(config)

@@ -17,7 +17,9 @@ pytest.importorskip("transformers")
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import remoe
+from remoe.config import ReLURouting
 from remoe.hf import ReMoEConfig, ReMoEForCausalLM, ReMoEModel, modeling_remoe
+from remoe.settings import settings_of
 
 SIZES = {
     "vocab_size": 64,
@@ -62,6 +64,27 @@ def test_the_copied_equations_are_those_of_the_package(name):
 
     original = getattr(routing, name, None) or getattr(regularization, name)
     assert code(getattr(modeling_remoe, name)) == code(original)
+
+
+EXPORTED = [setting for setting in settings_of(ReLURouting) if setting.exported]
+VALUES = (-1, 0, 0.5, 1, 1.0, 2, 1.5, float("nan"), float("inf"), True, "none", "aux_loss", [1])
+
+
+@pytest.mark.parametrize("setting", EXPORTED, ids=lambda setting: setting.name)
+def test_the_copied_settings_are_those_of_the_package(setting):
+    assert getattr(ReMoEConfig, setting.name) == setting.default
+    for value in VALUES:
+        assert is_refused(setting.check, value) == is_refused(
+            lambda value: ReMoEConfig(**SIZES | {setting.name: value}), value
+        ), value
+
+
+def is_refused(take, value) -> bool:
+    try:
+        take(value)
+    except ValueError:
+        return True
+    return False
 
 
 def test_registered_with_the_auto_classes():

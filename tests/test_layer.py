@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 
-from remoe import ReMoEConfig, ReMoELayer, l1_penalty, update_l1_coeff
+from remoe import ReMoELayer, ReMoELayerConfig, l1_penalty, update_l1_coeff
 from remoe.reference import reference_l1, reference_moe, reference_routing
+from remoe.routing import bounded_routing
 
-CONFIG = ReMoEConfig(hidden_size=8, ffn_hidden_size=12, num_experts=4, topk=1, init_std=0.5)
+CONFIG = ReMoELayerConfig(hidden_size=8, ffn_hidden_size=12, num_experts=4, topk=1, init_std=0.5)
 
 
 def layer_and_input(config=CONFIG, tokens=10, seed=0):
@@ -21,7 +22,7 @@ def layer_and_input(config=CONFIG, tokens=10, seed=0):
 @pytest.mark.parametrize("load_balancing", ["aux_loss", "none"])
 @pytest.mark.parametrize("granularity", [1, 2])
 def test_output_and_every_gradient_equal_the_reference(load_balancing, granularity):
-    config = ReMoEConfig(
+    config = ReMoELayerConfig(
         **(vars(CONFIG) | {"load_balancing": load_balancing, "granularity": granularity})
     )
     layer, x = layer_and_input(config)
@@ -47,6 +48,26 @@ def test_output_and_every_gradient_equal_the_reference(load_balancing, granulari
     assert torch.allclose(fast_reg, slow_reg, rtol=1e-6)
     for a, b in zip(fast, slow, strict=True):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("granularity", [1, 2])
+def test_shortcuts_bound_the_experts_of_a_token_and_not_the_penalty(granularity):
+    shortcuts = {"max_active_experts": 1, "at_least_one_expert": True}
+    config = ReMoELayerConfig(**(vars(CONFIG) | shortcuts | {"granularity": granularity}))
+    layer, x = layer_and_input(config)
+    plain, _ = layer_and_input(ReMoELayerConfig(**(vars(CONFIG) | {"granularity": granularity})))
+    x[0] = -torch.linalg.pinv(layer.router.detach()).sum(dim=1)  # all its logits are -1
+    logits = x @ layer.router.T
+    probs = reference_routing(x, layer.router)
+    before, counts = probs > 0, (probs > 0).sum(dim=1)
+    assert counts.max() > granularity and counts.min() == 0, "the case must need both shortcuts"
+    probs, active = bounded_routing(logits, probs, max_active=granularity, at_least_one=True)
+    assert set(active.sum(dim=1).tolist()) <= set(range(1, granularity + 1))
+    y, y_plain = layer(x), plain(x)
+    assert torch.allclose(y, reference_moe(x, probs, layer.gate_up, layer.down), rtol=1e-12)
+    assert not torch.allclose(y, y_plain)
+    assert torch.equal(layer.l1_reg, plain.l1_reg)
+    assert layer.counts[:-1].tolist() == before.sum(dim=0).tolist()
 
 
 def test_no_active_expert_gives_zero_and_gradients_for_every_parameter():
@@ -78,7 +99,7 @@ def test_any_leading_shape():
 
 @pytest.mark.parametrize("granularity", [1, 2, 4])
 def test_parameter_counts_are_those_of_the_module(granularity):
-    config = ReMoEConfig(hidden_size=8, ffn_hidden_size=12, topk=2, granularity=granularity)
+    config = ReMoELayerConfig(hidden_size=8, ffn_hidden_size=12, topk=2, granularity=granularity)
     layer = ReMoELayer(config)
     assert config.num_params == sum(p.numel() for p in layer.parameters())
     per_expert = layer.gate_up[0].numel() + layer.down[0].numel()
@@ -133,7 +154,7 @@ def test_materialises_from_the_meta_device():
 
 def test_sparsity_reaches_its_target_in_a_training_loop():
     torch.manual_seed(0)
-    config = ReMoEConfig(16, 32, num_experts=8, topk=1, l1_coeff_init=1e-4)
+    config = ReMoELayerConfig(16, 32, num_experts=8, topk=1, l1_coeff_init=1e-4)
     layer = ReMoELayer(config)
     optimizer = torch.optim.Adam(layer.parameters(), lr=3e-3)
     # Off-centre, as hidden states are: a router without bias halves a symmetric cloud of tokens.
@@ -163,7 +184,7 @@ def test_sparsity_reaches_its_target_in_a_training_loop():
 )
 def test_config_names_the_bad_value(change, names):
     with pytest.raises(ValueError, match=names):
-        ReMoEConfig(**(vars(CONFIG) | change))
+        ReMoELayerConfig(**(vars(CONFIG) | change))
 
 
 def test_layers_without_tokens_take_no_part_in_the_update():

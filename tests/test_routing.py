@@ -128,7 +128,7 @@ def test_balanced_routing_at_the_target_has_unit_load():
     assert load_weights(counts, num_tokens=8, topk=2).tolist() == [1, 1, 1, 1]
 
 
-CONFIG = ControllerConfig(target_sparsity=0.875, init=1e-3, multiplier=1.2)
+CONFIG = ControllerConfig(target_sparsity=0.875, l1_coeff_init=1e-3, l1_coeff_multiplier=1.2)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_controller_moves_each_layer_by_itself():
 
 
 def test_controller_stays_within_bounds():
-    config = ControllerConfig(target_sparsity=0.5, init=1e-3, floor=9e-4, ceiling=1.1e-3)
+    config = ControllerConfig(target_sparsity=0.5, l1_coeff_init=1e-3, floor=9e-4, ceiling=1.1e-3)
     coeff = with_coefficient(config).l1_coeff
     move_l1_coeff([coeff], torch.tensor(0.0), config)
     assert coeff.item() == pytest.approx(1.1e-3)
@@ -194,7 +194,7 @@ def test_modules_move_together():
 
 def test_published_defaults_reach_5_in_110_steps():
     config = ControllerConfig(target_sparsity=0.875)
-    coeff = torch.tensor(config.init)
+    coeff = torch.tensor(config.l1_coeff_init)
     for _ in range(110):
         coeff = next_l1_coeff(coeff, torch.tensor(0.0), config)
     assert coeff.item() == pytest.approx(1e-8 * 1.2**110, rel=1e-4)
@@ -204,13 +204,13 @@ def test_published_defaults_reach_5_in_110_steps():
     ("change", "names"),
     [
         ({"target_sparsity": 1.0}, "target_sparsity is 1.0"),
-        ({"init": 0.0}, "initial L1 coefficient is 0.0"),
-        ({"multiplier": 1.0}, "multiplier is 1.0"),
+        ({"l1_coeff_init": 0.0}, "l1_coeff_init is 0.0"),
+        ({"l1_coeff_multiplier": 1.0}, "multiplier is 1.0"),
         ({"floor": 1.0}, "outside its bounds"),
-        ({"init": float("inf")}, "initial L1 coefficient is inf"),
-        ({"init": float("nan")}, "initial L1 coefficient is nan"),
-        ({"multiplier": float("inf")}, "multiplier is inf"),
-        ({"multiplier": float("nan")}, "multiplier is nan"),
+        ({"l1_coeff_init": float("inf")}, "l1_coeff_init is inf"),
+        ({"l1_coeff_init": float("nan")}, "l1_coeff_init is nan"),
+        ({"l1_coeff_multiplier": float("inf")}, "multiplier is inf"),
+        ({"l1_coeff_multiplier": float("nan")}, "multiplier is nan"),
     ],
 )
 def test_controller_config_names_the_bad_value(change, names):

@@ -1,9 +1,9 @@
-"""torchrun as `remoe train` starts it: it ends with its parent, and leaves SIGTERM to the ranks.
+"""torchrun as `remoe train` starts it: it ends with its parent and leaves SIGTERM to the ranks.
 
     python -m megatron.remoe.agent --standalone --nproc-per-node 2 -m megatron.remoe.pretrain ...
 
-torchrun itself would end the ranks some seconds after SIGTERM, whether they have saved or not. The
-ranks are told whose children they are, so that they notice when it has ended before they looked.
+torchrun alone would end the ranks some seconds after SIGTERM, whether they have saved or not. The
+ranks get its process id, so that they notice if it has ended before they could watch it.
 """
 
 import os
@@ -13,6 +13,7 @@ from megatron.remoe import processes
 
 
 def main() -> None:
+    """Run torchrun with the arguments of the command line."""
     processes.end_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ[processes.PARENT] = str(os.getpid())

@@ -1,9 +1,9 @@
-"""Checkpoints of a run on disk: which there are, whether they are whole, and which to keep.
+"""Checkpoints of a run on disk: which exist, whether they are whole, and which to keep.
 
 Megatron writes `iter_0000123/` with `metadata.json` as its last data file, then with
 `--verify-integrity` the SHA-256 of every file to `integrity.json`, and then the iteration to
-`latest_checkpointed_iteration.txt`, its tracker. The tracker is overwritten in place and the
-directory is filled in place, so that a kill or a full disk may leave either half written: here a
+`latest_checkpointed_iteration.txt`, its tracker. It overwrites the tracker and fills the directory
+in place, so that a kill or a full disk may leave either of them half written. With this module a
 run finds the last checkpoint that is whole before it starts.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 
 TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"  # in the tracker and as a directory: weights that no iteration is known of
+RELEASE = "release"  # in the tracker and as a directory: weights without a known iteration
 _MANIFEST = "integrity.json"
 _SECONDS_BETWEEN_PRUNES = 2.0
 
@@ -34,8 +34,8 @@ class Checkpoint:
     """One `iter_*` directory.
 
     Attributes:
-        path: the directory.
-        iteration: steps that were done when it was written.
+        path: its directory.
+        iteration: the number of training steps before it was written.
     """
 
     path: Path
@@ -43,21 +43,22 @@ class Checkpoint:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all its data was written; a manifest may still be missing."""
+        """Whether all its data was written. A manifest may still be missing."""
         return (self.path / "metadata.json").is_file()
 
     @property
     def has_manifest(self) -> bool:
+        """Whether there is a manifest with the hashes of its files."""
         return (self.path / _MANIFEST).is_file()
 
     @property
     def size(self) -> int:
-        """Bytes of its files."""
+        """Size of its files in bytes."""
         return sum(file.stat().st_size for file in self.path.iterdir() if file.is_file())
 
     @cached_property
     def damage(self) -> list[str]:
-        """What differs from the manifest, file by file; empty if nothing or without a manifest."""
+        """What differs from the manifest, by file; empty also if there is no manifest."""
         if not self.has_manifest:
             return []
         try:
@@ -78,7 +79,7 @@ class Checkpoint:
 
 
 def find(folder: Path) -> list[Checkpoint]:
-    """The checkpoints of a folder, complete or not, by iteration."""
+    """Return the checkpoints of a folder, complete or not, by iteration."""
     if not folder.is_dir():
         return []
     matches = [(path, re.fullmatch(r"iter_(\d{7,})", path.name)) for path in folder.iterdir()]
@@ -87,13 +88,13 @@ def find(folder: Path) -> list[Checkpoint]:
 
 
 def tracked(folder: Path) -> int | None:
-    """The iteration that Megatron's tracker names; None if there is no tracker or it is damaged."""
+    """Return the iteration that Megatron's tracker names, or None without a readable tracker."""
     text = _tracker_text(folder)
     return int(text) if text.isascii() and text.isdigit() else None
 
 
 def tracked_path(folder: Path) -> Path | None:
-    """The directory that the tracker names: of an iteration, or of a release (no run's)."""
+    """Return the directory that the tracker names: an iteration's, or that of a release."""
     if _tracker_text(folder) == RELEASE:
         return folder / RELEASE
     iteration = tracked(folder)
@@ -106,10 +107,10 @@ def _tracker_text(folder: Path) -> str:
 
 
 def folder_of(run: Path) -> Path:
-    """The folder of a run's checkpoints, also when the run was moved with them.
+    """Return the folder of a run's checkpoints, also when the run was moved with them.
 
     Raises:
-        ValueError: neither a run directory nor a folder of checkpoints.
+        ValueError: `run` is neither a run directory nor a folder of checkpoints.
     """
     config = run / "config.yaml"
     if config.is_file():
@@ -132,18 +133,19 @@ def folder_of(run: Path) -> Path:
 def choose(
     folder: Path, *, need_manifest: bool, warn: Callable[[str], None] = print
 ) -> Checkpoint | None:
-    """The checkpoint to continue from: the tracker's, or the best other one if that is damaged.
+    """Choose the checkpoint to continue from: the tracker's, or the best one of the others.
 
-    Without a usable tracker it is the newest. Others are older ones before newer ones, since a
-    newer one than the tracker's is of a save that did not end, or of a run that was turned back.
+    Without a usable tracker the newest checkpoint is the best. Otherwise one that is older than the
+    tracker's is better than a newer one, which comes from a save that did not end, or from a run
+    that was turned back.
 
     Args:
-        folder: of the checkpoints.
-        need_manifest: do not trust a checkpoint without one.
-        warn: told what is damaged.
+        folder: the folder of the checkpoints.
+        need_manifest: whether to distrust a checkpoint without a manifest.
+        warn: the function that is told what is damaged.
 
     Returns:
-        None if no save of the folder has ever ended.
+        The checkpoint, or None if no save in the folder has ever ended.
 
     Raises:
         ValueError: there are checkpoints, and none is whole.
@@ -175,7 +177,7 @@ def _check_tracked(
 
 
 def check_has_manifest(checkpoint: Checkpoint) -> None:
-    """Raises ValueError when there is none."""
+    """Refuse a checkpoint without a manifest; raises a ValueError."""
     if not checkpoint.has_manifest:
         raise ValueError(
             f"checkpoint {checkpoint.path} has no {_MANIFEST}, so it cannot be verified; "
@@ -184,7 +186,7 @@ def check_has_manifest(checkpoint: Checkpoint) -> None:
 
 
 def write_tracker(folder: Path, iteration: int) -> None:
-    """Make Megatron continue from this iteration; replaces the file as a whole."""
+    """Make Megatron continue from this iteration, by replacing the tracker as a whole."""
     temporary = folder / f"{TRACKER}.tmp"
     temporary.write_text(str(iteration))
     os.replace(temporary, folder / TRACKER)
@@ -193,15 +195,16 @@ def write_tracker(folder: Path, iteration: int) -> None:
 def prune(
     folder: Path, *, keep_last: int, milestone_interval: int | None = None, dry_run: bool = False
 ) -> list[Checkpoint]:
-    """Delete complete checkpoints that are neither among the last nor milestones.
+    """Delete complete checkpoints that are neither among the latest ones nor milestones.
 
-    The tracker's checkpoint stays, and so does everything after it, which may be in progress.
+    The tracker's checkpoint stays, and so does everything after it, because that may be in
+    progress.
 
     Args:
-        folder: of the checkpoints.
-        keep_last: how many of the last checkpoints to keep, at least 1.
-        milestone_interval: keep multiples of this many iterations too.
-        dry_run: delete nothing.
+        folder: the folder of the checkpoints.
+        keep_last: the number of latest checkpoints to keep, at least 1.
+        milestone_interval: also keep the checkpoints at multiples of this many iterations.
+        dry_run: whether to delete nothing.
 
     Returns:
         The deleted checkpoints.
@@ -215,7 +218,7 @@ def prune(
         old = [c for c in old if c.iteration % milestone_interval]
     old = [c for c in old if c.iteration != latest]
     for checkpoint in [] if dry_run else old:
-        # Without it a checkpoint is incomplete, also when the deletion is interrupted.
+        # Without this file a checkpoint is incomplete, even if the deletion is interrupted.
         (checkpoint.path / "metadata.json").unlink(missing_ok=True)
         shutil.rmtree(checkpoint.path)
     return old
@@ -223,9 +226,9 @@ def prune(
 
 @contextmanager
 def retention(args: argparse.Namespace) -> Iterator[None]:
-    """Prune on rank 0 while the run goes on, when `--save-keep-last` asks for it.
+    """Prune the checkpoints on rank 0 during a run, when `--save-keep-last` asks for it.
 
-    A thread of its own waits for the tracker to move, since asynchronous saves end between steps.
+    A thread waits for the tracker to change, because asynchronous saves end between steps.
     """
     if args.rank != 0 or not args.save or not args.save_keep_last:
         yield

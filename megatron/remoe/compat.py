@@ -1,7 +1,7 @@
-"""Everything that depends on the version of Megatron: the check, and the fixes that it needs.
+"""Everything that depends on the version of Megatron: a check of it, and the fixes it needs.
 
-Each fix says what is wrong, names the version in which it was seen, and does nothing once Megatron
-has mended it. `apply()` is called by the entry point and by `add_arguments`.
+Each fix says what is wrong and names the version in which that was seen. A fix does nothing once
+Megatron has mended the cause. The entry point and `add_arguments` call `apply()`.
 """
 
 import functools
@@ -13,7 +13,7 @@ TESTED_VERSION = "0.19.2"
 
 
 def apply() -> None:
-    """Check the megatron.core that is imported and apply the fixes. Idempotent.
+    """Check the megatron.core that is imported, and apply the fixes; a second call does nothing.
 
     Raises:
         ValueError: megatron-core is missing, or another minor version than the tested one.
@@ -30,13 +30,13 @@ def apply() -> None:
 
 
 def imported_version() -> tuple[str, Path]:
-    """Version and folder of the `megatron.core` that is imported.
+    """Return the version and the folder of the `megatron.core` that is imported.
 
-    It need not be the one that pip has installed: a checkout of Megatron-LM may be before it on the
+    It need not be the one that pip has installed: a checkout of Megatron-LM may come first on the
     path.
 
     Raises:
-        ValueError: there is none.
+        ValueError: megatron-core is not installed.
     """
     try:
         from megatron.core import package_info
@@ -47,13 +47,16 @@ def imported_version() -> tuple[str, Path]:
             f"megatron-core is not installed; run: pip install 'remoe[megatron]' "
             f"(tested with {TESTED_VERSION})"
         ) from None
-    # It adds the commit of the repository that it lies in, which may be another one's.
+    # Megatron appends the commit of the git repository around it, which may be any repository.
     version = package_info.__version__.partition("+")[0]
     return version, Path(package_info.__file__).parent
 
 
 def _skip_compiling_dataset_helpers() -> None:
-    """0.19.2 runs `make` in its datasets folder; the wheel has the built helper, no Makefile."""
+    """Stop 0.19.2 from running `make` in its datasets folder.
+
+    The wheel has the built helper, but no Makefile.
+    """
     from megatron.core.datasets import utils
 
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
@@ -61,7 +64,10 @@ def _skip_compiling_dataset_helpers() -> None:
 
 
 def _resume_distributed_optimizer() -> None:
-    """0.19.2 cannot resume its distributed optimizer over torch's Adam (without TE and apex)."""
+    """Let the distributed optimizer resume over torch's Adam, which 0.19.2 cannot do.
+
+    Megatron uses torch's Adam where neither Transformer Engine nor apex is installed.
+    """
     import megatron.core.optimizer as optimizers
     from megatron.core.optimizer import distrib_optimizer
 
@@ -75,10 +81,10 @@ def _resumable_distributed_optimizer() -> type:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     class ResumableDistributedOptimizer(DistributedOptimizer):
-        """Megatron's, with torch's Adam, whose `step` is a tensor of each parameter's state."""
+        """Megatron's optimizer for torch's Adam, which keeps a `step` tensor per parameter."""
 
         def state_dict(self) -> Any:
-            # It reads the step from the state, which a new Adam makes in its first step only.
+            # Megatron reads the step from the state, which a new Adam makes in its first step only.
             for group in self.optimizer.param_groups:
                 for parameter in group["params"]:
                     state = self.optimizer.state[parameter]
@@ -92,14 +98,14 @@ def _resumable_distributed_optimizer() -> type:
         @torch.no_grad()  # it copies into parameters
         def load_state_dict(self, state_dict: Any) -> None:
             super().load_state_dict(state_dict)
-            # It gives all parameters one step tensor, which each of them would then count up.
+            # Megatron gives all parameters one step tensor, which each of them would then count up.
             for state in self.optimizer.state.values():
                 state["step"] = state["step"].clone()
 
         def _set_main_param_and_optimizer_states(
             self, model_param: torch.nn.Parameter, tensors: dict[str, Any]
         ) -> None:
-            # The step is loaded with the groups; some formats leave it out here, and it needs one.
+            # The step is loaded with the groups. Some formats omit it here, but the key is needed.
             super()._set_main_param_and_optimizer_states(model_param, tensors | {"step": None})
 
     return ResumableDistributedOptimizer
@@ -108,8 +114,8 @@ def _resumable_distributed_optimizer() -> type:
 def mark_experts(models: list[Any]) -> list[Any]:
     """Let expert parameters have an optimizer of their own, also without expert parallelism.
 
-    0.19.2 gives them one only with expert parallelism, and optimizers of different number cannot
-    read each other's checkpoints. On one expert-parallel rank it changes nothing else. For
+    0.19.2 gives them one only with expert parallelism, and a different number of optimizers cannot
+    read a checkpoint. With one expert-parallel rank nothing else changes. This function is for
     `pre_wrap_hooks` of Megatron's model configuration.
     """
     from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -123,11 +129,12 @@ def mark_experts(models: list[Any]) -> list[Any]:
 
 
 def step_will_be_repeated() -> bool:
-    """Whether Megatron is about to run this step again, here or from a checkpoint; on all ranks.
+    """Return whether Megatron is about to repeat this step, here or from a checkpoint.
 
-    Every rank must ask, at the end of a forward-backward pass. The flags are those that the rerun
-    state machine acts on next (`should_run_forward_backward`): of a first run `rerun_requested`; of
-    a second one `checkpoint_requested`, unless a failure that is not fatal lets the run go on.
+    Every rank must ask at the end of a forward-backward pass, and all get the same answer. The
+    flags are those that the rerun state machine acts on next (`should_run_forward_backward`):
+    `rerun_requested` after a first run, and `checkpoint_requested` after a second one, unless a
+    failure that is not fatal lets the run go on.
     """
     import torch
     from megatron.core.rerun_state_machine import RerunMode, RerunState, get_rerun_state_machine
@@ -148,9 +155,9 @@ def step_will_be_repeated() -> bool:
 
 
 def adam() -> str:
-    """Whose Adam Megatron uses here: "Transformer Engine", "apex" or "torch".
+    """Return whose Adam Megatron uses here: "Transformer Engine", "apex" or "torch".
 
-    They keep their step counts in different places, and read each other's as zero.
+    Each keeps its step count in a different place, and reads the count of another one as zero.
     """
     from megatron.core.optimizer import distrib_optimizer
 
@@ -160,14 +167,14 @@ def adam() -> str:
 
 
 def tensorboard_writer() -> Any:
-    """The TensorBoard writer that Megatron made for this rank, or None."""
+    """Return the TensorBoard writer that Megatron made for this rank, or None."""
     from megatron.training import global_vars
 
     return global_vars._GLOBAL_TENSORBOARD_WRITER
 
 
 def set_tensorboard_writer(writer: object) -> None:
-    """Make Megatron report to `writer`; 0.19.2 has a getter for it, and no setter."""
+    """Make Megatron report to `writer`, for which 0.19.2 has a getter but no setter."""
     from megatron.training import global_vars
 
     global_vars._GLOBAL_TENSORBOARD_WRITER = writer

@@ -1,9 +1,8 @@
 """Run Megatron on a machine without a GPU: the CPU plays the part of `torch.cuda`.
 
-Megatron asks for CUDA by name: tensors on `device="cuda"`, streams, the CUDA random state.
-`enable()` answers those calls with the CPU, so that the stock training loop runs unchanged over
-gloo. This is the one module that replaces functions of other packages, apart from the fixes in
-`compat`.
+Megatron asks for CUDA by name: it wants tensors on `device="cuda"`, streams, and the CUDA random
+state. `enable()` answers those calls with the CPU, so that the stock training loop runs unchanged
+over gloo. Apart from the fixes in `compat`, no other module replaces functions of other packages.
 """
 
 import contextlib
@@ -58,7 +57,7 @@ def _stream(stream: object) -> Iterator[None]:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites `device="cuda"` in factory calls and `.to(...)`."""
+    """Replaces `device="cuda"` by the CPU in factory calls and in `.to(...)`."""
 
     def __torch_function__(
         self,
@@ -83,28 +82,29 @@ def _is_cuda(device: object) -> bool:
 
 
 def _splits_as_on_cuda(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Megatron's copy to the host leaves a CPU tensor as it is, but gloo takes none as splits."""
+    """Copy splits to the host as Megatron does, where gloo accepts no CPU tensors as splits."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def is_enabled() -> bool:
+    """Return whether the CPU stands in for CUDA in this process."""
     return _enabled
 
 
 def has_gpu() -> bool:
-    """Whether there is a real GPU, not the stand-in."""
+    """Return whether there is a real GPU, not the stand-in."""
     return not _enabled and torch.cuda.is_available()
 
 
 def prepare_megatron() -> None:
-    """Let the CPU stand in where there is no GPU, before anything imports `megatron.core`."""
+    """Let the CPU stand in where there is no GPU; call it before importing `megatron.core`."""
     silence_megatron()
     if not torch.cuda.is_available():
         enable()
 
 
 def silence_megatron() -> None:
-    """Hide what importing Megatron says on every machine without a GPU or without TE."""
+    """Hide the warnings that importing Megatron prints without a GPU or Transformer Engine."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.(core|training)")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
@@ -124,8 +124,8 @@ def enable() -> None:
             "CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     _enabled = True
-    # Megatron's jit_fuser is torch.compile; compiling dozens of tiny functions for a CPU costs
-    # more than it saves.
+    # Megatron's jit_fuser is torch.compile, and compiling dozens of tiny functions for a CPU
+    # costs more than it saves.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     from torch import _dynamo
 
@@ -137,7 +137,7 @@ def enable() -> None:
     cuda.current_device = lambda: _CPU
     cuda.set_device = lambda device: None
     cuda.synchronize = lambda device=None: None
-    # Compute capability 10: from there on Megatron does not ask for CUDA_DEVICE_MAX_CONNECTIONS.
+    # From compute capability 10 on, Megatron does not ask for CUDA_DEVICE_MAX_CONNECTIONS.
     properties = SimpleNamespace(name="cpu", major=10, minor=0, multi_processor_count=1)
     cuda.get_device_properties = lambda device=None: properties
     cuda.get_device_capability = lambda device=None: (10, 0)
@@ -152,7 +152,7 @@ def enable() -> None:
         module.get_rng_state = lambda device=None: torch.get_rng_state()
         module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
         module.manual_seed = module.manual_seed_all = torch.default_generator.manual_seed
-    # torch itself (data loaders, pinned memory) must go on believing that there is no accelerator.
+    # The data loaders and the pinned memory of torch itself must still see no accelerator.
     torch.accelerator.is_available = lambda: False
 
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
@@ -160,7 +160,7 @@ def enable() -> None:
     tensor_type = torch.Tensor.type
 
     def cuda_type(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
-        if dtype is None:  # Megatron compares the name with "torch.cuda.FloatTensor"
+        if dtype is None:  # Megatron compares the answer with "torch.cuda.FloatTensor"
             return "torch.cuda." + tensor_type(self).rpartition(".")[2]
         return tensor_type(self, dtype, **kwargs)
 
@@ -170,8 +170,9 @@ def enable() -> None:
     make_iterator = DataLoader.__iter__
 
     def iterate(self: DataLoader[Any]) -> Any:
-        # It draws a seed for its workers. On a GPU machine dropout draws from another generator;
-        # here it must not depend on when iterators are made, or a resumed run would differ.
+        # A loader draws a seed for its workers. On a GPU machine dropout draws from another
+        # generator. Here dropout must not depend on when iterators are made, or a resumed run
+        # would differ.
         state = torch.get_rng_state()
         iterator = make_iterator(self)
         torch.set_rng_state(state)
@@ -188,5 +189,5 @@ def enable() -> None:
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     token_dispatcher.maybe_move_tensor_to_cpu = _splits_as_on_cuda
-    # It warns when a "CUDA" random state moves the CPU's; here they are the same.
+    # Megatron warns when a "CUDA" random state changes the CPU's, which is the same one here.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)

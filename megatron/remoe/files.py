@@ -16,7 +16,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 _SCRATCH = ".partial-"
-# Of file systems that lock no folders, such as NFS.
+# Errors of file systems that cannot lock folders, such as NFS.
 _NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -30,11 +30,11 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     """Return the JSON object in a file, in which every key is once and every number is finite.
 
     Args:
-        path: of a file.
-        remedy: what the user should do about a bad one.
+        path: the file.
+        remedy: what the user should do about a bad file.
 
     Raises:
-        ValueError: it cannot be read, or holds something else.
+        ValueError: the file cannot be read, or holds something else.
     """
     try:
         value = parse_json(path.read_bytes())
@@ -51,7 +51,7 @@ def parse_json(data: bytes) -> Any:
     """Return the value of a JSON text in UTF-8, in which every key is once and no number is NaN.
 
     Raises:
-        ValueError: with the reason.
+        ValueError: the text is something else; the message has the reason.
     """
     try:
         return json.loads(
@@ -88,7 +88,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest of `folder` in one step: a reader sees the old one or the new one."""
+    """Write the manifest of `folder` in one step, so that a reader sees the old or the new one."""
     partial = folder / f"{_SCRATCH}{MANIFEST}"
     partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     partial.replace(folder / MANIFEST)
@@ -96,12 +96,12 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 @contextmanager
 def hold_folder(folder: Path) -> Iterator[bool]:
-    """Hold a folder alone, by a lock that the kernel takes back when this process ends.
+    """Hold a folder alone, by a lock that the kernel releases when this process ends.
 
-    Yields whether it is held: some file systems lock no folders.
+    Yields whether the folder is held, because some file systems cannot lock folders.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds the folder.
     """
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -124,13 +124,13 @@ def _lock(folder: int) -> bool:
 
 @contextmanager
 def output_folder(out: Path) -> Iterator[None]:
-    """Make `out` and let no other process write to it meanwhile.
+    """Make `out`, and let no other process write to it meanwhile.
 
-    What a killed writer has left there is removed. An `out` that did not exist before and holds
-    nothing afterwards is removed too.
+    Files that a killed writer has left there are removed. So is `out` itself, if it did not exist
+    before and holds nothing afterwards.
 
     Raises:
-        ValueError: `out` is a file, or is being written.
+        ValueError: `out` is a file, or another process writes to it.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, but a folder to write to is needed; choose another")
@@ -160,7 +160,7 @@ def _remove_empty(folders: list[Path]) -> None:
 def scratch_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder inside `out`; remove it afterwards, whatever happened.
 
-    Being on the file system of `out`, what is made in it is moved into place by a rename.
+    The folder is on the file system of `out`, so that its content moves into place by a rename.
     """
     scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=out))
     try:

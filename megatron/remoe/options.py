@@ -1,15 +1,19 @@
 """What ReLU routing does with every MoE option of Megatron's TransformerConfig.
 
-One table: an option is honoured, refused with the reason, or irrelevant. Nothing is silently
-ignored: a test fails on a field that is not here, `check` refuses at the start, and the table in
-`docs/options.md` is printed from this one.
+One table: an option is honored, refused with the reason, or irrelevant. Nothing is silently
+ignored: a test fails on a field that is not here, `check` refuses at the start, and the tables in
+`docs/options.md` are printed from this module.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
-Answer = Literal["honoured", "refused", "irrelevant"]
+from remoe.config import ROUTINGS
+from remoe.settings import settings_of
+
+Answer = Literal["honored", "refused", "irrelevant"]
 
 
 @dataclass(frozen=True)
@@ -18,93 +22,90 @@ class Option:
 
     Attributes:
         answer: "refused" means every value but the allowed ones.
-        why: how it is honoured, why it is refused (with the remedy), or why it does not matter.
-        allowed: values that pass although the option is refused; None is the field's default.
+        why: how it is honored, why it is refused (with the remedy), or why it does not matter.
+        allowed: values that pass although the option is refused; () means the field's default.
     """
 
     answer: Answer
     why: str
-    allowed: tuple[Any, ...] | None = None
+    allowed: tuple[Any, ...] = ()
 
 
-def _honoured(why: str) -> Option:
-    return Option("honoured", why)
+_honored = partial(Option, "honored")
+_refused = partial(Option, "refused")
+_irrelevant = partial(Option, "irrelevant")
 
 
-def _refused(why: str, *allowed: Any) -> Option:
-    return Option("refused", why, allowed or None)
-
-
-def _irrelevant(why: str) -> Option:
-    return Option("irrelevant", why)
+def _each(option: Option, prefix: str, names: str) -> dict[str, Option]:
+    """Return one answer for several fields, whose names begin alike."""
+    return {f"{prefix}{name}": option for name in names.split()}
 
 
 _NO_SELECTION = "ReLU routing selects no top-k, so there is nothing to restrict; leave it out"
 _NO_CAPACITY = "every active assignment is computed; leave it out"
 _UNVERIFIED = "has not been run with a varying number of assignments; leave it out"
-_FLEX = "of the flex dispatcher, which is refused"
-_GRAPHS = "buffer sizes change with every step under ReLU routing; leave it out"
+_WITH_GRAPHS = _irrelevant("only with CUDA graphs, which are refused")
 
 OPTIONS: dict[str, Option] = {
     # the layer
-    "num_moe_experts": _honoured("E, after granularity"),
-    "moe_router_topk": _honoured("k of the target sparsity 1 - k/E and of the load weights"),
-    "moe_ffn_hidden_size": _honoured("expert width, after granularity"),
-    "moe_layer_freq": _honoured("which layers have experts; sparsity is the mean over those"),
-    "moe_grouped_gemm": _honoured(
+    "num_moe_experts": _honored("E, after granularity"),
+    "moe_router_topk": _honored("k of the target sparsity 1 - k/E and of the load weights"),
+    "moe_ffn_hidden_size": _honored("expert width, after granularity"),
+    "moe_layer_freq": _honored("which layers have experts; sparsity is the mean over those"),
+    "moe_grouped_gemm": _honored(
         "grouped experts: ours in torch with the local backend, or Transformer Engine's"
     ),
-    "moe_single_grouped_weight": _honoured("layout of Transformer Engine's grouped experts"),
-    "moe_single_grouped_bias": _honoured("layout of Transformer Engine's grouped experts"),
-    "moe_layer_recompute": _honoured("recomputes the layer; statistics are counted once"),
-    "moe_grad_scale_func": _honoured("scales the penalty's gradient"),
-    "expert_model_parallel_size": _honoured("experts split over ranks"),
-    "expert_tensor_parallel_size": _honoured(
+    **_each(
+        _honored("layout of Transformer Engine's grouped experts"),
+        "moe_single_grouped_", "weight bias",
+    ),
+    "moe_layer_recompute": _honored("recomputes the layer; statistics are counted once"),
+    "moe_grad_scale_func": _honored("scales the penalty's gradient"),
+    "expert_model_parallel_size": _honored("experts split over ranks"),
+    "expert_tensor_parallel_size": _honored(
         "each expert split over ranks; on gloo with the all-gather dispatcher only"
     ),
     # shared experts
-    "moe_shared_expert_intermediate_size": _honoured("shared experts beside the routed ones"),
-    "moe_shared_expert_gate": _honoured("gate of the shared experts"),
-    "moe_shared_expert_overlap": _honoured("overlaps shared experts with the all-to-all"),
-    "use_grouped_gemm_for_shared_expert": _honoured("implementation of the shared experts"),
+    "moe_shared_expert_intermediate_size": _honored("shared experts beside the routed ones"),
+    "moe_shared_expert_gate": _honored("gate of the shared experts"),
+    "moe_shared_expert_overlap": _honored("overlaps shared experts with the all-to-all"),
+    "use_grouped_gemm_for_shared_expert": _honored("implementation of the shared experts"),
     "moe_shared_expert_glu_interleave_size": _refused(f"interleaved gate and up {_UNVERIFIED}"),
     # the router
-    "moe_router_dtype": _honoured("fp32 when not given, or fp64"),
-    "moe_z_loss_coeff": _honoured(
+    "moe_router_dtype": _honored("fp32 when not given, or fp64"),
+    "moe_z_loss_coeff": _honored(
         "Megatron's z-loss on the logits; unless the loss is per token, Megatron averages it over "
         "each rank's real tokens first, so that with a padding mask it is the micro-batch's mean "
         "only where the ranks of tensor and context parallelism have equally many"
     ),
-    "moe_input_jitter_eps": _honoured("Megatron's noise on the router's input"),
-    "moe_per_layer_logging": _honoured("for the z-loss; sparsity is always logged by layer"),
+    "moe_input_jitter_eps": _honored("Megatron's noise on the router's input"),
+    "moe_per_layer_logging": _honored("for the z-loss; sparsity is always logged by layer"),
     "moe_router_load_balancing_type": _refused(
         "these balance a top-k router; ReLU routing balances by its weighted L1 penalty "
         "(--moe-relu-load-balancing)",
-        "none", "aux_loss", "seq_aux_loss", "global_aux_loss",
+        ("none", "aux_loss", "seq_aux_loss", "global_aux_loss"),
     ),
     "moe_aux_loss_coeff": _irrelevant(
         "weight of a top-k router's loss; the published ReMoE scripts pass it and ignore it"
     ),
     "moe_router_pre_softmax": _irrelevant("there is no softmax"),
     "moe_router_score_function": _refused(
-        "the score of ReLU routing is the ReLU; leave it out", "softmax"
+        "the score of ReLU routing is the ReLU; leave it out", ("softmax",)
     ),
     "moe_router_topk_scaling_factor": _refused(
         "the router's output is the weight, unscaled; leave it out"
     ),
-    "moe_router_num_groups": _refused(_NO_SELECTION),
-    "moe_router_group_topk": _refused(_NO_SELECTION),
-    "moe_router_topk_limited_devices": _refused(_NO_SELECTION),
+    **_each(_refused(_NO_SELECTION), "moe_router_", "num_groups group_topk topk_limited_devices"),
     "moe_router_enable_expert_bias": _refused(
         "a bias for selection only has no meaning where the score is also the gate; leave it out"
     ),
     "moe_router_bias_update_rate": _irrelevant("only with the expert bias, which is refused"),
-    "moe_router_quantile_balancing_ema": _irrelevant("only with quantile balancing, refused"),
-    "moe_router_force_load_balancing": _refused(
-        "random logits would activate half of all experts; benchmark with real routing"
+    "moe_router_quantile_balancing_ema": _irrelevant(
+        "only with quantile balancing, which is refused"
     ),
-    "moe_router_force_biased": _refused(
-        "random logits would activate half of all experts; benchmark with real routing"
+    **_each(
+        _refused("random logits would activate half of all experts; benchmark with real routing"),
+        "moe_router_force_", "load_balancing biased",
     ),
     "moe_router_fusion": _refused("Megatron's fused router selects top-k; leave it out"),
     "moe_enable_routing_replay": _refused("replays top-k indices; leave it out"),
@@ -113,58 +114,56 @@ OPTIONS: dict[str, Option] = {
     # dispatch
     "moe_token_dispatcher_type": _refused(
         "flex selects the top-k experts again; use alltoall or allgather",
-        "alltoall", "allgather",
+        ("alltoall", "allgather"),
     ),
     "moe_permute_fusion": _refused(f"Transformer Engine's fused permutation {_UNVERIFIED}"),
     "moe_apply_probs_on_input": _refused(
         "Eq. 1 weights the experts' outputs; weighting inputs is another model; leave it out"
     ),
-    "moe_expert_capacity_factor": _refused(_NO_CAPACITY),
-    "moe_pad_expert_input_to_capacity": _refused(_NO_CAPACITY),
-    "moe_expert_rank_capacity_factor": _refused(_NO_CAPACITY),
-    "moe_token_dropping": _refused(_NO_CAPACITY),
+    **_each(
+        _refused(_NO_CAPACITY),
+        "moe_", "expert_capacity_factor pad_expert_input_to_capacity expert_rank_capacity_factor "
+        "token_dropping pad_experts_for_cuda_graph_inference",
+    ),
     "moe_token_drop_policy": _irrelevant("only with a capacity, which is refused"),
-    "moe_pad_experts_for_cuda_graph_inference": _refused(_NO_CAPACITY),
     "moe_latent_size": _refused(f"the latent projection (Transformer Engine) {_UNVERIFIED}"),
     "moe_mlp_glu_interleave_size": _refused(f"interleaved gate and up {_UNVERIFIED}"),
     "moe_enable_deepep": _refused("part of the flex dispatcher; use alltoall or allgather"),
-    "moe_flex_dispatcher_backend": _irrelevant(_FLEX),
-    "moe_permute_fusion_into_hybridep": _irrelevant(_FLEX),
-    "moe_hybridep_pad_uneven_dispatch_inputs": _irrelevant(_FLEX),
-    "moe_flex_dispatcher_num_sms": _irrelevant(_FLEX),
-    "moe_deepep_num_sms": _irrelevant(_FLEX),
-    "moe_hybridep_num_sms": _irrelevant(_FLEX),
-    "moe_hybridep_num_blocks_permute": _irrelevant(_FLEX),
-    "moe_hybridep_num_blocks_unpermute": _irrelevant(_FLEX),
-    "moe_hybridep_num_sms_preprocessing": _irrelevant(_FLEX),
-    "moe_ncclep_static_shape": _irrelevant(_FLEX),
-    "moe_ncclep_zero_copy": _irrelevant(_FLEX),
+    **_each(
+        _irrelevant("of the flex dispatcher, which is refused"),
+        "moe_", "flex_dispatcher_backend permute_fusion_into_hybridep "
+        "hybridep_pad_uneven_dispatch_inputs flex_dispatcher_num_sms deepep_num_sms "
+        "hybridep_num_sms hybridep_num_blocks_permute hybridep_num_blocks_unpermute "
+        "hybridep_num_sms_preprocessing ncclep_static_shape ncclep_zero_copy",
+    ),
     "moe_paged_stash": _refused(f"the paged stash {_UNVERIFIED}"),
-    "moe_paged_stash_page_size": _irrelevant("only with the paged stash, which is refused"),
-    "moe_paged_stash_buffer_size_factor_cuda": _irrelevant("only with the paged stash, refused"),
-    "moe_paged_stash_buffer_size_factor_cpu": _irrelevant("only with the paged stash, refused"),
+    **_each(
+        _irrelevant("only with the paged stash, which is refused"),
+        "moe_paged_stash_", "page_size buffer_size_factor_cuda buffer_size_factor_cpu",
+    ),
     "overlap_moe_expert_parallel_comm": _refused(f"the overlapped schedule {_UNVERIFIED}"),
     "overlap_dispatch_backward_with_experts_wgrad": _refused(f"the overlap {_UNVERIFIED}"),
     # multi-token prediction and CUDA graphs
-    "mtp_num_layers": _refused(f"multi-token prediction {_UNVERIFIED}"),
-    "mtp_standalone": _refused(f"multi-token prediction {_UNVERIFIED}"),
-    "mtp_grad_scale_func": _irrelevant("only with multi-token prediction, which is refused"),
-    "mtp_loss_scaling_factor": _irrelevant("only with multi-token prediction, refused"),
-    "mtp_use_repeated_layer": _irrelevant("only with multi-token prediction, refused"),
-    "mtp_detach_heads": _irrelevant("only with multi-token prediction, refused"),
-    "mtp_hybrid_override_pattern": _irrelevant("only with multi-token prediction, refused"),
-    "enable_cuda_graph": _refused(_GRAPHS),
-    "external_cuda_graph": _refused(_GRAPHS),
-    "cuda_graph_impl": _refused(_GRAPHS),
-    "cuda_graph_modules": _irrelevant("only with CUDA graphs, which are refused"),
-    "cuda_graph_scope": _irrelevant("only with CUDA graphs, which are refused"),
-    "cuda_graph_use_single_mempool": _irrelevant("only with CUDA graphs, which are refused"),
-    "cuda_graph_retain_backward_graph": _irrelevant("only with CUDA graphs, which are refused"),
-    "cuda_graph_warmup_steps": _irrelevant("only with CUDA graphs, which are refused"),
-    "inference_cuda_graph_scope": _irrelevant("only with CUDA graphs, which are refused"),
-    "inference_moe_token_dispatcher_type": _irrelevant("of Megatron's inference engine"),
-    "inference_moe_disable_fused_quant_kernels": _irrelevant("of Megatron's inference engine"),
-    "delay_offload_until_cuda_graph": _irrelevant("only with CUDA graphs, which are refused"),
+    **_each(_refused(f"multi-token prediction {_UNVERIFIED}"), "mtp_", "num_layers standalone"),
+    **_each(
+        _irrelevant("only with multi-token prediction, which is refused"),
+        "mtp_", "grad_scale_func loss_scaling_factor use_repeated_layer detach_heads "
+        "hybrid_override_pattern",
+    ),
+    **_each(
+        _refused("buffer sizes change with every step under ReLU routing; leave it out"),
+        "", "enable_cuda_graph external_cuda_graph cuda_graph_impl",
+    ),
+    **_each(
+        _WITH_GRAPHS,
+        "cuda_graph_", "modules scope use_single_mempool retain_backward_graph warmup_steps",
+    ),
+    "inference_cuda_graph_scope": _WITH_GRAPHS,
+    **_each(
+        _irrelevant("of Megatron's inference engine"),
+        "inference_moe_", "token_dispatcher_type disable_fused_quant_kernels",
+    ),
+    "delay_offload_until_cuda_graph": _WITH_GRAPHS,
 }  # fmt: skip
 
 
@@ -189,7 +188,7 @@ LOGS: dict[str, str] = {
 
 
 def moe_fields() -> dict[str, Any]:
-    """Fields of Megatron's TransformerConfig that need an answer, with their defaults."""
+    """Return the fields of Megatron's TransformerConfig that need an answer, with defaults."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     parts = ("moe_", "mtp_", "cuda_graph")
@@ -237,24 +236,43 @@ def check(
             raise ValueError(f"{name} is {value}, which {by} refuses: {option.why}")
 
 
-def to_markdown() -> str:
-    """The tables of `docs/options.md`."""
-    return f"{_options()}\n\n{_LOGS_TITLE}\n\n{_logs()}"
+_SETTINGS_TITLE = """## The settings of the routers
 
-
+Each is a field of a class in `remoe/config.py`. A YAML config has the flag's name with underscores.
+The last column says what happens to a run whose checkpoint was trained with another value."""
 _LOGS_TITLE = """## Megatron's logs under ReLU routing
 
 Megatron counts k experts per token wherever it counts experts."""
 
 
-def _logs() -> str:
-    rows = [f"| `{name}` | {text} |" for name, text in LOGS.items()]
-    return "\n".join(["| flag | what to know |", "|---|---|", *rows])
+def to_markdown() -> str:
+    """Return the tables of `docs/options.md`."""
+    options = [(f"`{name}`", o.answer, _describe(o)) for name, o in OPTIONS.items()]
+    settings = {s.dest: s for routing in ROUTINGS.values() for s in settings_of(routing)}
+    routers = [
+        (
+            f"`{s.flag}`",
+            f"`{s.name}`" if s.exported else "",
+            "" if s.default is None else str(s.default).lower(),
+            s.help,
+            s.on_resume,
+        )
+        for s in settings.values()
+    ]
+    logs = [(f"`{name}`", text) for name, text in LOGS.items()]
+    parts = (
+        _table(("option", "ReLU routing", "reason"), options),
+        _SETTINGS_TITLE,
+        _table(("flag", "exported `config.json`", "default", "meaning", "on resume"), routers),
+        _LOGS_TITLE,
+        _table(("flag", "what to know"), logs),
+    )
+    return "\n\n".join(parts)
 
 
-def _options() -> str:
-    rows = [f"| `{name}` | {o.answer} | {_describe(o)} |" for name, o in OPTIONS.items()]
-    return "\n".join(["| option | ReLU routing | |", "|---|---|---|", *rows])
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    return "\n".join([next(lines), "|" + "---|" * len(head), *lines])
 
 
 def _describe(option: Option) -> str:

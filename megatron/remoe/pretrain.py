@@ -23,7 +23,7 @@ Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]  # what `loss_
 def get_batch(
     data_iterator: Any, args: Namespace, *, training: bool, vp_stage: int | None = None
 ) -> tuple[Any, ...]:
-    """The micro-batch of this rank as Megatron shares it out over tensor-parallel ranks.
+    """Return the micro-batch of this rank, which Megatron broadcasts to tensor-parallel ranks.
 
     Returns:
         tokens, labels, loss_mask, attention_mask, position_ids, each `[b, s]` or None where this
@@ -65,12 +65,12 @@ def get_batch(
 
 
 def loss_func(loss_mask: torch.Tensor, output: torch.Tensor, *, check_for_nan: bool) -> Loss:
-    """Sum of the token losses, the number of tokens, and both for Megatron's report.
+    """Return the sum of the token losses, the number of tokens, and both for Megatron's report.
 
     Args:
-        loss_mask: `[b, s]`, zero for tokens that do not count.
+        loss_mask: `[b, s]`, which is zero for tokens that do not count.
         output: token losses `[b, s]`.
-        check_for_nan: hand the loss to Megatron's rerun state machine, which stops on NaN and inf.
+        check_for_nan: whether Megatron's rerun state machine sees the loss and stops at NaN or inf.
     """
     mask = loss_mask.reshape(-1).float()
     loss = torch.dot(output.reshape(-1).float(), mask)
@@ -95,7 +95,11 @@ def loss_func(loss_mask: torch.Tensor, output: torch.Tensor, *, check_for_nan: b
 def forward_step(
     data_iterator: Any, model: Any
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Loss]]:
-    """Megatron's forward step: a micro-batch in, token losses and their loss function out."""
+    """Run the model on a micro-batch: Megatron's forward step.
+
+    Returns:
+        The token losses, and the function that makes the loss of them.
+    """
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_args, get_timers
 
@@ -114,7 +118,7 @@ def forward_step(
 
 
 def dataset_config(args: Namespace) -> Any:
-    """Megatron's configuration of the datasets over the `.bin/.idx` files of the arguments."""
+    """Return Megatron's configuration of the datasets that the arguments name."""
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from megatron.training import get_tokenizer
     from megatron.training.utils import get_blend_and_blend_per_split
@@ -141,11 +145,11 @@ def dataset_config(args: Namespace) -> Any:
 
 
 def datasets_provider(num_samples: Sequence[int | None], vp_stage: int | None = None) -> Any:
-    """Megatron's train, validation and test datasets over the `.bin/.idx` files of the arguments.
+    """Build the training, validation and test datasets of the `.bin/.idx` files in the arguments.
 
     Args:
-        num_samples: number of samples of each split.
-        vp_stage: virtual pipeline stage.
+        num_samples: the number of samples of each split.
+        vp_stage: the virtual pipeline stage.
     """
     from megatron.core import mpu
     from megatron.core.datasets.blended_megatron_dataset_builder import (
@@ -171,6 +175,7 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 def main() -> int:
+    """Pretrain as the command line says, and return the exit code."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `remoe train` ignores it in torchrun
     processes.end_with_parent()
     with processes.exit_at_once(int(os.environ.get("RANK", "0"))):
@@ -208,5 +213,5 @@ def _pretrain() -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
-elif __name__ == "__mp_main__":  # a helper of an asynchronous save, which is not forked
+elif __name__ == "__mp_main__":  # a helper process of an asynchronous save that was not forked
     processes.end_with_parent()

@@ -1,6 +1,6 @@
-"""Processes of a run: nobody outlives the one that started it, and no two runs share a directory.
+"""Processes of a run: none outlives the one that started it, and no two runs share a directory.
 
-The kernel does both (a death signal and a lock), so that they hold after kill -9 too.
+The kernel ensures both, by a death signal and a lock, so that they hold after kill -9 as well.
 """
 
 import contextlib
@@ -15,17 +15,17 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-PARENT = "REMOE_PARENT_PID"  # in the environment: who starts this process
+PARENT = "REMOE_PARENT_PID"  # environment variable with the id of the process that starts this one
 _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(parent: int | None = None) -> None:
     """Let the kernel kill this process when the one that started it ends. Linux only.
 
-    Ends it now if that has happened already.
+    It ends this process now if that has already happened.
 
     Args:
-        parent: the process that started this one; None is the one that the environment names.
+        parent: the process that started this one; None takes the one that the environment names.
     """
     _set_death_signal()
     expected = parent or os.environ.get(PARENT)
@@ -34,14 +34,14 @@ def end_with_parent(parent: int | None = None) -> None:
 
 
 def end_children_with_me() -> None:
-    """The same for every process that this one forks: data loaders, writers of checkpoints."""
+    """Let every process that this one forks end with it: data loaders, writers of checkpoints."""
     os.environ.pop(PARENT, None)
     parent = os.getpid()
 
     def in_child() -> None:
         nonlocal parent
         _set_death_signal()
-        if os.getppid() != parent:  # it has ended before this process looked
+        if os.getppid() != parent:  # the parent ended before this process could watch it
             os._exit(1)
         parent = os.getpid()
 
@@ -54,7 +54,7 @@ def _set_death_signal() -> None:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that this one has started and that still run. Linux only."""
+    """Return the running processes that a process has started. Linux only."""
     found: list[int] = []
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         for thread in Path(f"/proc/{pid}/task").iterdir():
@@ -63,7 +63,7 @@ def children(pid: int) -> list[int]:
 
 
 def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has installed a handler for a signal. Linux only."""
+    """Return whether a process has installed a handler for a signal. Linux only."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("SigCgt:"):
@@ -75,14 +75,14 @@ def hold_lock(path: Path, subject: object) -> int:
     """Lock a file until this process and the children that share it have ended.
 
     Args:
-        path: made if it does not exist.
-        subject: what is locked, for the message.
+        path: the file, which is made if it does not exist.
+        subject: what the message says is in use.
 
     Returns:
-        The file descriptor, to be closed to give the lock back, or passed on.
+        The file descriptor. Closing it gives the lock back, and a child may inherit it.
 
     Raises:
-        ValueError: it is locked, naming by whom.
+        ValueError: another process holds the lock; the message names it.
     """
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -102,7 +102,7 @@ def hold_lock(path: Path, subject: object) -> int:
 
 @contextlib.contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
-    """End this process with code 2 when the user asked for something that is refused."""
+    """End this process with code 2 and one line when what the user asked for is refused."""
     try:
         yield
     except ValueError as error:
@@ -111,13 +111,13 @@ def mistakes_in_one_line() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_at_once(rank: int) -> Iterator[None]:
-    """End this process without cleaning up when it fails, so that nothing can keep it.
+    """End this process without cleaning up when it fails, so that nothing can delay its end.
 
-    With Megatron's exit-signal handler the data loaders ignore SIGTERM, and Python would wait for
-    them; the other ranks would wait for this one.
+    With Megatron's exit-signal handler the data loaders ignore SIGTERM. Python would wait for them,
+    and the other ranks would wait for this one.
 
     Args:
-        rank: of this process, for the message.
+        rank: the rank of this process, which the message names.
     """
     try:
         yield
@@ -136,8 +136,8 @@ def exit_at_once(rank: int) -> Iterator[None]:
 
 
 def _end(code: int, *messages: str) -> None:
-    with contextlib.suppress(OSError):  # a full disk must not keep it either
-        for message in messages:  # each in one piece, since all ranks write to one file
+    with contextlib.suppress(OSError):  # a full disk must not delay the end either
+        for message in messages:  # each in one write, because all ranks write to one file
             sys.stdout.write(f"{message}\n")
             sys.stdout.flush()
     with contextlib.suppress(OSError):

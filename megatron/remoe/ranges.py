@@ -1,4 +1,4 @@
-"""What numbers and programs the flags of a pretraining run can have: one table, and generic rules.
+"""The intervals in which the numbers of a pretraining run must be: one table, and general rules.
 
 Megatron's parser takes any number of the right type. Some of them end every rank later, and others
 train a run that means nothing (NaN as the limit of the gradient, dropout above 1).
@@ -10,8 +10,10 @@ import math
 import re
 from collections.abc import Iterator
 
-# Names as in `args`, and the interval in which a value must be. The first pattern that fits counts,
-# and earlier ones are complained about first: the length of a run before what follows from it.
+from remoe.settings import Interval
+
+# Names in Megatron's arguments, and the interval in which a value must be. The first pattern that
+# fits counts. Earlier rows are checked first: the length of a run before what follows from it.
 _INTERVALS: tuple[tuple[str, str], ...] = (
     (r"train_(iters|samples)", "[1, inf)"),
     (r"(micro|eval_micro|global|eval_global)_batch_size", "[1, inf)"),
@@ -58,7 +60,7 @@ _INTERVALS: tuple[tuple[str, str], ...] = (
     (r"\w+_interval", "[1, inf)"),
     (r"timing_log_level", "[0, 2]"),
     (r"exit_duration_in_mins|tensorboard_queue_size|dist_ckpt_workers", "[1, inf)"),
-    (r"ckpt_step", "[1, inf)"),
+    (r"ckpt_step|save_keep_last", "[1, inf)"),
 )  # fmt: skip
 # Whole numbers that are below zero on purpose.
 _SIGNED = re.compile(
@@ -72,8 +74,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse numbers that are out of range.
 
     Args:
-        args: as parsed.
-        parser: that parsed them.
+        args: the parsed arguments.
+        parser: the parser that they come from.
 
     Raises:
         ValueError: naming the flag, its value and what it may be.
@@ -90,8 +92,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
                     f"{key} is {value}; it must be within 64 bits, choose a smaller one"
                 )
             interval = _interval(name, action.type is int)
-            if interval is not None and not _contains(interval, value):
-                raise ValueError(f"{key} is {value}; it must be {_in_words(interval)}")
+            if interval is not None and value not in interval:
+                raise ValueError(f"{key} is {value}; it must be {interval}")
 
 
 def _values(args: argparse.Namespace, name: str) -> Iterator[int | float]:
@@ -107,21 +109,8 @@ def _place(name: str) -> int:
     return next(fits, len(_INTERVALS))
 
 
-def _interval(name: str, is_whole: bool) -> str | None:
+def _interval(name: str, is_whole: bool) -> Interval | None:
     place = _place(name)
     if place < len(_INTERVALS):
-        return _INTERVALS[place][1]
-    return "[0, inf)" if is_whole and not _SIGNED.fullmatch(name) else None
-
-
-def _contains(interval: str, value: float) -> bool:
-    low, high = map(float, interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    return above and (value <= high if interval[-1] == "]" else value < high)
-
-
-def _in_words(interval: str) -> str:
-    low, high = interval[1:-1].split(", ")
-    if high == "inf":
-        return f"{'at least' if interval[0] == '[' else 'above'} {low}"
-    return f"in {interval}"
+        return Interval(_INTERVALS[place][1])
+    return Interval("[0, inf)") if is_whole and not _SIGNED.fullmatch(name) else None

@@ -7,7 +7,7 @@
 
     results = ranks.run(function, argument)   # function(argument) on every rank; list of results
 
-Functions must be importable (module level), and so must their arguments and results be picklable.
+Functions must be importable (at module level), and arguments and results must be picklable.
 """
 
 import contextlib
@@ -24,18 +24,18 @@ from typing import Any
 
 _TIMEOUT_SECONDS = 300
 _SECONDS_TO_END = 10
-_store: Any = None  # of this process, when it is a rank
+_store: Any = None  # the store of this process, when it is a rank
 _generation = 0
 
 
 class Ranks:
-    """Processes with a gloo group and Megatron's CPU stand-in enabled."""
+    """Processes with a gloo group, in which the CPU stands in for CUDA."""
 
     def __init__(self, size: int) -> None:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         context = multiprocessing.get_context("spawn")
-        # Served from here, so that its port is free and nobody takes it meanwhile.
+        # This process serves it, so that no other program can take the port meanwhile.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes, self._processes = [], []
         for rank in range(size):
@@ -52,9 +52,9 @@ class Ranks:
         self.close()
 
     def close(self) -> None:
-        """End the ranks and what they have started; may be called twice."""
+        """End the ranks and what they have started. A second call does nothing."""
         for pipe in self._pipes:
-            pipe.close()  # a rank that waits for work now ends, with the helpers it has started
+            pipe.close()  # a waiting rank ends, with the helpers that it has started
         for process in self._processes:
             process.join(_SECONDS_TO_END)
             assert process.pid is not None  # it was started
@@ -79,13 +79,14 @@ class Ranks:
 
 
 # A model that Megatron's DDP has wrapped stays alive, and so do its two dozen process groups, each
-# with a polling thread of gloo: after some runs the ranks start afresh, and do not idle for long.
+# with a polling thread of gloo. Therefore new ranks replace a pool after some runs, and sooner if
+# the pool is idle.
 _RUNS_PER_POOL = 8
 _RUNS_OF_AN_IDLE_POOL = 3
 
 
 class Pools:
-    """Groups of ranks by size, started when they are first needed and renewed after some runs."""
+    """Groups of ranks by size, which are started on first use and replaced after some runs."""
 
     def __init__(self) -> None:
         self._ranks: dict[int, Ranks] = {}
@@ -99,7 +100,7 @@ class Pools:
             self._close(world)
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-        """Call the function on every rank of a group of this size; see `Ranks.run`."""
+        """Call the function on every rank of a group of this size, as `Ranks.run` does."""
         for size in list(self._ranks):
             limit = _RUNS_PER_POOL if size == world else _RUNS_OF_AN_IDLE_POOL
             if self._runs[size] >= limit:
@@ -110,7 +111,7 @@ class Pools:
         try:
             return self._ranks[world].run(function, *args, **kwargs)
         except AssertionError:
-            self._close(world)  # its ranks no longer wait at the same place
+            self._close(world)  # its ranks no longer wait for the same call
             raise
 
     def _close(self, world: int) -> None:
@@ -119,9 +120,9 @@ class Pools:
 
 
 def renew_groups() -> None:
-    """Replace all process groups of this rank by a new world; to be called on all ranks.
+    """Replace all process groups of this rank by a new world; every rank must call it.
 
-    Every group of gloo keeps a polling thread, and Megatron makes two dozen groups per layout.
+    Every gloo group keeps a polling thread, and Megatron makes two dozen groups per layout.
     """
     import torch
     from megatron.core import parallel_state
@@ -147,7 +148,7 @@ def initialize_layout(
     expert: int = 1,
     expert_tensor: int | None = None,
 ) -> None:
-    """Process groups of a layout and its random states, replacing those of the one before."""
+    """Make the process groups and random states of a layout, which replace the present ones."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -167,7 +168,7 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     import warnings
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.setsid()  # so that what it starts can be ended with it
+    os.setsid()  # so that the processes it starts can be ended with it
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     warnings.filterwarnings("ignore")
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
@@ -198,7 +199,7 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """A rank that hangs in a collective would outlive a killed parent."""
+    """End this rank with its parent, which it would outlive if it hung in a collective."""
     while os.getppid() == parent:
         time.sleep(1)
     os.killpg(0, signal.SIGKILL)

@@ -1,32 +1,65 @@
 """Configuration of a ReMoE language model: LLaMA with mixture-of-experts layers.
 
-Self-contained: exported with every model.
+This file is exported with every model and therefore self-contained. Its fields for the router are
+the exported settings of `remoe.config.ReLURouting`; a test compares names, defaults and checks.
 """
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 ROUTER_TYPES = ("relu", "topk_pre_softmax", "topk_post_softmax")
-FORMAT_VERSION = 1  # of config.json and the names of weights; older code refuses a newer one
+FORMAT_VERSION = (
+    1  # version of config.json and of the names of weights; older code refuses a newer one
+)
+
+_FORMER = {"l1_coeff_rule": "sign", "router_bias": False}  # settings of earlier versions
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_coefficients(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(_is_number(one) and one >= 0 for one in value)
+
 
 _COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
     "num_experts", "num_experts_per_tok", "max_active_experts",
 )  # fmt: skip
+# What a value must be, by name: a test, and the same in words. A default of None passes as well.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(_COUNTS, (_is_count, "a whole number of at least 1")),
+    "router_type": (lambda x: x in ROUTER_TYPES, f"one of {', '.join(ROUTER_TYPES)}"),
+    "router_dtype": (lambda x: x in ("float32", "float64", None), "float32, float64 or null"),
+    "load_balancing": (lambda x: x in ("aux_loss", "none"), "aux_loss or none"),
+    "rms_norm_eps": (lambda x: _is_number(x) and x > 0, "a positive number"),
+    "l1_coeff": (_is_coefficients, "a list of numbers that are not negative"),
+    "l1_coeff_init": (lambda x: _is_number(x) and x > 0, "a positive number"),
+    "l1_coeff_multiplier": (lambda x: _is_number(x) and x > 1, "a number above 1"),
+    "target_sparsity": (
+        lambda x: _is_number(x) and 0 <= x < 1, "a number of at least 0 and below 1",
+    ),
+    "at_least_one_expert": (lambda x: isinstance(x, bool), "true or false"),
+    "attention_dropout": (lambda x: _is_number(x) and 0 <= x <= 1, "a number between 0 and 1"),
+}  # fmt: skip
 
-_FORMER = {"l1_coeff_rule": "sign", "router_bias": False}  # settings of earlier versions
 
-
-def refuse_misspelt(given: Iterable[str], known: Iterable[str], kind: str) -> None:
-    """Refuse names that are nearly a known one; transformers would ignore them.
+def refuse_misspelled(given: Iterable[str], known: Iterable[str], kind: str) -> None:
+    """Refuse names that resemble a known one; transformers would ignore them.
 
     Raises:
-        ValueError: one of them, and the name that it resembles.
+        ValueError: naming the first of them, and the name that it resembles.
     """
     known = set(known)
     for name in given:
@@ -35,30 +68,30 @@ def refuse_misspelt(given: Iterable[str], known: Iterable[str], kind: str) -> No
 
 
 class ReMoEConfig(LlamaConfig):
-    """LlamaConfig, and the experts.
+    """LlamaConfig with experts.
 
     Attributes:
         router_type: `relu` (arXiv 2412.14711, Eq. 5), or `topk` of the softmax (pre) or with the
             softmax over the chosen logits (post).
-        router_dtype: dtype of logits and gates, "float32" or "float64"; None is that of the model.
+        router_dtype: dtype of logits and gates, "float32" or "float64"; None takes the model's.
         num_experts: E.
-        num_experts_per_tok: k; with ReLU routing the mean that the target sparsity stands for.
+        num_experts_per_tok: k; with ReLU routing the mean at the target sparsity.
         moe_intermediate_size: width of one expert.
         mlp_only_layers: layers with a dense MLP of width `intermediate_size` in place of experts.
-        l1_coeff: coefficient of the L1 penalty for every layer with experts; None is no penalty.
-        l1_coeff_init, l1_coeff_multiplier, target_sparsity: of its controller (Eq. 7).
-        max_active_experts: of a token, those with the largest gates; None is no limit.
-        at_least_one_expert: whether a token without any has the expert of its largest logit.
+        l1_coeff: coefficient of the L1 penalty for every layer with experts; None means no penalty.
+        l1_coeff_init, l1_coeff_multiplier, target_sparsity: settings of its controller (Eq. 7).
+        max_active_experts: most experts of a token, those with the largest gates; None is no limit.
+        at_least_one_expert: whether a token without any expert gets that of its largest logit.
         load_balancing: "aux_loss" weights the penalty by load (Eq. 10), "none" does not (Eq. 9).
         training_facts: what is known about the training: iteration, tokens, losses, sparsity.
-        format_version: of the exported files.
+        format_version: version of the exported files.
 
     Raises:
-        ValueError: a value that no model can have, a misspelt name, or a newer format.
+        ValueError: a value that no model can have, a misspelled name, or a newer format.
     """
 
     model_type = "remoe"
-    # The layers' experts are no part of LLaMA's plans for tensor and pipeline parallelism.
+    # LLaMA's plans for tensor and pipeline parallelism do not know the experts.
     base_model_tp_plan = None  # type: ignore[assignment]
     base_model_pp_plan = None  # type: ignore[assignment]
 
@@ -91,51 +124,24 @@ class ReMoEConfig(LlamaConfig):
                     f"{name} is {kwargs[name]!r}, which this code does not have any more; load the "
                     f"model with the code in its own folder (trust_remote_code=True)"
                 )
-        refuse_misspelt(kwargs, vars(self), "the setting")
-        self._check_numbers()
-        if self.router_type not in ROUTER_TYPES:
-            raise ValueError(
-                f"router_type is {self.router_type!r}, which is not known; "
-                f"it must be one of {', '.join(ROUTER_TYPES)}"
-            )
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok is {self.num_experts_per_tok} of {self.num_experts} experts; "
-                f"it must be between 1 and num_experts"
-            )
-        if self.router_dtype not in ("float32", "float64", None):
-            raise ValueError(
-                f"router_dtype is {self.router_dtype!r}; it must be float32, float64 or null"
-            )
-        if self.load_balancing not in ("aux_loss", "none"):
-            raise ValueError(
-                f"load_balancing is {self.load_balancing!r}; it must be aux_loss or none"
-            )
+        refuse_misspelled(kwargs, vars(self), "the setting")
+        for name, (is_valid, meaning) in _VALUES.items():
+            value = getattr(self, name)
+            is_default = value is None and getattr(type(self), name) is None
+            if not is_default and not is_valid(value):
+                raise ValueError(f"{name} is {value!r}; it must be {meaning}")
+        self._check_sizes()
         if self.target_sparsity is None:
             self.target_sparsity = 1 - self.num_experts_per_tok / self.num_experts
         super().__post_init__(**kwargs)
         self._check_layers()
 
-    def _check_numbers(self) -> None:
-        """Refuse counts that are no positive whole numbers, and numbers out of their range."""
-        for name in _COUNTS:
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        ranges = {
-            "rms_norm_eps": (lambda x: x > 0, "a positive number"),
-            "l1_coeff_init": (lambda x: x > 0, "a positive number"),
-            "l1_coeff_multiplier": (lambda x: x > 1, "a number above 1"),
-            "target_sparsity": (lambda x: 0 <= x < 1, "a number of at least 0 and below 1"),
-            "attention_dropout": (lambda x: 0 <= x <= 1, "a number between 0 and 1"),
-        }
-        for name, (is_valid, meaning) in ranges.items():
-            value = getattr(self, name)
-            if value is not None and not (_is_finite(value) and is_valid(value)):
-                raise ValueError(f"{name} is {value!r}; it must be {meaning}")
-        if not isinstance(self.at_least_one_expert, bool):
+    def _check_sizes(self) -> None:
+        """Refuse values that contradict each other, before LLaMA's own config reads them."""
+        if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
-                f"at_least_one_expert is {self.at_least_one_expert!r}; it must be true or false"
+                f"num_experts_per_tok is {self.num_experts_per_tok} of {self.num_experts} experts; "
+                f"it must be between 1 and num_experts"
             )
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
@@ -149,7 +155,7 @@ class ReMoEConfig(LlamaConfig):
             )
 
     def _check_layers(self) -> None:
-        """Refuse heads that do not divide, layers that do not exist, and bad coefficients."""
+        """Refuse heads that do not divide, layers that do not exist, and missing coefficients."""
         assert self.num_key_value_heads is not None and self.head_dim is not None
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -166,13 +172,6 @@ class ReMoEConfig(LlamaConfig):
             raise ValueError(
                 f"mlp_only_layers is {dense!r}; it must be a list of layers from 0 to {layers[-1]}"
             )
-        coeffs = self.l1_coeff
-        if coeffs is not None and not (
-            isinstance(coeffs, list | tuple) and all(_is_finite(c) and c >= 0 for c in coeffs)
-        ):
-            raise ValueError(
-                f"l1_coeff is {coeffs!r}; it must be a list of numbers that are not negative"
-            )
         if self.l1_coeff is not None and len(self.l1_coeff) != len(self.moe_layers):
             raise ValueError(
                 f"l1_coeff has {len(self.l1_coeff)} values for {len(self.moe_layers)} layers with "
@@ -184,11 +183,6 @@ class ReMoEConfig(LlamaConfig):
         """Indices of the layers with experts."""
         dense = set(self.mlp_only_layers or ())
         return [i for i in range(self.num_hidden_layers) if i not in dense]
-
-
-def _is_finite(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
 
 
 __all__ = ["ReMoEConfig"]

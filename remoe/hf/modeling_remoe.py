@@ -1,7 +1,7 @@
 """ReMoE for transformers: LLaMA whose MLPs are mixtures of SwiGLU experts behind a ReLU router.
 
-Self-contained: exported with every model, so the routing functions are a copy of `remoe`'s, which a
-test compares with their originals. Paper: arXiv 2412.14711.
+This file is exported with every model and therefore self-contained: its routing functions are
+copies of those in `remoe`, and a test compares both. The paper is arXiv 2412.14711.
 
 Shapes: B batch, S sequence, T = B * S tokens, H hidden, E experts, F expert width, L layers with
 experts.
@@ -30,7 +30,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
-from .configuration_remoe import ReMoEConfig, refuse_misspelt
+from .configuration_remoe import ReMoEConfig, refuse_misspelled
 
 logger = logging.get_logger(__name__)
 
@@ -43,7 +43,7 @@ UNMOVED_STEPS = 100  # forward passes with equal coefficients before a warning
 
 
 def relu_routing(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """Gates `relu(logits)` and the map of active experts, both `[T, E]` (Eq. 5)."""
+    """Return the gates `relu(logits)` and the map of active experts, both `[T, E]` (Eq. 5)."""
     dtype = torch.promote_types(logits_TE.dtype, torch.float32)
     probs_TE = torch.relu(logits_TE.to(dtype))
     return probs_TE, probs_TE > 0
@@ -56,7 +56,10 @@ def bounded_routing(
     max_active: int | None = None,
     at_least_one: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Shortcuts beside Eq. 5: the largest gates only, and the largest logit where there is none."""
+    """Keep the largest gates only, or add the largest logit where no gate is active.
+
+    Both are shortcuts, which Eq. 5 does not have.
+    """
     if max_active is not None and max_active < probs_TE.shape[1]:
         largest = probs_TE.topk(max_active, dim=1)
         probs_TE = torch.zeros_like(probs_TE).scatter(1, largest.indices, largest.values)
@@ -70,7 +73,7 @@ def bounded_routing(
 
 
 def load_weights(tokens_per_expert_E: Tensor, *, num_tokens: Tensor | int, topk: int) -> Tensor:
-    """Load weights f of the penalty, `[E]` (Eq. 11)."""
+    """Return the load weights f of the penalty, `[E]` (Eq. 11)."""
     num_experts = tokens_per_expert_E.shape[0]
     return tokens_per_expert_E.detach() * (num_experts / (topk * at_least_one(num_tokens)))
 
@@ -78,7 +81,7 @@ def load_weights(tokens_per_expert_E: Tensor, *, num_tokens: Tensor | int, topk:
 def l1_regularization(
     probs_TE: Tensor, *, num_tokens: Tensor | int, load_weights_E: Tensor | None = None
 ) -> Tensor:
-    """The regulariser of one layer, a 0-d tensor (Eq. 9 or 10)."""
+    """Return the regularizer of one layer, a 0-d tensor (Eq. 9 or 10)."""
     l1_E = probs_TE.sum(dim=0)
     if load_weights_E is not None:
         l1_E = l1_E * load_weights_E
@@ -86,18 +89,18 @@ def l1_regularization(
 
 
 def at_least_one(num_tokens: Tensor | int) -> Tensor | int:
-    """A number of tokens that can be divided by, also for a micro-batch of padding alone."""
+    """Return a number of tokens to divide by, which is 1 for a micro-batch of padding alone."""
     return num_tokens.clamp(min=1) if isinstance(num_tokens, Tensor) else max(1, num_tokens)
 
 
 def topk_pre_softmax(logits_TE: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of the softmax, and the map of active experts, both `[T, E]`."""
+    """Return the k largest entries of the softmax, and the active map, both `[T, E]`."""
     probs_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
     return _scatter(*torch.topk(probs_TE, topk, dim=-1), logits_TE)
 
 
 def topk_post_softmax(logits_TE: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """The softmax of the k largest logits, and the map of active experts, both `[T, E]`."""
+    """Return the softmax of the k largest logits, and the active map, both `[T, E]`."""
     chosen_Tk, index_Tk = torch.topk(logits_TE, topk, dim=-1)
     return _scatter(torch.softmax(chosen_Tk, dim=-1, dtype=torch.float32), index_Tk, logits_TE)
 
@@ -109,7 +112,7 @@ def _scatter(probs_Tk: Tensor, index_Tk: Tensor, logits_TE: Tensor) -> tuple[Ten
 
 
 def route(logits_TE: Tensor, router_type: str, topk: int) -> tuple[Tensor, Tensor]:
-    """Gates and the map of active experts of a router of this type, both `[T, E]`."""
+    """Return gates and the map of active experts for a type of router, both `[T, E]`."""
     if router_type == "relu":
         return relu_routing(logits_TE)
     routers = {"topk_pre_softmax": topk_pre_softmax, "topk_post_softmax": topk_post_softmax}
@@ -117,7 +120,7 @@ def route(logits_TE: Tensor, router_type: str, topk: int) -> tuple[Tensor, Tenso
 
 
 class ReMoERouter(nn.Module):
-    """`[T, H]` to gates and the map of active experts, both `[T, E]`."""
+    """A router from tokens `[T, H]` to gates and the map of active experts, both `[T, E]`."""
 
     def __init__(self, config: ReMoEConfig) -> None:
         super().__init__()
@@ -127,6 +130,7 @@ class ReMoERouter(nn.Module):
         self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gates and the map of active experts."""
         dtype = self.dtype or x_TH.dtype
         # A cast is not enough under autocast, which would cast it back.
         with torch.autocast(x_TH.device.type, enabled=False):
@@ -154,8 +158,9 @@ class ReMoEExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(self, x_TH: Tensor, probs_TE: Tensor, active_TE: Tensor) -> Tensor:
+        """Return the weighted sum of the active experts' outputs, `[T, H]`."""
         y_TH = torch.zeros_like(x_TH)
-        # Unbound once, gradients of all experts are stacked once in backward.
+        # The weights are unbound once, so that backward stacks the gradients of all experts once.
         gate_up, down = self.gate_up_proj.unbind(0), self.down_proj.unbind(0)
         counts = active_TE.sum(dim=0).tolist()
         tokens = active_TE.T.nonzero()[:, 1].split(counts)
@@ -171,7 +176,7 @@ class ReMoEExperts(nn.Module):
 
 
 class ReMoEBlock(nn.Module):
-    """Router and experts: `[B, S, H]` to the same, and the gates `[B, S, E]` and active map."""
+    """Router and experts, in place of the MLP of a LLaMA layer."""
 
     def __init__(self, config: ReMoEConfig) -> None:
         super().__init__()
@@ -179,6 +184,7 @@ class ReMoEBlock(nn.Module):
         self.experts = ReMoEExperts(config)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the new `[B, S, H]` states, and gates and active map, both `[B, S, E]`."""
         x_TH = hidden_states.flatten(0, 1)
         probs_TE, active_TE = self.router(x_TH)
         y_TH = self.experts(x_TH, probs_TE.to(x_TH.dtype), active_TE)
@@ -189,7 +195,7 @@ class ReMoEBlock(nn.Module):
 class ReMoERotaryEmbedding(LlamaRotaryEmbedding):
     """LlamaRotaryEmbedding whose frequencies keep their dtype when a model is cast as a whole.
 
-    In bf16 they would be wrong by up to 0.2%, which is two radians after a thousand tokens.
+    In bf16 they would be off by up to 0.2%, which is two radians after a thousand tokens.
     """
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ReMoERotaryEmbedding":
@@ -202,6 +208,8 @@ class ReMoERotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class ReMoEDecoderLayer(GradientCheckpointingLayer):
+    """A LLaMA layer, with experts in place of its MLP unless the config makes it dense."""
+
     def __init__(self, config: ReMoEConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = LlamaAttention(config, layer_idx)
@@ -213,7 +221,10 @@ class ReMoEDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """New hidden states, attention weights (eager only), gates and active map (experts)."""
+        """Return new hidden states, attention weights (eager only), gates and active map.
+
+        The last two are None for a dense layer.
+        """
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
@@ -230,7 +241,7 @@ class ReMoEModelOutput(ModelOutput):
     Attributes:
         router_probs: gates of every layer with experts, `[B, S, E]`, zero where inactive.
         active_experts: number of active experts per token of every such layer, int64 `[B, S]`.
-        l1_reg: the L1 regulariser of every such layer, `[L]`, of tokens that are no padding.
+        l1_reg: the L1 regularizer of every such layer, `[L]`, over tokens that are no padding.
     """
 
     last_hidden_state: Tensor | None = None
@@ -248,7 +259,7 @@ class ReMoECausalLMOutput(ModelOutput):
 
     Attributes:
         loss: cross-entropy, plus `penalty` in training mode.
-        penalty: `sum of l1_coeff * l1_reg` over layers (Eq. 6), when the model is training.
+        penalty: the sum of `l1_coeff * l1_reg` over layers (Eq. 6), when the model is training.
     """
 
     loss: Tensor | None = None
@@ -263,6 +274,8 @@ class ReMoECausalLMOutput(ModelOutput):
 
 
 class ReMoEPreTrainedModel(PreTrainedModel):
+    """What both models share: their config, and how weights are initialized."""
+
     config_class = ReMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -285,13 +298,14 @@ class ReMoEModel(ReMoEPreTrainedModel):
     """The transformer without its head.
 
     Attributes:
-        routed: int64 `[2]`, pairs of a token and an expert in training since the coefficients moved
-            last: active ones and all, without padding; None before the first.
+        routed: int64 `[2]`, the number of active (token, expert) pairs and that of all pairs, since
+            the coefficients moved last in training; padding does not count. None before the first
+            step.
     """
 
     def __init__(self, config: ReMoEConfig) -> None:
         super().__init__(config)
-        # Without `padding_idx`, which would keep gradients from a token that also ends texts.
+        # There is no `padding_idx`, which would keep gradients from a token that also ends texts.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(ReMoEDecoderLayer(config, i) for i in layers)
@@ -315,15 +329,18 @@ class ReMoEModel(ReMoEPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ReMoEModelOutput | tuple[Any, ...]:
-        """`[B, S]` tokens to hidden states; `output_routing` adds the routing of every layer."""
+        """Compute hidden states of `[B, S]` tokens.
+
+        With `output_routing` the output has the routing of every layer.
+        """
         config = self.config
         if kwargs and not torch.compiler.is_compiling():
-            refuse_misspelt(kwargs, FORWARD_ARGUMENTS, "argument")
+            refuse_misspelled(kwargs, FORWARD_ARGUMENTS, "argument")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache is None:  # with a cache, transformers does not separate packed texts
+        if use_cache is None:  # with a cache, transformers would not separate packed texts
             use_cache = config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
             if past_key_values is not None:  # layers would ignore it
@@ -389,7 +406,7 @@ class ReMoEModel(ReMoEPreTrainedModel):
     def _l1_reg(self, routing: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> Tensor:
         device = routing[0][0].device  # layers may be on several
         real_T = _real_tokens(mask, routing[0][0].shape[1])
-        regularisers, active_pairs = [], []
+        regularizers, active_pairs = [], []
         for probs, active in routing:
             probs_TE, active_TE = probs.flatten(0, 1), active.flatten(0, 1)
             num_tokens: Tensor | int = len(probs_TE)
@@ -406,7 +423,7 @@ class ReMoEModel(ReMoEPreTrainedModel):
                     topk=self.config.num_experts_per_tok,
                 )
             l1_reg = l1_regularization(probs_TE, num_tokens=num_tokens, load_weights_E=weights_E)
-            regularisers.append(l1_reg.to(device))
+            regularizers.append(l1_reg.to(device))
             active_pairs.append(tokens_per_expert_E.sum().to(device))
         if self.training and torch.is_grad_enabled():
             active_pair_count = torch.stack(active_pairs).sum()
@@ -415,15 +432,15 @@ class ReMoEModel(ReMoEPreTrainedModel):
                 real = real_T.sum().to(device)
             routed = torch.stack((active_pair_count, real * len(routing) * self.config.num_experts))
             self.routed = routed if self.routed is None else routed + self.routed.to(device)
-        return torch.stack(regularisers)
+        return torch.stack(regularizers)
 
 
 class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
     """The language model.
 
     In training mode the loss includes the L1 penalty with the coefficients of `config.l1_coeff`.
-    They stay as they are unless whoever trains calls `update_l1_coeff` after every step, or gives
-    `sparsity_callback()` to the Trainer.
+    The coefficients only move if the training calls `update_l1_coeff` after every step, or if the
+    Trainer gets `sparsity_callback()`.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -436,10 +453,10 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`GenerationMixin.generate`, whose output has no place for the routing.
+        """Generate text as `GenerationMixin` does, whose output has no place for the routing.
 
         Raises:
-            ValueError: `output_routing` is asked for.
+            ValueError: `output_routing` is set.
         """
         if kwargs.get("output_routing"):
             raise ValueError(
@@ -452,11 +469,12 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
     def update_l1_coeff(self) -> float | None:
         """Move the coefficients of the penalty once (Eq. 7), after an optimizer step.
 
-        The sparsity that decides is the mean over layers, and over all tokens (of all processes)
-        that were trained on since the last call. All layers move alike, as in pretraining.
+        The mean sparsity decides, over all layers and over all tokens (of all processes) since the
+        last call in training. All layers move alike, as in pretraining.
 
         Returns:
-            That sparsity; None if there was no token, or the router is no ReLU: then nothing moves.
+            That sparsity. It is None, and nothing moves, if there was no token or the router is no
+            ReLU router.
         """
         routed, self.model.routed = self.model.routed, None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -475,7 +493,7 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
         return sparsity
 
     def sparsity_callback(self) -> "SparsityCallback":
-        """What keeps the sparsity at its target in the Trainer: `callbacks=[...]` of it."""
+        """Return a callback for the Trainer that keeps the sparsity at its target."""
         return SparsityCallback()
 
     def forward(
@@ -495,11 +513,13 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> ReMoECausalLMOutput | tuple[Any, ...]:
-        """`[B, S]` tokens to logits `[B, S, V]`; with `labels` `[B, S]` (unshifted) also the loss.
+        """Compute logits `[B, S, V]` of `[B, S]` tokens, and with `labels` also the loss.
 
         Args:
-            logits_to_keep: the last so many positions only, or the given ones; 0 is all.
-            num_items_in_batch: labels of all micro-batches of a step, when losses are to be summed.
+            labels: `[B, S]`, unshifted.
+            logits_to_keep: the number of last positions to compute, or the positions; 0 means all.
+            num_items_in_batch: the number of labels in all micro-batches of a step, if the caller
+                sums their losses.
         """
         outputs = self.model(
             input_ids,
@@ -532,7 +552,7 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
             )
             if penalty is not None:
                 share = torch.ones_like(penalty)
-                if num_items_in_batch is not None:  # this micro-batch's part of the step
+                if num_items_in_batch is not None:  # the share of this micro-batch in the step
                     shifted = kwargs.get("shift_labels")
                     counted = labels[..., 1:] if shifted is None else shifted
                     num_labels = (counted != kwargs.get("ignore_index", -100)).sum()
@@ -556,7 +576,7 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
     def _warn_of_training(
         self, input_ids: Tensor | None, mask: Tensor | None, labels: Tensor | None
     ) -> None:
-        """Say once what would be missing from training without an error."""
+        """Warn once of what training would silently lack."""
         if torch.compiler.is_compiling():
             return
         if input_ids is not None:
@@ -581,7 +601,7 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
 class SparsityCallback(TrainerCallback, ExportableState):
     """Moves the coefficients of the L1 penalty once per step of the Trainer.
 
-    Checkpoints carry them in the model's config and in the Trainer's state, from which a resumed
+    Checkpoints hold them in the model's config and in the Trainer's state, from which a resumed
     training takes them.
     """
 
@@ -589,10 +609,10 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self.l1_coeff = l1_coeff
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start from the config's coefficients, or in a resumed training from the saved ones.
+        """Start from the config's coefficients, or from the saved ones when training resumes.
 
         Raises:
-            ValueError: an option of the Trainer that leaves the penalty out of the loss.
+            ValueError: an option of the Trainer leaves the penalty out of the loss.
         """
         if args.label_smoothing_factor != 0:
             raise ValueError(
@@ -609,19 +629,22 @@ class SparsityCallback(TrainerCallback, ExportableState):
         self.l1_coeff = config.l1_coeff
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the coefficients after an optimizer step."""
         model = _causal_lm(kwargs["model"])
         model.update_l1_coeff()
         self.l1_coeff = model.config.l1_coeff
 
     def state(self) -> dict[str, Any]:
+        """Return what the Trainer saves of this callback."""
         return {"args": {"l1_coeff": self.l1_coeff}, "attributes": {}}
 
 
 def _real_tokens(mask: Tensor | None, length: int) -> Tensor | None:
-    """Which of a call's tokens are no padding, bool `[T]`; None is all.
+    """Return which tokens of a call are no padding, bool `[T]`; None means all.
 
     Args:
-        mask: `[B, S + past]`, or prepared `[B, 1, S, S]`: padding does not attend to itself.
+        mask: `[B, S + past]`, or a prepared `[B, 1, S, S]`, in which padding does not attend to
+            itself.
         length: S.
     """
     if mask is None:
@@ -635,7 +658,7 @@ def _real_tokens(mask: Tensor | None, length: int) -> Tensor | None:
 
 
 def _causal_lm(model: nn.Module) -> ReMoEForCausalLM:
-    """The language model in whatever wraps it."""
+    """Return the language model inside its wrappers."""
     return next(module for module in model.modules() if isinstance(module, ReMoEForCausalLM))
 
 

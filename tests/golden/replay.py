@@ -1,10 +1,10 @@
 """Replay a trajectory of the published implementation through our Megatron modules.
 
-    python -m tests.golden.replay tests/golden/upstream_remoe_e8k1.json
+    python -m tests.golden.replay tests/golden/upstream_remoe_e8k1.json [--device cuda]
 
-One rank, fp32, CPU. Exits with 1 unless every quantity agrees within its tolerance over the steps
-that are comparable, and prints the largest deviation of each. The file's format and the definition
-of its runs are those of the published trajectories' README.
+One rank, fp32, on the CPU or on a GPU. Exits with 1 unless every quantity agrees within its
+tolerance over the steps that are comparable, and prints the largest deviation of each. The file's
+format and the definition of its runs are those of the published trajectories' README.
 """
 
 import argparse
@@ -43,12 +43,12 @@ def build_model(golden: Golden):
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron.remoe.moe.router import ReLURouting
+    from remoe.config import ReLURouting
 
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(0)
-    routing = ReLURouting(l1_reg_coeff_init=golden.coeff_init)
+    routing = ReLURouting(l1_coeff_init=golden.coeff_init)
     model_config = gpt_config(transformer_config(golden.config), golden.config, routing)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = GPTModelBuilder(model_config).build_model(groups)
@@ -56,7 +56,7 @@ def build_model(golden: Golden):
     if shapes != golden.params:
         raise ValueError("the model's parameters differ in name or shape from the golden run's")
     fill_with_golden_weights(model, golden.config["seed"])
-    return model.train()
+    return model.to(torch.cuda.current_device()).train()
 
 
 def replay(golden: Golden, steps: int) -> list[dict]:
@@ -75,9 +75,10 @@ def replay(golden: Golden, steps: int) -> list[dict]:
         eps=1e-8,
     )
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / config["nmb"]))
-    positions = torch.arange(config["seq"]).expand(config["mbs"], -1)
+    device = model.output_layer.weight.device
+    positions = torch.arange(config["seq"], device=device).expand(config["mbs"], -1)
     trajectory = []
-    for batch in golden_tokens(config)[:steps]:
+    for batch in golden_tokens(config)[:steps].to(device):
         losses = []
         for tokens in batch:
             loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
@@ -99,31 +100,38 @@ def replay(golden: Golden, steps: int) -> list[dict]:
     return trajectory
 
 
-def init_one_rank() -> None:
-    """A process group of one rank on the CPU, once per process."""
+def init_one_rank(device: str = "cpu") -> None:
+    """Make a process group of one rank, once per process."""
     from megatron.remoe import cpu
 
-    cpu.enable()
+    if device == "cpu":
+        cpu.enable()
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(
-            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-        )
+        backend = "gloo" if device == "cpu" else "nccl"
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", type=Path, help="a golden trajectory")
-    path = parser.parse_args().path
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the comparison is of fp32 on the CPU
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parser.parse_args()
+    path = args.path
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        print("error: device is cuda, but this machine has no GPU; use cpu", file=sys.stderr)
+        return 2
     try:
         golden = Golden.load(path)
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {path} is not a golden trajectory: {error!r}", file=sys.stderr)
         return 2
-    init_one_rank()
+    init_one_rank(args.device)
     steps = golden.comparable_steps
     largest = grid.deviations(replay(golden, steps), golden.trajectory[:steps])
-    print(f"{path.name}: largest deviation over {steps} comparable steps")
+    print(f"{path.name}: largest deviation over {steps} comparable steps, {args.device}")
     for key, (kind, tolerance) in TOLERANCES.items():
         verdict = "ok" if largest[key] <= tolerance else "DIFFERS"
         print(f"  {key:14} {largest[key]:9.2e} {kind} (tolerance {tolerance:.0e})  {verdict}")

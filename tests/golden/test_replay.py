@@ -1,5 +1,7 @@
 """The published trajectories, replayed; and what the replay would catch."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +36,15 @@ def deviations(path, steps=None, **changes):
 def test_published_trajectory(rank, path):
     for key, deviation in rank(deviations, path).items():
         assert deviation <= TOLERANCES[key][1], key
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("path", [OPEN_LOOP, CLOSED_LOOP], ids=lambda path: path.stem)
+def test_published_trajectory_on_a_gpu(path):
+    command = [sys.executable, "-m", "tests.golden.replay", str(path), "--device", "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parents[1])
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_comparable_steps():

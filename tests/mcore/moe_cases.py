@@ -98,14 +98,14 @@ def build_layer(
     """Our MoE layer in training mode, with its part of the known weights."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from megatron.remoe.moe.router import ReLURouting
     from megatron.remoe.moe.spec import block_spec
+    from remoe.config import ReLURouting
 
     initialize(layout)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     config = transformer_config(layout, **changes)
     routing = ReLURouting(
-        l1_reg_coeff_init=l1_coeff,
+        l1_coeff_init=l1_coeff,
         load_balancing=load_balancing,
         max_assignments=max_assignments,
         **(routing_changes or {}),

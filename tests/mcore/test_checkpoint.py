@@ -256,7 +256,7 @@ def test_flags_of_checkpoints(call):
     assert "use_persistent_ckpt_worker is set, but on a CPU" in refusal(
         "--async-save", "--use-persistent-ckpt-worker"
     )
-    assert "save_keep_last is 0; keep at least 1" in refusal("--save-keep-last", "0")
+    assert "save_keep_last is 0; it must be at least 1" in refusal("--save-keep-last", "0")
     few = ["--save-keep-last", "2", "--save-interval", "4", "--save-retain-interval"]
     assert "save_retain_interval is 6, no multiple of save_interval 4" in refusal(*few, "6")
     for flags, message in (
@@ -266,12 +266,12 @@ def test_flags_of_checkpoints(call):
         ),
         (["--ckpt-format", "fsdp_dtensor"], "ckpt_format is fsdp_dtensor, but runs continue from"),
         (["--ckpt-convert-format", "torch"], "ckpt_convert_format is torch, but other formats"),
-        (["--auto-detect-ckpt-format"], "auto_detect_ckpt_format is True, but runs continue from"),
+        (["--auto-detect-ckpt-format"], "auto_detect_ckpt_format is set, but runs continue from"),
         (["--non-persistent-ckpt-type", "global"], "non_persistent_ckpt_type is global, but a run"),
-        (["--use-megatron-fsdp"], "use_megatron_fsdp is True, but sharded parameters"),
-        (["--use-torch-fsdp2"], "use_torch_fsdp2 is True, but sharded parameters"),
-        (["--init-model-with-meta-device"], "init_model_with_meta_device is True, but only FSDP,"),
-        (["--moe-use-upcycling"], "moe_use_upcycling is True, but Megatron then builds its dense"),
+        (["--use-megatron-fsdp"], "use_megatron_fsdp is set, but sharded parameters"),
+        (["--use-torch-fsdp2"], "use_torch_fsdp2 is set, but sharded parameters"),
+        (["--init-model-with-meta-device"], "init_model_with_meta_device is set, but only FSDP,"),
+        (["--moe-use-upcycling"], "moe_use_upcycling is set, but Megatron then builds its dense"),
     ):
         assert refusal(*flags).startswith(f"error: {message}")
     args, _ = call(tiny.parse, *few, "8")

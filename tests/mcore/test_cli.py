@@ -87,7 +87,7 @@ CASES = {
     "not an override": (["lr"], "override 'lr' is not of the form key=value"),
     "for another script": (
         ["check_for_spiky_loss=true"],
-        "check_for_spiky_loss is True, which this entry point ignores; leave it out, or use a",
+        "check_for_spiky_loss is set, but this entry point ignores it; leave it out, or use a",
     ),
     "format of checkpoints": (
         ["ckpt_format=torch"],

@@ -260,11 +260,11 @@ WIDE = ["--ffn-hidden-size", "64"]
         ),
         (
             [*RELU, "--moe-relu-l1-reg-coeff-init", "0"],
-            "the initial L1 coefficient is 0.0; it must be positive",
+            "moe_relu_l1_reg_coeff_init is 0.0; it must be a finite number that is above 0",
         ),
         (
             [*RELU, "--moe-relu-l1-reg-coeff-multiplier", "1"],
-            "the L1 coefficient's multiplier is 1.0; it must be finite and above 1",
+            "moe_relu_l1_reg_coeff_multiplier is 1.0; it must be a finite number that is above",
         ),
         (
             [*RELU, "--moe-relu-load-balancing", "softmax"],
@@ -276,44 +276,44 @@ WIDE = ["--ffn-hidden-size", "64"]
         ),
         (
             ["--heterogeneous-layers-config-path", "x.json"],
-            "heterogeneous_layers_config_path is set, but our layers are all alike",
+            "heterogeneous_layers_config_path is x.json, but our layers are all alike",
         ),
         (
             ["--experimental-attention-variant", "gated_delta_net"],
-            "experimental_attention_variant is gated_delta_net, which needs layers of its own",
+            "experimental_attention_variant is gated_delta_net, but it needs layers of its own",
         ),
-        (["--yaml-cfg", "x.yaml"], "yaml_cfg is x.yaml, whose arguments take the place of all"),
+        (["--yaml-cfg", "x.yaml"], "yaml_cfg is x.yaml, but its arguments take the place of all"),
         (
             [*RELU, "--moe-routing-trace-path", "trace"],
             "moe_routing_trace_path is trace, but Megatron traces the k experts of a TopK router",
         ),
         (
             ["--reset-attention-mask", "--no-create-attention-mask-in-dataloader"],
-            "reset_attention_mask is set with no_create_attention_mask_in_dataloader, so that",
+            "reset_attention_mask is set, but no_create_attention_mask_in_dataloader leaves no",
         ),
         (
             ["--transformer-impl", "inference_optimized"],
-            "transformer_impl is inference_optimized, which does not train; use local or",
+            "transformer_impl is inference_optimized, but it does not train; use local or",
         ),
         (
             ["--transformer-impl", "local", "--multi-latent-attention"],
-            "multi_latent_attention is set, which has not been run with transformer_impl local",
+            "multi_latent_attention is set, but it has not been run with transformer_impl local",
         ),
         (
             ["--transformer-impl", "local", "--qk-layernorm", "--tensor-model-parallel-size", "2"],
-            "qk_layernorm is set with tensor_model_parallel_size 2, where the norms of transformer",
+            "qk_layernorm is set, but the norms of transformer_impl local cannot be split over",
         ),
         (
             ["--transformer-impl", "local", "--recompute-modules", "layernorm"],
-            "recompute_modules has layernorm, which Megatron recomputes with Transformer Engine",
+            "recompute_modules is layernorm, but Megatron recomputes layernorm with Transformer",
         ),
         (
             ["--transformer-impl", "local", "--attention-backend", "flash"],
-            "attention_backend is flash, which the layers of transformer_impl local ignore",
+            "attention_backend is flash, but the layers of transformer_impl local ignore it",
         ),
         (
             ["--transformer-impl", "local", "--use-grouped-gemm-for-dense-mlp"],
-            "use_grouped_gemm_for_dense_mlp is True, which the layers of transformer_impl local",
+            "use_grouped_gemm_for_dense_mlp is set, but the layers of transformer_impl local",
         ),
         (
             ["--transformer-impl", "local", "--save-tokens-per-expert-interval", "1"],
@@ -321,11 +321,11 @@ WIDE = ["--ffn-hidden-size", "64"]
         ),
         (
             ["--transformer-impl", "local", "--te-precision-config-file", "x.yaml"],
-            "te_precision_config_file is x.yaml, which is for layers of Transformer Engine",
+            "te_precision_config_file is x.yaml, but it is for layers of Transformer Engine",
         ),
         (
             ["--transformer-impl", "local", "--apply-layernorm-1p"],
-            "apply_layernorm_1p is set, which the norms of transformer_impl local do not have",
+            "apply_layernorm_1p is set, but the norms of transformer_impl local do not have it",
         ),
         (
             ["--transformer-impl", "local", "--bf16", "--fp32-residual-connection"],

@@ -29,8 +29,8 @@ def ids(layout):
 
 def build(layout, grouped, **changes):
     """The layer as Megatron initialises it; not with the known weights."""
-    from megatron.remoe.moe.router import ReLURouting
     from megatron.remoe.moe.spec import block_spec
+    from remoe.config import ReLURouting
 
     moe_cases.initialize(layout)
     config = moe_cases.transformer_config(layout, **({"moe_grouped_gemm": grouped} | changes))

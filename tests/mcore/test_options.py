@@ -28,6 +28,32 @@ def test_documentation_is_the_table():
     assert options.to_markdown() in DOCS.read_text()
 
 
+def flags_by_table() -> dict[str, set[str]]:
+    from megatron.remoe import unsupported
+    from megatron.remoe.arguments import megatron_parser
+
+    known = {action.dest for action in megatron_parser()._actions}
+    tables: dict[str, set[str]] = {
+        "every entry point": {refusal.name for refusal in unsupported.REFUSALS},
+        "unused": {refusal.name for refusal in unsupported._UNUSED},
+        "never": {name.partition(".")[0] for name in unsupported._REFUSED},
+        "needs a GPU": set(unsupported._NEEDS_GPU),
+        "needs a package": set(unsupported._NEEDS_PACKAGE) & known,
+    }
+    for group in megatron_parser()._action_groups:
+        if group.title in unsupported._OTHER_PROGRAMS:
+            flags = {action.dest for action in group._group_actions}
+            tables[group.title] = flags - set(unsupported._NOT_BY_GROUP)
+    assert set.union(*tables.values()) <= known
+    return tables
+
+
+def test_no_flag_is_refused_in_two_tables(rank):
+    tables = list(rank(flags_by_table).values())
+    assert len(tables) > 8
+    assert sum(map(len, tables)) == len(set.union(*tables))
+
+
 REFUSED = {
     "moe_expert_capacity_factor": 1.0,
     "moe_router_topk_scaling_factor": 2.0,

@@ -20,11 +20,11 @@ def ranks():
 def run_layer(layout: Layout, iteration: int):
     """Output of the layer at a training iteration, and what its router counted."""
     from megatron.remoe.moe.spec import block_spec
-    from megatron.remoe.moe.topk_router import TopKRouting
+    from remoe.config import TopKRouting
 
     moe_cases.initialize(layout)
     config = moe_cases.transformer_config(layout)
-    spec = block_spec(config, TopKRouting(STEPS, WARM_K)).layer_specs[0]
+    spec = block_spec(config, TopKRouting(warmup_steps=STEPS, warmup_topk=WARM_K)).layer_specs[0]
     layer = spec.submodules.mlp(config=config, layer_number=1)
     router, fc1, fc2 = moe_cases.weights(0.0)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from megatron.remoe.bench.timing import Alternative
-from remoe import ReMoEConfig, ReMoELayer, l1_penalty
+from remoe import ReMoELayer, ReMoELayerConfig, l1_penalty
 from remoe.routing import tokens_per_expert
 
 DENSE = "dense SwiGLU of equal active FLOPs"
@@ -47,8 +47,9 @@ class Shape:
 def inputs(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Tokens `[T, H]` and router `[E, H]` with exactly T * k positive logits.
 
-    The first feature of every token is 1, and its weight is minus the threshold that lets T * k
-    logits through: routing is that of a ReLU router, uneven over tokens and experts.
+    The first three features of every token are 1, and their weights add up to minus the threshold
+    that lets T * k logits through, which three bf16 numbers hold as exactly as one fp32 number.
+    Routing is that of a ReLU router, uneven over tokens and experts.
 
     Raises:
         ValueError: ties make T * k impossible.
@@ -56,12 +57,15 @@ def inputs(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape.tokens, shape.hidden_size, generator=generator)
     router = 0.02 * torch.randn(shape.num_experts, shape.hidden_size, generator=generator)
-    x[:, 0], router[:, 0] = 1, 0
+    x[:, :3], router[:, :3] = 1, 0
     x, router = x.to(**shape.like), router.to(**shape.like)
     wanted = shape.tokens * shape.topk
-    router[:, 0] = -threshold(F.linear(x.float(), router.float()), wanted)
+    rest = -threshold(F.linear(x.float(), router.float()), wanted)
+    for feature in range(3):
+        router[:, feature] = rest
+        rest = rest - router[0, feature].float()
     found = int((F.linear(x.float(), router.float()) > 0).sum())
-    if abs(found - wanted) > wanted // 1000:  # bf16 weights round the threshold
+    if abs(found - wanted) > wanted // 1000:  # logits that are nearly the threshold are rounded
         raise ValueError(f"{found} assignments instead of {wanted}; choose another size or seed")
     return x, router
 
@@ -92,7 +96,7 @@ def alternatives(shape: Shape) -> list[Alternative]:
 def remoe_layer(shape: Shape) -> Alternative:
     """`remoe.ReMoELayer`, with its penalty."""
     x, router = inputs(shape)
-    config = ReMoEConfig(
+    config = ReMoELayerConfig(
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
         num_experts=shape.num_experts,
@@ -162,8 +166,8 @@ def _megatron(
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from megatron.remoe.moe.router import ReLURouting
     from megatron.remoe.moe.spec import block_spec
+    from remoe.config import ReLURouting
 
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=shape.device))
     balanced = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}

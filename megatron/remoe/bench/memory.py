@@ -90,8 +90,8 @@ def build(case: Case) -> Callable[[int], None]:
     """The layer in Megatron with main gradients, as a function that trains it on some tokens."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from megatron.remoe.moe.router import ReLURouting
     from megatron.remoe.moe.spec import block_spec
+    from remoe.config import ReLURouting
 
     shape = case.shape
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=shape.device))

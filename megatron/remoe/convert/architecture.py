@@ -15,6 +15,8 @@ from megatron.remoe.convert.values import (
     check_sizes,
     check_whole,
 )
+from remoe.config import ROUTINGS
+from remoe.settings import Setting, settings_of
 
 # Arguments whose other values make a model that neither of our two is. Absent is as required.
 _REQUIRED: dict[str, Any] = {
@@ -193,14 +195,8 @@ def to_config(args: argparse.Namespace) -> Config:
         "target_sparsity": 1 - args.moe_router_topk / args.num_experts,
     }
     if is_relu:
-        config |= {
-            "l1_coeff_init": args.moe_relu_l1_reg_coeff_init,
-            "l1_coeff_multiplier": args.moe_relu_l1_reg_coeff_multiplier,
-            # the published code has no such arguments, and always balances
-            "load_balancing": getattr(args, "moe_relu_load_balancing", "aux_loss"),
-            "max_active_experts": getattr(args, "moe_relu_max_active_experts", None),
-            "at_least_one_expert": getattr(args, "moe_relu_at_least_one_expert", False),
-        }
+        # The published code has some of these arguments only; it does as our defaults do.
+        config |= {s.name: getattr(args, s.dest, s.default) for s in _exported_settings()}
     return config
 
 
@@ -267,15 +263,13 @@ def to_flags(config: Config, padded_vocab_size: int) -> dict[str, Any]:
         pattern = (str(int(i not in dense)) for i in range(config["num_hidden_layers"]))
         flags["moe_layer_freq"] = f"[{','.join(pattern)}]"  # Megatron takes no spaces
     if router == "relu":
-        flags |= {
-            "moe_relu_routing": True,
-            "moe_relu_l1_reg_coeff_init": config["l1_coeff_init"],
-            "moe_relu_l1_reg_coeff_multiplier": config["l1_coeff_multiplier"],
-            "moe_relu_load_balancing": config["load_balancing"],
-            "moe_relu_max_active_experts": config["max_active_experts"],
-            "moe_relu_at_least_one_expert": config["at_least_one_expert"],
-        }
+        flags["moe_relu_routing"] = True
+        flags |= {s.dest: config[s.name] for s in _exported_settings()}
     return flags
+
+
+def _exported_settings() -> list[Setting]:
+    return [setting for setting in settings_of(ROUTINGS["relu"]) if setting.exported]
 
 
 def moe_layers(config: Config) -> list[int]:

@@ -12,7 +12,8 @@ from typing import Any
 
 from megatron.remoe.convert.table import Config
 from megatron.remoe.formats.torch_dist import MOST_LAYERS
-from remoe.config import ControllerConfig
+from remoe.config import ROUTINGS
+from remoe.settings import settings_of
 
 _MOST = 2**31 - 1  # of any size
 _MOST_VALUES = 2**48  # of one tensor: a petabyte
@@ -134,19 +135,17 @@ def _check_routing(where: str, config: Config) -> None:
     limit = config.get("max_active_experts")
     if limit is not None:
         check_whole(where, "max_active_experts", limit, 1, most)
-    if not isinstance(config.get("at_least_one_expert", False), bool):
-        raise _error(where, "at_least_one_expert", config["at_least_one_expert"], "true or false")
     target = config.get("target_sparsity")
     if target is not None:
         check_number(where, "target_sparsity", target, above=-1e-9, below=1)
         if abs(target - (1 - k / most)) > 1e-6:
             raise _error(where, "target_sparsity", target, f"1 - k/E, {1 - k / most:g}")
-    values = [config.get(f"l1_coeff_{name}", ...) for name in ("init", "multiplier")]
-    for name, value in zip(("init", "multiplier"), values, strict=True):
-        if value is not ...:
-            check_number(where, f"l1_coeff_{name}", value, above=0, below=1e30)
-    rule = {n: v for n, v in zip(("init", "multiplier"), values, strict=True) if v is not ...}
-    ControllerConfig(target_sparsity=1 - k / most, **rule)
+    for setting in settings_of(ROUTINGS["relu"]):
+        if setting.exported and setting.name in config:
+            value = config[setting.name]
+            if setting.type is float:
+                check_number(where, setting.name, value, above=0, below=1e30)
+            setting.check(value, f"{where}: {setting.name}")
     coefficients = config.get("l1_coeff")
     if coefficients is not None:
         if not isinstance(coefficients, list):

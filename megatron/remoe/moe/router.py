@@ -3,7 +3,6 @@
 Shapes, as in Megatron: s sequence, b micro-batch, h hidden; T = s * b local tokens, E experts.
 """
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -14,36 +13,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron.remoe.moe.counting import CountsRouting
-from remoe.config import ControllerConfig, LoadBalancing
+from remoe.config import ControllerConfig, ReLURouting
 from remoe.controller import register_l1_coeff
 from remoe.regularization import penalty, router_regularization
 from remoe.routing import bounded_routing, relu_routing
-
-
-@dataclass(frozen=True)
-class ReLURouting:
-    """What the layer needs beyond Megatron's TransformerConfig.
-
-    Attributes:
-        max_active_experts, at_least_one_expert: see `bounded_routing`.
-        max_assignments: see `remoe.kernels.chunks.AssignmentBudget`.
-    """
-
-    l1_reg_coeff_init: float = 1e-8
-    l1_reg_coeff_multiplier: float = 1.2
-    load_balancing: LoadBalancing = "aux_loss"
-    max_active_experts: int | None = None
-    at_least_one_expert: bool = False
-    max_assignments: int | None = None
-    varies = True  # the number of assignments
-
-    def controller_for(self, num_experts: int, topk: int) -> ControllerConfig:
-        """Return the rule of the coefficient for k = `topk` of `num_experts` experts."""
-        return ControllerConfig(
-            target_sparsity=1 - topk / num_experts,
-            init=self.l1_reg_coeff_init,
-            multiplier=self.l1_reg_coeff_multiplier,
-        )
 
 
 class ReLURouter(CountsRouting, Router):

@@ -16,11 +16,12 @@ from megatron.remoe.moe.backend import TorchSpecProvider
 from megatron.remoe.moe.chunking import budget_of
 from megatron.remoe.moe.dispatcher import is_dropless
 from megatron.remoe.moe.layer import DroplessMoELayer
-from megatron.remoe.moe.router import ReLURouter, ReLURouting
-from megatron.remoe.moe.topk_router import CountingTopKRouter, TopKRouting
+from megatron.remoe.moe.router import ReLURouter
+from megatron.remoe.moe.topk_router import CountingTopKRouter
+from remoe.config import ReLURouting, Routing, TopKRouting
 from remoe.kernels.chunks import AssignmentBudget
 
-Routing = ReLURouting | TopKRouting
+ROUTERS: dict[type[Routing], Any] = {ReLURouting: ReLURouter, TopKRouting: CountingTopKRouter}
 
 
 def layer_spec(routing: Routing | None) -> Callable[..., TransformerBlockSubmodules]:
@@ -63,15 +64,13 @@ def block_spec(
         block.layer_norm = TorchSpecProvider().layer_norm()
         block.layer_specs = [_with_torch_modules(spec, config) for spec in block.layer_specs]
     if routing is not None:
-        router: Any = ReLURouter if isinstance(routing, ReLURouting) else CountingTopKRouter
+        router = partial(ROUTERS[type(routing)], routing=routing)
         budget = {}
         if routing.varies and is_dropless(config):
             num_layers = sum(_has_experts(spec) for spec in block.layer_specs)
             budget = {"budget": budget_of(config, num_layers, routing.max_assignments)}
         block.layer_specs = [
-            _with_routing(spec, config, partial(router, routing=routing), **budget)
-            if _has_experts(spec)
-            else spec
+            _with_routing(spec, config, router, **budget) if _has_experts(spec) else spec
             for spec in block.layer_specs
         ]
     return block

@@ -6,7 +6,6 @@ so a resumed run goes on with the right k. The routing map determines the size o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -15,30 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron.remoe.moe.counting import CountsRouting
-
-
-@dataclass(frozen=True)
-class TopKRouting:
-    """What a layer with a TopK router needs beyond Megatron's TransformerConfig.
-
-    Attributes:
-        warmup_steps: training steps of the near-dense warm-up; 0 is Megatron's plain TopK.
-        warmup_topk: k in those steps, after granularity.
-        max_assignments: see `remoe.kernels.chunks.AssignmentBudget`.
-    """
-
-    warmup_steps: int = 0
-    warmup_topk: int = 0
-    max_assignments: int | None = None
-
-    @property
-    def varies(self) -> bool:
-        """Whether the number of assignments varies."""
-        return self.warmup_steps > 0
-
-    def topk_at(self, iteration: int, topk: int) -> int:
-        """Return the k of a training step; `iteration` is the number of steps before it."""
-        return self.warmup_topk if iteration < self.warmup_steps else topk
+from remoe.config import TopKRouting
 
 
 def current_iteration() -> int:

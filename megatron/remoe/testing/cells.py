@@ -204,8 +204,8 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron.remoe.moe.router import ReLURouting
     from megatron.remoe.train.step import FinalizeStep
+    from remoe.config import ReLURouting
 
     dtype = _DTYPES[cell.dtype]
     changes: dict[str, Any] = {
@@ -236,7 +236,7 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any
     routing = None
     if cell.router == "relu":
         routing = ReLURouting(
-            l1_reg_coeff_init=config["coeff_init"],
+            l1_coeff_init=config["coeff_init"],
             load_balancing=cell.load_balancing,
             max_assignments=_max_assignments(cell),
         )

@@ -8,13 +8,12 @@ import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from megatron.remoe.moe.spec import Routing
+from remoe.config import Routing
 
 PUBLISHED_COEFF_INIT = 1e-8
 # The router turns sparse around step 90 of a run that starts at 1e-8; from there on a perturbation
@@ -188,7 +187,7 @@ def transformer_config(config: dict[str, Any], **changes: Any) -> Any:
     return TransformerConfig(**(fields | changes))
 
 
-def gpt_config(transformer: Any, config: dict[str, Any], routing: "Routing | None") -> Any:
+def gpt_config(transformer: Any, config: dict[str, Any], routing: Routing | None) -> Any:
     """Megatron's GPTModelConfig of a golden run, with our layers."""
     from megatron.training.models.gpt import GPTModelConfig
 

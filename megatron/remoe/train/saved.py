@@ -13,20 +13,16 @@ from typing import Any
 
 from megatron.remoe import checkpoint
 from megatron.remoe.formats.torch_dist import TorchDistReader
+from remoe.config import ROUTINGS
+from remoe.settings import settings_of
 
-_ROUTERS = {"relu": "ReLU routing", "topk": "TopK routing", "dense": "no experts"}
+_ROUTERS = {name: routing.title for name, routing in ROUTINGS.items()} | {"dense": "no experts"}
 
 _REQUIRED = object()  # marks an argument that every checkpoint with arguments has
-# Settings that change what the forward pass and the penalty compute from the weights. A checkpoint
-# without such an argument was trained with the value that is given here.
-_SETTINGS: dict[str, dict[str, Any]] = {
-    "relu": {
-        "moe_router_topk": _REQUIRED,
-        "moe_relu_load_balancing": "aux_loss",
-        "moe_relu_l1_reg_coeff_rule": "sign",
-        "moe_relu_max_active_experts": None,
-        "moe_relu_at_least_one_expert": False,
-    },
+# Arguments that change what a model computes from its weights, beside our settings: Megatron's, and
+# former ones of ours. The value is what a checkpoint without the argument was trained with.
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "relu": {"moe_router_topk": _REQUIRED, "moe_relu_l1_reg_coeff_rule": "sign"},
     "topk": {
         "moe_router_topk": _REQUIRED,
         "moe_router_pre_softmax": False,
@@ -36,16 +32,19 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "moe_router_group_topk": None,
         "moe_router_enable_expert_bias": False,
     },
-    "dense": {},
 }
-# Settings of training, as the learning rate is one. They may change, and the log says so.
-_MAY_CHANGE = (
-    "moe_relu_l1_reg_coeff_multiplier",
-    "moe_router_load_balancing_type",
-    "moe_aux_loss_coeff",
-    "moe_topk_warmup_steps",
-    "moe_topk_warmup_topk",
-)
+# Arguments of training, as the learning rate is one. They may change, and the log says so.
+_MAY_CHANGE = ("moe_router_load_balancing_type", "moe_aux_loss_coeff")
+
+
+def compared(router: str) -> dict[str, Any]:
+    """Return the arguments in which a run must agree with its checkpoint, for one router.
+
+    Returns:
+        Names, and the values that a checkpoint without these arguments was trained with.
+    """
+    settings = settings_of(ROUTINGS[router])
+    return _ARGUMENTS[router] | {s.dest: s.default for s in settings if s.on_resume == "refused"}
 
 
 def to_be_loaded(args: argparse.Namespace) -> Path | None:
@@ -216,7 +215,7 @@ def _width(args: argparse.Namespace) -> int | None:
 def _refuse_other_settings(args: argparse.Namespace, saved: Saved) -> None:
     if args.moe_change_routing or not vars(saved.args):
         return
-    for name, default in _SETTINGS[saved.router].items():
+    for name, default in compared(saved.router).items():
         now = getattr(args, name, default)
         before = saved.get(name, now if default is _REQUIRED else default)
         if before != now:
@@ -248,8 +247,10 @@ def _refuse_other_adam(args: argparse.Namespace, saved: Saved) -> None:
 
 
 def _say_what_changes(args: argparse.Namespace, saved: Saved) -> None:
-    names = (*_SETTINGS["relu"], *_SETTINGS["topk"], *_MAY_CHANGE)
-    for name in ("moe_relu_routing", *dict.fromkeys(names)):
+    settings = (s for routing in ROUTINGS.values() for s in settings_of(routing))
+    ours = (s.dest for s in settings if s.on_resume != "free")
+    theirs = (*_ARGUMENTS["relu"], *_ARGUMENTS["topk"], *_MAY_CHANGE)
+    for name in dict.fromkeys(("moe_relu_routing", *ours, *theirs)):
         if hasattr(saved.args, name) and hasattr(args, name):
             before, now = _plain(saved.get(name)), _plain(getattr(args, name))
             if before != now:
