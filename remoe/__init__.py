@@ -1,7 +1,7 @@
 """ReMoE: mixture-of-experts with ReLU routing (arXiv 2412.14711), the algorithm on torch alone."""
 
 from remoe.config import ControllerConfig, ReLURouting, ReMoELayerConfig, apply_granularity
-from remoe.controller import SparsityController, next_l1_coeff
+from remoe.controller import next_l1_coeff
 from remoe.layer import ReMoELayer, l1_penalty, update_l1_coeff
 from remoe.regularization import l1_regularization, load_weights
 from remoe.routing import active_experts, relu_routing, sparsity, tokens_per_expert
@@ -13,7 +13,6 @@ __all__ = [
     "ReLURouting",
     "ReMoELayer",
     "ReMoELayerConfig",
-    "SparsityController",
     "active_experts",
     "apply_granularity",
     "l1_penalty",

@@ -17,7 +17,7 @@ class ExactBuffers(torch.nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in exact.items():
             moved = getattr(self, name)
-            if buffer.is_meta:  # being materialised: there is no value to keep yet
+            if buffer.is_meta:  # being materialized: there is no value to keep yet
                 setattr(self, name, moved.to(buffer.dtype))
             else:
                 setattr(self, name, buffer.to(moved.device))

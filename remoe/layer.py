@@ -25,15 +25,16 @@ from remoe.kernels import (
     plan_chunks,
     run_chunks,
 )
-from remoe.regularization import l1_regularization, load_weights
-from remoe.routing import bounded_routing, relu_routing, sparsity, tokens_per_expert
+from remoe.regularization import penalty, router_regularization
+from remoe.routing import bounded_routing, relu_routing, tokens_per_expert
+from remoe.statistics import TokenCounts
 
 
 class ReMoELayer(ExactBuffers):
     """Mixture of SwiGLU experts behind a ReLU router, in place of a transformer's MLP.
 
-    After a training forward, `l1_reg` holds the layer's regulariser (0-d, differentiable); use
-    `l1_penalty` and `update_l1_coeff` on the whole model. Statistics accumulate over the forwards
+    After a training forward, `l1_reg` holds the layer's regularizer (0-d, differentiable); use
+    `l1_penalty` and `update_l1_coeff` on the whole model. Counts accumulate over the forwards
     between two updates, so gradient accumulation needs nothing special.
 
     Parameters:
@@ -61,18 +62,19 @@ class ReMoELayer(ExactBuffers):
         self.gate_up = weight(shape.num_experts, 2 * shape.ffn_hidden_size, hidden)
         self.down = weight(shape.num_experts, hidden, shape.ffn_hidden_size)
         register_l1_coeff(self, config.controller, device)
-        # tokens_per_expert, then the number of tokens, since the last update of the coefficient
-        counts = torch.zeros(shape.num_experts + 1, dtype=torch.float64, device=device)
+        # `TokenCounts` since the last update of the coefficient
+        counts = torch.zeros(1 + shape.num_experts, dtype=torch.float64, device=device)
         self.register_buffer("counts", counts, persistent=False)
         self.l1_reg: Tensor | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw the weights from a normal distribution with `init_std`."""
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=self.config.init_std)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[..., H]` to `[..., H]`: active experts' outputs, weighted by their gates, summed."""
+        """Sum the outputs of every token's active experts, weighted by their gates, `[..., H]`."""
         x_TH = hidden_states.reshape(-1, self.config.hidden_size)
         router_dtype = torch.promote_types(x_TH.dtype, torch.float32)
         logits_TE = F.linear(x_TH.to(router_dtype), self.router.to(router_dtype))
@@ -95,19 +97,20 @@ class ReMoELayer(ExactBuffers):
             self.gate_up,
             self.down,
             max_assignments=limit or 2 * balanced,
-            rows_of_a_chunk=limit or max(1, balanced // 3),
+            max_rows_per_chunk=limit or max(1, balanced // 3),
         )
         return y_TH.view_as(hidden_states)
 
     def _observe(self, probs_TE: Tensor, routing_map_TE: Tensor) -> None:
-        num_tokens = probs_TE.shape[0]
-        counts_E = tokens_per_expert(routing_map_TE)
-        weights_E = None
-        if self.config.load_balancing == "aux_loss":
-            weights_E = load_weights(counts_E, num_tokens=num_tokens, topk=self.config.experts.topk)
-        self.l1_reg = l1_regularization(probs_TE, num_tokens=num_tokens, load_weights_E=weights_E)
-        self.counts[:-1] += counts_E
-        self.counts[-1] += num_tokens
+        counts = TokenCounts.of(routing_map_TE)
+        self.l1_reg = router_regularization(
+            probs_TE,
+            tokens_per_expert_E=counts.per_expert,
+            num_tokens=probs_TE.shape[0],
+            topk=self.config.experts.topk,
+            load_balancing=self.config.load_balancing,
+        )
+        self.counts += counts.flat
 
 
 def routed_experts(
@@ -118,11 +121,11 @@ def routed_experts(
     down: Tensor,
     *,
     max_assignments: int | None = None,
-    rows_of_a_chunk: int | None = None,
+    max_rows_per_chunk: int | None = None,
 ) -> Tensor:
-    """`y_t = sum_e p_te FFN_e(x_t)` over the active pairs, `[T, H]` (Eq. 1), for any router.
+    """Compute `y_t = sum_e p_te FFN_e(x_t)` over the active pairs (Eq. 1) of any router, `[T, H]`.
 
-    Copies to the host once, the token counts that size the experts' inputs.
+    This copies once to the host: the token counts, which size the experts' inputs.
 
     Args:
         x_TH: tokens.
@@ -130,14 +133,14 @@ def routed_experts(
         routing_map_TE: bool, the active pairs.
         gate_up: `[E, 2F, H]`, gate first.
         down: `[E, H, F]`.
-        max_assignments: with more active pairs than that, experts run chunk by chunk, and again in
+        max_assignments: with more active pairs than this, experts run chunk by chunk, and again in
             backward; None is no limit.
-        rows_of_a_chunk: how many pairs are computed at once then; None is `max_assignments`.
+        max_rows_per_chunk: largest number of pairs in a chunk; None is `max_assignments`.
     """
     counts = tokens_per_expert(routing_map_TE).tolist()
     if max_assignments is None or sum(counts) <= max_assignments:
         return _experts_at_once(x_TH, probs_TE, routing_map_TE, gate_up, down, counts)
-    chunks = plan_chunks(counts, rows_of_a_chunk or max_assignments)
+    chunks = plan_chunks(counts, max_rows_per_chunk or max_assignments)
     return run_chunks(_ChunkedSwiGLU(routing_map_TE), chunks, x_TH, probs_TE, (gate_up, down))
 
 
@@ -157,7 +160,7 @@ def _experts_at_once(
 
 
 class _ChunkedSwiGLU:
-    """Chunks of stacked SwiGLU experts on one device."""
+    """Stacked SwiGLU experts on one device, as a `ChunkOfExperts`."""
 
     def __init__(self, routing_map_TE: Tensor) -> None:
         self.routing_map_TE = routing_map_TE
@@ -182,10 +185,10 @@ class _ChunkedSwiGLU:
 
 
 def remoe_layers(model: nn.Module) -> list[ReMoELayer]:
-    """The model's ReMoE layers.
+    """Return the model's ReMoE layers.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has none.
     """
     layers = [module for module in model.modules() if isinstance(module, ReMoELayer)]
     if not layers:
@@ -194,7 +197,7 @@ def remoe_layers(model: nn.Module) -> list[ReMoELayer]:
 
 
 def l1_penalty(model: nn.Module) -> Tensor:
-    """`lambda * L_reg` of the last forward, summed over layers: add it to the loss (Eq. 6).
+    """Return `lambda * L_reg` of the last forward, summed over layers, to add to the loss (Eq. 6).
 
     Raises:
         ValueError: a layer has not run forward in training mode since the last call.
@@ -205,24 +208,23 @@ def l1_penalty(model: nn.Module) -> Tensor:
             raise ValueError(
                 "l1_penalty needs a forward pass in training mode with gradients enabled before it"
             )
-        penalties.append(layer.l1_coeff * layer.l1_reg)
+        penalties.append(penalty(layer.l1_coeff, layer.l1_reg))
         layer.l1_reg = None
     return torch.stack(penalties).sum()
 
 
 @torch.no_grad()
 def update_l1_coeff(model: nn.Module) -> Tensor:
-    """Once per optimizer step: move all layers' coefficients by their mean sparsity (Eq. 7, 8).
+    """Move all layers' coefficients by their mean sparsity (Eq. 7, 8), once per optimizer step.
 
-    The mean is over the layers that have seen tokens since the last update; without any the
-    coefficients stay.
+    The mean is taken over the layers that have seen tokens since the last update. If none has, the
+    coefficients stay as they are.
 
     Returns:
         The sparsity of every layer since the last update, `[L]`; NaN for a layer without tokens.
     """
     layers = remoe_layers(model)
-    counts = torch.stack([layer.counts for layer in layers])
-    sparsity_L = sparsity(counts[:, :-1], counts[:, -1])
+    sparsity_L = TokenCounts(torch.stack([layer.counts for layer in layers])).sparsity
     mean = sparsity_L.nanmean()
     for layer in layers:
         move_l1_coeff([layer.l1_coeff], mean, layer.config.controller)

@@ -1,4 +1,4 @@
-"""The L1 penalty on router outputs, plain and load-balanced (arXiv 2412.14711, Eq. 9-11).
+"""The L1 penalty on router outputs, plain and load-balanced (arXiv 2412.14711, Eq. 6 and 9-11).
 
 Scaling follows the published code (github.com/thu-ml/ReMoE): the penalties of the layers are
 summed, where the paper divides by their number. A micro-batch without real tokens has neither load
@@ -7,9 +7,11 @@ nor penalty: both are zero. Shapes: T tokens, E experts.
 
 from torch import Tensor
 
+from remoe.config import LoadBalancing
+
 
 def load_weights(tokens_per_expert_E: Tensor, *, num_tokens: Tensor | int, topk: int) -> Tensor:
-    """Load of every expert relative to a balanced one: `f_e = E / (k T) * tokens_e` (Eq. 11).
+    """Return every expert's load relative to a balanced one: `f_e = E / (k T) * tokens_e` (Eq. 11).
 
     The mean of f over experts is 1 when routing is at its target sparsity.
 
@@ -28,7 +30,7 @@ def load_weights(tokens_per_expert_E: Tensor, *, num_tokens: Tensor | int, topk:
 def l1_regularization(
     probs_TE: Tensor, *, num_tokens: Tensor | int, load_weights_E: Tensor | None = None
 ) -> Tensor:
-    """L1 norm of the router's output, a 0-d tensor: `1/T sum_t sum_e f_e R(x_t)_e` (Eq. 9, 10).
+    """Return the L1 norm of the router's output: `1/T sum_t sum_e f_e R(x_t)_e` (Eq. 9, 10), 0-d.
 
     Args:
         probs_TE: non-negative router outputs `[T, E]`, local tokens only when a sequence is split
@@ -42,6 +44,46 @@ def l1_regularization(
     return l1_E.sum() / at_least_one(num_tokens)
 
 
+def router_regularization(
+    probs_TE: Tensor,
+    *,
+    tokens_per_expert_E: Tensor,
+    num_tokens: Tensor | int,
+    topk: int,
+    load_balancing: LoadBalancing,
+    padding_mask_T: Tensor | None = None,
+) -> Tensor:
+    """Return the regularizer of a router: Eq. 10 with "aux_loss", and Eq. 9 with "none", 0-d.
+
+    Args:
+        probs_TE: non-negative router outputs `[T, E]` of the local tokens.
+        tokens_per_expert_E: counts `[E]` of the whole micro-batch, without padding.
+        num_tokens: T of the whole micro-batch, without padding.
+        topk: k, the target number of active experts per token.
+        load_balancing: whether experts are weighted with their load (Eq. 11).
+        padding_mask_T: bool `[T]`, True for padding tokens, which are not penalized.
+    """
+    if padding_mask_T is not None:
+        probs_TE = probs_TE.masked_fill(padding_mask_T.unsqueeze(1), 0)
+    weights_E = None
+    if load_balancing == "aux_loss":
+        weights_E = load_weights(tokens_per_expert_E, num_tokens=num_tokens, topk=topk)
+    return l1_regularization(probs_TE, num_tokens=num_tokens, load_weights_E=weights_E)
+
+
+def penalty(l1_coeff: Tensor, l1_reg: Tensor, *, summed_tokens: Tensor | None = None) -> Tensor:
+    """Return `lambda * L_reg`, which is added to the loss (Eq. 6), 0-d.
+
+    Args:
+        l1_coeff: lambda, 0-d.
+        l1_reg: regularizer of a micro-batch, 0-d.
+        summed_tokens: for a loss that is a sum over tokens instead of a mean, the number of tokens
+            of the micro-batch; the penalty is multiplied by it.
+    """
+    scaled = l1_coeff * l1_reg
+    return scaled if summed_tokens is None else scaled * summed_tokens
+
+
 def at_least_one(num_tokens: Tensor | int) -> Tensor | int:
-    """A number of tokens that can be divided by, also for a micro-batch of padding alone."""
+    """Return a number of tokens to divide by, also for a micro-batch that is only padding."""
     return num_tokens.clamp(min=1) if isinstance(num_tokens, Tensor) else max(1, num_tokens)

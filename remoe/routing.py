@@ -10,8 +10,8 @@ from torch import Tensor
 def relu_routing(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     """Route every token to the experts whose logit is positive: `R(x) = ReLU(x W)` (Eq. 5).
 
-    The value is both gate and weight: no softmax, no bias, no renormalisation. Computed in fp32, or
-    in the logits' dtype where that is wider.
+    The value is both gate and weight: there is no softmax, no bias and no renormalization. It is
+    computed in fp32, or in the logits' dtype where that is wider.
 
     Args:
         logits_TE: router logits `[T, E]`.
@@ -33,17 +33,17 @@ def bounded_routing(
     max_active: int | None = None,
     at_least_one: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Bound the number of active experts of every token. Not part of ReMoE: both are shortcuts.
+    """Bound the number of active experts of every token; ReMoE itself has no such bounds.
 
     Args:
         logits_TE: router logits `[T, E]`.
         probs_TE: gates of `relu_routing`, `[T, E]`.
-        max_active: keep that many of a token's experts, those with the largest gates.
-        at_least_one: give a token without any the expert of its largest logit, with the softmax of
-            the logits as gate: what a TopK router with k = 1 would do.
+        max_active: number of a token's experts to keep, namely those with the largest gates.
+        at_least_one: give a token without experts the expert of its largest logit, with the softmax
+            of the logits as its gate, as a TopK router with k = 1 does.
 
     Returns:
-        probs and routing_map as `relu_routing` gives them.
+        probs and routing_map, as `relu_routing` returns them.
     """
     if max_active is not None and max_active < probs_TE.shape[1]:
         largest = probs_TE.topk(max_active, dim=1)
@@ -58,12 +58,12 @@ def bounded_routing(
 
 
 def active_experts(routing_map_TE: Tensor) -> Tensor:
-    """Number of active experts of every token, int64 `[T]`."""
+    """Return the number of active experts of every token, int64 `[T]`."""
     return routing_map_TE.sum(dim=1)
 
 
 def tokens_per_expert(routing_map_TE: Tensor, padding_mask_T: Tensor | None = None) -> Tensor:
-    """Number of tokens that activate each expert, int64 `[E]`.
+    """Return the number of tokens that activate each expert, int64 `[E]`.
 
     Args:
         routing_map_TE: bool `[T, E]`.
@@ -75,7 +75,7 @@ def tokens_per_expert(routing_map_TE: Tensor, padding_mask_T: Tensor | None = No
 
 
 def sparsity(tokens_per_expert_E: Tensor, num_tokens: Tensor | int) -> Tensor:
-    """Fraction of inactive (token, expert) pairs (Eq. 8, one layer), a 0-d tensor in [0, 1].
+    """Return the fraction of inactive (token, expert) pairs of a layer (Eq. 8), 0-d, in [0, 1].
 
     Leading dimensions are batched: `[L, E]` counts and `[L]` tokens give the sparsity of each of L
     layers, whose mean is Eq. 8.

@@ -10,7 +10,6 @@ from torch import nn
 
 from remoe import (
     ControllerConfig,
-    SparsityController,
     active_experts,
     apply_granularity,
     l1_regularization,
@@ -138,68 +137,59 @@ CONFIG = ControllerConfig(target_sparsity=0.875, l1_coeff_init=1e-3, l1_coeff_mu
     ids=["too dense grows", "too sparse shrinks", "equality divides"],
 )
 def test_controller_by_hand(measured, expected):
-    controller = SparsityController(CONFIG)
-    controller.update(torch.tensor(measured))
-    assert controller.l1_coeff.item() == pytest.approx(expected, rel=1e-6)
+    module = with_coefficient()
+    move_l1_coeff([module.l1_coeff], torch.tensor(measured), CONFIG)
+    assert module.l1_coeff.item() == pytest.approx(expected, rel=1e-6)
+
+
+def with_coefficient(config=CONFIG):
+    module = nn.Module()
+    register_l1_coeff(module, config, None)
+    return module
 
 
 def test_controller_holds_where_nothing_was_measured():
     """A step of padding alone has no sparsity; the coefficient neither moves nor becomes NaN."""
-    controller = SparsityController(CONFIG, num_coeffs=2)
-    controller.update(torch.tensor([float("nan"), 0.5]))
-    assert controller.l1_coeff.tolist() == pytest.approx([1e-3, 1.2e-3])
+    moved = next_l1_coeff(torch.full((2,), 1e-3), torch.tensor([float("nan"), 0.5]), CONFIG)
+    assert moved.tolist() == pytest.approx([1e-3, 1.2e-3])
+    module = with_coefficient()
+    move_l1_coeff([module.l1_coeff], torch.tensor(float("nan")), CONFIG)
+    assert module.l1_coeff.item() == pytest.approx(1e-3)
 
 
 def test_controller_moves_each_layer_by_itself():
-    controller = SparsityController(CONFIG, num_coeffs=2)
-    controller.update(torch.tensor([0.5, 0.9]))
-    assert controller.l1_coeff.tolist() == pytest.approx([1.2e-3, 1e-3 / 1.2])
+    moved = next_l1_coeff(torch.full((2,), 1e-3), torch.tensor([0.5, 0.9]), CONFIG)
+    assert moved.tolist() == pytest.approx([1.2e-3, 1e-3 / 1.2])
 
 
 def test_controller_stays_within_bounds():
     config = ControllerConfig(target_sparsity=0.5, l1_coeff_init=1e-3, floor=9e-4, ceiling=1.1e-3)
-    controller = SparsityController(config)
-    assert controller.update(torch.tensor(0.0)).item() == pytest.approx(1.1e-3)
+    coeff = with_coefficient(config).l1_coeff
+    move_l1_coeff([coeff], torch.tensor(0.0), config)
+    assert coeff.item() == pytest.approx(1.1e-3)
     for _ in range(3):
-        controller.update(torch.tensor(1.0))
-    assert controller.l1_coeff.item() == pytest.approx(9e-4)
+        move_l1_coeff([coeff], torch.tensor(1.0), config)
+    assert coeff.item() == pytest.approx(9e-4)
 
 
 def test_controller_resumes_exactly():
-    first = SparsityController(CONFIG)
+    first, second = with_coefficient(), with_coefficient()
     for step in range(7):
-        first.update(torch.tensor(0.5 + 0.1 * step))
-    second = SparsityController(CONFIG)
+        move_l1_coeff([first.l1_coeff], torch.tensor(0.5 + 0.1 * step), CONFIG)
     second.load_state_dict(first.state_dict())
-    first.update(torch.tensor(0.1))
-    second.update(torch.tensor(0.1))
+    assert list(first.state_dict()) == ["l1_coeff"]
+    for module in (first, second):
+        move_l1_coeff([module.l1_coeff], torch.tensor(0.1), CONFIG)
     assert torch.equal(first.l1_coeff, second.l1_coeff)
 
 
-def test_modules_move_as_the_controller_does():
-    modules, controller = [nn.Module() for _ in range(2)], SparsityController(CONFIG)
-    for module in modules:
-        register_l1_coeff(module, CONFIG, None)
+def test_modules_move_together():
+    modules, alone = [with_coefficient() for _ in range(2)], torch.tensor(1e-3)
     for measured in (0.4, 0.8, 0.9):
         move_l1_coeff([m.l1_coeff for m in modules], torch.tensor(measured), CONFIG)
-        controller.update(torch.tensor(measured))
+        alone = next_l1_coeff(alone, torch.tensor(measured), CONFIG)
         for module in modules:
-            assert module.l1_coeff.item() == controller.l1_coeff.item()
-    state = dict(modules[0].named_buffers())
-    assert state.keys() == controller.state_dict().keys()
-
-
-def test_controller_state_is_a_copy_and_strict():
-    controller = SparsityController(CONFIG)
-    state = controller.state_dict()
-    controller.update(torch.tensor(0.0))
-    assert state["l1_coeff"].item() == pytest.approx(1e-3)
-    with pytest.raises(ValueError, match="num_coeffs"):
-        SparsityController(CONFIG, num_coeffs=2).load_state_dict(state)
-    with pytest.raises(ValueError, match="exactly"):
-        controller.load_state_dict({**state, "more": state["l1_coeff"]})
-    with pytest.raises(ValueError, match="3 elements"):
-        controller.update(torch.zeros(3))
+            assert module.l1_coeff.item() == alone.item()
 
 
 def test_published_defaults_reach_5_in_110_steps():

@@ -10,7 +10,9 @@ from megatron.remoe.analysis.plots import plot_curves
 from megatron.remoe.analysis.runs import Run, Stages
 
 # Target 1 - 2/8 = 0.75. Dense until 3, although 2 is not: the last step below one half counts.
-SPARSITY = [0.4, 0.55, 0.45, 0.51, 0.7, 0.75, 0.74, 0.8]
+# Settled from 6 on, since 20 steps near the target follow.
+SPARSITY = [0.4, 0.55, 0.45, 0.51, 0.7] + [0.75, 0.74] * 10
+STEPS = len(SPARSITY)
 
 
 def write_run(path: Path, rows: list[dict], config: str = "num_experts: 8\nmoe_router_topk: 2\n"):
@@ -45,7 +47,7 @@ def evaluation(iteration: int, split: str, loss: float) -> dict:
 def relu_run(tmp_path) -> Path:
     rows = relu_rows(SPARSITY)
     first = [evaluation(3, "valid/code", 4.0), evaluation(3, "valid", 4.5)]
-    last = [evaluation(8, "valid/code", 2.0), evaluation(8, "valid", 2.5)]
+    last = [evaluation(STEPS, "valid/code", 2.0), evaluation(STEPS, "valid", 2.5)]
     return write_run(tmp_path / "relu", rows[:3] + first + rows[3:] + last)
 
 
@@ -80,7 +82,7 @@ def test_a_run_is_read_as_it_was_written(relu_run):
     assert run.path == relu_run
     assert run.config == {"num_experts": 8, "moe_router_topk": 2}
     assert run.series("sparsity") == SPARSITY
-    assert run.series("iteration") == list(range(1, 9))
+    assert run.series("iteration") == list(range(1, STEPS + 1))
     assert [row["lm_loss"] for row in run.evaluations] == [4.0, 4.5, 2.0, 2.5]
     assert run.last_evaluation() == {"valid/code": 2.0, "valid": 2.5}
     assert run.has_relu_routing and run.target_sparsity == 0.75
@@ -95,17 +97,20 @@ def test_a_dense_run_has_no_routing_and_perhaps_no_evaluation(dense_run):
 def test_a_line_that_is_being_written_is_left_out(relu_run):
     with (relu_run / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 9, "lm_lo')
-    assert Run.load(relu_run).series("iteration") == list(range(1, 9))
+    assert Run.load(relu_run).series("iteration") == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize(
     ("sparsity", "stages"),
     [
         (SPARSITY, Stages(dense_until=3, sparse_from=6)),
+        (SPARSITY[:-1], Stages(dense_until=3, sparse_from=None)),
         ([0.4, 0.45], Stages(dense_until=2, sparse_from=None)),
         ([0.6, 0.7], Stages(dense_until=0, sparse_from=None)),
-        ([0.8, 0.3], Stages(dense_until=0, sparse_from=1)),
-        ([0.4, 0.76, 0.4], Stages(dense_until=1, sparse_from=2)),
+        ([0.8, 0.3], Stages(dense_until=0, sparse_from=None)),
+        ([0.8, 0.3] + [0.75] * 20, Stages(dense_until=0, sparse_from=3)),
+        ([0.4, 0.76, 0.4], Stages(dense_until=1, sparse_from=None)),
+        ([0.4, 0.8, 0.4] + [0.75] * 20, Stages(dense_until=1, sparse_from=4)),
     ],
 )
 def test_stages(tmp_path, sparsity, stages):
@@ -151,19 +156,19 @@ def lines(axis) -> dict[str, list]:
 def test_the_curves_of_a_relu_run(monkeypatch, relu_run, tmp_path):
     loss, sparsity, coefficient = drawn(monkeypatch, relu_run, tmp_path / "c.png")
     assert size_of_png(tmp_path / "c.png") == (1170, 1170)
-    assert lines(loss)["training"] == [5.0 / i for i in range(1, 9)]
+    assert lines(loss)["training"] == [5.0 / i for i in range(1, STEPS + 1)]
     assert lines(loss)["valid"] == [4.5, 2.5] and lines(loss)["valid/code"] == [4.0, 2.0]
     assert lines(sparsity)["mean"] == SPARSITY
     assert lines(sparsity)["target 0.75"] == [0.75, 0.75]
     assert len(sparsity.lines) == 4  # two layers
-    assert lines(coefficient)["coefficient"] == [1e-8 * 1.2**i for i in range(1, 9)]
+    assert lines(coefficient)["coefficient"] == [1e-8 * 1.2**i for i in range(1, STEPS + 1)]
     assert [text.get_text() for text in loss.texts] == ["dense", "sparsifying", "stable"]
-    assert [text.get_position()[0] for text in loss.texts] == [2.0, 4.5, 7.0]
+    assert [text.get_position()[0] for text in loss.texts] == [2.0, 4.5, 15.5]
 
 
 @pytest.mark.parametrize(
     ("sparsity", "names"),
-    [([0.4, 0.45], ["dense"]), ([0.6, 0.7], ["sparsifying"]), ([0.8, 0.8], ["stable"])],
+    [([0.4, 0.45], ["dense"]), ([0.6, 0.7], ["sparsifying"]), ([0.75] * 20, ["stable"])],
 )
 def test_stages_that_a_run_has_not_reached_are_not_named(monkeypatch, tmp_path, sparsity, names):
     path = write_run(tmp_path / "run", relu_rows(sparsity))
@@ -180,16 +185,16 @@ def test_the_curves_of_a_dense_run_are_the_loss(monkeypatch, dense_run, tmp_path
 def test_a_run_that_diverged_is_drawn_to_its_end(monkeypatch, tmp_path):
     rows = relu_rows(SPARSITY)
     rows[-1] |= {"lm_loss": None, "l1_reg": None}
-    path = write_run(tmp_path / "run", [*rows, evaluation(8, "valid", None)])
+    path = write_run(tmp_path / "run", [*rows, evaluation(STEPS, "valid", None)])
     loss, *_ = drawn(monkeypatch, path, tmp_path / "c.png")
-    assert lines(loss)["training"][:-1] == [5.0 / i for i in range(1, 8)]
+    assert lines(loss)["training"][:-1] == [5.0 / i for i in range(1, STEPS)]
     assert size_of_png(tmp_path / "c.png") == (1170, 1170)
 
 
 def test_costs_of_the_stages(tmp_path):
-    """8 steps of 100 tokens; the dense ones (up to 3) take 4 s, the next two 2 s, the rest 1 s."""
+    """Steps of 100 tokens; the dense ones (up to 3) take 4 s, the next two 2 s, the rest 1 s."""
     rows = relu_rows(SPARSITY)
-    for row, seconds in zip(rows, [4, 4, 4, 2, 2, 1, 1, 1], strict=True):
+    for row, seconds in zip(rows, [4, 4, 4, 2, 2] + [1] * 20, strict=True):
         row["tokens"], row["tokens_per_second"] = 100 * row["iteration"], 100 / seconds
         row["peak_memory"] = 10**9 * seconds
     run = Run.load(write_run(tmp_path / "run", rows))
@@ -197,10 +202,10 @@ def test_costs_of_the_stages(tmp_path):
     assert found == [
         ("dense warm-up", 1, 3, 12, 4 * 10**9),
         ("sparsifying", 4, 5, 4, 2 * 10**9),
-        ("stable", 6, 8, 3, 10**9),
+        ("stable", 6, 25, 20, 10**9),
     ]
-    assert [c.share for c in run.stage_costs] == pytest.approx([12 / 19, 4 / 19, 3 / 19])
-    assert run.early_overhead == pytest.approx(19 / 8 - 1)
+    assert [c.share for c in run.stage_costs] == pytest.approx([12 / 36, 4 / 36, 20 / 36])
+    assert run.early_overhead == pytest.approx(36 / 25 - 1)
 
 
 def test_a_run_that_is_still_dense_has_one_stage_and_no_overhead(tmp_path):

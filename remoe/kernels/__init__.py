@@ -1,6 +1,6 @@
 """Fast paths in plain torch: permutation of tokens, and experts over contiguous segments.
 
-`remoe.reference` is what they are tested against.
+The tests compare them with the loops of `remoe.reference`.
 """
 
 from remoe.kernels.chunks import Chunk, plan_chunks, run_chunks

@@ -1,29 +1,31 @@
-"""Experts chunk by chunk, computed again in backward: what one chunk needs is all that is held.
+"""Experts chunk by chunk, computed again in backward: memory holds what one chunk needs.
 
-Chunks are sums of the same terms (Eq. 1), so outputs and gradients are those of all experts at once
-up to the order of sums. Experts are split first, so that every weight is read and its gradient
-written once, and tokens only where one expert has more rows than a chunk may have.
+Chunks are sums of the same terms (arXiv 2412.14711, Eq. 1), so outputs and gradients are those of
+all experts at once up to the order of sums. Experts are split first, so that every weight is read
+once and its gradient is written once; tokens are split only where one expert has more rows than a
+chunk may have. An assignment is an active (token, expert) pair, and takes a row.
 
-Shapes: T tokens, H hidden, E experts.
+Shapes: T tokens, H hidden, E experts, L local experts of a rank.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# What the automatic limits are, as parts of the stable stage's assignments (topk per token). Layers
-# are computed at once up to more than what sparsity varies by around its target (by 0.05 of them in
-# the paper's figure 3).
+# The automatic limits, as parts of the stable stage's assignments (topk per token). Layers are
+# computed at once up to SLACK, which is more than sparsity varies by around its target (by 0.05 of
+# them in the paper's figure 3).
 SLACK = 1.25
-# Beside the rows that a layer keeps and passes on, 3H + 2F wide, an expert needs 2H + 4F for each
-# of its own rows in backward, and a chunk may be one expert: a third of the rows is never more.
+# A layer keeps and passes on rows that are 3H + 2F wide. In backward an expert needs 2H + 4F more
+# for each of its own rows, and a chunk may be one expert: for a third of the rows that is never
+# more than what the rows of the layer need.
 CHUNK = 1 / 3
-UNLIMITED = 10**15  # as `max_assignments`: more than any layer has
+UNLIMITED = 10**15  # a value of `max_assignments` that no layer reaches
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Chunk:
     parts: int = 1
 
     def tokens(self, num_tokens: int) -> slice:
-        """The part, of so many tokens."""
+        """Return this chunk's part of `num_tokens` tokens."""
         return slice(
             num_tokens * self.part // self.parts, num_tokens * (self.part + 1) // self.parts
         )
@@ -43,12 +45,13 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Limits:
-    """Numbers of a layer's assignments on a rank.
+    """Limits on the assignments of a layer on a rank.
 
     Attributes:
-        share: what is set aside for the layer.
-        at_once: what may be computed at once, mean over the layers that keep their activations.
-        chunk: what a chunk may have.
+        share: number that is set aside for the layer.
+        at_once: number that may be computed at once, as a mean over the layers that keep their
+            activations at the same time.
+        chunk: largest number in a chunk.
     """
 
     share: float
@@ -57,7 +60,12 @@ class Limits:
 
     @classmethod
     def of(cls, balanced: float, max_assignments: int | None) -> "Limits":
-        """Given the assignments at topk per token, and the limit; None is the automatic one."""
+        """Derive the limits.
+
+        Args:
+            balanced: assignments at topk per token.
+            max_assignments: the limit; None is the automatic one.
+        """
         if max_assignments:
             share = max(1.0, max_assignments)
             return cls(share, share, share)
@@ -65,12 +73,55 @@ class Limits:
         return cls(share, SLACK * share, max(1.0, CHUNK * share))
 
 
+@dataclass
+class AssignmentBudget:
+    """Number of assignments that the layers of a model may keep together for backward.
+
+    Layers use experts unevenly, also when routing is sparse, and memory holds the sum over layers:
+    a layer is computed at once while the layers up to it fit, and the other layers are chunked.
+    The decision depends on the current forward only, so a resumed run decides alike.
+
+    Attributes:
+        num_layers: number of layers that keep their activations at the same time.
+        max_assignments: limit per rank and layer, as a mean over layers; None is topk per token.
+    """
+
+    num_layers: int
+    max_assignments: int | None = None
+    _held: float = field(default=0.0, init=False)
+    _last_layer: int = field(default=0, init=False)
+
+    def max_rows_per_chunk(self, layer: int, rows: float, balanced: float) -> float | None:
+        """Return the largest number of rows in a chunk, or None to compute the layer at once.
+
+        Args:
+            layer: number of the layer; numbers grow within a forward.
+            rows: assignments that the fullest rank would hold.
+            balanced: assignments of a rank at topk per token.
+        """
+        limits = Limits.of(balanced, self.max_assignments)
+        fits = rows <= limits.at_once
+        if not torch.is_grad_enabled():  # nothing is kept
+            return None if fits else limits.chunk
+        if layer <= self._last_layer:  # another forward has begun
+            self._held = 0.0
+        self._last_layer = layer
+        # A dense layer leaves room for a chunk of the layers that follow.
+        room = 0.0 if fits else limits.share
+        if self._held + rows <= self.num_layers * limits.at_once - room:
+            self._held += rows
+            return None
+        return limits.chunk
+
+
 def plan_chunks(rows_per_expert: Sequence[float], max_rows: float) -> list[Chunk]:
-    """Chunks of at most so many rows, if tokens are alike; every expert is in one of them.
+    """Split experts into chunks of at most `max_rows` rows, assuming that tokens are alike.
+
+    Every expert is in one chunk, or in several chunks that share its tokens.
 
     Args:
-        rows_per_expert: E numbers of (token, expert) pairs.
-        max_rows: above zero.
+        rows_per_expert: E numbers of assignments.
+        max_rows: largest number of rows in a chunk, above zero.
     """
     chunks: list[Chunk] = []
     first, rows = 0, 0.0
@@ -88,11 +139,39 @@ def plan_chunks(rows_per_expert: Sequence[float], max_rows: float) -> list[Chunk
     return chunks
 
 
+def plan_over_ranks(
+    counts: Tensor, max_rows_per_chunk: Callable[[float], float | None]
+) -> list[Chunk]:
+    """Plan the chunks of a layer whose experts are spread over ranks.
+
+    The plan is the same on every rank that has the same counts. The rows of a rank are the rows
+    that it sends or the rows that it receives, whichever are more.
+
+    Args:
+        counts: tokens of every rank for every expert, `[expert parallel, expert tensor parallel,
+            E]`, on the host.
+        max_rows_per_chunk: as in `AssignmentBudget`, given the rows of the fullest rank.
+
+    Returns:
+        Chunks of the L local experts; an empty list to compute all experts at once.
+    """
+    ep, tp, _ = counts.shape
+    by_owner = counts.view(ep, tp, ep, -1)
+    sent = by_owner.sum(dim=2).flatten(end_dim=1)
+    received = by_owner.sum(dim=(0, 1)) / tp  # over tensor parallelism every rank gets all rows
+    fullest = max(sent.sum(dim=1).tolist() + received.sum(dim=1).tolist())
+    limit = max_rows_per_chunk(fullest)
+    if limit is None:
+        return []
+    rows = torch.maximum(sent.amax(dim=0), received.amax(dim=0).ceil().long())
+    return plan_chunks(rows.tolist(), limit)
+
+
 class ChunkOfExperts(Protocol):
-    """How a chunk is computed."""
+    """Computes one chunk of a layer's experts."""
 
     def weights_of(self, chunk: Chunk, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Views of the chunk's part of the weights, or of tensors of their shapes."""
+        """Return views of the chunk's part of the weights, or of tensors of the same shapes."""
         ...
 
     def compute(
@@ -103,9 +182,10 @@ class ChunkOfExperts(Protocol):
         weights: list[Tensor],
         only_for_backward: bool,
     ) -> Tensor:
-        """The chunk's contribution `[T, H]` to the outputs of its tokens.
+        """Return the chunk's contribution `[T, H]` to the outputs of its tokens.
 
-        In backward it is computed again for its gradients, and its value may be anything.
+        With `only_for_backward` the contribution is computed again for its gradients, and its value
+        may be anything.
         """
         ...
 
@@ -119,19 +199,19 @@ def run_chunks(
     *,
     main_grads: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """`y = sum of the chunks' contributions`, `[T, H]`, summed in fp32 if they are narrower.
+    """Sum the contributions of all chunks, `[T, H]`, in fp32 if they are narrower.
 
-    Kept for backward are the arguments only. Every weight gets its gradient once, however many
-    chunks there are, as hooks on gradients expect.
+    Backward keeps the arguments only. Every weight gets its gradient once, however many chunks
+    there are, as hooks on gradients expect.
 
     Args:
-        experts: what a chunk computes; it must be free of randomness, because it is done twice.
-        chunks: as `plan_chunks` gives them. Where they communicate, the same on all ranks.
+        experts: computes a chunk; it must be free of randomness, because it runs twice.
+        chunks: as `plan_chunks` returns them. Where chunks communicate, all ranks need the same.
         x_TH: tokens.
         probs_TE: routing weights.
-        weights: of all experts.
+        weights: weights of all experts.
         main_grads: buffers of the weights' shapes. When given, backward adds the weights' gradients
-            to them, and returns uninitialised memory as the weights' gradients, which the caller
+            to them, and returns uninitialized memory as the weights' gradients, which the caller
             must not use.
     """
     inputs = (experts, chunks, main_grads, x_TH, probs_TE, *weights)

@@ -1,8 +1,8 @@
 """SwiGLU experts over contiguous segments of tokens, as one autograd function.
 
 `y_a = p_a W_down[e] (silu(W_gate[e] x_a) * W_up[e] x_a)` for the expert e of every pair (Eq. 1).
-Indexing stacked weights per expert would make autograd allocate a gradient of all experts for each
-of them, which is quadratic in E; here every expert's gradient is written once, in its place.
+If stacked weights were indexed per expert, autograd would allocate a gradient of all experts for
+each of them, which is quadratic in E; here every expert's gradient is written once, in its place.
 
 Shapes: A pairs sorted by expert, H hidden, E experts, F expert width.
 """
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
 _FEW_TOKENS = 128
+_GATE_UP, _DOWN = 0, 1
 
 
 def grouped_swiglu(
@@ -30,22 +31,22 @@ def grouped_swiglu(
     main_grads: tuple[Tensor, Tensor] | None = None,
     only_for_backward: bool = False,
 ) -> Tensor:
-    """Every expert on its segment of rows, weighted, `[A, H]`.
+    """Apply every expert to its segment of rows, and weight the result, `[A, H]`.
 
-    For backward it keeps `x`, and the product with `gate_up`; the activation is computed again.
-    Experts without tokens cost nothing but the zeros of their gradient.
+    Backward keeps `x` and the product with `gate_up`, and computes the activation again. Experts
+    without tokens cost only the zeros of their gradient.
 
     Args:
         x_AH: tokens, sorted by expert.
-        prob_A: their routing weights, in the dtype of `x_AH`.
+        prob_A: routing weights of the tokens, in the dtype of `x_AH`.
         gate_up: `[E, 2F, H]`, gate first.
         down: `[E, H, F]`.
         tokens_per_expert: E lengths of segments, on the host.
         main_grads: buffers of the weights' shape and dtype. When given, backward adds the weights'
-            gradients to them, and returns uninitialised memory as the weights' gradients, which the
+            gradients to them, and returns uninitialized memory as the weights' gradients, which the
             caller must not use.
-        only_for_backward: leave out what backward does not need, the product with `down`: the
-            result is uninitialised.
+        only_for_backward: leave out the product with `down`, which backward does not need; the
+            result is then uninitialized.
     """
     device = x_AH.device.type
     if torch.is_autocast_enabled(device):
@@ -94,14 +95,14 @@ class _GroupedSwiGLU(torch.autograd.Function):
             prob, grad_y = prob_A[rows, None], grad_y_AH[rows]
             grad_h = _matmul(grad_y, down[expert], ends)
             h, grad_z, grad_prob[rows] = _fused(_activate_backward, z)(z, grad_h)
-            weight_grads.add_down(expert, (grad_y * prob).mT, h, ends)
-            weight_grads.add_gate_up(expert, grad_z.mT, x_AH[rows] * prob, ends)
+            weight_grads.add(_DOWN, expert, (grad_y * prob).mT, h, ends)
+            weight_grads.add(_GATE_UP, expert, grad_z.mT, x_AH[rows] * prob, ends)
             torch.mul(_matmul(grad_z, gate_up[expert], ends), prob, out=grad_x[rows])
         return grad_x, grad_prob, *weight_grads.result(), None, None, None
 
 
 class _WeightGrads:
-    """Gradients of stacked weights: written in place, or added to the main gradients."""
+    """Gradients of stacked weights, which are written in place or added to the main gradients."""
 
     def __init__(self, gate_up: Tensor, down: Tensor, ctx: Any) -> None:
         self.needed = ctx.needs_input_grad[2:4]
@@ -113,13 +114,8 @@ class _WeightGrads:
             for buffer in self.buffers:
                 buffer[inactive] = 0
 
-    def add_gate_up(self, expert: Any, a: Tensor, b: Tensor, ends: Tensor | None) -> None:
-        self._add(0, expert, a, b, ends)
-
-    def add_down(self, expert: Any, a: Tensor, b: Tensor, ends: Tensor | None) -> None:
-        self._add(1, expert, a, b, ends)
-
-    def _add(self, which: int, expert: Any, a: Tensor, b: Tensor, ends: Tensor | None) -> None:
+    def add(self, which: int, expert: Any, a: Tensor, b: Tensor, ends: Tensor | None) -> None:
+        """Add the gradient `a b` of an expert's weight: `_GATE_UP` or `_DOWN`."""
         if not self.needed[which]:
             return
         if ends is None:
@@ -130,6 +126,7 @@ class _WeightGrads:
             self.returned[which] = _matmul(a, b, ends)
 
     def result(self) -> tuple[Tensor | None, ...]:
+        """Return the gradients for autograd, None for a weight that needs none."""
         pairs = zip(self.returned, self.needed, strict=True)
         return tuple(grad if needed else None for grad, needed in pairs)
 
@@ -137,7 +134,7 @@ class _WeightGrads:
 def _blocks(
     x_AH: Tensor, tokens_per_expert: list[int]
 ) -> Iterator[tuple[slice, int | slice, Tensor | None]]:
-    """Rows, their expert, and None; or all rows, all experts, and where each segment ends.
+    """Yield each expert's rows, the expert, and None; or all rows, all experts, and segment ends.
 
     One expert at a time keeps its activations in a CPU's cache; a GPU takes all in one launch.
     """
@@ -153,7 +150,7 @@ def _blocks(
 
 
 def uses_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch multiplies all experts in one launch: bf16 on compute capability 9 and up."""
+    """Return whether torch can multiply all experts in one launch: bf16, compute capability 9+."""
     return (
         device.type == "cuda"
         and dtype == torch.bfloat16
@@ -163,10 +160,10 @@ def uses_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _matmul(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
-    """One product, or one for each segment of rows of `a` (of columns, when `b` is 2-d as well).
+    """Multiply once, or per segment of rows of `a` (of columns, when `b` is 2-d as well).
 
-    For an expert with few tokens it is computed transposed, weights first and tokens as columns: on
-    a CPU that is up to 1.6 times faster.
+    For an expert with few tokens the product is computed transposed, with tokens as columns: on a
+    CPU that is up to 1.6 times faster.
     """
     if ends is not None:
         return F.grouped_mm(a, b, offs=ends)
@@ -174,7 +171,7 @@ def _matmul(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
 
 
 def _fused(function: Callable[..., Any], z: Tensor) -> Callable[..., Any]:
-    """The function as one kernel where torch can compile it without other tools: on a GPU."""
+    """Compile the function into one kernel on a GPU, where torch needs no other tools for it."""
     return _compiled(function) if z.device.type == "cuda" else function
 
 
@@ -184,13 +181,13 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _activate(z: Tensor) -> Tensor:
-    """`silu(gate) * up` of `z = [gate, up]`."""
+    """Return `silu(gate) * up`, given `z = [gate, up]`."""
     gate, up = z.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def _activate_backward(z: Tensor, grad_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `h = silu(gate) * up`: h, the gradient of z, and the gradient of a weight of each row."""
+    """Return `h = silu(gate) * up`, the gradient of z, and the gradient of each row's weight."""
     gate, up = z.chunk(2, dim=-1)
     silu = F.silu(gate)
     h = silu * up

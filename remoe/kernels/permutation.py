@@ -1,7 +1,7 @@
 """Tokens to experts and back: rows sorted by expert, and their sums by token.
 
-Shapes: T tokens, H hidden, E experts, A active (token, expert) pairs. Nothing of size `T * E` is
-made besides the transposed routing map, of one byte per pair.
+Shapes: T tokens, H hidden, E experts, A active (token, expert) pairs. The only tensor of size
+`T * E` that is made is the transposed routing map, of one byte per entry.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from torch.nn import functional as F  # noqa: N812
 
 @dataclass(frozen=True)
 class Permutation:
-    """Where the active pairs are. Pairs are sorted by expert, and by token within an expert.
+    """The active pairs of a routing map, sorted by expert, and by token within an expert.
 
     Attributes:
         token_A: the token of every pair, int64.
-        entry_A: its entry in the flattened `[T, E]` probabilities, int64.
+        entry_A: the pair's entry in the flattened `[T, E]` probabilities, int64.
         by_token_A: the pairs sorted by token, and by expert within a token, int64.
-        starts_T: where each token's pairs begin in `by_token_A`, int64.
+        starts_T: the place in `by_token_A` where each token's pairs begin, int64.
     """
 
     token_A: Tensor
@@ -31,12 +31,12 @@ class Permutation:
 
     @classmethod
     def of(cls, routing_map_TE: Tensor, num_pairs: int) -> "Permutation":
-        """The permutation of a routing map.
+        """Return the permutation of a routing map.
 
         Args:
             routing_map_TE: bool `[T, E]`.
-            num_pairs: A, the number of True entries; given, because asking a GPU for it would make
-                the host wait.
+            num_pairs: A, the number of True entries. The caller passes it, because the host would
+                have to wait for a GPU that counts them.
         """
         num_tokens, num_experts = routing_map_TE.shape
         pairs = _nonzero(routing_map_TE.T.flatten(), num_pairs)
@@ -52,15 +52,15 @@ class Permutation:
 
 
 def permute(x_TH: Tensor, probs_TE: Tensor, permutation: Permutation) -> tuple[Tensor, Tensor]:
-    """Rows `[A, H]` and probabilities `[A]` of the active pairs, sorted by expert."""
+    """Return the rows `[A, H]` and probabilities `[A]` of the active pairs, sorted by expert."""
     rows: tuple[Tensor, Tensor] = _Permute.apply(x_TH, probs_TE, permutation)  # type: ignore[no-untyped-call]
     return rows
 
 
 def combine(y_AH: Tensor, permutation: Permutation) -> Tensor:
-    """`y_t = sum of the rows of its pairs`, `[T, H]`, in the order of the experts.
+    """Sum the rows of every token's pairs, in the order of the experts, `[T, H]`.
 
-    Every run adds in the same order, on a GPU too, in fp32 if the rows are narrower.
+    Every run adds in the same order, also on a GPU, and in fp32 if the rows are narrower.
     """
     y_TH: Tensor = _Combine.apply(y_AH, permutation)  # type: ignore[no-untyped-call]
     return y_TH

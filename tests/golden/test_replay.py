@@ -53,14 +53,14 @@ def test_comparable_steps():
 
 
 def without_load_balancing(path):
-    import megatron.remoe.moe.router as router
+    from remoe import regularization
 
-    original = router.load_weights
-    router.load_weights = lambda counts, **kwargs: torch.ones_like(counts, dtype=torch.float32)
+    original = regularization.load_weights
+    regularization.load_weights = lambda counts, **_: torch.ones_like(counts, dtype=torch.float32)
     try:
         return deviations(path, 8)
     finally:
-        router.load_weights = original
+        regularization.load_weights = original
 
 
 def test_a_wrong_regulariser_is_caught(rank):

@@ -250,17 +250,17 @@ def test_by_default_dense_layers_are_chunked_and_sparse_ones_are_not(rank):
 
 def test_layers_share_a_budget():
     """One dense layer may be held where the others need little; only the present forward counts."""
-    from megatron.remoe.moe.chunking import AssignmentBudget
+    from remoe.kernels.chunks import AssignmentBudget
 
     budget = AssignmentBudget(num_layers=4)
     stable = [3.4, 0.3, 0.2, 0.1]
-    assert [budget.rows_of_a_chunk(i, 30 * r, 30) for i, r in enumerate(stable, 1)] == [None] * 4
+    assert [budget.max_rows_per_chunk(i, 30 * r, 30) for i, r in enumerate(stable, 1)] == [None] * 4
     for _ in range(2):  # 4 layers of 1.25, less a chunk's room, hold one layer of 4
-        warm_up = [budget.rows_of_a_chunk(i, 120, 30) for i in range(1, 5)]
+        warm_up = [budget.max_rows_per_chunk(i, 120, 30) for i in range(1, 5)]
         assert warm_up == [None, 10, 10, 10]
-    assert [budget.rows_of_a_chunk(i, 30 * 64, 30) for i in range(1, 5)] == [10] * 4
+    assert [budget.max_rows_per_chunk(i, 30 * 64, 30) for i in range(1, 5)] == [10] * 4
     with torch.no_grad():  # nothing is kept, so that every layer counts alone
-        assert [budget.rows_of_a_chunk(i, r, 30) for i, r in ((1, 37), (2, 38))] == [None, 10]
+        assert [budget.max_rows_per_chunk(i, r, 30) for i, r in ((1, 37), (2, 38))] == [None, 10]
 
 
 @pytest.mark.parametrize(
@@ -272,10 +272,10 @@ def test_layers_share_a_budget():
        "recompute_num_layers": 2}, 4)],
 )  # fmt: skip
 def test_the_budget_is_of_layers_that_are_held_together(recompute, held):
-    from megatron.remoe.moe.chunking import AssignmentBudget
+    from megatron.remoe.moe.chunking import budget_of
 
     config = moe_cases.transformer_config(Layout(), **recompute)
-    assert AssignmentBudget.of(config, 6, None).num_layers == held
+    assert budget_of(config, 6, None).num_layers == held
 
 
 def test_experts_that_cannot_be_split_are_refused_with_a_limit(rank):
@@ -284,16 +284,16 @@ def test_experts_that_cannot_be_split_are_refused_with_a_limit(rank):
 
 
 def refusal(limit):
-    from megatron.remoe.moe import chunking, layer
+    from megatron.remoe.moe import chunking, experts
 
-    layer.can_chunk = lambda experts, config: False
+    chunking.in_parts = lambda experts, config: None
     try:
         built = moe_cases.build_layer(Layout(grouped=False), 0.0, max_assignments=limit)
     except ValueError as error:
         return str(error)
     finally:
-        layer.can_chunk = chunking.can_chunk
-    assert built.budget is None
+        chunking.in_parts = experts.in_parts
+    assert built.chunked is None
     return None
 
 

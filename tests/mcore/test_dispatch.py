@@ -97,3 +97,29 @@ def run_with_stock_dispatcher(layout: Layout, shift: float):
     layer = moe_cases.build_layer(layout, shift)
     layer.token_dispatcher.__class__ = MoEAlltoAllTokenDispatcher
     return layer(moe_cases.inputs(torch.distributed.get_rank()))[0].detach()
+
+
+@pytest.mark.parametrize(
+    ("changes", "layer"),
+    [
+        ({}, "DroplessMoELayer"),
+        ({"moe_expert_capacity_factor": 1.0}, "MoELayer"),
+        ({"moe_permute_fusion": True}, "MoELayer"),
+    ],
+    ids=["dropless", "capacity", "fusion"],
+)
+def test_options_that_need_a_known_count_keep_megatrons_layer(ranks, changes, layer):
+    """TopK routing may have them; ReLU routing and the warm-up of TopK refuse them."""
+    for found in ranks.run(classes_with_topk, changes):
+        assert found == (layer, "CountingTopKRouter")
+
+
+def classes_with_topk(changes: dict) -> tuple[str, str]:
+    from megatron.remoe.moe.spec import block_spec
+    from megatron.remoe.moe.topk_router import TopKRouting
+
+    moe_cases.initialize(Layout())
+    config = moe_cases.transformer_config(Layout(), **changes)
+    spec = block_spec(config, TopKRouting()).layer_specs[0]
+    layer = spec.submodules.mlp(config=config, layer_number=1)
+    return type(layer).__name__, type(layer.router).__name__

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron.remoe.train.metrics import MetricsWriter
-from megatron.remoe.train.step import StepReport
+from remoe.statistics import StepReport
 
 EVERY = {"grad_norm", "iteration", "learning_rate", "lm_loss", "tokens", "tokens_per_second"}
 EVERY |= {"peak_memory"}

@@ -161,7 +161,7 @@ def test_the_scripts_own_arguments_are_still_there(forgotten):
 def test_a_forgotten_flag_is_refused_in_every_entry(forgotten):
     _, script, entry = forgotten
     message = (
-        "checkpoint checkpoints/iter_0000003 is of ReLU routing, and this run of TopK routing; "
+        "checkpoint checkpoints/iter_0000003 has ReLU routing, and this run has TopK routing; "
         "pass --moe-relu-routing, or pass --moe-change-routing to change the router on purpose"
     )
     assert script.returncode != 0 and entry.returncode != 0

@@ -207,7 +207,7 @@ def step_of(padded):
 
 
 def test_padding_alone_has_no_penalty_and_leaves_the_coefficient(rank):
-    from megatron.remoe.train.metrics import routing_metrics
+    from remoe.statistics import routing_metrics
 
     grad, coeff, report = rank(step_of, (True, True))
     assert torch.equal(grad, torch.zeros_like(grad))

@@ -52,11 +52,11 @@ def run(folder: Path, **changes: Any) -> Namespace:
 @pytest.mark.parametrize(
     ("before", "now", "message"),
     [
-        (RELU, TOPK, "is of ReLU routing, and this run of TopK routing; pass --moe-relu-routing, "),
-        (RELU, DENSE, "is of ReLU routing, and this run of a dense model; pass --moe-relu-routing"),
-        (TOPK, RELU, "is of TopK routing, and this run of ReLU routing; leave --moe-relu-routing "),
-        (TOPK, DENSE, "is of TopK routing, and this run of a dense model; pass --num-experts and"),
-        (DENSE, RELU, "is of a dense model, and this run of ReLU routing; leave num_experts out, "),
+        (RELU, TOPK, "has ReLU routing, and this run has TopK routing; pass --moe-relu-routing, "),
+        (RELU, DENSE, "has ReLU routing, and this run has no experts; pass --moe-relu-routing"),
+        (TOPK, RELU, "has TopK routing, and this run has ReLU routing; leave --moe-relu-routing "),
+        (TOPK, DENSE, "has TopK routing, and this run has no experts; pass --num-experts and"),
+        (DENSE, RELU, "has no experts, and this run has ReLU routing; leave num_experts out, "),
         (
             RELU,
             RELU | {"moe_relu_load_balancing": "none"},
@@ -114,10 +114,10 @@ def test_a_checkpoint_of_something_else_is_refused_with_the_remedy(
     ("before", "tensors", "now", "refused"),
     [
         # The tensors say it where the arguments do not, or say otherwise.
-        ({}, ("decoder.layers.0.mlp.router.l1_coeff",), TOPK, "is of ReLU routing"),
-        (BOTH, ("decoder.layers.0.mlp.router.l1_coeff",), TOPK, "is of ReLU routing"),
+        ({}, ("decoder.layers.0.mlp.router.l1_coeff",), TOPK, "has ReLU routing"),
+        (BOTH, ("decoder.layers.0.mlp.router.l1_coeff",), TOPK, "has ReLU routing"),
         ({}, ("decoder.layers.0.mlp.router.l1_coeff",), RELU, None),
-        ({}, ("decoder.layers.0.mlp.router.weight",), RELU, "is of TopK routing"),
+        ({}, ("decoder.layers.0.mlp.router.weight",), RELU, "has TopK routing"),
         ({}, ("decoder.layers.0.mlp.router.weight",), TOPK, None),
         ({}, (), DENSE, None),
         # Arguments of Megatron's own, and of the first of our runs.

@@ -239,7 +239,7 @@ def test_a_forgotten_flag_is_refused_before_anything_is_written(
     code, _, error = call(tiny.remoe, home, "train", "relu.yaml", *overrides)
     assert (code, error.count("\n")) == (2, 1), error
     assert error.startswith(
-        "error: checkpoint relu/checkpoints/iter_0000012 is of ReLU routing, and this run of TopK "
+        "error: checkpoint relu/checkpoints/iter_0000012 has ReLU routing, and this run has TopK "
         "routing; pass --moe-relu-routing, or pass --moe-change-routing"
     )
     assert not (home / "forgotten").exists()

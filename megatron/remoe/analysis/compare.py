@@ -14,7 +14,6 @@ from typing import Any
 from megatron.remoe.analysis.runs import Run
 from megatron.remoe.analysis.size import ModelSize
 
-_SETTLED_STEPS, _SETTLED_WITHIN = 20, 0.02
 _LAST_ROWS = 20
 _OSCILLATION_ROWS, _OSCILLATION_MEAN = 100, 10
 _DEFAULT_SEED = 1234
@@ -78,18 +77,8 @@ def validation_loss(run: Run) -> float:
 
 
 def steps_to_settle(run: Run) -> int | None:
-    """First step that opens 20 consecutive ones with |S - target| <= 0.02; None if there is none.
-
-    Steps are counted in logged rows, so log every step.
-    """
-    if not run.has_relu_routing:
-        return None
-    target, length = run.target_sparsity, 0
-    for index, row in enumerate(run.measured):
-        length = length + 1 if abs(row["sparsity"] - target) <= _SETTLED_WITHIN else 0
-        if length == _SETTLED_STEPS:
-            return int(run.measured[index - _SETTLED_STEPS + 1]["iteration"])
-    return None
+    """Return the step at which sparsity settles; None if it has not, or without ReLU routing."""
+    return run.stages.sparse_from if run.has_relu_routing else None
 
 
 def oscillation(run: Run) -> float | None:

@@ -90,7 +90,7 @@ def layers_at_once(
 ) -> tuple[int, float | None]:
     """How many layers are computed at once when all have so many assignments.
 
-    The rule of Megatron's layer (`megatron.remoe.moe.chunking.AssignmentBudget`).
+    The rule of Megatron's layer (`remoe.kernels.chunks.AssignmentBudget`).
 
     Args:
         num_layers: that keep their activations at the same time.

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from remoe.statistics import settling_index
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -15,7 +17,8 @@ class Stages:
     Attributes:
         dense_until: last iteration of the dense warm-up, in which more than half of all (token,
             expert) pairs are active; 0 if there is none.
-        sparse_from: first iteration at or above the target sparsity; None if it was not reached.
+        sparse_from: iteration at which sparsity settles at its target (`settling_index`); None if
+            it has not settled.
     """
 
     dense_until: int
@@ -140,14 +143,17 @@ class Run:
 
     @property
     def stages(self) -> Stages:
-        dense_until, sparse_from = 0, None
-        for row in self.measured:
-            if row["sparsity"] >= self.target_sparsity:
-                sparse_from = int(row["iteration"])
-                break
-            if row["sparsity"] < 0.5:
-                dense_until = int(row["iteration"])
-        return Stages(dense_until, sparse_from)
+        """The stages, in logged rows: they are exact in a run that logs every step."""
+        rows, target = self.measured, self.target_sparsity
+        sparsities = [row["sparsity"] for row in rows]
+        settled = settling_index(sparsities, target)
+        reached = next((i for i, value in enumerate(sparsities) if value >= target), len(rows))
+        early = rows[: reached if settled is None else min(reached, settled)]
+        dense = [row["iteration"] for row in early if row["sparsity"] < 0.5]
+        return Stages(
+            dense_until=int(dense[-1]) if dense else 0,
+            sparse_from=None if settled is None else int(rows[settled]["iteration"]),
+        )
 
     @property
     def stage_costs(self) -> list[StageCost]:

@@ -31,8 +31,7 @@ from megatron.remoe.convert.source import (
 from megatron.remoe.convert.table import CONFIG, Config, Item, plan
 from megatron.remoe.convert.to_megatron import Layout, to_megatron
 from remoe.config import apply_granularity
-
-_RIDGE = 1e-3  # of the mean square of an activation
+from remoe.upcycling import router_of_copies
 
 
 @dataclass(frozen=True)
@@ -144,25 +143,15 @@ def upcycle(
 def router_weights(
     fit_TH: Tensor, held_out_TH: Tensor, settings: Settings, generator: torch.Generator
 ) -> Tensor:
-    """A router `[E * G, H]` whose gates sum to 1 on average over the copies of every slice.
-
-    Expert `c * G + s` is copy c of slice s. `w` minimises `|x w - 1|^2`, ridged. Noise vectors have
-    the asked standard deviation over tokens and sum to zero over copies, so while all copies of a
-    slice are active the sum of their gates is `x w`. A ReLU is positively homogeneous: dividing by
-    the mean sum over held-out tokens makes it 1 there.
-    """
-    x, y = fit_TH.double(), held_out_TH.double()
-    second = x.T @ x / len(x)
-    ridge = _RIDGE * second.diagonal().mean() * torch.eye(x.shape[1], dtype=x.dtype)
-    w_H: Tensor = torch.linalg.solve(second + ridge, x.mean(dim=0))
-    shape = (settings.num_experts, settings.granularity, x.shape[1])
-    noise_EGH = torch.randn(shape, generator=generator, dtype=x.dtype)
-    noise_EGH -= noise_EGH.mean(dim=0)
-    size_EG1 = (noise_EGH @ x.T).std(dim=-1, keepdim=True).mean(dim=0)
-    noise_EGH *= settings.spread * (x @ w_H).mean() / size_EG1
-    weights_EGH = w_H + noise_EGH
-    sums_GT = torch.relu(weights_EGH @ y.T).sum(dim=0)
-    return (weights_EGH / sums_GT.mean(dim=-1)[None, :, None]).flatten(0, 1).float()
+    """Return the router of a layer, `[E * G, H]`: `router_of_copies` with these settings."""
+    return router_of_copies(
+        fit_TH,
+        held_out_TH,
+        num_copies=settings.num_experts,
+        num_slices=settings.granularity,
+        spread=settings.spread,
+        generator=generator,
+    )
 
 
 def _mixture_config(dense: Config, settings: Settings) -> Config:

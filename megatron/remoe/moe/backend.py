@@ -1,5 +1,4 @@
-"""Torch-native modules for `--transformer-impl local`: SDPA attention, norms that shard, grouped
-experts.
+"""Torch-native modules for `--transformer-impl local`: SDPA attention, norms, grouped experts.
 
 Shapes: sq, sk query and key lengths; b micro-batch; n heads, g query groups of this rank; d head.
 """
@@ -20,14 +19,14 @@ from megatron.remoe.moe.experts import GroupedExperts
 
 
 def torch_norm(*, config: TransformerConfig, hidden_size: int, eps: float) -> torch.nn.Module:
-    """Torch's RMSNorm or LayerNorm, also under sequence parallelism.
+    """Return torch's RMSNorm or LayerNorm, also for sequence parallelism.
 
-    Every tensor-parallel rank then normalises its own part of the sequence, so the gradients of the
-    weights must be summed; Megatron does so for parameters marked `sequence_parallel`, and without
-    the mark the ranks drift apart silently.
+    There every tensor-parallel rank normalizes its own part of the sequence, so the gradients of
+    the weights must be summed. Megatron sums them for parameters that are marked
+    `sequence_parallel`; without the mark the ranks would silently drift apart.
 
     Raises:
-        ValueError: a normalisation that torch does not have.
+        ValueError: a normalization that torch does not have.
     """
     norms: dict[str, type[torch.nn.RMSNorm] | type[torch.nn.LayerNorm]]
     norms = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
@@ -46,8 +45,8 @@ def torch_norm(*, config: TransformerConfig, hidden_size: int, eps: float) -> to
 class SDPAttention(DotProductAttention):
     """Causal attention by torch's scaled_dot_product_attention, without a `[sq, sk]` matrix.
 
-    What SDPA does not cover (sliding windows, softmax offsets, layer scaling, dropout with the
-    random state of its tensor-parallel rank, a cache of keys) runs in Megatron's implementation.
+    Megatron's implementation runs what SDPA does not cover: sliding windows, softmax offsets, layer
+    scaling, dropout with the random state of its tensor-parallel rank, and a cache of keys.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -69,7 +68,7 @@ class SDPAttention(DotProductAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """`[sq, b, n, d]`, `[sk, b, g, d]` twice, to `[sq, b, n * d]`."""
+        """Attend: queries `[sq, b, n, d]`, keys and values `[sk, b, g, d]`, to `[sq, b, n * d]`."""
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
         if not (
             self.plain
@@ -100,12 +99,15 @@ class TorchSpecProvider(LocalSpecProvider):
     def layer_norm(
         self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
     ) -> Callable[..., torch.nn.Module]:
+        """Return the builder of norms."""
         return torch_norm
 
     def core_attention(self) -> type:
+        """Return the class of attention."""
         return SDPAttention
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
+        """Return the builder of experts."""
         if moe_use_grouped_gemm:
             return GroupedExperts
         return super().grouped_mlp_modules(moe_use_grouped_gemm)

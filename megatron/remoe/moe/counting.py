@@ -1,6 +1,6 @@
-"""What every router counts while training, whatever it routes by.
+"""Counting while training, for every Megatron router, whatever it routes by.
 
-Shapes: L transformer layers of the whole model, T local tokens, E experts.
+Shapes: T local tokens, E experts.
 """
 
 from typing import Any
@@ -10,21 +10,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from remoe.buffers import ExactBuffers
-from remoe.routing import active_experts, tokens_per_expert
+from remoe.statistics import RoutingStatistics, TokenCounts
 
 
 class CountsRouting(ExactBuffers):
-    """Mixin for Megatron routers: sums over the micro-batches of a step on this rank.
+    """Mixin for Megatron routers that adds up what they route over the micro-batches of a step.
 
-    Buffers, none persistent:
-        stats: fp64 `[3 + E]`: regulariser (zero without one), micro-batches (as fractions over the
-            ranks that share one), tokens, and tokens per expert.
-        most_active: int64, 0-d: the most experts that a token activated.
+    Buffers, none of them persistent:
+        stats: fp64 `[3 + E]`, and most_active: int64, 0-d; see `RoutingStatistics`.
     """
 
     stats: Tensor
     most_active: Tensor
-    # What Megatron's routers set. The groups are process groups, or stand-ins of the same methods.
+    # Megatron's routers set these. The groups are process groups, or stand-ins with their methods.
     config: TransformerConfig
     num_experts: int
     layer_number: int
@@ -33,37 +31,20 @@ class CountsRouting(ExactBuffers):
     tp_dp_cp_group: Any
 
     def register_counters(self, num_experts: int) -> None:
-        device = torch.cuda.current_device()
-        stats = torch.zeros(3 + num_experts, dtype=torch.float64, device=device)
-        self.register_buffer("stats", stats, persistent=False)
-        most = torch.zeros((), dtype=torch.int64, device=device)
-        self.register_buffer("most_active", most, persistent=False)
+        """Register the buffers."""
+        zeros = RoutingStatistics.zeros(num_experts, torch.cuda.current_device())
+        self.register_buffer("stats", zeros.sums, persistent=False)
+        self.register_buffer("most_active", zeros.most_active, persistent=False)
 
-    @torch.no_grad()
-    def count(self, routing_map: Tensor, padding_mask: Tensor | None, *, num_ranks: int) -> Tensor:
-        """Add a micro-batch.
+    @property
+    def statistics(self) -> RoutingStatistics:
+        """The statistics of this rank since the last step, as views of the buffers."""
+        return RoutingStatistics(self.stats, self.most_active)
 
-        Args:
-            routing_map: bool `[T, E]`.
-            padding_mask: bool `[T]`, True for padding, which is not counted, or None.
-            num_ranks: ranks that share the micro-batch's tokens.
+    def count(self, routing_map: Tensor, padding_mask: Tensor | None) -> TokenCounts:
+        """Add a micro-batch, bool `[T, E]`, without its padding (True), bool `[T]`.
 
         Returns:
-            Tokens and tokens per expert of this rank's part, int64 `[1 + E]`; not a view.
+            The counts of this rank's tokens, int64, in a buffer of their own.
         """
-        counts = tokens_per_expert(routing_map, padding_mask)
-        active = active_experts(routing_map)
-        if padding_mask is None:
-            num_tokens = counts.new_full((1,), routing_map.shape[0])
-        else:
-            num_tokens = (~padding_mask).sum(dim=0, keepdim=True)
-            active = active.masked_fill(padding_mask, 0)
-        local = torch.cat([num_tokens, counts])
-        self.stats[1] += 1 / num_ranks
-        self.stats[2:] += local
-        self.most_active.copy_(torch.maximum(self.most_active, active.max()))
-        return local
-
-    def clear_counters(self) -> None:
-        self.stats.zero_()
-        self.most_active.zero_()
+        return self.statistics.add(routing_map, padding_mask, num_ranks=self.tp_cp_group.size())

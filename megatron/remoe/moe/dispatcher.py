@@ -1,7 +1,8 @@
-"""Dispatch sized by the routing map, whatever the number of assignments.
+"""Token dispatchers whose sizes follow the routing map, for any number of assignments.
 
 Megatron's dispatchers expect `tokens * topk` assignments, copy several tensors to the host, and
-scatter rows with an index of the rows' size. These copy the counts once, and sum rows by token.
+scatter rows with an index of the rows' size. These dispatchers copy the counts once, and sum rows
+by token.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ from remoe.routing import tokens_per_expert
 
 
 class CountsAssignments:
-    """Mixin of dispatchers: who sends how many tokens to which expert, known on every rank."""
+    """Mixin for dispatchers that tells every rank who sends how many tokens to which expert."""
 
     _counts: Tensor | None = None
     ep_size: int
@@ -28,7 +29,7 @@ class CountsAssignments:
     tp_ep_group: Any
 
     def count(self, routing_map: Tensor) -> tuple[Tensor, float]:
-        """Counts in one copy to the host, which the dispatch that follows uses.
+        """Count assignments with one copy to the host, for the dispatch that follows.
 
         Returns:
             The tokens of every rank for every expert, `[ep, expert tp, E]`; and the mean number of
@@ -51,10 +52,10 @@ class CountsAssignments:
 
 
 class DroplessAlltoAllTokenDispatcher(CountsAssignments, MoEAlltoAllTokenDispatcher):
-    """Megatron's all-to-all dispatcher for any routing map."""
+    """Megatron's all-to-all dispatcher, for any routing map."""
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
-        """Sizes of everything that follows, on the host.
+        """Compute the sizes of everything that follows, on the host.
 
         Returns:
             The number of tokens of each local expert.
@@ -78,7 +79,7 @@ class DroplessAlltoAllTokenDispatcher(CountsAssignments, MoEAlltoAllTokenDispatc
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`[s, b, h]` to rows sorted by expert, and their probabilities."""
+        """Sort `[s, b, h]` into rows by expert, and return the rows and their probabilities."""
         self.hidden_shape, self.probs = hidden_states.shape, probs
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states)
@@ -89,20 +90,22 @@ class DroplessAlltoAllTokenDispatcher(CountsAssignments, MoEAlltoAllTokenDispatc
     def dispatch_postprocess(
         self, global_input_tokens: Tensor, global_probs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.ep_size * self.tp_size == 1:  # one source of rows, sorted by expert
+        """Sort the received rows by expert; those of a single source are sorted already."""
+        if self.ep_size * self.tp_size == 1:
             return global_input_tokens, self.tokens_per_expert, global_probs
         received: tuple[Tensor, Tensor, Tensor]
         received = super().dispatch_postprocess(global_input_tokens, global_probs)
         return received
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        """Sort the experts' rows by source."""
         if self.ep_size * self.tp_size == 1:
             return hidden_states
         rows: Tensor = super().combine_preprocess(hidden_states)
         return rows
 
     def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
-        """Sums of the rows of each token, `[s, b, h]`, and the shared experts' output."""
+        """Sum the rows of each token, `[s, b, h]`, and add what overlapped shared experts gave."""
         output = combine(permutated_local_input_tokens, self.permutation).view(self.hidden_shape)
         if self.shared_experts is not None:
             output = output + self.shared_experts.get_output()
@@ -112,11 +115,12 @@ class DroplessAlltoAllTokenDispatcher(CountsAssignments, MoEAlltoAllTokenDispatc
 class DroplessAllGatherTokenDispatcher(CountsAssignments, MoEAllGatherTokenDispatcher):
     """Megatron's all-gather dispatcher with our permutation."""
 
-    routing_map: Any  # Megatron's; a tensor until `dispatch_postprocess` has used it
+    routing_map: Any  # set by Megatron; a tensor until `dispatch_postprocess` has used it
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Take the counts, and prepare as Megatron does."""
         self.received = self._take_counts(routing_map)[:, :, self.local_expert_indices]
         rows: tuple[Tensor, Tensor]
         rows = super().dispatch_preprocess(hidden_states, routing_map, probs)
@@ -125,6 +129,7 @@ class DroplessAllGatherTokenDispatcher(CountsAssignments, MoEAllGatherTokenDispa
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Select the gathered rows of the local experts, sorted by expert."""
         local = slice(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
         routing_map, self.routing_map = self.routing_map[:, local], None
         counts = self.received.sum(dim=(0, 1))
@@ -133,6 +138,7 @@ class DroplessAllGatherTokenDispatcher(CountsAssignments, MoEAllGatherTokenDispa
         return rows, counts, self.local_probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        """Sum the rows of each token over the local experts."""
         return combine(hidden_states, self.permutation)
 
 
@@ -144,9 +150,10 @@ DISPATCHERS: dict[str, type[Dispatcher]] = {
 
 
 def is_dropless(config: TransformerConfig) -> bool:
-    """Whether every assignment of the routing map is computed, with buffers of its size.
+    """Return whether every assignment is computed, with buffers of the routing map's size.
 
-    Options that cap or pad the number of assignments are Megatron's own; ReLU routing refuses them.
+    Options that cap or pad the number of assignments, or run a layer in steps of their own, leave
+    Megatron's layer in place; ReLU routing and the warm-up of TopK refuse them.
     """
     return (
         config.moe_token_dispatcher_type in DISPATCHERS
@@ -154,4 +161,5 @@ def is_dropless(config: TransformerConfig) -> bool:
         and not config.moe_router_padding_for_quantization
         and not config.moe_permute_fusion
         and config.cuda_graph_impl == "none"
+        and not config.overlap_moe_expert_parallel_comm
     )

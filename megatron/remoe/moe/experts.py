@@ -1,9 +1,12 @@
-"""Grouped experts without compiled extras: `--moe-grouped-gemm` for `--transformer-impl local`.
+"""The experts of a rank: our grouped ones, and how they and Megatron's are computed in parts.
+
+Grouped experts need no compiled extras: `--moe-grouped-gemm` for `--transformer-impl local`.
 
 Shapes, as in `remoe.kernels`: A assignments to the experts of this rank, H hidden, E local experts,
 F expert width on this rank.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,11 +24,13 @@ from megatron.core.tensor_parallel.random import (
     get_expert_parallel_rng_tracker_name,
 )
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
-from remoe.kernels import grouped_swiglu
+from megatron.remoe.moe.gradients import in_order, main_grads, mark_gradients
+from remoe.kernels import Chunk, grouped_swiglu
 
 
 class GroupedExperts(MegatronModule):
@@ -69,7 +74,7 @@ class GroupedExperts(MegatronModule):
         set_tensor_model_parallel_attributes(
             weight, is_parallel=True, dim=partition_dim, stride=stride
         )
-        # As Megatron's linears: True means that gradients are those of the dense parameters' group.
+        # As in Megatron's linears: True reduces gradients over the dense parameters' group.
         weight.allreduce = not (  # type: ignore[attr-defined]
             config.expert_model_parallel_size > 1
             or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
@@ -90,42 +95,61 @@ class GroupedExperts(MegatronModule):
         tokens_per_expert: Tensor,
         permuted_probs: Tensor,
     ) -> tuple[Tensor, None]:
-        """Rows `[A, H]` sorted by expert, counts `[E]` on the host, probs `[A]`: to `[A, H]`."""
+        """Compute all experts: rows `[A, H]` sorted by expert, counts `[E]`, probs `[A]`."""
         weights = (self.linear_fc1, self.linear_fc2)
         buffers = main_grads(weights, same_dtype=True)
-        rows = permuted_local_hidden_states
-        output = self.compute(rows, tokens_per_expert, permuted_probs, in_order(weights), buffers)
+        fc1, fc2 = in_order(weights)
+        output = grouped_swiglu(
+            permuted_local_hidden_states,
+            permuted_probs.to(permuted_local_hidden_states.dtype),
+            fc1,
+            fc2,
+            tokens_per_expert.tolist(),
+            main_grads=None if buffers is None else (buffers[0], buffers[1]),
+        )
         return mark_gradients(output, weights, added=buffers is not None), None
 
-    @staticmethod
-    def compute(
+    def weights_of(self, chunk: Chunk, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the chunk's part of the weights, or of tensors of the same shapes."""
+        return [tensor[chunk.experts] for tensor in tensors]
+
+    def compute_part(
+        self,
+        chunk: Chunk,
         rows: Tensor,
-        tokens_per_expert: Tensor,
+        counts: Tensor,
         probs: Tensor,
         weights: Sequence[Tensor],
-        buffers: Sequence[Tensor] | None = None,
-        *,
-        only_for_backward: bool = False,
+        only_for_backward: bool,
     ) -> Tensor:
-        """Forward with other weights, `[e, 2F, H]` and `[e, H, F]`: those of some experts."""
+        """Compute the chunk's experts with weights that the caller passes.
+
+        Args:
+            chunk: consecutive local experts.
+            rows: `[A, H]`, sorted by expert.
+            counts: tokens of the chunk's experts, on the host.
+            probs: `[A]`.
+            weights: as `weights_of` returns them.
+            only_for_backward: the values of the result may be anything.
+        """
+        fc1, fc2 = weights
         return grouped_swiglu(
             rows,
             probs.to(rows.dtype),
-            weights[0],
-            weights[1],
-            tokens_per_expert.tolist(),
-            main_grads=None if buffers is None else (buffers[0], buffers[1]),
+            fc1,
+            fc2,
+            counts.tolist(),
             only_for_backward=only_for_backward,
         )
 
     def get_extra_state(self) -> None:
-        """Nothing; other experts have an entry per linear, for Transformer Engine's fp8."""
+        """Return nothing; other experts have an entry per linear, for Transformer Engine's fp8."""
 
     def set_extra_state(self, state: Any) -> None:
         """Ignore what others may have saved there."""
 
     def backward_dw(self) -> None:
-        """Nothing is left: weight gradients are computed in backward."""
+        """Do nothing, because backward has computed the gradients of the weights."""
 
     def sharded_state_dict(
         self,
@@ -133,7 +157,7 @@ class GroupedExperts(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
-        """Keys, shapes and axes of SequentialMLP, the local experts in one shard."""
+        """Return keys, shapes and axes of SequentialMLP, with the local experts in one shard."""
         layers, replica = len(sharded_offsets), (0, 0, self.dp_group.rank())
         experts = (layers, self.ep_group.rank(), self.ep_group.size())
         tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
@@ -154,7 +178,7 @@ class GroupedExperts(MegatronModule):
         def gate_and_up(
             key: str, weight: Tensor, replica: ReplicaId, flattened_range: Any
         ) -> list[ShardedTensor]:
-            """Tensor parallelism splits each of them, so they are not one range of the whole."""
+            # Tensor parallelism splits each of them, so they are not one range of the whole.
             gate, up = weight.chunk(2, dim=1)
             return [
                 shard(key, gate, 1, tp_rank, 2 * tp_size, replica),
@@ -205,65 +229,50 @@ def _check(config: TransformerConfig) -> None:
             )
 
 
-def main_grads(
-    weights: Sequence[torch.nn.Parameter], *, same_dtype: bool = False
-) -> list[Tensor] | None:
-    """Buffers of Megatron's DDP that backward may add to, which saves a copy of all gradients.
+class SequentialParts:
+    """Megatron's SequentialMLP, whose parts are computed as those of `GroupedExperts`."""
 
-    Args:
-        weights: all of them need a buffer.
-        same_dtype: only buffers of the weights' dtype will do.
-    """
-    if not torch.is_grad_enabled():
-        return None
-    buffers = []
-    for weight in weights:
-        buffer = getattr(weight, "main_grad", None)
-        if buffer is None or not weight.requires_grad:
-            return None
-        if same_dtype and buffer.dtype != weight.dtype:
-            return None
-        buffers.append(buffer)
-    return buffers
+    def __init__(self, experts: SequentialMLP) -> None:
+        self.experts = experts
 
+    def weights_of(self, chunk: Chunk, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors of the chunk's experts; every expert has equally many."""
+        each = len(tensors) // self.experts.num_local_experts
+        return list(tensors[chunk.experts.start * each : chunk.experts.stop * each])
 
-def in_order(weights: Sequence[torch.nn.Parameter]) -> list[Tensor]:
-    """Views of the weights, whose gradients autograd delivers one by one, the last weight's first.
-
-    With overlapped reduction Megatron's DDP reduces a bucket as soon as its gradients are there,
-    and data-parallel ranks pair their buckets by that order alone. Ranks decide for themselves
-    whether a layer is chunked, so both ways must deliver gradients in one order: that of Megatron's
-    sequential experts. The gradients that one autograd function returns for several parameters
-    arrive in no order that could be relied on; nodes of views run in reverse order of creation.
-    """
-    return [weight.view_as(weight) for weight in weights]
-
-
-def mark_gradients(output: Tensor, weights: Sequence[torch.nn.Parameter], *, added: bool) -> Tensor:
-    """The output, whose backward tells Megatron's DDP how the weights' gradients come.
-
-    That is told in backward and not before, because micro-batches differ: with pipeline stages the
-    forward of a later one, chunked or not, comes before the backward of an earlier one.
-
-    Args:
-        output: of a computation with the weights.
-        weights: parameters of Megatron's DDP.
-        added: whether backward adds to their main gradients itself (`main_grads`).
-    """
-    marked: Tensor = _MarkGradients.apply(output, weights, added)  # type: ignore[no-untyped-call]
-    return marked
-
-
-class _MarkGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, weights: Sequence[torch.nn.Parameter], added: bool
+    def compute_part(
+        self,
+        chunk: Chunk,
+        rows: Tensor,
+        counts: Tensor,
+        probs: Tensor,
+        weights: Sequence[Tensor],
+        only_for_backward: bool,
     ) -> Tensor:
-        ctx.weights, ctx.added = weights, added
-        return output.view_as(output)
+        """Compute the chunk's experts; there is nothing to leave out for backward."""
+        part = copy.copy(self.experts)  # the same module with fewer experts
+        modules = torch.nn.ModuleList(self.experts.local_experts[chunk.experts])
+        part._modules = {"local_experts": modules}
+        part.num_local_experts = len(modules)
+        names = [name for name, _ in part.named_parameters()]
+        output: Tensor
+        output, _ = torch.func.functional_call(
+            part, dict(zip(names, weights, strict=True)), (rows, counts, probs)
+        )
+        return output
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        for weight in ctx.weights:
-            weight.grad_added_to_main_grad = ctx.added
-        return grad, None, None
+
+PartialExperts = GroupedExperts | SequentialParts
+
+
+def in_parts(experts: torch.nn.Module, config: TransformerConfig) -> PartialExperts | None:
+    """Return these experts as `PartialExperts`; None if they cannot be computed in parts.
+
+    Transformer Engine's experts cannot be split. Megatron's fused accumulation of gradients would
+    look for buffers that a part of the weights does not have.
+    """
+    if isinstance(experts, GroupedExperts):
+        return experts
+    if isinstance(experts, SequentialMLP) and not config.gradient_accumulation_fusion:
+        return SequentialParts(experts)
+    return None

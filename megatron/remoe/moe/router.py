@@ -1,4 +1,4 @@
-"""The ReLU router as a Megatron module: an adapter, the equations are in `remoe`.
+"""The ReLU router as a Megatron module: an adapter, whose equations are in `remoe`.
 
 Shapes, as in Megatron: s sequence, b micro-batch, h hidden; T = s * b local tokens, E experts.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron.remoe.moe.counting import CountsRouting
 from remoe.config import ControllerConfig, ReLURouting
 from remoe.controller import register_l1_coeff
-from remoe.regularization import l1_regularization, load_weights
+from remoe.regularization import penalty, router_regularization
 from remoe.routing import bounded_routing, relu_routing
 
 
@@ -27,7 +27,7 @@ class ReLURouter(CountsRouting, Router):
     """
 
     l1_coeff: Tensor
-    # Megatron's own, which need nothing of its top-k router.
+    # These methods of Megatron's TopK router need nothing else of it.
     apply_input_jitter = TopKRouter.apply_input_jitter
     apply_z_loss = TopKRouter.apply_z_loss
 
@@ -41,13 +41,13 @@ class ReLURouter(CountsRouting, Router):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.relu_routing = routing or ReLURouting()
-        self.input_jitter = None  # made by apply_input_jitter
-        device = torch.cuda.current_device()
-        register_l1_coeff(self, self.controller, device)
+        self.input_jitter = None  # set by apply_input_jitter
+        register_l1_coeff(self, self.controller, torch.cuda.current_device())
         self.register_counters(self.num_experts)
 
     @cached_property
     def controller(self) -> ControllerConfig:
+        """The rule that moves the coefficient."""
         return self.relu_routing.controller_for(self.num_experts, self.config.moe_router_topk)
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ class ReLURouter(CountsRouting, Router):
         Args:
             input: `[s, b, h]`.
             padding_mask: bool `[s, b]`, True for padding tokens, or None. Padding is routed like
-                any token, as in Megatron, but neither penalised nor counted.
+                any token, as in Megatron, but it is neither penalized nor counted.
 
         Returns:
             probs `[T, E]` in the dtype of `input`, and routing_map, bool `[T, E]`.
@@ -70,47 +70,48 @@ class ReLURouter(CountsRouting, Router):
         return probs.to(input.dtype), routing_map
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`[T, E]` logits to fp32 (or fp64) probs and the routing map; penalises when training."""
+        """Turn logits `[T, E]` into fp32 (or fp64) probs and the routing map.
+
+        In training this also attaches the penalty and counts.
+        """
         logits = self.apply_z_loss(logits, padding_mask=padding_mask)
         probs, routing_map = relu_routing(logits)
         # With activation recompute the router runs twice: first without gradients, then with.
         if self.training and torch.is_grad_enabled():
-            probs = self._penalise(probs, routing_map, padding_mask)
-        shortcuts = self.relu_routing
-        if shortcuts.max_active_experts is None and not shortcuts.at_least_one_expert:
+            probs = self._penalize(probs, routing_map, padding_mask)
+        bounds = self.relu_routing
+        if bounds.max_active_experts is None and not bounds.at_least_one_expert:
             return probs, routing_map
-        # Penalised and counted is what the ReLU activates, or the controller would be misled.
+        # What the ReLU activates is penalized and counted; the bounds would mislead the controller.
         return bounded_routing(
             logits,
             probs,
-            max_active=shortcuts.max_active_experts,
-            at_least_one=shortcuts.at_least_one_expert,
+            max_active=bounds.max_active_experts,
+            at_least_one=bounds.at_least_one_expert,
         )
 
-    def _penalise(self, probs: Tensor, routing_map: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Attach the regulariser's gradient to `probs`, unchanged in value, and count.
+    def _penalize(self, probs: Tensor, routing_map: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Count, and attach the gradient of the penalty to `probs`, whose values do not change.
 
         The load weights count the tokens of the micro-batch over TP and CP, not over DP, as the
         published code does.
         """
-        num_ranks = self.tp_cp_group.size()
-        penalised = probs
-        if padding_mask is not None:
-            penalised = probs.masked_fill(padding_mask.unsqueeze(1), 0)
-        total = self.count(routing_map, padding_mask, num_ranks=num_ranks)
-        if num_ranks > 1:
-            torch.distributed.all_reduce(total, group=self.tp_cp_group)
-
-        weights = None
-        if self.relu_routing.load_balancing == "aux_loss":
-            weights = load_weights(total[1:], num_tokens=total[0], topk=self.config.moe_router_topk)
-        l1_reg = l1_regularization(penalised, num_tokens=total[0], load_weights_E=weights)
-        with torch.no_grad():
-            self.stats[0] += l1_reg
-        penalty = self.l1_coeff * l1_reg
-        if self.calculate_per_token_loss:
-            # Megatron will divide every gradient by the number of tokens of the global batch, of
-            # which these are the micro-batch's. Ranks need not have equal parts of them.
-            penalty = penalty * total[0]
-        attached: Tensor = MoEAuxLossAutoScaler.apply(probs, penalty)
+        counts = self.count(routing_map, padding_mask)
+        if self.tp_cp_group.size() > 1:
+            torch.distributed.all_reduce(counts.flat, group=self.tp_cp_group)
+        l1_reg = router_regularization(
+            probs,
+            tokens_per_expert_E=counts.per_expert,
+            num_tokens=counts.num_tokens,
+            topk=self.config.moe_router_topk,
+            load_balancing=self.relu_routing.load_balancing,
+            padding_mask_T=padding_mask,
+        )
+        self.statistics.l1_reg.add_(l1_reg.detach())
+        # With a loss per token Megatron divides every gradient by the number of tokens of the
+        # global batch, to which this micro-batch contributes; ranks may have unequal parts of it.
+        summed_tokens = counts.num_tokens if self.calculate_per_token_loss else None
+        attached: Tensor = MoEAuxLossAutoScaler.apply(
+            probs, penalty(self.l1_coeff, l1_reg, summed_tokens=summed_tokens)
+        )
         return attached

@@ -13,15 +13,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron.remoe import options
 from megatron.remoe.moe.backend import TorchSpecProvider
-from megatron.remoe.moe.chunking import AssignmentBudget
+from megatron.remoe.moe.chunking import budget_of
+from megatron.remoe.moe.dispatcher import is_dropless
 from megatron.remoe.moe.layer import DroplessMoELayer
 from megatron.remoe.moe.router import ReLURouter
 from megatron.remoe.moe.topk_router import CountingTopKRouter
-from remoe.config import ReLURouting, Routing, TopKRouting
+from remoe.config import ReLURouting, Routing
+from remoe.kernels.chunks import AssignmentBudget
 
 
 def layer_spec(routing: Routing | None) -> Callable[..., TransformerBlockSubmodules]:
-    """A value for `GPTModelConfig.transformer_layer_spec`.
+    """Return a value for `GPTModelConfig.transformer_layer_spec`.
 
     Args:
         routing: settings of ReLU routing, or of TopK routing that counts and may warm up; None
@@ -38,7 +40,7 @@ def layer_spec(routing: Routing | None) -> Callable[..., TransformerBlockSubmodu
 def block_spec(
     config: TransformerConfig, routing: Routing | None, *, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, for the local or the Transformer Engine backend.
+    """Return the layers of this pipeline stage, for the local or the Transformer Engine backend.
 
     Megatron's own block spec decides which layers are on this stage and which of them have experts;
     we exchange modules in it.
@@ -60,12 +62,15 @@ def block_spec(
         block.layer_norm = TorchSpecProvider().layer_norm()
         block.layer_specs = [_with_torch_modules(spec, config) for spec in block.layer_specs]
     if routing is not None:
-        num_layers = sum(_has_experts(spec) for spec in block.layer_specs)
-        budget = None
-        if routing.varies:
-            budget = AssignmentBudget.of(config, num_layers, routing.max_assignments)
+        router: Any = ReLURouter if isinstance(routing, ReLURouting) else CountingTopKRouter
+        budget = {}
+        if routing.varies and is_dropless(config):
+            num_layers = sum(_has_experts(spec) for spec in block.layer_specs)
+            budget = {"budget": budget_of(config, num_layers, routing.max_assignments)}
         block.layer_specs = [
-            _with_routing(spec, routing, budget) if _has_experts(spec) else spec
+            _with_routing(spec, config, partial(router, routing=routing), **budget)
+            if _has_experts(spec)
+            else spec
             for spec in block.layer_specs
         ]
     return block
@@ -81,12 +86,12 @@ def _with_torch_modules(layer: ModuleSpec, config: TransformerConfig) -> ModuleS
     norm = backend.layer_norm()
     attention = layer.submodules.self_attention
     mlp = layer.submodules.mlp
-    # In checkpoints norms are named as Transformer Engine names them: fused into the next linear,
-    # except before experts.
+    # Checkpoints name norms as Transformer Engine does: they are fused into the next linear, except
+    # before experts.
     names = dict(layer.submodules.sharded_state_dict_keys_map)
     if _has_experts(layer):
         names.pop("pre_mlp_layernorm.")
-        mlp = _moe(layer, experts=backend.grouped_mlp_modules(config.moe_grouped_gemm))
+        mlp = _moe(layer, config, experts=backend.grouped_mlp_modules(config.moe_grouped_gemm))
     submodules = replace(
         layer.submodules,
         input_layernorm=norm,
@@ -102,19 +107,13 @@ def _with_torch_modules(layer: ModuleSpec, config: TransformerConfig) -> ModuleS
 
 
 def _with_routing(
-    layer: ModuleSpec, routing: Routing, budget: AssignmentBudget | None
+    layer: ModuleSpec, config: TransformerConfig, router: Any, **budget: AssignmentBudget
 ) -> ModuleSpec:
-    router: partial[ReLURouter] | partial[CountingTopKRouter]
-    if isinstance(routing, ReLURouting):
-        router = partial(ReLURouter, routing=routing)
-    else:
-        assert isinstance(routing, TopKRouting)  # the other member of `ROUTINGS`
-        router = partial(CountingTopKRouter, routing=routing)
-    mlp = _moe(layer, router=router)
-    return replace(layer, submodules=replace(layer.submodules, mlp=partial(mlp, budget=budget)))
+    mlp = partial(_moe(layer, config, router=router), **budget)
+    return replace(layer, submodules=replace(layer.submodules, mlp=mlp))
 
 
-def _moe(layer: ModuleSpec, **modules: Any) -> partial[DroplessMoELayer]:
-    """The layer's experts with a dropless dispatcher, and with some modules exchanged."""
+def _moe(layer: ModuleSpec, config: TransformerConfig, **modules: Any) -> partial[MoELayer]:
+    """Return the layer's experts with some modules exchanged, and our dispatcher where it fits."""
     submodules = replace(layer.submodules.mlp.keywords["submodules"], **modules)
-    return partial(DroplessMoELayer, submodules=submodules)
+    return partial(DroplessMoELayer if is_dropless(config) else MoELayer, submodules=submodules)

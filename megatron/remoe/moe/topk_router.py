@@ -1,8 +1,8 @@
 """TopK with near-dense warm-up: many experts per token for the first steps, then k.
 
-The control of ReMoE's dense stage (arXiv 2412.14711, appendix H): a softmax router that spends the
-same early compute. k depends on the training iteration, which every checkpoint carries, so that a
-resumed run goes on with the right one; the dispatcher is sized by the routing map.
+This is the control of ReMoE's dense stage (arXiv 2412.14711, appendix H): a softmax router that
+spends the same early compute. k depends on the training iteration, which every checkpoint carries,
+so a resumed run goes on with the right k. The routing map determines the size of the dispatch.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from remoe.config import TopKRouting
 
 
 def current_iteration() -> int:
-    """Megatron's training steps before the present one, also in a process that only evaluates."""
+    """Return Megatron's number of finished training steps, also in a process that evaluates."""
     from megatron.training import get_args
 
     args = get_args()
@@ -46,12 +46,11 @@ class CountingTopKRouter(CountsRouting, TopKRouter):
         self.register_counters(self.num_experts)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`[s, b, E]` logits to probs and the routing map, both `[T, E]`."""
+        """Turn logits `[s, b, E]` into probs and the routing map, both `[T, E]`."""
         if self.warmup.warmup_steps:
             self.topk = self.warmup.topk_at(self._iteration(), self.config.moe_router_topk)
         probs, routing_map = super().routing(logits, padding_mask)
         # With activation recompute the router runs twice: first without gradients, then with.
         if self.training and torch.is_grad_enabled():
-            flat = None if padding_mask is None else padding_mask.reshape(-1)
-            self.count(routing_map, flat, num_ranks=self.tp_cp_group.size())
+            self.count(routing_map, None if padding_mask is None else padding_mask.reshape(-1))
         return probs, routing_map

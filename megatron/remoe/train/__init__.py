@@ -1,1 +1,1 @@
-"""A training step, and what surrounds a run in its ranks: metrics, checkpoints, resuming."""
+"""A training step, and what a run does around it in its ranks: metrics, checkpoints, resuming."""

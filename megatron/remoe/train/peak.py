@@ -1,7 +1,7 @@
-"""The most memory that this process has used since it was last asked.
+"""The peak of this process's memory since it was last asked for.
 
-On a GPU that is what the allocator has handed out, on a CPU the resident set, of which Linux keeps
-the peak; other systems know only the peak of the whole process.
+On a GPU this is what the allocator has handed out, and on a CPU the resident set. Linux keeps a
+peak of it that can be reset; other systems know only the peak of the whole life of the process.
 """
 
 import resource
@@ -16,7 +16,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_bytes() -> int:
-    """Since `reset`, or since the start."""
+    """Return the peak since `reset`, or since the start."""
     if cpu.has_gpu():
         return int(torch.cuda.max_memory_allocated())
     if _STATUS.exists():
@@ -26,13 +26,13 @@ def peak_bytes() -> int:
 
 
 def reset() -> int:
-    """Make the present use the peak, and return it."""
+    """Reset the peak to the current usage, and return it."""
     if cpu.has_gpu():
         torch.cuda.reset_peak_memory_stats()
         return int(torch.cuda.memory_allocated())
     try:
         _CLEAR.write_text("5")
-    except OSError:  # another system, or a container that forbids it
+    except OSError:  # on another system, or in a container that forbids it
         return peak_bytes()
     return _status("VmRSS")
 

@@ -1,4 +1,4 @@
-"""Before a run starts: may it write there, and from which checkpoint does it continue?"""
+"""Before a run starts: check that it may write, and choose the checkpoint to continue from."""
 
 import argparse
 import shutil
@@ -12,14 +12,15 @@ from megatron.remoe import checkpoint, processes
 def prepare(args: argparse.Namespace) -> Path | None:
     """Make sure that a run may write its checkpoints, and choose the one to continue from.
 
-    For rank 0, before the process groups are made: the other ranks wait there, and read the tracker
-    afterwards. Incomplete checkpoints after the chosen one, of saves that were killed, are deleted.
+    Only rank 0 does so, before the process groups are made: the other ranks wait for it there, and
+    read the tracker afterwards. Checkpoints after the chosen one that are incomplete, because their
+    save was killed, are deleted.
 
     Args:
-        args: Megatron's, with ours.
+        args: Megatron's arguments, with ours.
 
     Returns:
-        The checkpoint; None on other ranks, or if there is none yet.
+        The checkpoint; None on other ranks, or if there is no checkpoint yet.
 
     Raises:
         ValueError: another run writes there, or no checkpoint is whole.
@@ -54,7 +55,7 @@ def explained(args: argparse.Namespace) -> Iterator[None]:
     """Say that the disk is full when the run fails and there is no room for a checkpoint."""
     try:
         yield
-    except BaseException:  # torch's CheckpointException is no Exception
+    except BaseException:  # torch's CheckpointException is not an Exception
         folder = Path(args.save) if args.save else None
         complete = [c for c in checkpoint.find(folder) if c.is_complete] if folder else []
         if args.rank == 0 and complete:
@@ -69,6 +70,7 @@ def explained(args: argparse.Namespace) -> Iterator[None]:
 
 
 def _chosen(args: argparse.Namespace, folder: Path) -> checkpoint.Checkpoint | None:
+    """Return the checkpoint that `ckpt_step` names, or the last one that is whole."""
     if args.ckpt_step:
         named = [c for c in checkpoint.find(folder) if c.iteration == args.ckpt_step]
         if not named:
@@ -95,7 +97,10 @@ def _is_release(folder: Path) -> bool:
 
 
 def _start(args: argparse.Namespace, load: Path | None) -> Path | None:
-    """The checkpoint to start a new run from; refuses a damaged one, or one without a manifest."""
+    """Return the checkpoint to start a new run from.
+
+    One that is damaged, or that has no manifest where one is needed, is refused.
+    """
     folder, flag = args.pretrained_checkpoint, "pretrained_checkpoint"
     if load is not None and _is_release(load):
         folder, flag = load, "load"

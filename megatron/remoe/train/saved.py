@@ -1,7 +1,8 @@
-"""What a checkpoint says of the run that wrote it, held against the run that loads it.
+"""Compare the run that wrote a checkpoint with the run that loads it.
 
-Megatron loads every tensor that fits and drops what it does not know: the router's weights of one
-method fit every other one, so that a forgotten flag would go on with another model, silently.
+Megatron loads every tensor that fits and drops what it does not know. The router's weights of one
+method fit every other method, so a run with a forgotten flag would silently continue with another
+model.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def compared(router: str) -> dict[str, Any]:
 
 
 def to_be_loaded(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that Megatron will load: of `load`, or else of `pretrained_checkpoint`."""
+    """Return the checkpoint that Megatron will load: from `load`, or `pretrained_checkpoint`."""
     for folder in (args.load, args.pretrained_checkpoint):
         if not folder:
             continue
@@ -61,11 +62,11 @@ def to_be_loaded(args: argparse.Namespace) -> Path | None:
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint says.
+    """What a checkpoint says of the run that wrote it.
 
     Attributes:
         path: its `iter_*` or `release` directory.
-        args: of the run that wrote it; empty if there are none.
+        args: arguments of that run; empty if there are none.
         router: "relu", "topk" or "dense".
     """
 
@@ -74,14 +75,15 @@ class Saved:
     router: str
 
     def get(self, name: str, default: Any = None) -> Any:
+        """Return an argument of that run."""
         return getattr(self.args, name, default)
 
 
 def read(path: Path) -> Saved:
-    """What the checkpoint in a directory says.
+    """Read what the checkpoint in a directory says.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the checkpoint is damaged.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -97,14 +99,14 @@ def read(path: Path) -> Saved:
 
 
 def router(args: argparse.Namespace) -> str:
-    """Which router the arguments ask for: "relu", "topk" or "dense"."""
+    """Return the router that the arguments ask for: "relu", "topk" or "dense"."""
     if getattr(args, "num_experts", None) is None:
         return "dense"
     return "relu" if getattr(args, "moe_relu_routing", False) else "topk"
 
 
 def _router_of_checkpoint(args: argparse.Namespace, path: Path) -> str:
-    """By its arguments, and by its tensors where they do not say that it is ReLU routing."""
+    """Return the router by the arguments, or by the tensors if these do not say ReLU routing."""
     by_arguments = router(args)
     if by_arguments == "relu":
         return by_arguments
@@ -117,7 +119,7 @@ def _router_of_checkpoint(args: argparse.Namespace, path: Path) -> str:
 
 
 def take_arguments(args: argparse.Namespace) -> None:
-    """With `--use-checkpoint-args`, take the model's from the checkpoint as Megatron will do."""
+    """Take the model's arguments from the checkpoint, if `--use-checkpoint-args` asks for it."""
     from megatron.training.checkpointing import load_args_from_checkpoint
 
     if args.use_checkpoint_args and to_be_loaded(args) is not None:
@@ -126,9 +128,9 @@ def take_arguments(args: argparse.Namespace) -> None:
 
 
 def check_before_start(args: argparse.Namespace) -> None:
-    """`check` on the checkpoint that Megatron would load now.
+    """Run `check` on the checkpoint that Megatron would load now.
 
-    One that is damaged passes: `resume.prepare` names the damage, and looks for another.
+    A damaged checkpoint passes: `resume.prepare` names the damage, and looks for another.
     """
     path = to_be_loaded(args)
     if path is None:
@@ -141,15 +143,15 @@ def check_before_start(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace, saved: Saved) -> None:
-    """Refuse to continue a checkpoint as something else than it was trained as.
+    """Refuse to continue a checkpoint with a model or optimizer other than its own.
 
     Args:
-        args: Megatron's and ours, as the model is built from them.
-        saved: the checkpoint.
+        args: Megatron's arguments and ours, from which the model is built.
+        saved: what the checkpoint says.
 
     Raises:
-        ValueError: another router, another setting of it, or another implementation of Adam; names
-            both values and the remedy.
+        ValueError: the router, a setting of it, or the implementation of Adam differs. The message
+            names both values and the remedy.
     """
     now = router(args)
     if saved.get("moe_relu_start_sparse"):
@@ -170,7 +172,7 @@ def check(args: argparse.Namespace, saved: Saved) -> None:
 
 def _refuse_other_router(args: argparse.Namespace, saved: Saved, now: str) -> None:
     before = saved.router
-    subject = f"checkpoint {saved.path} is of {_ROUTERS[before]}, and this run of {_ROUTERS[now]}"
+    subject = f"checkpoint {saved.path} has {_ROUTERS[before]}, and this run has {_ROUTERS[now]}"
     if before == "dense":
         raise ValueError(
             f"{subject}; leave num_experts out, or make a mixture to start from with remoe "
@@ -187,8 +189,8 @@ def _refuse_other_router(args: argparse.Namespace, saved: Saved, now: str) -> No
             f"{subject}; {remedy}, or pass --moe-change-routing to change the router on purpose"
         )
     if now == "relu":
-        # The checkpoint has no coefficients, which then begin at their initial value. Megatron
-        # names in the log what it does not find.
+        # The checkpoint has no coefficients, so they begin at their initial value. Megatron's log
+        # names what it does not find.
         args.dist_ckpt_strictness = "log_unexpected"
 
 
@@ -259,5 +261,5 @@ def _say_what_changes(args: argparse.Namespace, saved: Saved) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Without the list around a single value, which Megatron makes of some flags."""
+    """Return the value without the list that Megatron makes of the single value of some flags."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value

@@ -1,4 +1,4 @@
-"""What surrounds Megatron's `pretrain` in our entry point, and in any script that asks for it."""
+"""The context around Megatron's `pretrain`, in our entry point and in scripts that ask for it."""
 
 import argparse
 import os
@@ -14,21 +14,22 @@ from megatron.remoe.train.step import FinalizeStep
 
 @contextmanager
 def running(args: argparse.Namespace, hook: FinalizeStep) -> Iterator[None]:
-    """Let a run keep its promises (docs/reliability.md): wrap it around Megatron's `pretrain`.
+    """Wrap Megatron's `pretrain`, so that the run is as reliable as docs/reliability.md says.
 
         hook = remoe.configure(model_config, args)
         with remoe.running(args, hook):
             pretrain(...)
 
-    It locks the folder of checkpoints and continues from the last one that is whole, writes
-    `--metrics-file`, keeps `--save-keep-last` checkpoints, and says when the disk is full. A rank
-    that fails ends at once, and with it everything that it has started; it ends with torchrun too.
-    The context manager also decorates: `pretrain = remoe.running(args, hook)(pretrain)`.
+    The run locks the folder of checkpoints and continues from the last checkpoint that is whole,
+    writes `--metrics-file`, keeps `--save-keep-last` checkpoints, and says when the disk is full. A
+    rank that fails ends at once, together with everything that it has started; it also ends when
+    torchrun does. The context manager is a decorator as well:
+    `pretrain = remoe.running(args, hook)(pretrain)`.
 
     A mistake of the user ends the process with one line and code 2.
 
     Args:
-        args: Megatron's, parsed with our arguments.
+        args: Megatron's arguments, parsed with ours.
         hook: what `configure` returned.
     """
     if processes.PARENT in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
@@ -45,7 +46,7 @@ def running(args: argparse.Namespace, hook: FinalizeStep) -> Iterator[None]:
 
 
 def _choose_checkpoint(args: argparse.Namespace) -> None:
-    """Choose the checkpoint, and check one that `configure` has not seen."""
+    """Choose the checkpoint, and check it unless `configure` has done so."""
     seen = saved.to_be_loaded(args)
     chosen = resume.prepare(args)
     if chosen is not None and chosen != seen:

@@ -1,12 +1,10 @@
-"""Once per step: reduce the routers' statistics, move the coefficient, remember what was measured.
+"""Once per step: reduce the routers' statistics, move the coefficient, keep a report.
 
 Nothing here is on the path of a token, and nothing copies to the host: the report's tensors stay on
-the device until somebody logs them.
+the device until they are logged.
 
 Shapes: L transformer layers of the whole model, E experts.
 """
-
-from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
@@ -20,46 +18,18 @@ from megatron.remoe import compat
 from megatron.remoe.moe.counting import CountsRouting
 from megatron.remoe.moe.router import ReLURouter
 from remoe.controller import move_l1_coeff
-from remoe.routing import sparsity
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Routing of one step, over all layers, micro-batches and tokens of the global batch.
-
-    Attributes:
-        has_router: bool `[L]`, True for layers with a router; other entries are meaningless.
-        sparsity_L: `[L]`; `sparsity` is its mean over routers, what the controller acts on. Both
-            are NaN in a step whose batch is padding alone, and the coefficient then stays.
-        tokens_L: `[L]`, and tokens_per_expert_LE: `[L, E]`.
-        most_active_L: `[L]`, the most experts that a token activated.
-        topk: k of the model, after granularity.
-        l1_reg_L: `[L]`, the regulariser before its coefficient, mean over micro-batches; None
-            without ReLU routing.
-        l1_coeff: 0-d, the coefficient used in this step, which layers share (that of the first with
-            a router); None without ReLU routing.
-    """
-
-    has_router: Tensor
-    sparsity: Tensor
-    sparsity_L: Tensor
-    tokens_L: Tensor
-    tokens_per_expert_LE: Tensor
-    most_active_L: Tensor
-    topk: int
-    l1_reg_L: Tensor | None = None
-    l1_coeff: Tensor | None = None
+from remoe.statistics import RoutingStatistics, StepReport
 
 
 def relu_routers(model: list[torch.nn.Module]) -> list[ReLURouter]:
-    """The ReLU routers of this rank's model chunks."""
+    """Return the ReLU routers of this rank's model chunks."""
     return [m for chunk in model for m in chunk.modules() if isinstance(m, ReLURouter)]
 
 
 def counting_routers(model: list[torch.nn.Module]) -> list[CountsRouting]:
-    """The routers of this rank's model chunks that count, of ReLU or TopK routing."""
+    """Return the routers of this rank's model chunks that count, with ReLU or TopK routing."""
     modules = (m for chunk in model for m in chunk.modules() if isinstance(m, CountsRouting))
-    # Layers of multi-token prediction (TopK only) are numbered on their own.
+    # Layers of multi-token prediction (TopK only) have numbers of their own.
     return [m for m in modules if not m.is_mtp_layer]
 
 
@@ -74,51 +44,38 @@ def update_routers(
     """Reduce and clear the statistics, and move every ReLU router's coefficient in place.
 
     Args:
-        routers: the routers of this rank; none on a pipeline stage without experts.
-        config: of the model.
+        routers: routers of this rank; none on a pipeline stage without experts.
+        config: configuration of the model.
         is_relu: whether the model's routers are `ReLURouter`s.
-        move_coeff: False only measures, when the step will be done again.
+        move_coeff: False only measures, for a step that will be repeated.
     """
-    num_layers, num_experts = config.num_layers, config.num_moe_experts
-    device = torch.cuda.current_device()
-    stats = torch.zeros(num_layers, 3 + num_experts, dtype=torch.float64, device=device)
-    highest = stats.new_zeros(num_layers, 2)  # most experts of a token, and coefficient
+    num_layers, device = config.num_layers, torch.cuda.current_device()
+    sums = torch.zeros(num_layers, 3 + config.num_moe_experts, dtype=torch.float64, device=device)
+    maxima = sums.new_zeros(num_layers, 2)
+    most_active_L, l1_coeff_L = maxima.unbind(dim=1)
     for router in routers:
-        stats[router.layer_number - 1] = router.stats
-        highest[router.layer_number - 1, 0] = router.most_active
+        layer = router.layer_number - 1
+        sums[layer], most_active_L[layer] = router.statistics.sums, router.statistics.most_active
         if isinstance(router, ReLURouter):
-            highest[router.layer_number - 1, 1] = router.l1_coeff
-        router.clear_counters()
+            l1_coeff_L[layer] = router.l1_coeff
+        router.statistics.clear()
     # Ranks that share tokens (tensor parallelism without sequence parallelism) count them equally
-    # often above and below the line.
+    # often in the numerator and in the denominator of every quotient.
     groups = [parallel_state.get_pipeline_model_parallel_group()]
     if routers:
         groups.insert(0, routers[0].tp_dp_cp_group)
     for group in groups:
         if group.size() > 1:
-            torch.distributed.all_reduce(stats, group=group)
-            torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX, group=group)
-
-    l1_reg, micro_batches, tokens, counts = torch.split(stats, [1, 1, 1, num_experts], dim=1)
-    has_router = micro_batches.squeeze(1) > 0
-    sparsity_L = sparsity(counts, tokens.squeeze(1))
-    mean_sparsity = sparsity_L.where(has_router, 0).sum() / has_router.sum()
-    relu = [router for router in routers if isinstance(router, ReLURouter)]
-    first = has_router.int().argmax(dim=0, keepdim=True)
-    report = StepReport(
-        has_router=has_router,
-        sparsity=mean_sparsity,
-        sparsity_L=sparsity_L,
-        tokens_L=tokens.squeeze(1),
-        tokens_per_expert_LE=counts,
-        most_active_L=highest[:, 0].long(),
+            torch.distributed.all_reduce(sums, group=group)
+            torch.distributed.all_reduce(maxima, op=torch.distributed.ReduceOp.MAX, group=group)
+    report = StepReport.of(
+        RoutingStatistics(sums, most_active_L),
         topk=config.moe_router_topk,
-        l1_reg_L=(l1_reg / micro_batches).squeeze(1) if is_relu else None,
-        l1_coeff=highest[:, 1].gather(0, first).squeeze(0).float() if is_relu else None,
+        l1_coeff_L=l1_coeff_L if is_relu else None,
     )
+    relu = [router for router in routers if isinstance(router, ReLURouter)]
     if relu and move_coeff:
-        coeffs = [router.l1_coeff for router in relu]
-        move_l1_coeff(coeffs, mean_sparsity, relu[0].controller)
+        move_l1_coeff([router.l1_coeff for router in relu], report.sparsity, relu[0].controller)
     return report
 
 
@@ -129,13 +86,14 @@ class FinalizeStep:
 
     Megatron may run forward and backward again in one iteration (its rerun state machine), or write
     a checkpoint of the step before and exit, to repeat the step elsewhere. Every pass of a step has
-    the same coefficient, which moves after the last one; the statistics are those of the last one.
+    the same coefficient, which moves after the last one; the statistics are those of the last pass.
 
-    A step whose gradients overflow in fp16, which the optimizer then skips, moves the coefficient
-    like any other, as in the published code: its sparsity was measured.
+    When gradients overflow in fp16 the optimizer skips the step. The coefficient still moves, as in
+    the published code: the sparsity of the step was measured.
 
     Attributes:
-        report: what the last step measured; None before the first, or without routers that count.
+        report: what the last step measured; None before the first step, or without routers that
+            count.
     """
 
     def __init__(self) -> None:
@@ -149,13 +107,13 @@ class FinalizeStep:
         pg_collection: ProcessGroupCollection | None = None,
         force_all_reduce: bool = False,
     ) -> None:
+        """Finalize the gradients of a step, and update its routers."""
         megatron_finalize_model_grads(
             model, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce
         )
         routers = counting_routers(model)
-        relu = [router for router in routers if isinstance(router, ReLURouter)]
         if self._kinds is None:
-            self._kinds = _on_any_stage(bool(routers), bool(relu))
+            self._kinds = _on_any_stage(bool(routers), bool(relu_routers(model)))
         counts, is_relu = self._kinds
         if not counts:
             return
@@ -168,7 +126,10 @@ class FinalizeStep:
 
 
 def _on_any_stage(counts: bool, is_relu: bool) -> tuple[bool, bool]:
-    """Whether any pipeline stage has routers that count, and ReLU routers; some may have none."""
+    """Return whether any pipeline stage has routers that count, and whether any has ReLU routers.
+
+    A stage may have none of them.
+    """
     group = parallel_state.get_pipeline_model_parallel_group()
     kinds = torch.tensor([counts, is_relu], dtype=torch.int32, device=torch.cuda.current_device())
     if group.size() > 1:

@@ -1,0 +1,267 @@
+"""Routing statistics: what a router counts in a step, and the numbers that are reported from it.
+
+Equations are those of arXiv 2412.14711. Everything here is a function of tensors or numbers; who
+reduces them over ranks, and who writes them to a file, is decided elsewhere.
+
+Shapes: T tokens, E experts, L layers; `...` stands for any leading dimensions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from remoe.routing import active_experts, sparsity, tokens_per_expert
+
+# A dead expert receives less than a balanced share of the tokens divided by this number. For k = 1
+# of E = 8 experts the threshold is 1/64 of the tokens, as in the paper.
+DEAD_SHARE = 8
+# Sparsity has settled once this many consecutive steps are this close to the target.
+SETTLED_STEPS, SETTLED_WITHIN = 20, 0.02
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Number of tokens and number of tokens per expert, as named views of one buffer.
+
+    Attributes:
+        flat: `[..., 1 + E]`, of any dtype.
+    """
+
+    flat: Tensor
+
+    @classmethod
+    def of(cls, routing_map_TE: Tensor, padding_mask_T: Tensor | None = None) -> "TokenCounts":
+        """Count the tokens of a routing map in int64; padding tokens (True) are not counted."""
+        per_expert_E = tokens_per_expert(routing_map_TE, padding_mask_T)
+        if padding_mask_T is None:
+            num_tokens = per_expert_E.new_full((1,), routing_map_TE.shape[0])
+        else:
+            num_tokens = (~padding_mask_T).sum(dim=0, keepdim=True)
+        return cls(torch.cat([num_tokens, per_expert_E]))
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Number of tokens, `[...]`."""
+        return self.flat[..., 0]
+
+    @property
+    def per_expert(self) -> Tensor:
+        """Number of tokens that activate each expert, `[..., E]`."""
+        return self.flat[..., 1:]
+
+    @property
+    def sparsity(self) -> Tensor:
+        """Fraction of inactive (token, expert) pairs (Eq. 8), `[...]`; NaN without tokens."""
+        return sparsity(self.per_expert, self.num_tokens)
+
+
+@dataclass(frozen=True)
+class RoutingStatistics:
+    """Routing of the micro-batches of a step, as named views of two buffers.
+
+    Over ranks and layers the sums are reduced by addition, and `most_active` by the maximum.
+
+    Attributes:
+        sums: `[..., 3 + E]`: regularizer, micro-batches, tokens, and tokens per expert.
+        most_active: `[...]`, the largest number of experts that one token activated.
+    """
+
+    sums: Tensor
+    most_active: Tensor
+
+    @classmethod
+    def zeros(cls, num_experts: int, device: torch.device | str | int) -> "RoutingStatistics":
+        """Return the statistics of one router before the first micro-batch, in fp64 and int64."""
+        return cls(
+            torch.zeros(3 + num_experts, dtype=torch.float64, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+        )
+
+    @property
+    def l1_reg(self) -> Tensor:
+        """Sum of the micro-batches' regularizers (Eq. 9, 10), zero for a router without one."""
+        return self.sums[..., 0]
+
+    @property
+    def micro_batches(self) -> Tensor:
+        """Number of micro-batches; a rank counts its fraction of those that ranks share."""
+        return self.sums[..., 1]
+
+    @property
+    def counts(self) -> TokenCounts:
+        """Tokens, and tokens per expert."""
+        return TokenCounts(self.sums[..., 2:])
+
+    @torch.no_grad()
+    def add(
+        self, routing_map_TE: Tensor, padding_mask_T: Tensor | None = None, *, num_ranks: int = 1
+    ) -> TokenCounts:
+        """Add a micro-batch, without its regularizer.
+
+        Args:
+            routing_map_TE: bool `[T, E]`.
+            padding_mask_T: bool `[T]`, True for padding tokens, which are not counted.
+            num_ranks: number of ranks that share the tokens of the micro-batch.
+
+        Returns:
+            The counts of this rank's tokens in int64, in a buffer of their own.
+        """
+        counts = TokenCounts.of(routing_map_TE, padding_mask_T)
+        active_T = active_experts(routing_map_TE)
+        if padding_mask_T is not None:
+            active_T = active_T.masked_fill(padding_mask_T, 0)
+        self.micro_batches.add_(1 / num_ranks)
+        self.counts.flat.add_(counts.flat)
+        self.most_active.copy_(torch.maximum(self.most_active, active_T.max()))
+        return counts
+
+    def clear(self) -> None:
+        """Set all statistics to zero."""
+        self.sums.zero_()
+        self.most_active.zero_()
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Routing of one step, over all layers, micro-batches and tokens of the global batch.
+
+    Attributes:
+        has_router: bool `[L]`, True for layers with a router; other entries are meaningless.
+        sparsity: 0-d, the mean of `sparsity_L` over routers (Eq. 8), on which the controller acts.
+        sparsity_L: `[L]`. Both are NaN in a step whose batch consists of padding only.
+        tokens_L: `[L]`, number of tokens.
+        tokens_per_expert_LE: `[L, E]`.
+        most_active_L: `[L]`, the largest number of experts that one token activated.
+        topk: k of the model, after granularity.
+        l1_reg_L: `[L]`, the regularizer before its coefficient, as a mean over micro-batches; None
+            without ReLU routing.
+        l1_coeff: 0-d, the coefficient of this step, which all layers share; None without ReLU
+            routing.
+    """
+
+    has_router: Tensor
+    sparsity: Tensor
+    sparsity_L: Tensor
+    tokens_L: Tensor
+    tokens_per_expert_LE: Tensor
+    most_active_L: Tensor
+    topk: int
+    l1_reg_L: Tensor | None = None
+    l1_coeff: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, statistics: RoutingStatistics, *, topk: int, l1_coeff_L: Tensor | None
+    ) -> "StepReport":
+        """Derive the report from the reduced statistics of all layers, on their device.
+
+        Args:
+            statistics: of all layers, `[L, 3 + E]` and `[L]`; zeros for a layer without a router.
+            topk: k of the model, after granularity.
+            l1_coeff_L: coefficient of every layer, `[L]`, of which the first layer with a router
+                counts; None without ReLU routing.
+        """
+        has_router = statistics.micro_batches > 0
+        counts, l1_reg_L, l1_coeff = statistics.counts, None, None
+        sparsity_L = counts.sparsity
+        if l1_coeff_L is not None:
+            l1_reg_L = statistics.l1_reg / statistics.micro_batches
+            first = has_router.int().argmax(dim=0, keepdim=True)
+            l1_coeff = l1_coeff_L.gather(0, first).squeeze(0).float()
+        return cls(
+            has_router=has_router,
+            sparsity=sparsity_L.where(has_router, 0).sum() / has_router.sum(),
+            sparsity_L=sparsity_L,
+            tokens_L=counts.num_tokens,
+            tokens_per_expert_LE=counts.per_expert,
+            most_active_L=statistics.most_active.long(),
+            topk=topk,
+            l1_reg_L=l1_reg_L,
+            l1_coeff=l1_coeff,
+        )
+
+
+def routing_metrics(report: StepReport) -> dict[str, Any]:
+    """Return the numbers of a report that are logged. This copies tensors to the host.
+
+    The keys are:
+
+    - `sparsity` and `sparsity_per_layer` (Eq. 8);
+    - `active_experts` and `active_experts_max`: mean and largest number of experts of a token;
+    - `expert_load_*` and `dead_experts`: see `load_metrics`;
+    - `silent_layers`, in which no token activates an expert, and `dense_layers`, in which every
+      token activates every expert, as numbers that begin with 1;
+    - with ReLU routing `l1_coeff`, and `l1_reg`, the sum over layers before the coefficient.
+    """
+    has_router = report.has_router.tolist()
+
+    def per_layer(values: Tensor) -> list[float]:
+        return [v for v, has in zip(values.tolist(), has_router, strict=True) if has]
+
+    def layers_at(value: float) -> list[int]:
+        return (
+            (report.has_router & (report.sparsity_L == value)).nonzero().add(1).flatten().tolist()
+        )
+
+    num_experts = report.tokens_per_expert_LE.shape[1]
+    sparsity = report.sparsity.item()
+    row = {
+        "sparsity": sparsity,
+        "sparsity_per_layer": per_layer(report.sparsity_L),
+        "active_experts": num_experts * (1 - sparsity),
+        "active_experts_max": int(max(per_layer(report.most_active_L))),
+        **load_metrics(report),
+        "silent_layers": layers_at(1.0),
+        "dense_layers": layers_at(0.0),
+    }
+    if report.l1_coeff is not None and report.l1_reg_L is not None:
+        row["l1_coeff"] = report.l1_coeff.item()
+        row["l1_reg"] = sum(per_layer(report.l1_reg_L))
+    return row
+
+
+def load_metrics(report: StepReport) -> dict[str, float]:
+    """Return how evenly the tokens are spread over the experts.
+
+    The load of an expert is its number of tokens divided by the mean over the experts of its layer.
+    `expert_load_min` and `expert_load_max` are taken over all experts, and `expert_load_cv`, the
+    coefficient of variation, is a mean over layers. `dead_experts` counts the experts of all layers
+    that have less than `1 / DEAD_SHARE` of a balanced share, which is k/E of the tokens. In a
+    silent layer every expert counts as balanced, and as dead.
+    """
+    counts_LE = report.tokens_per_expert_LE[report.has_router].double()
+    tokens_L = report.tokens_L[report.has_router].double()
+    num_experts = counts_LE.shape[1]
+    mean_L1 = counts_LE.mean(dim=1, keepdim=True)
+    load_LE = torch.where(mean_L1 > 0, counts_LE / mean_L1, 1.0)
+    balanced_L1 = (tokens_L * report.topk / num_experts).unsqueeze(1)
+    return {
+        "expert_load_min": load_LE.min().item(),
+        "expert_load_max": load_LE.max().item(),
+        "expert_load_cv": load_LE.std(dim=1, correction=0).mean().item(),
+        "dead_experts": int((counts_LE < balanced_L1 / DEAD_SHARE).sum().item()),
+    }
+
+
+def settling_index(sparsities: Sequence[float], target: float) -> int | None:
+    """Return where sparsity settles: the first of 20 consecutive steps with |S - target| <= 0.02.
+
+    The first step that reaches the target would be another definition; but a single batch can be
+    sparser than the target while the mean still rises.
+
+    Args:
+        sparsities: measured sparsity of consecutive steps.
+        target: target sparsity, `1 - k/E`.
+
+    Returns:
+        An index into `sparsities`; None if sparsity has not settled.
+    """
+    length = 0
+    for index, value in enumerate(sparsities):
+        length = length + 1 if abs(value - target) <= SETTLED_WITHIN else 0
+        if length == SETTLED_STEPS:
+            return index - SETTLED_STEPS + 1
+    return None
