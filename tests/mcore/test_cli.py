@@ -10,7 +10,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from megatron.remoe.run import launch
+from megatron.remoe.run import launch, torchrun
 from megatron.remoe.run.config import RunConfig
 from tests.mcore import tiny
 
@@ -171,7 +171,7 @@ def test_a_process_of_its_own_prints_that_line_only(tmp_path):
 
 def train_with(monkeypatch, run_dir, script):
     """`launch.train` with a script in the place of the run: exit code, and what is printed."""
-    monkeypatch.setattr(launch, "command", lambda argv, nproc: [sys.executable, "-c", script])
+    monkeypatch.setattr(torchrun, "command", lambda argv, nproc: [sys.executable, "-c", script])
     run_dir.mkdir()
     metrics = run_dir / "metrics.jsonl"
     config = RunConfig(run_dir, 1, {"train_iters": 2, "metrics_file": str(metrics)})

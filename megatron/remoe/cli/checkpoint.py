@@ -1,4 +1,4 @@
-"""`remoe checkpoint ...`: list, verify and prune. Needs neither torch nor Megatron."""
+"""The commands `remoe checkpoint ...`, which need neither torch nor Megatron."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,14 +8,15 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron.remoe import checkpoint
+from megatron.remoe.cli.common import example
 
-app = typer.Typer(help="Look after the checkpoints of a run.", no_args_is_help=True)
-Run = Annotated[Path, typer.Argument(help="A run directory, or a folder of checkpoints.")]
+app = typer.Typer(help="List, verify and prune the checkpoints of a run.", no_args_is_help=True)
+Folder = Annotated[Path, typer.Argument(help="A run directory, or a folder of checkpoints.")]
 
 
-@app.command(name="list")
-def list_checkpoints(run: Run) -> None:
-    """List a run's checkpoints."""
+@app.command("list", epilog=example("checkpoint list runs/quickstart"))
+def list_checkpoints(run: Folder) -> None:
+    """List a run's checkpoints with their sizes, and say which of them are complete."""
     folder = checkpoint.folder_of(run)
     latest, table = checkpoint.tracked(folder), Table(title=str(folder))
     for name in ("iteration", "MB", "state"):
@@ -30,8 +31,8 @@ def list_checkpoints(run: Run) -> None:
     Console().print(table)
 
 
-@app.command(name="verify")
-def verify_checkpoints(run: Run) -> None:
+@app.command("verify", epilog=example("checkpoint verify runs/quickstart"))
+def verify_checkpoints(run: Folder) -> None:
     """Compare every file with the hash that was taken when it was written.
 
     Exits with 1 if a checkpoint is damaged.
@@ -50,16 +51,28 @@ def verify_checkpoints(run: Run) -> None:
         raise typer.Exit(1)
 
 
-@app.command(name="prune")
+@app.command(
+    "prune",
+    epilog=example("checkpoint prune runs/quickstart --keep-last 3 --milestones 1000 --dry-run"),
+)
 def prune_checkpoints(
-    run: Run,
-    keep_last: Annotated[int, typer.Option(min=1, help="So many of the last ones stay.")],
+    run: Folder,
+    keep_last: Annotated[
+        int, typer.Option(min=1, help="The number of latest checkpoints that are kept.")
+    ],
     milestones: Annotated[
-        int | None, typer.Option(min=1, help="Multiples of this iteration stay too.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Also keep checkpoints whose iteration is a multiple of this number.",
+            show_default="none",
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be deleted, but delete nothing.")
+    ] = False,
 ) -> None:
-    """Delete checkpoints that are neither among the last nor milestones."""
+    """Delete the checkpoints that are neither among the latest nor milestones."""
     folder = checkpoint.folder_of(run)
     pruned = checkpoint.prune(
         folder, keep_last=keep_last, milestone_interval=milestones, dry_run=dry_run
