@@ -1,11 +1,17 @@
 """The version of the package, in its one place, and the top level of the `remoe` command."""
 
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+import typer
+from typer.core import TyperArgument, TyperGroup
+
 import remoe
-from megatron.remoe.cli.app import PANELS
+from megatron.remoe.cli.app import PANELS, app
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,3 +71,46 @@ def test_the_help_shows_every_command_in_its_panel():
     options = shown.pop("Options")
     assert "--version" in options
     assert list(shown.items()) == [(title, list(names)) for title, names in PANELS.items()]
+
+
+def commands(group: TyperGroup, prefix: str = "") -> Iterator[tuple[str, typer.core.TyperCommand]]:
+    """Every command below a group, by its name with those of its groups."""
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            yield from commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_explains_it_with_an_example_that_parses(name):
+    command = COMMANDS[name]
+    assert command.help[0].isupper() and ":" not in command.help.split()[0]
+    assert command.help.strip().endswith(".")
+    program, line = command.epilog.removeprefix("Example: ").split(maxsplit=1)
+    words = shlex.split(line)
+    group = name.split()
+    assert program == "remoe" and words[: len(group)] == group
+    context = command.make_context(name, words[len(group) :])  # raises for an unknown option
+    assert context.args == []
+    for word in words:
+        assert not word.startswith("examples/") or (ROOT / word).exists()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_a_command_says_what_it_is(name):
+    for option in COMMANDS[name].params:
+        text = option.help or ""
+        assert len(text.split()) > 3 and text[0].isupper() and text.endswith("."), option.name
+        says_its_default = getattr(option, "show_default", None) not in (None, False)
+        needs_none = option.required or not option.opts[0].startswith("--")
+        is_switch = isinstance(option.default, bool) or isinstance(option, TyperArgument)
+        assert needs_none or is_switch or option.default is not None or says_its_default
+
+
+def test_an_unknown_option_in_an_example_would_be_seen():
+    with pytest.raises(Exception, match="No such option: --steps"):
+        COMMANDS["doctor"].make_context("doctor", ["--steps", "3"])

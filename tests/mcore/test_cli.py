@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,27 @@ def test_another_run_in_the_directory_is_refused_unless_forced(call, tmp_path):
     assert call(prepare, tmp_path) is None  # the same settings go on
     assert call(prepare, tmp_path, "lr=0.5", "seed=7", force=True) is None
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["lr"] == 0.5
+
+
+def test_a_run_that_takes_too_long_to_build_is_accepted_with_a_warning(call, tmp_path):
+    tiny.write_config(tmp_path / "tiny.yaml", run_dir="run")
+    mistake, said = call(prepare_slowly, tmp_path)
+    assert mistake is None and (tmp_path / "run/config.yaml").is_file()
+    assert said.count("\n") == 1 and said.startswith(
+        "remoe: warning: the run is accepted, but its check is not complete: building the model and "
+        "the optimizer took longer than 1 seconds and was stopped; if the run fails"
+    )
+
+
+def prepare_slowly(cwd) -> tuple[str | None, str]:
+    from megatron.remoe.run import rehearsal
+
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr(rehearsal, "_passed", set())
+        patch.setattr(rehearsal, "_SECONDS", 1)
+        patch.setattr(rehearsal, "_build", lambda *_: time.sleep(60))
+        return prepare(cwd), said.getvalue()
 
 
 def test_a_missing_config_is_named(call, tmp_path):

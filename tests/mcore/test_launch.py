@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.remoe.run import rundir
 from megatron.remoe.run.config import load_config
 from tests.mcore import tiny
 
@@ -205,6 +206,8 @@ def test_a_run_that_is_told_to_stop_saves_and_ends_well(tmp_path):
     text = (tmp_path / "log.txt").read_text
     try:
         wait_for(metrics)
+        with pytest.raises(ValueError, match="is in use by a run"):
+            rundir.hold(tmp_path / "run")
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=100) == 0, text()
     finally:

@@ -151,7 +151,10 @@ def upcycle(
         ),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(min=512, help="The number of tokens to which the router is fitted.")
+        int,
+        typer.Option(
+            min=512, help="The number of tokens. One half fits the router, the other one tests it."
+        ),
     ] = 8192,
     spread: Annotated[
         float,

@@ -147,7 +147,7 @@ def launch(
         ) from None
 
 
-@app.command(epilog=example("sweep examples/ablations/routers.yaml --jobs 2 --only remoe-*"))
+@app.command(epilog=example("sweep examples/ablations/routers.yaml --jobs 2 --only 'remoe-*'"))
 def sweep(
     file: Annotated[
         Path, typer.Argument(help="The YAML file of the sweep, with the keys base and sweep.")
