@@ -1,8 +1,8 @@
 """A pretraining script as teams write them for Megatron: a GPT on the model provider's defaults.
 
-The script knows nothing of ReMoE. `remoe.diff` beside it makes it train with ReLU routing. The lines
-that the diff touches read as in Megatron-LM's `pretrain_gpt.py` (tag core_v0.19.0), to which the
-diff applies too. Everything else is kept as short as possible.
+The script knows nothing of ReMoE, and `remoe.diff` beside it makes it train with ReLU routing. The
+lines that the diff touches read as in Megatron-LM's `pretrain_gpt.py` (tag core_v0.19.0), to which
+the diff applies too. Everything else is kept as short as possible.
 """
 # ruff: noqa: I001
 

@@ -150,8 +150,8 @@ def test_a_run_that_takes_too_long_to_build_is_accepted_with_a_warning(call, tmp
     mistake, said = call(prepare_slowly, tmp_path)
     assert mistake is None and (tmp_path / "run/config.yaml").is_file()
     assert said.count("\n") == 1 and said.startswith(
-        "remoe: warning: the run is accepted, but its check is not complete: building the model and "
-        "the optimizer took longer than 1 seconds and was stopped; if the run fails"
+        "remoe: warning: the run is accepted, but its check is not complete: building the model "
+        "and the optimizer took longer than 1 seconds and was stopped; if the run fails"
     )
 
 
