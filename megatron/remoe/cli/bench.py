@@ -8,46 +8,33 @@ from typing import Annotated
 
 import typer
 
-from megatron.remoe.cli.common import example
+from megatron.remoe.cli.common import AtLeastOne, command
 
 app = typer.Typer(help="Time alternatives side by side.", no_args_is_help=True)
 
-Tokens = Annotated[int, typer.Option(help="The number of tokens in a batch.")]
-Hidden = Annotated[int, typer.Option(help="The hidden size of the model.")]
-Width = Annotated[int, typer.Option(help="The width of each expert, before granularity.")]
-TopK = Annotated[int, typer.Option(help="The number of active experts per token, on average.")]
-Rounds = Annotated[
-    int, typer.Option(min=1, help="The number of measured rounds, after two that are not counted.")
-]
-Json = Annotated[
-    Path | None,
-    typer.Option(
-        "--json",
-        help="The JSON file to which the results are written.",
-        show_default="no file is written",
-    ),
-]
-Dtype = Annotated[str, typer.Option(help="The type of weights and tokens: fp32 or bf16.")]
+Json = Annotated[Path | None, typer.Option("--json")]
 
 
-@app.command(epilog=example("bench layer --experts 8 --experts 64 --rounds 10"))
+@command(app)
 def layer(
-    tokens: Tokens = 4096,
-    hidden: Hidden = 512,
-    ffn: Width = 2048,
-    experts: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="The numbers of experts. All alternatives run at the first, ReMoE at the others.",
-            show_default="8",
-        ),
-    ] = None,
-    topk: TopK = 1,
-    dtype: Dtype = "fp32",
-    rounds: Rounds = 10,
+    tokens: int = 4096,
+    hidden: int = 512,
+    ffn: int = 2048,
+    experts: list[int] | None = None,
+    topk: int = 1,
+    dtype: str = "fp32",
+    rounds: AtLeastOne = 10,
     json_path: Json = None,
 ) -> None:
-    """Time one layer, forward and backward, at exactly tokens x topk assignments."""
+    """Time one layer, forward and backward, at exactly tokens x topk assignments.
+
+    Example: remoe bench layer --experts 8 --experts 64 --rounds 10
+
+    Args:
+        experts: The numbers of experts, by default 8. All alternatives run at the first number, and
+            ReMoE at the others.
+        dtype: The type of weights and tokens: fp32 or bf16.
+    """
     _prepare()
     from megatron.remoe.bench import main
 
@@ -55,17 +42,24 @@ def layer(
     main.layer(sizes, experts or [8], dtype, main.Timing(rounds, json_path))
 
 
-@app.command(epilog=example("bench router --tokens 8192 --experts 64"))
+@command(app)
 def router(
-    tokens: Tokens = 4096,
-    hidden: Hidden = 512,
-    experts: Annotated[int, typer.Option(help="The number of experts.")] = 8,
-    topk: TopK = 1,
-    dtype: Dtype = "fp32",
-    rounds: Rounds = 30,
+    tokens: int = 4096,
+    hidden: int = 512,
+    experts: int = 8,
+    topk: int = 1,
+    dtype: str = "fp32",
+    rounds: AtLeastOne = 30,
     json_path: Json = None,
 ) -> None:
-    """Time router, permutation and combine alone, and compare bytes with the fewest possible."""
+    """Time router, permutation and combine alone, and compare bytes with the fewest possible.
+
+    Example: remoe bench router --tokens 8192 --experts 64
+
+    Args:
+        experts: The number of experts of the layer.
+        dtype: The type of weights and tokens: fp32 or bf16.
+    """
     _prepare()
     from megatron.remoe.bench import main
 
@@ -73,28 +67,30 @@ def router(
     main.router(sizes, experts, dtype, main.Timing(rounds, json_path))
 
 
-@app.command(epilog=example("bench step --experts 8 --experts 32 --granularity 2 --rounds 7"))
+@command(app)
 def step(
-    layers: Annotated[int, typer.Option(help="The number of layers of the model.")] = 2,
-    hidden: Hidden = 256,
-    ffn: Width = 1024,
-    sequence: Annotated[int, typer.Option(help="The number of tokens of a sequence.")] = 512,
-    micro_batch: Annotated[int, typer.Option(help="The number of sequences of a batch.")] = 4,
-    experts: Annotated[
-        list[int] | None, typer.Option(help="The numbers of experts to time.", show_default="8")
-    ] = None,
-    granularity: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="The granularities to time as well, at the first number of experts.",
-            show_default="none",
-        ),
-    ] = None,
-    topk: TopK = 1,
-    rounds: Rounds = 10,
+    layers: int = 2,
+    hidden: int = 256,
+    ffn: int = 1024,
+    sequence: int = 512,
+    micro_batch: int = 4,
+    experts: list[int] | None = None,
+    granularity: list[int] | None = None,
+    topk: int = 1,
+    rounds: AtLeastOne = 10,
     json_path: Json = None,
 ) -> None:
-    """Time a training step in Megatron: ReMoE and TopK at equal assignments, and a dense model."""
+    """Time a training step in Megatron: ReMoE and TopK at equal assignments, and a dense model.
+
+    Example: remoe bench step --experts 8 --experts 32 --granularity 2 --rounds 7
+
+    Args:
+        layers: The number of layers of the model.
+        sequence: The number of tokens of a sequence.
+        micro_batch: The number of sequences of a batch.
+        experts: The numbers of experts to time, by default 8.
+        granularity: The granularities to time at the first number of experts, by default only 1.
+    """
     _prepare()
     from megatron.remoe.bench import main
     from megatron.remoe.bench.step import Model
@@ -110,22 +106,24 @@ def step(
     main.step(model, experts or [8], granularity or [], main.Timing(rounds, json_path))
 
 
-@app.command(epilog=example("bench memory --tokens 4096 --experts 8 --experts 128"))
+@command(app)
 def memory(
-    tokens: Tokens = 2048,
-    hidden: Hidden = 256,
-    ffn: Width = 512,
-    experts: Annotated[
-        list[int] | None,
-        typer.Option(help="The numbers of experts to measure.", show_default="8, 32 and 128"),
-    ] = None,
-    topk: TopK = 1,
-    rounds: Rounds = 3,
+    tokens: int = 2048,
+    hidden: int = 256,
+    ffn: int = 512,
+    experts: list[int] | None = None,
+    topk: int = 1,
+    rounds: AtLeastOne = 3,
     json_path: Json = None,
 ) -> None:
     """Measure one layer's peak memory at warm-up and stable density, chunked and at once.
 
     The time of the chunked layer is compared with the time of the other one.
+
+    Example: remoe bench memory --tokens 4096 --experts 8 --experts 128
+
+    Args:
+        experts: The numbers of experts to measure, by default 8, 32 and 128.
     """
     _prepare()
     from megatron.remoe.bench import main

@@ -8,15 +8,20 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron.remoe import checkpoint
-from megatron.remoe.cli.common import example
+from megatron.remoe.cli.common import AtLeastOneOrNone, command
 
 app = typer.Typer(help="List, verify and prune the checkpoints of a run.", no_args_is_help=True)
-Folder = Annotated[Path, typer.Argument(help="A run directory, or a folder of checkpoints.")]
 
 
-@app.command("list", epilog=example("checkpoint list runs/quickstart"))
-def list_checkpoints(run: Folder) -> None:
-    """List a run's checkpoints with their sizes, and say which of them are complete."""
+@command(app, "list")
+def list_checkpoints(run: Path) -> None:
+    """List a run's checkpoints with their sizes, and say which of them are complete.
+
+    Example: remoe checkpoint list runs/quickstart
+
+    Args:
+        run: A run directory, or a folder of checkpoints.
+    """
     folder = checkpoint.folder_of(run)
     latest, table = checkpoint.tracked(folder), Table(title=str(folder))
     for name in ("iteration", "MB", "state"):
@@ -31,11 +36,16 @@ def list_checkpoints(run: Folder) -> None:
     Console().print(table)
 
 
-@app.command("verify", epilog=example("checkpoint verify runs/quickstart"))
-def verify_checkpoints(run: Folder) -> None:
+@command(app, "verify")
+def verify_checkpoints(run: Path) -> None:
     """Compare every file with the hash that was taken when it was written.
 
     Exits with 1 if a checkpoint is damaged.
+
+    Example: remoe checkpoint verify runs/quickstart
+
+    Args:
+        run: A run directory, or a folder of checkpoints.
     """
     folder, damaged = checkpoint.folder_of(run), 0
     for found in checkpoint.find(folder):
@@ -51,28 +61,23 @@ def verify_checkpoints(run: Folder) -> None:
         raise typer.Exit(1)
 
 
-@app.command(
-    "prune",
-    epilog=example("checkpoint prune runs/quickstart --keep-last 3 --milestones 1000 --dry-run"),
-)
+@command(app, "prune")
 def prune_checkpoints(
-    run: Folder,
-    keep_last: Annotated[
-        int, typer.Option(min=1, help="The number of latest checkpoints that are kept.")
-    ],
-    milestones: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Also keep checkpoints whose iteration is a multiple of this number.",
-            show_default="none",
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List what would be deleted, but delete nothing.")
-    ] = False,
+    run: Path,
+    keep_last: Annotated[int, typer.Option(min=1)],
+    milestones: AtLeastOneOrNone = None,
+    dry_run: bool = False,
 ) -> None:
-    """Delete the checkpoints that are neither among the latest nor milestones."""
+    """Delete the checkpoints that are neither among the latest nor milestones.
+
+    Example: remoe checkpoint prune runs/quickstart --keep-last 3 --milestones 1000 --dry-run
+
+    Args:
+        run: A run directory, or a folder of checkpoints.
+        keep_last: The number of latest checkpoints that are kept.
+        milestones: Keep also those whose iteration is a multiple of this number, by default none.
+        dry_run: List what would be deleted, but delete nothing.
+    """
     folder = checkpoint.folder_of(run)
     pruned = checkpoint.prune(
         folder, keep_last=keep_last, milestone_interval=milestones, dry_run=dry_run

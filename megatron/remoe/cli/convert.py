@@ -5,22 +5,11 @@ from typing import Annotated
 
 import typer
 
-from megatron.remoe.cli.common import (
-    DTYPES,
-    ExpertParallel,
-    Force,
-    PaddedVocabSize,
-    PipelineParallel,
-    TensorParallel,
-    Tokenizer,
-    example,
-    prepare,
-)
+from megatron.remoe.cli.common import AtLeastOne, command, prepare
 from megatron.remoe.progress import progress
 
 app = typer.Typer(help="Convert checkpoints to Hugging Face and back.", no_args_is_help=True)
 
-Checkpoints = Annotated[Path, typer.Argument(help="The folder of checkpoints, which is made.")]
 _TEXT = """The router gives every token to the experts whose logit is positive.
 
 def relu_routing(logits):
@@ -32,23 +21,25 @@ int main() { std::vector<int> experts(8); return experts.size(); }
 """
 
 
-@app.command("to-hf", epilog=example("convert to-hf runs/quickstart model --dtype bf16"))
+@command(app, "to-hf")
 def to_hf(
-    source: Annotated[
-        Path, typer.Argument(help="The run directory, or a checkpoint of any parallel layout.")
-    ],
-    out: Annotated[Path, typer.Argument(help="The Hugging Face folder, which is made.")],
-    dtype: Annotated[
-        str | None,
-        typer.Option(help=f"The type of the weights: {DTYPES}.", show_default="the checkpoint's"),
-    ] = None,
-    max_shard_size: Annotated[
-        str, typer.Option(help="The most bytes of one file of weights, such as 500MB or 5GB.")
-    ] = "5GB",
-    tokenizer: Tokenizer = None,
-    force: Force = False,
+    source: Path,
+    out: Path,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    tokenizer: Path | None = None,
+    force: bool = False,
 ) -> None:
-    """Export a model as transformers loads it: weights, tokenizer, code and model card."""
+    """Export a model as transformers loads it: weights, tokenizer, code and model card.
+
+    Example: remoe convert to-hf runs/quickstart model --dtype bf16
+
+    Args:
+        source: The run directory, or a checkpoint of any parallel layout.
+        out: The Hugging Face folder, which is made.
+        dtype: The type of the weights (fp32, bf16 or fp16), by default the checkpoint's.
+        max_shard_size: The most bytes of one file of weights, such as 500MB or 5GB.
+    """
     prepare()
     from megatron.remoe.convert import export
     from megatron.remoe.formats.safetensors import parse_size
@@ -67,21 +58,24 @@ def to_hf(
     typer.echo(f"{out}: {config['architectures'][0]}, {config['dtype']}")
 
 
-@app.command(
-    "to-megatron", epilog=example("convert to-megatron model checkpoints --expert-parallel 2")
-)
+@command(app, "to-megatron")
 def to_megatron(
-    source: Annotated[
-        Path, typer.Argument(help="The Hugging Face folder, of the model type remoe or llama.")
-    ],
-    out: Checkpoints,
-    tensor_parallel: TensorParallel = 1,
-    pipeline_parallel: PipelineParallel = 1,
-    expert_parallel: ExpertParallel = 1,
-    padded_vocab_size: PaddedVocabSize = None,
-    force: Force = False,
+    source: Path,
+    out: Path,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    expert_parallel: int = 1,
+    padded_vocab_size: int | None = None,
+    force: bool = False,
 ) -> None:
-    """Make a checkpoint that Megatron trains on, with the model's flags in model.yaml."""
+    """Make a checkpoint that Megatron trains on, with the model's flags in model.yaml.
+
+    Example: remoe convert to-megatron model checkpoints --expert-parallel 2
+
+    Args:
+        source: The Hugging Face folder, of the model type remoe or llama.
+        out: The folder of checkpoints, which is made.
+    """
     prepare()
     from megatron.remoe.convert import to_megatron as run
 
@@ -91,25 +85,25 @@ def to_megatron(
     typer.echo(f"{folder}; continue with a config whose base is {out / 'model.yaml'}")
 
 
-@app.command(
-    "from-fork", epilog=example("convert from-fork CHECKPOINTS model --tokenizer gpt2-tokenizer")
-)
+@command(app, "from-fork")
 def from_fork(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(help="A checkpoint of the published implementation, or a folder of them."),
-    ],
-    out: Annotated[
-        Path, typer.Argument(help="The folder, which is made, for the folders hf and megatron.")
-    ],
-    tensor_parallel: TensorParallel = 1,
-    pipeline_parallel: PipelineParallel = 1,
-    expert_parallel: ExpertParallel = 1,
-    padded_vocab_size: PaddedVocabSize = None,
-    tokenizer: Tokenizer = None,
-    force: Force = False,
+    checkpoint: Path,
+    out: Path,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    expert_parallel: int = 1,
+    padded_vocab_size: int | None = None,
+    tokenizer: Path | None = None,
+    force: bool = False,
 ) -> None:
-    """Take over a model of thu-ml/ReMoE with its coefficient, for transformers and for Megatron."""
+    """Take over a model of thu-ml/ReMoE with its coefficient, for transformers and for Megatron.
+
+    Example: remoe convert from-fork CHECKPOINTS model --tokenizer gpt2-tokenizer
+
+    Args:
+        checkpoint: A checkpoint of the published implementation, or a folder of them.
+        out: The folder, which is made, for the folders hf and megatron.
+    """
     prepare()
     from megatron.remoe.convert import from_fork as run
     from megatron.remoe.convert import to_megatron
@@ -129,46 +123,40 @@ def from_fork(
     )
 
 
-@app.command(epilog=example("convert upcycle runs/dense start --num-experts 8 --granularity 2"))
+@command(app)
 def upcycle(
-    dense: Annotated[
-        Path, typer.Argument(help="A dense run or checkpoint, or a Hugging Face Llama.")
-    ],
-    out: Checkpoints,
-    num_experts: Annotated[
-        int, typer.Option(help="E, the number of copies of the dense MLP before granularity.")
-    ],
-    granularity: Annotated[
-        int,
-        typer.Option(help="G, the number of slices of each copy: E * G experts of width / G."),
-    ] = 1,
-    topk: Annotated[int, typer.Option(help="The k of the target sparsity 1 - k/E.")] = 1,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Token files without their suffix, to which the router is fitted.",
-            show_default="the model's own samples",
-        ),
-    ] = None,
-    tokens: Annotated[
-        int,
-        typer.Option(
-            min=512, help="The number of tokens. One half fits the router, the other one tests it."
-        ),
-    ] = 8192,
-    spread: Annotated[
-        float,
-        typer.Option(help="The standard deviation of a gate's noise, relative to the gate's mean."),
-    ] = 0.5,
-    seed: Annotated[int, typer.Option(help="The seed of the noise and of the samples.")] = 0,
-    tensor_parallel: TensorParallel = 1,
-    pipeline_parallel: PipelineParallel = 1,
-    expert_parallel: ExpertParallel = 1,
-    padded_vocab_size: PaddedVocabSize = None,
-    tokenizer: Tokenizer = None,
-    force: Force = False,
+    dense: Path,
+    out: Path,
+    num_experts: Annotated[int, typer.Option()],
+    granularity: int = 1,
+    topk: int = 1,
+    data: list[Path] | None = None,
+    tokens: Annotated[int, typer.Option(min=512)] = 8192,
+    spread: float = 0.5,
+    seed: int = 0,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    expert_parallel: int = 1,
+    padded_vocab_size: int | None = None,
+    tokenizer: Path | None = None,
+    force: bool = False,
 ) -> None:
-    """Start a mixture with ReLU routing from a dense model, and say how far it is from it."""
+    """Start a mixture with ReLU routing from a dense model, and say how far it is from it.
+
+    Example: remoe convert upcycle runs/dense start --num-experts 8 --granularity 2
+
+    Args:
+        dense: A dense run or checkpoint, or a Hugging Face Llama.
+        out: The folder of checkpoints, which is made.
+        num_experts: E, the number of copies of the dense MLP before granularity.
+        granularity: G, the number of slices of each copy: there are E * G experts of width / G.
+        topk: The k of the target sparsity 1 - k/E.
+        data: The token files without their suffix that fit the router, by default samples of the
+            model itself.
+        tokens: The number of tokens. One half fits the router, the other one tests it.
+        spread: The standard deviation of a gate's noise, relative to the gate's mean.
+        seed: The seed of the noise and of the samples.
+    """
     prepare()
     from megatron.remoe.convert import to_megatron
     from megatron.remoe.convert import upcycle as run
@@ -199,33 +187,31 @@ def upcycle(
     typer.echo(f"{made.folder}; train with a config whose base is {out / 'model.yaml'}")
 
 
-@app.command(epilog=example("convert verify runs/quickstart model --tokens 5,17,3"))
+@command(app)
 def verify(
-    a: Annotated[
-        Path, typer.Argument(help="A run directory, a checkpoint or a Hugging Face folder.")
-    ],
-    b: Annotated[Path, typer.Argument(help="The other model, of any of these kinds.")],
-    text: Annotated[
-        str | None,
-        typer.Option(help="The text to run both models on.", show_default="a text with code"),
-    ] = None,
-    text_file: Annotated[
-        Path | None, typer.Option(help="A file that holds the text, instead of --text.")
-    ] = None,
-    tokens: Annotated[
-        str | None, typer.Option(help="Token ids such as 5,17,3, instead of --text.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="The type of the forward passes: fp32 or bf16.")
-    ] = "fp32",
-    new_tokens: Annotated[
-        int, typer.Option(min=1, help="The number of tokens to generate greedily.")
-    ] = 20,
-    tokenizer: Tokenizer = None,
+    a: Path,
+    b: Path,
+    text: str | None = None,
+    text_file: Path | None = None,
+    tokens: str | None = None,
+    dtype: str = "fp32",
+    new_tokens: AtLeastOne = 20,
+    tokenizer: Path | None = None,
 ) -> None:
     """Compare two models: tensors bit by bit, logits, active experts, greedy text.
 
     Exits with 1 if they differ more than the dtype allows.
+
+    Example: remoe convert verify runs/quickstart model --tokens 5,17,3
+
+    Args:
+        a: A run directory, a checkpoint or a Hugging Face folder.
+        b: The other model, of any of these kinds.
+        text: The text to run both models on, by default some prose and code.
+        text_file: A file that holds the text, instead of the default or of --text.
+        tokens: Token ids such as 5,17,3, instead of the default text or of --text.
+        dtype: The type of the forward passes: fp32 or bf16.
+        new_tokens: The number of tokens to generate greedily.
     """
     prepare()
     from megatron.remoe.convert import compare

@@ -5,23 +5,27 @@ from typing import Annotated
 
 import typer
 
-from megatron.remoe.cli.common import Force, example
+from megatron.remoe.cli.common import command
 
 app = typer.Typer(help="Build corpora, token files and tasks.", no_args_is_help=True)
 
 
-@app.command(epilog=example("data corpus data/quickstart/corpus --max-mb-per-domain 2"))
+@command(app)
 def corpus(
-    out: Annotated[Path, typer.Argument(help="The folder of the corpus, which is made.")],
-    max_mb_per_domain: Annotated[
-        float, typer.Option(help="The most text that a domain gets, in megabytes.")
-    ] = 8.0,
-    valid_fraction: Annotated[
-        float, typer.Option(help="The share of every domain that is held out for validation.")
-    ] = 0.02,
-    force: Force = False,
+    out: Path,
+    max_mb_per_domain: float = 8.0,
+    valid_fraction: float = 0.02,
+    force: bool = False,
 ) -> None:
-    """Build a corpus from what is installed: Python, C++, prose, markup. Nothing is downloaded."""
+    """Build a corpus from what is installed: Python, C++, prose, markup. Nothing is downloaded.
+
+    Example: remoe data corpus data/quickstart/corpus --max-mb-per-domain 2
+
+    Args:
+        out: The folder of the corpus, which is made.
+        max_mb_per_domain: The most text that a domain gets, in megabytes.
+        valid_fraction: The share of every domain that is held out for validation.
+    """
     from megatron.remoe.data.corpus import CorpusConfig, build_corpus
 
     config = CorpusConfig(max_mb_per_domain=max_mb_per_domain, valid_fraction=valid_fraction)
@@ -32,59 +36,39 @@ def corpus(
     typer.echo(f"{out}: {total / 1e6:.1f} MB" + ("" if written else ", up to date"))
 
 
-@app.command(
-    epilog=example("data tokenize data/quickstart/corpus --out data/quickstart/tokens --workers 4")
-)
+@command(app)
 def tokenize(
-    inputs: Annotated[
-        list[Path],
-        typer.Argument(help="A corpus folder, or .jsonl and .jsonl.zst files or folders of them."),
-    ],
-    out: Annotated[Path, typer.Option(help="The folder to which the .bin and .idx files go.")],
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            help="A tokenizer.json, or a folder that holds it or a vocab.json and a merges.txt.",
-            show_default="a new one is trained",
-        ),
-    ] = None,
-    vocab_file: Annotated[
-        Path | None, typer.Option(help="The vocab.json of a GPT-2 tokenizer, with --merge-file.")
-    ] = None,
-    merge_file: Annotated[
-        Path | None, typer.Option(help="The merges.txt of a GPT-2 tokenizer, with --vocab-file.")
-    ] = None,
-    eod_token: Annotated[
-        str | None,
-        typer.Option(
-            help="The token of the given tokenizer that ends a document.",
-            show_default="a well-known one",
-        ),
-    ] = None,
-    vocab_size: Annotated[
-        int, typer.Option(help="The number of tokens of the tokenizer if a new one is trained.")
-    ] = 8192,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="The number of processes that tokenize.", show_default="all cores"),
-    ] = None,
-    text_key: Annotated[
-        str, typer.Option(help="The JSON key that holds the text of a document.")
-    ] = "text",
-    append_eod: Annotated[
-        bool,
-        typer.Option(
-            "--append-eod/--no-append-eod",
-            help="Write the end-of-document token after every document.",
-        ),
-    ] = True,
-    skip_invalid: Annotated[
-        bool,
-        typer.Option("--skip-invalid", help="Count malformed lines and leave them out."),
-    ] = False,
-    force: Force = False,
+    inputs: list[Path],
+    out: Annotated[Path, typer.Option()],
+    tokenizer: Path | None = None,
+    vocab_file: Path | None = None,
+    merge_file: Path | None = None,
+    eod_token: str | None = None,
+    vocab_size: int = 8192,
+    workers: int | None = None,
+    text_key: str = "text",
+    append_eod: bool = True,
+    skip_invalid: bool = False,
+    force: bool = False,
 ) -> None:
-    """Write Megatron's token files, one pair per file or per domain and split of a corpus."""
+    """Write Megatron's token files, one pair per file or per domain and split of a corpus.
+
+    Example: remoe data tokenize data/quickstart/corpus --out data/quickstart/tokens --workers 4
+
+    Args:
+        inputs: A corpus folder, or .jsonl and .jsonl.zst files or folders of them.
+        out: The folder to which the .bin and .idx files are written.
+        tokenizer: A tokenizer.json, or a folder that holds it or a vocab.json and a merges.txt. By
+            default a new tokenizer is trained.
+        vocab_file: The vocab.json of a GPT-2 tokenizer, with --merge-file; by default none.
+        merge_file: The merges.txt of a GPT-2 tokenizer, with --vocab-file; by default none.
+        eod_token: The token of the given tokenizer that ends a document, by default its own one.
+        vocab_size: The number of tokens of the tokenizer if a new one is trained.
+        workers: The number of processes that tokenize, by default one per core.
+        text_key: The JSON key that holds the text of a document.
+        append_eod: Write the end-of-document token after every document.
+        skip_invalid: Count malformed lines and leave them out, instead of stopping at the first.
+    """
     from megatron.remoe import cpu
     from megatron.remoe.data.tokenize import TokenizeConfig
     from megatron.remoe.data.tokenize import tokenize as run
@@ -113,24 +97,28 @@ def tokenize(
     )
 
 
-@app.command(epilog=example("data cloze data/quickstart/corpus data/quickstart/cloze --items 100"))
+@command(app)
 def cloze(
-    corpus: Annotated[
-        Path, typer.Argument(help="A corpus, or a folder of .jsonl files, one per domain.")
-    ],
-    out: Annotated[Path, typer.Argument(help="The folder of the tasks, which is made.")],
-    items: Annotated[int, typer.Option(help="The number of questions for each domain.")] = 200,
-    context_words: Annotated[
-        int, typer.Option(help="The number of words before the continuation.")
-    ] = 48,
-    continuation_words: Annotated[
-        int, typer.Option(help="The number of words of each continuation.")
-    ] = 8,
-    seed: Annotated[int, typer.Option(help="The seed with which passages are chosen.")] = 0,
+    corpus: Path,
+    out: Path,
+    items: int = 200,
+    context_words: int = 48,
+    continuation_words: int = 8,
+    seed: int = 0,
 ) -> None:
     """Make a task for `remoe evaluate` from held-out documents: which continuation is the true one.
 
     The three wrong ones come from other documents of the domain, so chance is 25%.
+
+    Example: remoe data cloze data/quickstart/corpus data/quickstart/cloze --items 100
+
+    Args:
+        corpus: A corpus, or a folder of .jsonl files, one per domain.
+        out: The folder of the tasks, which is made.
+        items: The number of questions for each domain.
+        context_words: The number of words before the continuation.
+        continuation_words: The number of words of each continuation.
+        seed: The seed with which passages are chosen.
     """
     from megatron.remoe.data.cloze import GROUP, ClozeConfig, write_cloze
 

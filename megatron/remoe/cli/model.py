@@ -4,43 +4,39 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from megatron.remoe.cli.common import DTYPES, Tokenizer, example, prepare
+from megatron.remoe.cli.common import AtLeastOne, AtLeastOneOrNone, command, prepare
 from megatron.remoe.progress import progress
 
 app = typer.Typer()
 
-Model = Annotated[
-    Path, typer.Argument(help="A run directory, a checkpoint or a Hugging Face folder.")
-]
 
-
-@app.command(
-    epilog=example('generate runs/quickstart "def main(" --temperature 0.7 --max-new-tokens 48')
-)
+@command(app)
 def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="The most tokens that are generated.")] = 64,
-    temperature: Annotated[
-        float,
-        typer.Option(help="The temperature of sampling. 0 takes the likeliest token each time."),
-    ] = 0.0,
-    top_p: Annotated[
-        float,
-        typer.Option(help="The share of the probability from which tokens are sampled (top-p)."),
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="The seed of the random numbers of sampling.")] = 0,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help=f"The type of the weights: {DTYPES}.", show_default="that of the files"),
-    ] = None,
-    tokenizer: Tokenizer = None,
+    model: Path,
+    prompt: str,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
 ) -> None:
-    """Continue a prompt, and print the text while it is generated."""
+    """Continue a prompt, and print the text while it is generated.
+
+    Example: remoe generate runs/quickstart "def main(" --temperature 0.7 --max-new-tokens 48
+
+    Args:
+        prompt: The text to continue.
+        max_new_tokens: The most tokens that are generated.
+        temperature: The temperature of sampling. With 0 the likeliest token is taken each time.
+        top_p: The share of the probability from which tokens are sampled.
+        seed: The seed of the random numbers of sampling.
+        dtype: The type of the weights (fp32, bf16 or fp16), by default that of the files.
+    """
     prepare()
     from megatron.remoe.convert.export import parse_dtype
     from megatron.remoe.convert.generate import generate as run
@@ -62,55 +58,38 @@ def generate(
     )
 
 
-@app.command(epilog=example("evaluate runs/quickstart --perplexity data/quickstart/tokens/valid"))
+@command(app)
 def evaluate(
-    model: Model,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help="The tasks of lm-evaluation-harness as a,b,c; paper means the seven of the paper."
-        ),
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(help="A folder of further tasks, such as remoe data cloze makes.")
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="The most documents of each task.", show_default="all of them"),
-    ] = None,
-    perplexity: Annotated[
-        Path | None,
-        typer.Option(
-            help="The token files whose loss is measured: a folder, or one without its suffix."
-        ),
-    ] = None,
-    sequence_length: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="The length of sequences for --perplexity.", show_default="the run's"
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            help="The seed that orders the documents for --perplexity.",
-            show_default="the run's, or 1234",
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="The number of sequences that are evaluated at a time.")
-    ] = 8,
-    dtype: Annotated[str, typer.Option(help=f"The type of the weights: {DTYPES}.")] = "fp32",
-    tokenizer: Tokenizer = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="The JSON file for the results, in which earlier results are kept.",
-            show_default="evaluation.json in a run directory, none elsewhere",
-        ),
-    ] = None,
+    model: Path,
+    tasks: str | None = None,
+    include_path: Path | None = None,
+    limit: AtLeastOneOrNone = None,
+    perplexity: Path | None = None,
+    sequence_length: AtLeastOneOrNone = None,
+    seed: int | None = None,
+    batch_size: AtLeastOne = 8,
+    dtype: str = "fp32",
+    tokenizer: Path | None = None,
+    out: Path | None = None,
 ) -> None:
-    """Evaluate a model on tasks, or its loss and perplexity by domain of token files."""
+    """Evaluate a model on tasks, or its loss and perplexity by domain of token files.
+
+    Example: remoe evaluate runs/quickstart --perplexity data/quickstart/tokens/valid
+
+    Args:
+        tasks: The tasks of lm-evaluation-harness, such as a,b,c; paper means the seven of the
+            paper. By default none is run.
+        include_path: A folder of further tasks, such as remoe data cloze makes, by default none.
+        limit: The most documents of each task, by default all of them.
+        perplexity: The token files whose loss is measured: a folder, or one of them without its
+            suffix. By default no loss is measured.
+        sequence_length: The length of the sequences of --perplexity, by default the run's.
+        seed: The seed that orders the documents of --perplexity, by default the run's, or 1234.
+        batch_size: The number of sequences that are evaluated at a time.
+        dtype: The type of the weights: fp32, bf16 or fp16.
+        out: The JSON file for the results, in which other results stay. By default it is
+            evaluation.json in a run directory, and none elsewhere.
+    """
     if tasks is None and perplexity is None:
         raise ValueError("nothing to evaluate; give --tasks, --perplexity, or both")
     prepare()

@@ -5,29 +5,31 @@ from typing import Annotated
 
 import typer
 
-from megatron.remoe.cli.common import Config, ForceRun, GPUsPerNode, Nodes, Overrides, example
+from megatron.remoe.cli.common import AtLeastOne, Words, command
 
 app = typer.Typer()
 
+Throughput = Annotated[float | None, typer.Option(min=0.001)]
 
-@app.command(epilog=example("describe examples/llama_182m/remoe.yaml --nodes 2 --tflops 100"))
+
+@command(app)
 def describe(
-    config: Config,
-    overrides: Overrides = None,
-    nodes: Nodes = 1,
-    gpus_per_node: GPUsPerNode = 8,
-    tflops: Annotated[
-        float | None,
-        typer.Option(min=0.001, help="The throughput of each GPU in TFLOP/s, to print hours."),
-    ] = None,
-    tokens_per_second: Annotated[
-        float | None,
-        typer.Option(
-            min=0.001, help="The throughput of the whole run in tokens per second, to print hours."
-        ),
-    ] = None,
+    config: Path,
+    overrides: Words = None,
+    nodes: AtLeastOne = 1,
+    gpus_per_node: AtLeastOne = 8,
+    tflops: Throughput = None,
+    tokens_per_second: Throughput = None,
 ) -> None:
-    """Print a run's parameters, FLOPs, tokens, memory per GPU and, at a throughput, its hours."""
+    """Print a run's parameters, FLOPs, tokens, memory per GPU and, at a throughput, its hours.
+
+    Example: remoe describe examples/llama_182m/remoe.yaml --nodes 2 --tflops 100
+
+    Args:
+        tflops: The throughput of each GPU in TFLOP/s. By default no hours are printed.
+        tokens_per_second: The throughput of the whole run in tokens per second. By default no hours
+            are printed.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -49,20 +51,19 @@ def describe(
     Console().print(table)
 
 
-@app.command(epilog=example("train examples/quickstart.yaml moe_granularity=4 lr=5e-4 --nproc 2"))
+@command(app)
 def train(
-    config: Config,
-    overrides: Overrides = None,
-    nproc: Annotated[
-        int | None,
-        typer.Option(
-            help="The number of processes on this machine.",
-            show_default="the config's nproc, or one per GPU",
-        ),
-    ] = None,
-    force: ForceRun = False,
+    config: Path, overrides: Words = None, nproc: int | None = None, force: bool = False
 ) -> None:
-    """Train on this machine: check everything, start torchrun, show progress, draw curves."""
+    """Train on this machine: check everything, start torchrun, show progress, draw curves.
+
+    Example: remoe train examples/quickstart.yaml moe_granularity=4 lr=5e-4 --nproc 2
+
+    Args:
+        nproc: The number of processes on this machine, by default the config's nproc, or one per
+            GPU.
+        force: Continue the run in the run directory although its settings differ.
+    """
     from rich.console import Console
 
     from megatron.remoe import cpu
@@ -82,31 +83,27 @@ def train(
     progress.summarize(run.run_dir, console)
 
 
-@app.command(
-    epilog=example(
-        "launch examples/llama_978m/remoe.yaml expert_model_parallel_size=8 --nodes 4 --dry-run"
-    )
-)
+@command(app)
 def launch(
-    config: Config,
-    overrides: Overrides = None,
-    nodes: Nodes = 1,
-    gpus_per_node: GPUsPerNode = 8,
-    slurm: Annotated[
-        bool, typer.Option("--slurm", help="Submit the run to Slurm instead of starting it here.")
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Only print the command. The data need not exist on this machine."
-        ),
-    ] = False,
-    force: ForceRun = False,
+    config: Path,
+    overrides: Words = None,
+    nodes: AtLeastOne = 1,
+    gpus_per_node: AtLeastOne = 8,
+    slurm: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
 ) -> None:
     """Run a config on one or many machines: check everything, then start torchrun or submit a job.
 
     With several machines the same command runs on each of them, or Slurm runs it there. SIGTERM or
     SIGUSR1 lets the run save a checkpoint and end.
+
+    Example: remoe launch examples/llama_978m/remoe.yaml --nodes 4 --slurm --dry-run
+
+    Args:
+        slurm: Submit the run to Slurm instead of starting it here.
+        dry_run: Only print the command. The data need not exist on this machine.
+        force: Continue the run in the run directory although its settings differ.
     """
     import signal
 
@@ -147,33 +144,29 @@ def launch(
         ) from None
 
 
-@app.command(epilog=example("sweep examples/ablations/routers.yaml --jobs 2 --only 'remoe-*'"))
+@command(app)
 def sweep(
-    file: Annotated[
-        Path, typer.Argument(help="The YAML file of the sweep, with the keys base and sweep.")
-    ],
-    jobs: Annotated[
-        int, typer.Option(min=1, help="The number of runs that train at a time on this machine.")
-    ] = 1,
-    only: Annotated[
-        str | None,
-        typer.Option(
-            help="Train only runs whose names contain this or match it as a pattern (*, ?).",
-            show_default="all runs",
-        ),
-    ] = None,
-    slurm: Annotated[
-        bool, typer.Option("--slurm", help="Submit a Slurm job for each run instead.")
-    ] = False,
-    nodes: Nodes = 1,
-    gpus_per_node: GPUsPerNode = 8,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and list the runs, but train none.")
-    ] = False,
+    file: Path,
+    jobs: AtLeastOne = 1,
+    only: str | None = None,
+    slurm: bool = False,
+    nodes: AtLeastOne = 1,
+    gpus_per_node: AtLeastOne = 8,
+    dry_run: bool = False,
 ) -> None:
     """Train every run of a sweep that is not finished yet. Exits with 1 if a run failed.
 
     The numbers of machines and of their GPUs are only used with --slurm.
+
+    Example: remoe sweep examples/ablations/routers.yaml --jobs 2 --only 'remoe-*'
+
+    Args:
+        file: The YAML file of the sweep, with the keys base and sweep.
+        jobs: The number of runs that train at a time on this machine.
+        only: Train only the runs whose names contain this or match it as a pattern (*, ?). By
+            default all runs train.
+        slurm: Submit a Slurm job for each run instead.
+        dry_run: Check everything and list the runs, but train none.
     """
     from rich.console import Console
 
@@ -207,15 +200,16 @@ def sweep(
         raise typer.Exit(1)
 
 
-@app.command(epilog=example("plot runs/quickstart --out curves.png"))
-def plot(
-    run_dir: Annotated[Path, typer.Argument(help="The run directory.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The PNG file to write.", show_default="curves.png in the run directory"),
-    ] = None,
-) -> None:
-    """Draw loss, sparsity and coefficient of a run."""
+@command(app)
+def plot(run_dir: Path, out: Path | None = None) -> None:
+    """Draw loss, sparsity and coefficient of a run.
+
+    Example: remoe plot runs/quickstart --out curves.png
+
+    Args:
+        run_dir: The run directory whose curves are drawn.
+        out: The PNG file to write, by default curves.png in the run directory.
+    """
     from megatron.remoe.analysis.plots import plot_curves
     from megatron.remoe.analysis.runs import Run
 
@@ -224,26 +218,19 @@ def plot(
     typer.echo(out)
 
 
-@app.command(epilog=example("compare runs/routers --out docs/results/routers"))
-def compare(
-    runs: Annotated[
-        list[Path], typer.Argument(help="The run directories, or folders of run directories.")
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="The folder to which table.md, table.csv and figures are written.",
-            show_default="only the table is printed",
-        ),
-    ] = None,
-    baseline: Annotated[
-        Path | None,
-        typer.Option(
-            help="The run whose router, with its settings, is compared with others of that router."
-        ),
-    ] = None,
-) -> None:
-    """Compare runs: a table, paired differences between routers, and figures as in the paper."""
+@command(app)
+def compare(runs: list[Path], out: Path | None = None, baseline: Path | None = None) -> None:
+    """Compare runs: a table, paired differences between routers, and figures as in the paper.
+
+    Example: remoe compare runs/routers --out docs/results/routers
+
+    Args:
+        runs: The run directories, or folders of run directories.
+        out: The folder to which table.md, table.csv and figures are written. By default the table
+            is only printed.
+        baseline: The run whose settings are compared with others of its router. By default only
+            routers are compared with each other.
+    """
     from megatron.remoe.analysis import compare as tables
     from megatron.remoe.analysis import figures
 
@@ -259,9 +246,12 @@ def compare(
             typer.echo(path)
 
 
-@app.command(epilog=example("doctor"))
+@command(app)
 def doctor() -> None:
-    """Report what this machine has, what will be used of it, and what is disabled and why."""
+    """Report what this machine has, what will be used of it, and what is disabled and why.
+
+    Example: remoe doctor
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -2,23 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import typer
 
-from megatron.remoe.cli.common import example
+from megatron.remoe.cli.common import AtLeastOne, AtLeastOneOrNone, Words, command
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 app = typer.Typer(help="Check what this project claims, on this machine.", no_args_is_help=True)
-
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        help="The Markdown file to which the table is written.", show_default="no file is written"
-    ),
-]
 
 
 class _Named(Protocol):
@@ -41,25 +34,18 @@ class _Verdict(_Named, Protocol):
     def verdict(self) -> str: ...
 
 
-@app.command(epilog=example("verify parallel EP2 --steps 10"))
-def parallel(
-    only: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Check only cells whose names contain one of these.", show_default="all cells"
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="The number of training steps of each run.", show_default="all, 40 or 60"
-        ),
-    ] = None,
-    out: Out = None,
-) -> None:
+@command(app)
+def parallel(only: Words = None, steps: AtLeastOneOrNone = None, out: Path | None = None) -> None:
     """Train the same run under every parallel layout, on CPU ranks, and compare with one rank.
 
     Exits with 1 if a cell deviates more than its tolerance.
+
+    Example: remoe verify parallel EP2 --steps 10
+
+    Args:
+        only: Check only the cells whose names contain one of these, by default all of them.
+        steps: The number of training steps of each run, by default all of its 40 or 60.
+        out: The Markdown file to which the table is written, by default none.
     """
     from rich.console import Console
 
@@ -74,33 +60,27 @@ def parallel(
     _conclude(results, "cells agree with one rank", console)
 
 
-@app.command(epilog=example("verify resume --kills 5 --seed 1"))
+@command(app)
 def resume(
-    only: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Check only pairs whose names contain one of these.", show_default="all pairs"
-        ),
-    ] = None,
-    steps: Annotated[
-        int, typer.Option(min=1, help="The number of steps before the save, and again after it.")
-    ] = 10,
-    kills: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Instead of comparing layouts, kill a real run this many times.",
-            show_default="no run is killed",
-        ),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(help="The seed that chooses when --kills strikes, and what.")
-    ] = 0,
-    out: Out = None,
+    only: Words = None,
+    steps: AtLeastOne = 10,
+    kills: AtLeastOneOrNone = None,
+    seed: int = 0,
+    out: Path | None = None,
 ) -> None:
     """Save, load and train on, in one layout and across layouts; compare with no interruption.
 
     Exits with 1 if a trajectory differs.
+
+    Example: remoe verify resume --kills 5 --seed 1
+
+    Args:
+        only: Check only the pairs whose names contain one of these, by default all of them.
+        steps: The number of steps before the save, and again after it.
+        kills: Instead of comparing layouts, kill a real run this many times. By default none is
+            killed.
+        seed: The seed that chooses what --kills kills, and when.
+        out: The Markdown file to which the table is written, by default none.
     """
     from rich.console import Console
 
