@@ -66,7 +66,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
         _check_override(override)
     what = f"{path} with overrides {overrides}" if overrides else f"{path}"
     default_dir = Path("runs") / "-".join([path.stem, *(o.replace("/", "_") for o in overrides)])
-    return _resolve(_read_with_bases(path, ()), overrides, default_dir, what)
+    return _resolve(_load(path, ()), overrides, default_dir, what)
 
 
 def load_flags(flags: dict[str, Any], what: str) -> RunConfig:
@@ -80,11 +80,9 @@ def load_flags(flags: dict[str, Any], what: str) -> RunConfig:
         ValueError: As for `load_config`.
     """
     _check_keys(flags, what)
-    bases = [_read_with_bases(Path(base), ()) for base in bases_of(flags.get("base"), what)]
-    own = {key: value for key, value in flags.items() if key != "base"}
     with _yaml_in_one_line(what):
-        merged = _merge(bases, OmegaConf.create(own))
-    return _resolve(merged, [], Path("runs"), what)
+        config = OmegaConf.create(flags)
+    return _resolve(_on_its_bases(config, Path(), (), what), [], Path("runs"), what)
 
 
 def read_yaml(path: Path, what: str = "config") -> dict[str, Any]:
@@ -156,7 +154,7 @@ def _check_override(override: str) -> None:
         )
 
 
-def _read_with_bases(path: Path, below: tuple[Path, ...]) -> DictConfig:
+def _load(path: Path, below: tuple[Path, ...]) -> DictConfig:
     """Read a config on top of its bases.
 
     Args:
@@ -172,21 +170,19 @@ def _read_with_bases(path: Path, below: tuple[Path, ...]) -> DictConfig:
             f"the bases of {below[0]} are more than {_DEEPEST_BASES} files deep at {path}; merge "
             f"some of them"
         )
-    config = _read(path, "config")
-    with _yaml_in_one_line(f"config {path}"):
-        base = _plain(OmegaConf.create({"base": config.pop("base", None)}))["base"]
-    names = bases_of(base, path)
-    bases = [_read_with_bases(path.parent / name, (*below, real)) for name in names]
-    with _yaml_in_one_line(f"config {path}"):
-        return _merge(bases, config)
+    return _on_its_bases(_read(path, "config"), path.parent, (*below, real), f"config {path}")
 
 
-def _merge(bases: list[DictConfig], own: DictConfig) -> DictConfig:
-    """Return a config on top of its bases, with its own keys last."""
-    merged = OmegaConf.merge(*bases, own)
-    ordered = [str(key) for key in (*(key for key in merged if key not in own), *own)]
-    values = _plain(merged)
-    return OmegaConf.create({key: values[key] for key in ordered})
+def _on_its_bases(own: DictConfig, folder: Path, below: tuple[Path, ...], what: str) -> DictConfig:
+    """Return a config on top of its bases (relative to `folder`), with its own keys last."""
+    with _yaml_in_one_line(what):
+        base = _plain(OmegaConf.create({"base": own.pop("base", None)}))["base"]
+    bases = [_load(folder / name, below) for name in bases_of(base, what)]
+    with _yaml_in_one_line(what):
+        merged = OmegaConf.merge(*bases, own)
+        ordered = [str(key) for key in (*(key for key in merged if key not in own), *own)]
+        values = _plain(merged)
+        return OmegaConf.create({key: values[key] for key in ordered})
 
 
 def _read(path: Path, what: str) -> DictConfig:

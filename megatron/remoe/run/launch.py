@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -87,17 +88,10 @@ def train(config: RunConfig, argv: list[str], console: Console) -> int:
     with log_path.open("a") as log, log_path.open(errors="replace") as own_log:
         own_log.seek(log.tell())
         process = start(config, argv, log)
-
-        def is_going_on() -> bool:
-            if process.poll() is not None:
-                return False
-            stop.pass_on(process, config.flags)
-            time.sleep(POLL_SECONDS)
-            return True
-
+        goes_on = partial(_goes_on, process, stop, config.flags)
         try:
             with stop.when(signal.SIGTERM):
-                rows = new_rows(Path(config.flags["metrics_file"]), is_going_on)
+                rows = new_rows(Path(config.flags["metrics_file"]), goes_on)
                 follow(rows, own_log, train_iters(config.flags), console)
         except KeyboardInterrupt:  # The terminal has sent it to torchrun too.
             process.wait()
@@ -135,9 +129,17 @@ def launch(planned: Plan, place: Place, *, name: str, endpoint: str, stop: Stop)
         if lock is not None:
             os.close(lock)
     try:
-        while process.poll() is None:
-            stop.pass_on(process, config.flags)
-            time.sleep(POLL_SECONDS)
+        while _goes_on(process, stop, config.flags):
+            pass
     except KeyboardInterrupt:  # The terminal has sent it to torchrun too.
         process.wait()
     return process.returncode
+
+
+def _goes_on(process: subprocess.Popen[bytes], stop: Stop, flags: dict[str, Any]) -> bool:
+    """Wait for a moment, and return whether the run had not ended before."""
+    if process.poll() is not None:
+        return False
+    stop.pass_on(process, flags)
+    time.sleep(POLL_SECONDS)
+    return True

@@ -100,19 +100,19 @@ def follow(
         display.close()
 
 
-def new_rows(path: Path, is_going_on: Callable[[], bool]) -> Iterator[dict[str, Any] | None]:
+def new_rows(path: Path, wait: Callable[[], bool]) -> Iterator[dict[str, Any] | None]:
     """Yield the rows of a metrics file that are written from now on, until the run has ended.
 
     Whenever there is nothing new, None is yielded.
 
     Args:
         path: The file, which need not exist yet.
-        is_going_on: Waits for a moment, and returns whether the run has not ended before.
+        wait: Waits for a moment, and returns whether the run had not ended before.
     """
     started, position = time.time(), 0
     goes_on = True
     while goes_on:
-        goes_on = is_going_on()
+        goes_on = wait()
         if path.exists() and path.stat().st_mtime >= started:
             with path.open(errors="replace") as file:
                 file.seek(position)
