@@ -12,7 +12,7 @@ from megatron.remoe.arguments import megatron_parser
 from megatron.remoe.data.pairs import check_pair
 from megatron.remoe.run.mistakes import Foreign, explain, names, one_line
 
-# So many options are left out, one at a time, to find the one that does not fit.
+# Number of options that are left out, one at a time, to find the one that does not fit.
 _MOST_SUSPECTS = 12
 
 
