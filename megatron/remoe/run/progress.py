@@ -173,7 +173,7 @@ def summarize(run_dir: Path, console: Console) -> None:
         )
         stages = run.stages
         table.add_row("dense until step", str(stages.dense_until))
-        table.add_row("at its target sparsity from step", str(stages.sparse_from or "not reached"))
+        table.add_row("sparsity settles at step", str(stages.sparse_from or "not settled"))
         for cost in run.stage_costs:
             text = f"steps {cost.first}-{cost.last}: {cost.seconds:.0f} s ({cost.share:.2%})"
             if cost.peak_memory is not None:
