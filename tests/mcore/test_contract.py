@@ -346,7 +346,7 @@ def state_around_a_check(path: Path) -> bool:
     from megatron.training import global_vars
 
     from megatron.remoe.arguments import megatron_parser
-    from megatron.remoe.run import launch, rehearsal
+    from megatron.remoe.run import plan, rehearsal
     from megatron.remoe.run.argv import to_argv
     from megatron.remoe.run.check import check
     from megatron.remoe.run.config import load_config
@@ -361,7 +361,7 @@ def state_around_a_check(path: Path) -> bool:
             torch.cuda.current_device(),
         )
 
-    argv = to_argv(launch.complete(load_config(path)).flags, megatron_parser())
+    argv = to_argv(plan.complete(load_config(path)).flags, megatron_parser())
     before = state()
     built = len(rehearsal._passed)
     for seed in ("1", "2"):
@@ -409,12 +409,12 @@ def test_a_child_that_dies_of_a_signal_is_replaced_by_a_new_process(call, tmp_pa
 
 def answer_beside_a_child_that_dies(path: Path) -> str:
     from megatron.remoe.arguments import megatron_parser
-    from megatron.remoe.run import launch, rehearsal
+    from megatron.remoe.run import plan, rehearsal
     from megatron.remoe.run.argv import to_argv
     from megatron.remoe.run.check import check as check_argv
     from megatron.remoe.run.config import load_config
 
-    argv = to_argv(launch.complete(load_config(path)).flags, megatron_parser())
+    argv = to_argv(plan.complete(load_config(path)).flags, megatron_parser())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rehearsal, "_build", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         try:
@@ -439,13 +439,13 @@ def answers_of_a_new_process(path: Path) -> list[str]:
     """What `rehearse` says where `cpu` does not stand in: of this config, and of an optimizer."""
     from megatron.remoe import cpu
     from megatron.remoe.arguments import megatron_parser
-    from megatron.remoe.run import launch, rehearsal
+    from megatron.remoe.run import plan, rehearsal
     from megatron.remoe.run.argv import to_argv
     from megatron.remoe.run.check import check as check_argv
     from megatron.remoe.run.config import load_config
 
     answers: list[str] = []
-    argv = to_argv(launch.complete(load_config(path)).flags, megatron_parser())
+    argv = to_argv(plan.complete(load_config(path)).flags, megatron_parser())
     args = check_argv(argv, 1)
     rehearsal._passed.clear()
     with pytest.MonkeyPatch.context() as patch:
@@ -474,8 +474,8 @@ def summary_of(run_dir: Path) -> str:
 
     from rich.console import Console
 
-    from megatron.remoe.run import launch
+    from megatron.remoe.run import progress
 
     console = Console(file=io.StringIO(), width=500)
-    launch.summarise(run_dir, console)
+    progress.summarize(run_dir, console)
     return console.file.getvalue()

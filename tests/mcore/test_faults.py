@@ -73,7 +73,7 @@ def argv_of(home: Path, run: str, nproc: int, flags: dict) -> list[str]:
 
     path = tiny.write_config(home / f"{run}.yaml", run_dir=run, nproc=nproc, **flags)
     with contextlib.chdir(home):
-        return launch.prepare(load_config(path), force=True)[1]
+        return launch.prepare(load_config(path), force=True).argv
 
 
 def free_port() -> int:

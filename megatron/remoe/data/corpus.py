@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron.remoe.data.cleaning import clean_text, content_key, is_worth_training_on
-from megatron.remoe.data.progress import byte_progress
 from megatron.remoe.data.sources import DOMAINS, Source, dependency_closure, iter_sources
 from megatron.remoe.files import (
     MANIFEST,
@@ -26,6 +25,7 @@ from megatron.remoe.files import (
     sha256_file,
     write_manifest,
 )
+from megatron.remoe.progress import byte_progress
 
 SPLITS = ("train", "valid")
 _UNFINISHED = {"unfinished": True}  # a manifest while the files are being moved into their place

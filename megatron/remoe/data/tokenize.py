@@ -18,7 +18,6 @@ from tokenizers import Tokenizer
 
 from megatron.remoe.data.encode import encode_chunks, start_workers
 from megatron.remoe.data.jsonl import SUFFIXES, iter_texts, line_error, read_chunks
-from megatron.remoe.data.progress import byte_progress
 from megatron.remoe.data.tokenizer import (
     END_OF_DOCUMENT,
     MIN_VOCAB_SIZE,
@@ -35,6 +34,7 @@ from megatron.remoe.files import (
     sha256_file,
     write_manifest,
 )
+from megatron.remoe.progress import byte_progress
 
 _ENTRY = {"input_sha256", "pair_bytes", "documents", "tokens", "empty", "invalid"}
 _UNFINISHED = "unfinished"  # in the manifest: pairs that are being moved into their place

@@ -136,10 +136,10 @@ def _lines(run: Path) -> list[str]:
 
 
 def _prepare(run: Path) -> list[str]:
-    from megatron.remoe.run import launch
+    from megatron.remoe.run import launch, torchrun
 
-    config, argv = launch.prepare(RunConfig(run, 2, dict(_FLAGS)))
-    return launch.command(argv, config.nproc or 1)
+    planned = launch.prepare(RunConfig(run, 2, dict(_FLAGS)))
+    return torchrun.command(planned.argv, planned.config.nproc or 1)
 
 
 def _start(run: Path, command: list[str]) -> subprocess.Popen[bytes]:
