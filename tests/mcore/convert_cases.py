@@ -118,7 +118,8 @@ def through_hf(flags: dict[str, Any], home: Path) -> Outcome:
     """Megatron -> HF -> Megatron, with both forward passes."""
     from megatron.remoe.convert import forward
     from megatron.remoe.convert.export import to_hf
-    from megatron.remoe.convert.source import HFSource, MegatronSource
+    from megatron.remoe.convert.hf_source import HFSource
+    from megatron.remoe.convert.source import MegatronSource
     from megatron.remoe.convert.to_megatron import Layout, to_megatron
 
     model = save(flags, home / "iter_0000003")

@@ -2,11 +2,12 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F  # noqa: N812
 
 from tests.mcore import tiny
@@ -104,6 +105,31 @@ def test_mistakes_leave_nothing(call, home, tmp_path, argv, message):
     error = fails(call, tmp_path, "convert", "upcycle", str(home / "llama"), "out", *argv)
     assert message in error
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["sliding_attention"] * 2}, "only models with full_attention in all 2"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type = 'spiral'; it must be one of"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "scales RoPE (rope_type = 'linear'); only 'default' can be converted to Megatron",
+        ),
+    ],
+)
+def test_what_megatron_cannot_express_is_named_before_any_work(
+    call, home, tmp_path, changes, message
+):
+    shutil.copytree(home / "llama", tmp_path / "llama")
+    config = tmp_path / "llama/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    weights = tmp_path / "llama/model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"].fill_(float("nan"))  # nothing has read it when the command ends
+    save_file(tensors, weights)
+    error = fails(call, tmp_path, "convert", "upcycle", "llama", "out", "--num-experts", "4")
+    assert message in error and [p.name for p in tmp_path.iterdir()] == ["llama"]
 
 
 def test_a_mixture_is_no_start(call, tmp_path):

@@ -1,4 +1,4 @@
-"""Figures, drawn from run directories only."""
+"""Curves of a single run, drawn from its run directory alone."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ _STAGES = (("dense", "#d9e6f2"), ("sparsifying", "#fbe6cd"), ("stable", "#e2f0df
 
 
 def plot_curves(run: Run, path: Path) -> None:
-    """Loss, sparsity against its target, and coefficient over steps, as a PNG.
+    """Draw loss, sparsity with its target, and coefficient over steps, as a PNG.
 
-    A run without ReLU routing has the loss only.
+    For a run without ReLU routing, only the loss is drawn.
     """
     import matplotlib
 

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass, replace
 
-from megatron.remoe.analysis.memory import Layout, Recompute, activation_bytes
+from megatron.remoe.analysis.memory import RankLoad, Recompute, activation_bytes
 from megatron.remoe.analysis.size import ModelSize
 from megatron.remoe.arguments import megatron_parser
 from megatron.remoe.run.argv import to_argv
@@ -106,13 +106,13 @@ def describe(config: RunConfig, world: int) -> Description:
     )
 
 
-def _layout(args: argparse.Namespace) -> Layout:
+def _layout(args: argparse.Namespace) -> RankLoad:
     recompute: Recompute = "none"
     if args.recompute_granularity == "full":
         recompute = "full"
     elif "moe" in (args.recompute_modules or ()):
         recompute = "moe"
-    return Layout(
+    return RankLoad(
         tp=args.tensor_model_parallel_size,
         pp=args.pipeline_model_parallel_size,
         cp=args.context_parallel_size,
@@ -127,7 +127,7 @@ def _layout(args: argparse.Namespace) -> Layout:
     )
 
 
-def _in_words(args: argparse.Namespace, layout: Layout) -> str:
+def _in_words(args: argparse.Namespace, layout: RankLoad) -> str:
     sizes = {
         "TP": layout.tp,
         "EP": args.expert_model_parallel_size,
