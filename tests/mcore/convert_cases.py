@@ -132,13 +132,13 @@ def through_hf(flags: dict[str, Any], home: Path) -> Outcome:
 
     to_megatron(home / "hf", home / "back", layout=Layout())
     first, second = MegatronSource(home / "iter_0000003"), MegatronSource(home / "back")
-    assert first.reader.names and set(first.reader.names) == set(second.reader.names)
+    assert first.reader.meta and first.reader.meta.keys() == second.reader.meta.keys()
     restored = forward.load_model(second.checkpoint, FLAGS | flags)
     again, _ = forward.logits_and_maps(restored, TOKENS, 100)
     different = [
         name
-        for name in first.reader.names
-        if first.reader.dtype(name) != second.reader.dtype(name)
+        for name, meta in first.reader.meta.items()
+        if meta.dtype != second.reader.meta[name].dtype
         or not torch.equal(first.reader.read(name), second.reader.read(name))
     ]
     pairs = [(a, b) for a, b in zip(maps, theirs.active, strict=True)]

@@ -64,12 +64,12 @@ class HFSource:
         Raises:
             ValueError: something else is in the file.
         """
-        stored = [name for name in self.reader.names if name.startswith(PADDING)]
+        stored = [name for name in self.reader.meta if name.startswith(PADDING)]
         if not stored:
             return 0
         known = [name for item in plan(self.config, self.config["vocab_size"]) for name in item.hf]
         check_names(str(self.path / PADDING_FILE), stored, set(stored) & set(known))
-        shapes = sorted({self.reader.shape(name) for name in stored})
+        shapes = sorted({tuple(self.reader.meta[name].shape) for name in stored})
         if len(shapes) > 1 or shapes[0][1:] != (self.config["hidden_size"],):
             raise ValueError(
                 f"{self.path / PADDING_FILE} has tensors of shape "
@@ -85,23 +85,24 @@ class HFSource:
             for name, shape in item.hf.items()
             if not name.startswith((CONFIG, PADDING))
         }
-        found = [name for name in self.reader.names if not name.startswith(PADDING)]
+        found = [name for name in self.reader.meta if not name.startswith(PADDING)]
         if self.config["tie_word_embeddings"]:  # some savers write the shared tensor twice
             found = [name for name in found if name != "lm_head.weight"]
         check_names(str(self.path), found, weights)
         vocab = self.config["vocab_size"]
-        embedding = self.reader.shape("model.embed_tokens.weight")
+        embedding = self.reader.meta["model.embed_tokens.weight"].shape
         if embedding[:1] not in ((vocab,), ()):
             raise ValueError(
                 f"vocabulary mismatch: {self.path / 'config.json'} has vocab_size {vocab}, but "
                 f"model.embed_tokens.weight has {embedding[0]} rows; they must be of one model"
             )
         for name, shape in weights.items():
-            check_shape(f"{self.path}: {name}", self.reader.shape(name), shape)
-            if (dtype := self.reader.dtype(name)) != self.dtype:
+            meta = self.reader.meta[name]
+            check_shape(f"{self.path}: {name}", tuple(meta.shape), shape)
+            if meta.dtype != self.dtype:
                 raise ValueError(
-                    f"{self.path}: {name} is {dtype}, but model.norm.weight is {self.dtype}; save "
-                    f"the model with all weights in one dtype"
+                    f"{self.path}: {name} is {meta.dtype}, but model.norm.weight is {self.dtype}; "
+                    f"save the model with all weights in one dtype"
                 )
 
     def _check_tokenizer(self) -> None:
@@ -133,7 +134,7 @@ class HFSource:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of all weights."""
-        return self.reader.dtype("model.norm.weight")
+        return self.reader.meta["model.norm.weight"].dtype
 
     def hf_tensors(self, item: Item) -> dict[str, Tensor]:
         """Read the tensors of an item by their names in Hugging Face; rows of padding may be zeros.
@@ -150,7 +151,7 @@ class HFSource:
             name, source = key, self.path / "config.json"
             tensor = torch.tensor(self.config[key][index], dtype=torch.float32)
         elif name.startswith(PADDING) and (
-            name not in self.reader.names or self.reader.shape(name) != shape
+            name not in self.reader.meta or self.reader.meta[name].shape != shape
         ):
             return torch.zeros(shape, dtype=self.dtype)
         else:

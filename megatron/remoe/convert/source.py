@@ -91,13 +91,13 @@ class MegatronSource:
         self.config = architecture | self._other_settings() | {"training_facts": facts}
 
     def _check_tensors(self) -> None:
-        check_names(str(self.checkpoint), self.reader.names, [i.megatron for i in self.items])
+        check_names(str(self.checkpoint), self.reader.meta, [i.megatron for i in self.items])
         for item in self.items:
-            name = item.megatron
-            check_shape(name, self.reader.shape(name), item.megatron_shape)
-            if (dtype := self.reader.dtype(name)) not in DTYPES.values():
+            name, meta = item.megatron, self.reader.meta[item.megatron]
+            check_shape(name, tuple(meta.shape), item.megatron_shape)
+            if meta.dtype not in DTYPES.values():
                 raise ValueError(
-                    f"{name} is stored as {dtype}; only {', '.join(DTYPES)} can be converted"
+                    f"{name} is stored as {meta.dtype}; only {', '.join(DTYPES)} can be converted"
                 )
 
     @property
@@ -108,15 +108,15 @@ class MegatronSource:
     @property
     def dtype(self) -> torch.dtype:
         """The narrowest dtype in which every weight keeps its value."""
-        weights = (i.megatron for i in self.items if not _is_setting(i))
-        return reduce(torch.promote_types, map(self.reader.dtype, weights))
+        weights = (self.reader.meta[i.megatron] for i in self.items if not _is_setting(i))
+        return reduce(torch.promote_types, (weight.dtype for weight in weights))
 
     @property
     def padded_vocab_size(self) -> int:
         """The number of rows of the embedding."""
-        if _EMBEDDING not in self.reader.names:
+        if _EMBEDDING not in self.reader.meta:
             check_names(str(self.checkpoint), [], [_EMBEDDING])
-        shape = self.reader.shape(_EMBEDDING)
+        shape = self.reader.meta[_EMBEDDING].shape
         if len(shape) != 2:
             raise ValueError(f"{_EMBEDDING} has shape {list(shape)}; it must be a matrix")
         return shape[0]

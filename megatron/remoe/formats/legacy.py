@@ -52,19 +52,7 @@ class LegacyReader:
         for name, tensor in self._tensors.items():
             if tensor.layout != torch.strided or tensor.is_meta:
                 raise ValueError(f"{file} has no values of {name}; save the model again")
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the model's tensors."""
-        return list(self._tensors)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor."""
-        return self._tensors[name].dtype
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor."""
-        return tuple(self._tensors[name].shape)
+        self.meta = {name: tensor.to("meta") for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
         """Return a tensor."""

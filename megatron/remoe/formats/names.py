@@ -3,8 +3,8 @@
 Megatron has named the same tensor differently over time and by backend. Experts are stored one by
 one, stacked, or as the two matrices of the grouped GEMM; norms are modules of their own, or fused
 into the next linear. The published implementation has one coefficient at the model's root.
-`_SPELLINGS` lists these names, with the name in `megatron.remoe.convert.table` and the function that
-makes the table's tensor from the stored ones.
+`_SPELLINGS` lists these names. Each has its name in `megatron.remoe.convert.table`, and a function
+that makes the table's tensor from the stored ones.
 
 Shapes: E experts, H hidden, F expert width.
 """
@@ -22,21 +22,17 @@ COEFFICIENT = "moe_relu_l1_reg_coeff"  # of the published implementation
 
 
 class Reader(Protocol):
-    """A checkpoint on disk: its tensors by name, and what all ranks share (`common`)."""
+    """A checkpoint on disk.
+
+    Attributes:
+        meta: a tensor without values for every name, which has the shape and the dtype.
+    """
+
+    meta: dict[str, Tensor]
 
     @property
     def common(self) -> dict[str, Any]:
         """What the checkpoint holds beside tensors: `args`, `iteration` and the like."""
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the model's tensors."""
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor."""
 
     def read(self, name: str) -> Tensor:
         """Return a tensor."""
@@ -145,6 +141,9 @@ class CanonicalReader:
         reader: the checkpoint under its own names.
         l1_coeff: whether to give every router the coefficient at the model's root.
 
+    Attributes:
+        meta: a tensor without values for every name, which has the shape and the dtype.
+
     Raises:
         ValueError: an expert is missing, a tensor is there twice or does not fit its layer's number
             of experts, or there is no coefficient.
@@ -154,17 +153,16 @@ class CanonicalReader:
         self._reader = reader
         self._stored = dict(self._resolve())
         if l1_coeff:
-            routers = [name for name in reader.names if _ROUTER.fullmatch(name)]
-            for router in routers:
+            for router in filter(_ROUTER.fullmatch, reader.meta):
                 name = router.removesuffix("weight") + "l1_coeff"
                 self._stored[name] = _Stored((COEFFICIENT,))
-        self._like = {name: self._join_shapes(name) for name in self._stored}
+        self.meta = {name: self._join_meta(stored) for name, stored in self._stored.items()}
 
     def _resolve(self) -> Iterator[tuple[str, _Stored]]:
-        routers = [match for n in self._reader.names if (match := _ROUTER.fullmatch(n))]
-        num_experts = {match["layer"]: sum(self._reader.shape(match[0])[:1]) for match in routers}
+        routers = [match for n in self._reader.meta if (match := _ROUTER.fullmatch(n))]
+        num_experts = {m["layer"]: sum(self._reader.meta[m[0]].shape[:1]) for m in routers}
         found: dict[str, tuple[_Spelling, int, dict[int, str]]] = {}
-        for name in self._reader.names:
+        for name in self._reader.meta:
             if name == COEFFICIENT:
                 continue
             spelling, match = _spelling_of(name, set(num_experts))
@@ -188,15 +186,10 @@ class CanonicalReader:
             names = tuple(by_expert[number] for number in sorted(by_expert))
             yield key, _Stored(names, spelling.join, experts)
 
-    def _join_shapes(self, name: str) -> Tensor:
-        """Return a tensor without values that has the shape and dtype of one of the table's."""
-        stored = self._stored[name]
+    def _join_meta(self, stored: _Stored) -> Tensor:
+        """Return a tensor without values, which has the shape and the dtype of a joined one."""
         parts = [
-            self._coefficient.to("meta")
-            if part == COEFFICIENT
-            else torch.empty(
-                self._reader.shape(part), dtype=self._reader.dtype(part), device="meta"
-            )
+            self._coefficient.to("meta") if part == COEFFICIENT else self._reader.meta[part]
             for part in stored.names
         ]
         try:
@@ -210,7 +203,7 @@ class CanonicalReader:
 
     @cached_property
     def _coefficient(self) -> Tensor:
-        if COEFFICIENT in self._reader.names:
+        if COEFFICIENT in self._reader.meta:
             return self._reader.read(COEFFICIENT).float()
         value = (self.common.get("model") or {}).get(COEFFICIENT)
         if value is None:
@@ -229,19 +222,6 @@ class CanonicalReader:
     def is_renamed(self) -> bool:
         """Whether a name in the checkpoint differs from that of the table."""
         return any(stored.names != (name,) for name, stored in self._stored.items())
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the model's tensors in the conversion table."""
-        return list(self._stored)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor."""
-        return self._like[name].dtype
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor."""
-        return tuple(self._like[name].shape)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, made from all stored ones that it consists of."""

@@ -135,15 +135,19 @@ class SafetensorsReader:
         extra: names of files beside the weights, which need not exist, each with the prefix that
             all names of tensors in it have.
 
+    Attributes:
+        meta: a tensor without values for every name, which has the shape and the dtype.
+
     Raises:
-        ValueError: there are no safetensors, a file is damaged or does not fit the index, or a
-            tensor is there twice.
+        ValueError: there are no safetensors, a file is damaged or does not fit the index, a tensor
+            is there twice, or has a dtype in which no model is stored.
     """
 
     def __init__(self, folder: Path, extra: dict[str, str] | None = None) -> None:
         self.folder = folder
         self._files: dict[str, Any] = {}
         self._where: dict[str, str] = {}
+        self.meta: dict[str, Tensor] = {}
         if (folder / INDEX).is_file():
             weight_map = _read_index(folder / INDEX)
             for file in sorted(set(weight_map.values())):
@@ -180,29 +184,13 @@ class SafetensorsReader:
             if not name.startswith(prefix):
                 raise ValueError(f"{path} has {name}, whose name does not begin with {prefix}")
             self._where[name] = file
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all tensors."""
-        return list(self._where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor."""
-        return tuple(self._files[self._where[name]].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor, one of those in which models are stored.
-
-        Raises:
-            ValueError: the tensor has another dtype.
-        """
-        kind = self._files[self._where[name]].get_slice(name).get_dtype()
-        if kind not in _DTYPES:
-            raise ValueError(
-                f"{self.folder / self._where[name]} has {name} as {kind}; only weights in "
-                f"{', '.join(sorted(_DTYPES))} can be converted"
-            )
-        return _DTYPES[kind]
+            view = self._files[file].get_slice(name)
+            if (kind := view.get_dtype()) not in _DTYPES:
+                raise ValueError(
+                    f"{path} has {name} as {kind}; only weights in {', '.join(sorted(_DTYPES))} "
+                    f"can be converted"
+                )
+            self.meta[name] = torch.empty(view.get_shape(), dtype=_DTYPES[kind], device="meta")
 
     def read(self, name: str) -> Tensor:
         """Return a tensor."""

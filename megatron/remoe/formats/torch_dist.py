@@ -10,6 +10,7 @@ layer has its own name, `decoder.layers.3.mlp.router.weight`, as in models whose
 
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -37,16 +38,16 @@ _LAYERS = "decoder.layers."
 _TRAINING_STATE = re.compile(r"(chained_\d+\.)?optimizer[.\d]|rng_state|rerun_state_machine_state")
 
 MOST_LAYERS = 10_000  # the most layers that a model may have
+_MOST_VALUES = 2**56  # of one tensor; PyTorch cannot count the bytes of a larger one
 
 
 @dataclass(frozen=True)
 class _Location:
-    """Where a tensor is: in layer `layer` of a stored tensor, or all of it where that is None."""
+    """The place of a tensor: one layer of the stored tensor `key`, or all of it for None."""
 
     key: str
     layer: int | None
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    meta: Tensor
 
 
 class TorchDistReader:
@@ -70,15 +71,17 @@ class TorchDistReader:
         for index, info in self._metadata.storage_data.items():
             self._shards.setdefault(index.fqn, {})[tuple(index.offset or ())] = info
         self._locations = dict(self._locate())
+        self.meta = {name: where.meta for name, where in self._locations.items()}
 
     def _locate(self) -> Iterator[tuple[str, _Location]]:
         for key, entry in self._metadata.state_dict_metadata.items():
             if not isinstance(entry, metadata.TensorStorageMetadata) or _TRAINING_STATE.match(key):
                 continue
-            shape, dtype = tuple(entry.size), entry.properties.dtype
+            shape = tuple(entry.size)
+            whole = torch.empty(shape, dtype=entry.properties.dtype, device="meta")
             rest = key.removeprefix(_LAYERS)
             if rest == key or rest.split(".")[0].isdigit():
-                yield key, _Location(key, None, shape, dtype)
+                yield key, _Location(key, None, whole)
                 continue
             if not shape or not 1 <= shape[0] <= MOST_LAYERS:
                 raise ValueError(
@@ -86,20 +89,7 @@ class TorchDistReader:
                     f"dimension must be the number of layers, at most {MOST_LAYERS}"
                 )
             for layer in range(shape[0]):
-                yield f"{_LAYERS}{layer}.{rest}", _Location(key, layer, shape[1:], dtype)
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the model's tensors, layer by layer."""
-        return list(self._locations)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor."""
-        return self._locations[name].dtype
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor."""
-        return self._locations[name].shape
+                yield f"{_LAYERS}{layer}.{rest}", _Location(key, layer, whole[layer])
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, put together from its shards.
@@ -108,7 +98,8 @@ class TorchDistReader:
             ValueError: the shards do not cover the tensor, or cannot be read.
         """
         where = self._locations[name]
-        out, covered = torch.empty(0), 0
+        meta, covered = where.meta, 0
+        out = torch.empty(0)
         boxes: list[tuple[slice, ...]] = []
         for chunk in self._metadata.state_dict_metadata[where.key].chunks:
             offsets, sizes = list(chunk.offsets), list(chunk.sizes)
@@ -121,19 +112,19 @@ class TorchDistReader:
             box = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
             if box in boxes:  # another rank wrote the same values
                 continue
-            data = self._load(where.key, chunk, where.dtype)[index]
-            if tuple(sizes) == where.shape:  # it is the whole tensor, and needs no copy
+            data = self._load(where.key, chunk, meta.dtype)[index]
+            if tuple(sizes) == meta.shape:  # it is the whole tensor, and needs no copy
                 return data
             if any(_overlap(box, other) for other in boxes):
                 break
             if not boxes:
-                out = torch.empty(where.shape, dtype=where.dtype)
+                out = torch.empty_like(meta, device="cpu")
             boxes.append(box)
             out[box] = data
             covered += data.numel()
-        if not boxes or covered != out.numel():
+        if not boxes or covered != meta.numel():
             raise ValueError(
-                f"{self.folder} holds {covered} of the {torch.Size(where.shape).numel()} values of "
+                f"{self.folder} holds {covered} of the {meta.numel()} values of "
                 f"{name}; the checkpoint is damaged"
             )
         return out
@@ -268,6 +259,8 @@ def _check_metadata(whole: Any) -> None:
             continue
         if not isinstance(entry.properties.dtype, torch.dtype) or not _are_sizes(entry.size):
             raise ValueError(f"{key} has no dtype and shape")
+        if math.prod(entry.size) > _MOST_VALUES:
+            raise ValueError(f"{key} has the impossible shape {list(entry.size)}")
         for chunk in entry.chunks:
             box = list(zip(chunk.offsets, chunk.sizes, entry.size, strict=True))
             if not _are_sizes([*chunk.offsets, *chunk.sizes]) or any(o + n > m for o, n, m in box):
