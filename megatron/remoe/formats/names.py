@@ -178,11 +178,9 @@ class CanonicalReader:
                 )
             by_expert[number] = name
         for key, (spelling, experts, by_expert) in found.items():
-            missing = set(range(max(by_expert) + 1)) - set(by_expert)
-            if missing:
-                raise ValueError(
-                    f"{key}: the checkpoint lacks expert {min(missing)}; copy it again"
-                )
+            for number in range(len(by_expert)):
+                if number not in by_expert:
+                    raise ValueError(f"{key}: the checkpoint lacks expert {number}; copy it again")
             names = tuple(by_expert[number] for number in sorted(by_expert))
             yield key, _Stored(names, spelling.join, experts)
 
