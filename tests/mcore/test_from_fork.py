@@ -137,6 +137,16 @@ MISTAKES = {
         ),
         "twice, the second time as decoder.layers.1.mlp.experts.local_experts.5.linear_fc2.weight",
     ),
+    "expert without end": (
+        "TE, grouped",
+        lambda f: _spoil(
+            f,
+            lambda s: s["model"].update(
+                {f"decoder.layers.1.mlp.experts.linear_fc2.weight{10**12}": torch.ones(3)}
+            ),
+        ),
+        "lacks expert 8; copy it again",
+    ),
     "one expert too many": (
         "grouped GEMM",
         lambda f: _spoil(

@@ -200,6 +200,10 @@ DAMAGE = {
     "no length": (_part("length", 0), "is cut off or damaged"),
     "layers without end": (_entry("size", torch.Size([10**12, 4, 32])), "at most 10000"),
     "no shape": (_entry("size", "abc"), "cannot be read"),
+    "an impossible shape": (
+        _entry("size", torch.Size([2, 2**40, 2**40])),
+        "has the impossible shape [2, 1099511627776, 1099511627776]",
+    ),
     "another dtype": (
         lambda f: _edit_metadata(
             f, lambda m: setattr(m.state_dict_metadata[ROUTER].properties, "dtype", torch.bfloat16)

@@ -121,15 +121,27 @@ def test_mistakes_leave_nothing(call, home, tmp_path, argv, message):
 def test_what_megatron_cannot_express_is_named_before_any_work(
     call, home, tmp_path, changes, message
 ):
-    shutil.copytree(home / "llama", tmp_path / "llama")
-    config = tmp_path / "llama/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
-    weights = tmp_path / "llama/model.safetensors"
-    tensors = load_file(weights)
-    tensors["model.norm.weight"].fill_(float("nan"))  # nothing has read it when the command ends
-    save_file(tensors, weights)
+    llama_of_nan(home, tmp_path, changes)  # the command ends before it reads a weight
     error = fails(call, tmp_path, "convert", "upcycle", "llama", "out", "--num-experts", "4")
     assert message in error and [p.name for p in tmp_path.iterdir()] == ["llama"]
+
+
+def llama_of_nan(home: Path, folder: Path, changes: dict) -> None:
+    shutil.copytree(home / "llama", folder / "llama")
+    config = folder / "llama/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    weights = folder / "llama/model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, weights)
+
+
+def test_a_model_of_nan_is_not_used(call, home, tmp_path):
+    """The weights are read once, by transformers, and checked then."""
+    llama_of_nan(home, tmp_path, {})
+    error = fails(call, tmp_path, "convert", "upcycle", "llama", "out", "--num-experts", "4")
+    assert "model.norm.weight of llama has 32 values that are NaN or infinite" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["llama"]
 
 
 def test_a_mixture_is_no_start(call, tmp_path):

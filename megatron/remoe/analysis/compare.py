@@ -54,7 +54,7 @@ def load_runs(paths: Iterable[Path]) -> list[Run]:
     Raises:
         ValueError: a path holds no run.
     """
-    runs = []
+    runs: list[Run] = []
     for path in paths:
         if not path.is_dir():
             raise ValueError(f"{path} is not a folder; pass run directories, or folders of them")

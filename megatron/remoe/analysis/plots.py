@@ -71,7 +71,7 @@ def _sparsity(axis: Any, run: Run, steps: list[int]) -> None:
 
 def _coefficient(axis: Any, run: Run, steps: list[int]) -> None:
     axis.semilogy(steps, run.series("l1_coeff"), color="#8e5a9e", label="coefficient")
-    axis.semilogy(steps, run.series("l1_reg"), color="#5b8c5a", label="regulariser")
+    axis.semilogy(steps, run.series("l1_reg"), color="#5b8c5a", label="regularizer")
     axis.set_ylabel("L1 penalty")
     axis.legend(fontsize=7)
 

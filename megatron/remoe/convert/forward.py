@@ -63,11 +63,10 @@ def forward(
             f"{source.checkpoint} has an old format or other names, which this Megatron cannot "
             f"run; compare what it is converted to (remoe convert to-hf, then to-megatron)"
         )
-    config = source.config | {"dtype": str(dtype).removeprefix("torch.")}
-    flags = flags_of(config, source.padded_vocab_size, dtype, Layout())
+    flags = flags_of(source.config, source.padded_vocab_size, dtype, Layout())
     with Ranks(1) as ranks:  # a process of its own: Megatron has global state
         result: Forward = ranks.run(
-            megatron_forward, source.checkpoint, flags, config["vocab_size"], *request
+            megatron_forward, source.checkpoint, flags, source.config["vocab_size"], *request
         )[0]
     return result
 
