@@ -79,9 +79,9 @@ def read_arguments(args: Any, checkpoint: object, *, fork: bool) -> Namespace:
     where = f"the arguments in {checkpoint}"
     if fork:
         _check_fork_sizes(where, vars(args))
-        args = _translated(args)
-    _check(where, vars(args))
-    return args
+    complete = _translated(args) if fork else args
+    _check(where, vars(complete))
+    return complete
 
 
 def _check_fork_sizes(where: str, given: dict[str, Any]) -> None:

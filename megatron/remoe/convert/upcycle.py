@@ -21,9 +21,9 @@ from megatron.remoe.convert.activations import mean_loss, mlp_inputs, tokens_for
 from megatron.remoe.convert.architecture import check_expressible
 from megatron.remoe.convert.export import Progress, export
 from megatron.remoe.convert.exported import exported, load
-from megatron.remoe.convert.hf_source import check_finite, validated
+from megatron.remoe.convert.hf_source import HFSource, check_finite, validated
 from megatron.remoe.convert.output import check_folder
-from megatron.remoe.convert.source import HFSource, MegatronSource, open_source
+from megatron.remoe.convert.source import MegatronSource, open_source
 from megatron.remoe.convert.table import CONFIG, Config, Item, plan
 from megatron.remoe.convert.to_megatron import Layout, to_megatron
 from remoe.config import apply_granularity
