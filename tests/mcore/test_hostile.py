@@ -298,7 +298,7 @@ OLD_MISTAKES = {
     "no arguments": (_arguments(mock_data=..., vocab_size=...), "lack vocab_size, mock_data"),
     "layers": (_arguments(moe_layer_freq=[1]), "has moe_layer_freq = [1]"),
     "facts": (_arguments(remoe_training_facts=5), "has training_facts = 5; it must be a mapping"),
-    "tokenizer": (_arguments(tokenizer_type=5), "have tokenizer_type = 5, which is none"),
+    "tokenizer": (_arguments(tokenizer_type=5), "have tokenizer_type = 5; it must be of type str"),
 }  # fmt: skip
 
 

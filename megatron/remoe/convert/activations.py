@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from megatron.remoe.convert.exported import check_vocabulary
+from megatron.remoe.convert.exported import check_vocabulary, continue_tokens
 from megatron.remoe.data.pairs import check_pair
 
 _BATCH = 8
@@ -69,16 +69,7 @@ def _samples(model: Any, count: int, length: int, seed: int) -> Tensor:
     first = torch.randint(model.config.vocab_size, (count, 1))
     if isinstance(start, int):
         first = torch.full((count, 1), start)
-    sampled: Tensor = model.generate(
-        first,
-        attention_mask=torch.ones_like(first),
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=length - 1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return sampled
+    return continue_tokens(model, first, length - 1, do_sample=True, top_k=0)
 
 
 @torch.no_grad()

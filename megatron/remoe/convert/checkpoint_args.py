@@ -20,11 +20,25 @@ _EXPERT_SIZES = ("num_experts", "moe_router_topk")
 _LATER_SIZES = ("kv_channels",)
 _LATER_EXPERT_SIZES = ("moe_ffn_hidden_size",)
 _NUMBERS = {"layernorm_epsilon": 1.0, "init_method_std": 1e3, "rotary_base": 2.0**53}
-_SWITCHES = ("group_query_attention", "untie_embeddings_and_output_weights")
-_SWITCHES_IF_GIVEN = ("moe_relu_routing", "moe_relu_at_least_one_expert")
-_TEXTS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "metrics_file")
-_LISTS = ("data_path", "train_data_path")
-_PRESENT = ("num_experts", "vocab_size", "mock_data", *_TEXTS[:-1], *_LISTS)
+_WHOLE = ("vocab_size", "consumed_train_samples")  # or none
+# Arguments that must have one of these types.
+_TYPES: dict[str, Any] = {
+    "group_query_attention": bool,
+    "untie_embeddings_and_output_weights": bool,
+    "tokenizer_type": str | None,
+    "tokenizer_model": str | None,
+    "vocab_file": str | None,
+    "merge_file": str | None,
+    "data_path": list | None,
+    "train_data_path": list | None,
+}
+_TYPES_IF_GIVEN: dict[str, Any] = {
+    "moe_relu_routing": bool,
+    "moe_relu_at_least_one_expert": bool,
+    "metrics_file": str | None,
+}
+_PRESENT = ("num_experts", "vocab_size", "mock_data",
+            *(name for name, kind in _TYPES.items() if kind is not bool))  # fmt: skip
 # Defaults of the published implementation, also for arguments that its Megatron did not have.
 _FORK_DEFAULTS: dict[str, Any] = {
     "group_query_attention": False,
@@ -122,25 +136,20 @@ def _check(where: str, given: dict[str, Any]) -> None:
     if missing := [name for name in _PRESENT if name not in given]:
         raise ValueError(f"{where} lack {', '.join(missing)}; save the model with its arguments")
     check_sizes(where, given, (*_SIZES, *_LATER_SIZES))
-    switches = [*_SWITCHES, *(name for name in _SWITCHES_IF_GIVEN if name in given)]
+    types = _TYPES | {name: _TYPES_IF_GIVEN[name] for name in _TYPES_IF_GIVEN if name in given}
     if given["num_experts"] is not None:
         check_sizes(where, given, (*_EXPERT_SIZES, *_LATER_EXPERT_SIZES))
         _check_expert_arguments(where, given)
-        switches.append("moe_router_pre_softmax")
-    for name in switches:
-        if not isinstance(given.get(name), bool):
-            raise ValueError(f"{where} have {name} = {given.get(name)!r}; it must be true or false")
+        types["moe_router_pre_softmax"] = bool
+    for name, kind in types.items():
+        if not isinstance(value := given.get(name), kind):
+            wanted = "true or false" if kind is bool else f"of type {kind}"
+            raise ValueError(f"{where} have {name} = {reprlib.repr(value)}; it must be {wanted}")
     if given["group_query_attention"]:
         check_sizes(where, given, ("num_query_groups",))
     for name, below in _NUMBERS.items():
         check_number(where, name, given.get(name), above=0, below=below)
-    for kind, names in ((str, _TEXTS), (list, _LISTS)):
-        for name in names:
-            if not isinstance(given.get(name), kind | None):
-                raise ValueError(
-                    f"{where} have {name} = {reprlib.repr(given[name])}, which is none"
-                )
-    for name in ("vocab_size", "consumed_train_samples"):
+    for name in _WHOLE:
         if given.get(name) is not None:
             check_whole(where, name, given[name], 0)
     check_facts(where, given.get("remoe_training_facts"))

@@ -77,6 +77,19 @@ def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> Any:
     return model.eval()
 
 
+def continue_tokens(model: Any, tokens: torch.Tensor, count: int, **sampling: Any) -> torch.Tensor:
+    """Generate `count` tokens after `tokens`, `[sequences, length]`, whatever they are."""
+    whole: torch.Tensor = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=count,
+        eos_token_id=None,
+        pad_token_id=0,
+        **sampling,
+    )
+    return whole
+
+
 def check_vocabulary(tokens: torch.Tensor, model: Any) -> None:
     """Check that all tokens are in the model's vocabulary.
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.remoe.convert.exported import load
+from megatron.remoe.convert.exported import continue_tokens, load
 from megatron.remoe.convert.hf_source import HFSource
 from megatron.remoe.convert.source import MegatronSource
 from megatron.remoe.convert.to_megatron import Layout, flags_of
@@ -81,14 +81,7 @@ def _transformers(
         output = model(torch.tensor([tokens]), **routing)
         probs = output.router_probs if is_moe else ()
         beginning = torch.tensor([tokens[:prompt]])
-        whole = model.generate(
-            beginning,
-            attention_mask=torch.ones_like(beginning),
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
+        whole = continue_tokens(model, beginning, new_tokens, do_sample=False)
     return Forward(output.logits[0].float(), [p[0] > 0 for p in probs], whole[0, prompt:].tolist())
 
 

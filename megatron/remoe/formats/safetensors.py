@@ -6,10 +6,10 @@ every tensor), and the tensors' bytes.
 """
 
 import json
+import math
 import re
-from collections import deque
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def parse_size(text: str) -> int:
     return size
 
 
-class ShardWriter:
+class ShardWriter(AbstractContextManager["ShardWriter"]):
     """A writer of tensors, in a given order, to files of a limited size, and of their index.
 
     Args:
@@ -52,13 +52,11 @@ class ShardWriter:
         self, folder: Path, spec: Spec, max_shard_bytes: int, *, name: str = WEIGHTS
     ) -> None:
         self.folder, self.spec = folder, spec
-        sizes = {
-            n: dtype.itemsize * torch.Size(shape).numel() for n, (dtype, shape) in spec.items()
-        }
-        self.total = sum(sizes.values())
+        self._sizes = {n: dtype.itemsize * math.prod(shape) for n, (dtype, shape) in spec.items()}
+        self.total = sum(self._sizes.values())
         shards: list[list[str]] = [[]]
         size = 0
-        for tensor, more in sizes.items():
+        for tensor, more in self._sizes.items():
             if shards[-1] and size + more > max_shard_bytes:
                 shards.append([])
                 size = 0
@@ -66,26 +64,19 @@ class ShardWriter:
             size += more
         stem, count = name.removesuffix(".safetensors"), len(shards)
         files = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        self._sizes = sizes
-        self._shards = deque(zip([name] if count == 1 else files, shards, strict=True))
-        self._waiting: deque[str] = deque()
-        self._weight_map = {t: f for f, s in self._shards for t in s}
+        self._shards = dict(zip([name] if count == 1 else files, shards, strict=True))
+        self._weight_map = {t: file for file, shard in self._shards.items() for t in shard}
+        self._order = iter(spec)
         self._file: Any = None
 
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file is not None:
             self._file.close()
         if kind is not None:
             return
-        missing = [*self._waiting, *(t for _, shard in self._shards for t in shard)]
-        if missing:
+        if missing := list(self._order):
             raise ValueError(f"{', '.join(missing[:8])} were not produced")
-        if len(set(self._weight_map.values())) > 1:
+        if len(self._shards) > 1:
             index = {"metadata": {"total_size": self.total}, "weight_map": self._weight_map}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -95,25 +86,24 @@ class ShardWriter:
         Raises:
             ValueError: the tensor is not the next one, or has another dtype or shape.
         """
-        if not self._waiting:
-            self._open_next(name)
-        expected = self._waiting.popleft()
+        expected = next(self._order, "no other tensor")
         if name != expected or (tensor.dtype, tuple(tensor.shape)) != self.spec[name]:
             raise ValueError(
                 f"{name} ({tensor.dtype}, {list(tensor.shape)}) came where {expected} "
-                f"({self.spec[expected]}) was expected"
+                f"({self.spec.get(expected)}) was expected"
             )
+        file = self._weight_map[name]
+        if name == self._shards[file][0]:
+            self._open(file)
         self._file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
 
-    def _open_next(self, name: str) -> None:
-        if not self._shards:
-            raise ValueError(f"{name} was produced more than once")
+    def _open(self, file: str) -> None:
+        """Open the next file, and write its header."""
         if self._file is not None:
             self._file.close()
-        file, tensors = self._shards.popleft()
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for tensor in tensors:
+        for tensor in self._shards[file]:
             (dtype, shape), start, end = self.spec[tensor], end, end + self._sizes[tensor]
             header[tensor] = {
                 "dtype": _DTYPE_NAMES[dtype],
@@ -124,7 +114,6 @@ class ShardWriter:
         text += b" " * (-len(text) % 8)
         self._file = (self.folder / file).open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
-        self._waiting.extend(tensors)
 
 
 class SafetensorsReader:
