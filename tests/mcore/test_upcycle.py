@@ -97,6 +97,10 @@ MISTAKES = {
         ["--num-experts", "4", "--expert-parallel", "3"],
         "does not divide the model's num_experts of 4",
     ),
+    "padding": (
+        ["--num-experts", "4", "--padded-vocab-size", "96", "--data", "no"],
+        "vocabulary mismatch: padded-vocab-size is 96",  # before the data is looked for
+    ),
 }
 
 

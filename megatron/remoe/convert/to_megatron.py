@@ -41,7 +41,7 @@ class Layout:
         """Check that every dimension of the model can be split like this.
 
         Raises:
-            ValueError: one of them cannot.
+            ValueError: one of them cannot, or the padding of the vocabulary does not fit.
         """
         dims = [
             ("tensor", self.tensor, "num_attention_heads"),
@@ -59,6 +59,7 @@ class Layout:
                     f"{what}-parallel is {size}, which does not divide the model's {name} of "
                     f"{config[name]}; choose one that does"
                 )
+        self.padded_vocabulary(config)
 
     def padded_vocabulary(self, config: Config) -> int:
         """Return the number of rows of the embedding.
