@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.remoe.analysis.compare import Group, RunComparison
+from megatron.remoe.analysis.plots import figure_file
 
 _COLORS = {
     "dense": "#7f7f7f",
@@ -35,17 +36,10 @@ def draw_all(comparison: RunComparison, folder: Path) -> list[Path]:
 
 
 def _draw(path: Path, draw: Callable[[Any, list[Group]], None], groups: list[Group]) -> Path:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    draw(axis, groups)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    with figure_file(path, 1, (7, 4.5)) as (_, (axis,)):
+        draw(axis, groups)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
     return path
 
 

@@ -53,8 +53,8 @@ def check_whole(where: str, name: str, value: Any, least: int, most: int = 2**62
     Raises:
         ValueError: the value is something else.
     """
-    if type(value) is not int or not least <= value <= most:
-        raise _error(where, name, value, f"a whole number from {least} to {most}")
+    is_valid = type(value) is int and least <= value <= most
+    _require(is_valid, where, name, value, f"a whole number from {least} to {most}")
 
 
 def check_number(where: str, name: str, value: Any, *, above: float, below: float) -> None:
@@ -63,9 +63,8 @@ def check_number(where: str, name: str, value: Any, *, above: float, below: floa
     Raises:
         ValueError: the value is something else.
     """
-    is_number = type(value) in (int, float)
-    if not is_number or not above < value < below or not math.isfinite(value):
-        raise _error(where, name, value, f"a number above {above:g} and below {below:g}")
+    is_valid = type(value) in (int, float) and above < value < below and math.isfinite(value)
+    _require(is_valid, where, name, value, f"a number above {above:g} and below {below:g}")
 
 
 def check_config(where: str, config: Config) -> None:
@@ -78,8 +77,8 @@ def check_config(where: str, config: Config) -> None:
     has_experts = config["model_type"] == "remoe"
     check_sizes(where, config, [*names, *(_EXPERT_SIZES if has_experts else ())])
     heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
-    if groups is not None and heads % groups:
-        raise _error(where, "num_key_value_heads", groups, f"a divisor of the {heads} heads")
+    is_valid = groups is None or heads % groups == 0
+    _require(is_valid, where, "num_key_value_heads", groups, f"a divisor of the {heads} heads")
     _check_tensors(where, config)
     for name, below in _NUMBERS.items():
         if config.get(name) is not None:
@@ -120,43 +119,40 @@ def _check_rope(where: str, rope: Any) -> None:
 
     if rope is None:
         return
-    if not isinstance(rope, dict):
-        raise _error(where, "rope_parameters", rope, "a mapping with rope_type and rope_theta")
+    wanted = "a mapping with rope_type and rope_theta"
+    _require(isinstance(rope, dict), where, "rope_parameters", rope, wanted)
     for name, value in rope.items():
         if isinstance(value, dict):
             raise ValueError(
                 f"{where} has rope_parameters of their own for {name}; only models with the same "
                 f"RoPE in all layers can be converted"
             )
-    known = ["default", *ROPE_INIT_FUNCTIONS]
-    if rope.get("rope_type", "default") not in known:
-        raise _error(where, "rope_type", rope["rope_type"], f"one of {', '.join(known)}")
+    kind, known = rope.get("rope_type", "default"), ["default", *ROPE_INIT_FUNCTIONS]
+    _require(kind in known, where, "rope_type", kind, f"one of {', '.join(known)}")
     if "rope_theta" in rope:
         check_number(where, "rope_theta", rope["rope_theta"], above=0, below=2.0**53)
 
 
 def _check_dense(where: str, layers: Any, num_layers: int) -> None:
-    if layers is None:
-        return
-    is_list = isinstance(layers, list) and all(type(i) is int for i in layers)
-    if not is_list or not all(0 <= i < num_layers for i in layers):
-        raise _error(where, "mlp_only_layers", layers, f"a list of layers below {num_layers}")
+    is_valid = layers is None or (
+        isinstance(layers, list) and all(type(i) is int and 0 <= i < num_layers for i in layers)
+    )
+    _require(is_valid, where, "mlp_only_layers", layers, f"a list of layers below {num_layers}")
 
 
 def _check_routing(where: str, config: Config) -> None:
     most, k = config["num_experts"], config["num_experts_per_tok"]
-    if k > most:
-        raise _error(where, "num_experts_per_tok", k, f"at most num_experts, {most}")
+    _require(k <= most, where, "num_experts_per_tok", k, f"at most num_experts, {most}")
     if config.get("router_type", "relu") != "relu":
         return
     if (limit := config.get("max_active_experts")) is not None:
         check_whole(where, "max_active_experts", limit, 1, most)
-    if not isinstance(config.get("at_least_one_expert", False), bool):
-        raise _error(where, "at_least_one_expert", config["at_least_one_expert"], "true or false")
+    one = config.get("at_least_one_expert", False)
+    _require(isinstance(one, bool), where, "at_least_one_expert", one, "true or false")
     if (target := config.get("target_sparsity")) is not None:
         check_number(where, "target_sparsity", target, above=-1e-9, below=1)
-        if abs(target - (1 - k / most)) > 1e-6:
-            raise _error(where, "target_sparsity", target, f"1 - k/E, {1 - k / most:g}")
+        is_valid = abs(target - (1 - k / most)) <= 1e-6
+        _require(is_valid, where, "target_sparsity", target, f"1 - k/E, {1 - k / most:g}")
     controller = {}
     for name in ("init", "multiplier"):
         if (key := f"l1_coeff_{name}") in config:
@@ -164,8 +160,8 @@ def _check_routing(where: str, config: Config) -> None:
             controller[name] = config[key]
     ControllerConfig(target_sparsity=1 - k / most, **controller)
     coefficients = config.get("l1_coeff")
-    if not isinstance(coefficients, list | None):
-        raise _error(where, "l1_coeff", coefficients, "a list of numbers")
+    is_valid = isinstance(coefficients, list | None)
+    _require(is_valid, where, "l1_coeff", coefficients, "a list of numbers")
     for value in coefficients or ():
         check_number(where, "l1_coeff", value, above=0, below=1e38)
 
@@ -178,12 +174,12 @@ def check_facts(where: str, facts: Any) -> None:
     """
     if facts is None:
         return
-    if not isinstance(facts, dict):
-        raise _error(where, "training_facts", facts, "a mapping")
+    _require(isinstance(facts, dict), where, "training_facts", facts, "a mapping")
     for name, least in _FACTS.items():
         if facts.get(name) is not None:
             check_whole(where, f"training_facts.{name}", facts[name], least)
 
 
-def _error(where: str, name: str, value: Any, wanted: str) -> ValueError:
-    return ValueError(f"{where} has {name} = {reprlib.repr(value)}; it must be {wanted}")
+def _require(is_valid: bool, where: str, name: str, value: Any, wanted: str) -> None:
+    if not is_valid:
+        raise ValueError(f"{where} has {name} = {reprlib.repr(value)}; it must be {wanted}")
