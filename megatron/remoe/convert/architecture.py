@@ -85,7 +85,7 @@ _RELU = {
 }
 ROUTER_DTYPES = {"fp32": "float32", "fp64": "float64", None: None}
 # Values of arguments that the published code does not have; it always balances the load.
-_ABSENT = {
+_ABSENT: dict[str, Any] = {
     "moe_layer_freq": 1,
     "moe_relu_routing": False,
     "moe_relu_load_balancing": "aux_loss",
