@@ -117,6 +117,44 @@ MISTAKES = {
         ),
         "lacks expert 5; copy it again",
     ),
+    "expert of another shape": (
+        "TE, grouped",
+        lambda f: _spoil(
+            f,
+            lambda s: s["model"].update(
+                {"decoder.layers.1.mlp.experts.linear_fc2.weight5": torch.ones(3, 3)}
+            ),
+        ),
+        "linear_fc2.weight0 has shape [3, 3] and [32, 24], which is not that of the experts",
+    ),
+    "two names of an expert": (
+        "TE, grouped",
+        lambda f: _spoil(
+            f,
+            lambda s: s["model"].update(
+                {"decoder.layers.1.mlp.experts.local_experts.5.linear_fc2.weight": torch.ones(3)}
+            ),
+        ),
+        "twice, the second time as decoder.layers.1.mlp.experts.local_experts.5.linear_fc2.weight",
+    ),
+    "expert without end": (
+        "TE, grouped",
+        lambda f: _spoil(
+            f,
+            lambda s: s["model"].update(
+                {f"decoder.layers.1.mlp.experts.linear_fc2.weight{10**12}": torch.ones(3)}
+            ),
+        ),
+        "lacks expert 8; copy it again",
+    ),
+    "one expert too many": (
+        "grouped GEMM",
+        lambda f: _spoil(
+            f,
+            lambda s: s["model"].update({"decoder.layers.0.mlp.router.weight": torch.ones(7, 32)}),
+        ),
+        "which is not that of the experts of a layer with 7 experts in its router",
+    ),
     "another model": (
         "grouped GEMM",
         lambda f: _spoil(f, lambda s: setattr(s["args"], "hidden_size", 64)),

@@ -83,7 +83,7 @@ def evaluate(request: Request) -> dict[str, dict[str, float]]:
     from megatron.remoe.convert.exported import exported_with_tokenizer
 
     tokenizer = Path(request.tokenizer) if request.tokenizer else None
-    with exported_with_tokenizer(Path(request.model), tokenizer) as folder:
+    with exported_with_tokenizer(Path(request.model), tokenizer, check=True) as folder:
         results: Any = lm_eval.simple_evaluate(
             model="hf",
             model_args={"pretrained": str(folder), "dtype": request.dtype},

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass, replace
 
-from megatron.remoe.analysis import memory
+from megatron.remoe.analysis.memory import RankLoad, Recompute
 from megatron.remoe.analysis.size import ModelSize
 from megatron.remoe.run.config import RunConfig
 from megatron.remoe.run.plan import Place, plan
@@ -95,7 +95,7 @@ def describe(config: RunConfig, world: int) -> Description:
         raise ValueError("padded_vocab_size is not given; the model's size depends on it")
     size = ModelSize.from_flags(vars(args) | {"moe_granularity": 1})  # `args` has it applied.
     sequences = args.train_samples or args.train_iters * args.global_batch_size
-    layout = _memory_layout(args)
+    layout = _rank_load(args)
     most = args.moe_topk_warmup_topk or (size.num_experts if args.moe_relu_routing else size.topk)
     return Description(
         size=size,
@@ -103,21 +103,20 @@ def describe(config: RunConfig, world: int) -> Description:
         sequences=sequences,
         tokens=sequences * size.seq_length,
         weights_gb=compute_weight_and_optimizer_memory(args) / _GB,
-        dense_gb=memory.activation_bytes(size, layout, most) / _GB,
-        stable_gb=memory.activation_bytes(size, layout, size.topk) / _GB,
-        at_once_gb=memory.activation_bytes(size, replace(layout, max_assignments=UNLIMITED), most)
-        / _GB,
+        dense_gb=activation_bytes(size, layout, most) / _GB,
+        stable_gb=activation_bytes(size, layout, size.topk) / _GB,
+        at_once_gb=activation_bytes(size, replace(layout, max_assignments=UNLIMITED), most) / _GB,
         layout=_in_words(args, layout),
     )
 
 
-def _memory_layout(args: argparse.Namespace) -> memory.Layout:
-    recompute: memory.Recompute = "none"
+def _rank_load(args: argparse.Namespace) -> RankLoad:
+    recompute: Recompute = "none"
     if args.recompute_granularity == "full":
         recompute = "full"
     elif "moe" in (args.recompute_modules or ()):
         recompute = "moe"
-    return memory.Layout(
+    return RankLoad(
         tp=args.tensor_model_parallel_size,
         pp=args.pipeline_model_parallel_size,
         cp=args.context_parallel_size,
@@ -132,7 +131,7 @@ def _memory_layout(args: argparse.Namespace) -> memory.Layout:
     )
 
 
-def _in_words(args: argparse.Namespace, layout: memory.Layout) -> str:
+def _in_words(args: argparse.Namespace, layout: RankLoad) -> str:
     sizes = {
         "TP": layout.tp,
         "EP": args.expert_model_parallel_size,
