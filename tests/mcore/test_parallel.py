@@ -12,6 +12,7 @@ from megatron.remoe.ranks import Ranks
 from megatron.remoe.testing.cells import Cell, Training, initialize, run_cell, save_golden_weights
 from megatron.remoe.testing.golden import CLOSED_LOOP, golden_tokens
 from megatron.remoe.verify import grid
+from megatron.remoe.verify.trajectories import FP32, QUANTITIES, TrajectoryComparison, deviations
 
 STEPS = 4
 SUBSET = [
@@ -46,7 +47,7 @@ def test_cell_trains_the_run_of_one_rank(results, name):
 
 def test_relu_cells_compare_every_quantity(results):
     for result in results.values():
-        expected = grid.QUANTITIES if result.cell.router == "relu" else ("lm_loss", "grad_norm")
+        expected = QUANTITIES if result.cell.router == "relu" else ("lm_loss", "grad_norm")
         assert tuple(result.deviations) == expected
 
 
@@ -145,8 +146,7 @@ def test_a_dropped_reduction_is_caught(one_rank, mutation, quantity):
     weights, expected = one_rank
     with Ranks(2) as ranks:
         actual = ranks.run(run_mutated, mutation, Cell("TP2", 2, tp=2), weights)[0]
-    deviation = grid.deviations(actual, expected)[quantity]
-    assert deviation > 2 * grid.FP32[quantity]
+    assert deviations(actual, expected)[quantity] > 2 * FP32[quantity]
 
 
 def run_mutated(mutation, cell, weights):
@@ -208,9 +208,17 @@ def test_a_flip_loosens_what_load_weights_move_and_only_from_its_step_on():
 
     one_rank = [step(), step(), step()]
     flipped = step(l1_reg=1.005, sparsity=0.5001)
-    after = grid.Comparison.of([step(), flipped, step(l1_reg=1.005)], one_rank)
+    after = TrajectoryComparison.of([step(), flipped, step(l1_reg=1.005)], one_rank)
     assert (after.is_within("fp32"), after.flipped) == (True, 2)
-    assert not grid.Comparison.of([step(l1_reg=1.005), flipped, step()], one_rank).is_within("fp32")
-    assert not grid.Comparison.of([step(), step(l1_reg=1.005), step()], one_rank).is_within("fp32")
-    assert not grid.Comparison.of([step(), flipped, step(loss=2.1)], one_rank).is_within("fp32")
-    assert not grid.Comparison.of([step(), step(sparsity=0.51), step()], one_rank).is_within("fp32")
+    assert not TrajectoryComparison.of([step(l1_reg=1.005), flipped, step()], one_rank).is_within(
+        "fp32"
+    )
+    assert not TrajectoryComparison.of([step(), step(l1_reg=1.005), step()], one_rank).is_within(
+        "fp32"
+    )
+    assert not TrajectoryComparison.of([step(), flipped, step(loss=2.1)], one_rank).is_within(
+        "fp32"
+    )
+    assert not TrajectoryComparison.of([step(), step(sparsity=0.51), step()], one_rank).is_within(
+        "fp32"
+    )

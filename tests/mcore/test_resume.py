@@ -11,7 +11,7 @@ from megatron.remoe.ranks import Ranks
 from megatron.remoe.testing.cells import Cell, run_cell, save_golden_weights
 from megatron.remoe.testing.golden import CLOSED_LOOP
 from megatron.remoe.verify import kills, resume
-from megatron.remoe.verify.grid import FP32, Comparison, deviations
+from megatron.remoe.verify.trajectories import FP32, TrajectoryComparison, deviations
 
 SAME = "EP2, distributed optimizer, overlap"
 NAMES = [f"{SAME} -> {SAME}", "EP2 -> TP2", f"1, distributed optimizer -> {SAME}"]
@@ -44,10 +44,10 @@ def test_the_pairs_cover_what_is_claimed():
 
 def test_a_pair_is_judged_bit_for_bit_only_in_the_same_layout():
     one, two = Cell("1"), Cell("EP2", 2, ep=2)
-    off, far_off = (Comparison({"lm_loss": x}, {"lm_loss": x}) for x in (1e-7, 1e-4))
-    assert not resume.Result(resume.Pair(one, one), 4, off).ok
-    assert resume.Result(resume.Pair(one, two), 4, off).ok
-    assert not resume.Result(resume.Pair(one, two), 4, far_off).ok
+    off, far_off = (TrajectoryComparison({"lm_loss": x}, {"lm_loss": x}) for x in (1e-7, 1e-4))
+    assert not resume.PairResult(resume.Pair(one, one), steps=4, compared=off).ok
+    assert resume.PairResult(resume.Pair(one, two), steps=4, compared=off).ok
+    assert not resume.PairResult(resume.Pair(one, two), steps=4, compared=far_off).ok
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def forget_the_steps(weights: Path, folder: Path):
     expected = run_cell(Cell("1"), CLOSED_LOOP, 6, weights)
     path = folder / "forgetful"
     first = resume.train_and_save(Cell("1"), CLOSED_LOOP, 3, weights, path)
-    training = resume.Training(Cell("1"), CLOSED_LOOP, weights)
+    training = resume.ResumableTraining(Cell("1"), CLOSED_LOOP, weights)
     training.load(path)
     for part in training.optimizer.chained_optimizers:
         for state in part.optimizer.state.values():
@@ -114,7 +114,7 @@ def save_while_training(weights: Path, folder: Path):
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    training = resume.Training(Cell("1"), CLOSED_LOOP, weights)
+    training = resume.ResumableTraining(Cell("1"), CLOSED_LOOP, weights)
     training.steps(0, 2)
     training.save(folder / "step")
     write = FileSystemWriterAsync.write_preloaded_data_multithread
