@@ -1,4 +1,4 @@
-"""The commands `remoe bench ...`: what to compare, and what to print."""
+"""The commands `remoe bench ...`: what they compare, and what they print."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def layer(
     rounds: int,
     json_path: Path | None,
 ) -> None:
-    """Every alternative at the first number of experts, and ReMoE at the others."""
+    """Time every alternative at the first number of experts, and ReMoE at the others."""
     console = Console()
     shapes = [layers.Shape(tokens, hidden, ffn, e, topk, _dtype(dtype), _device()) for e in experts]
     layers.initialize()
@@ -55,7 +55,7 @@ def router(
     rounds: int,
     json_path: Path | None,
 ) -> None:
-    """The parts around the experts."""
+    """Time the parts around the experts, and count their bytes."""
     console = Console()
     shape = layers.Shape(tokens, hidden, 1, experts, topk, _dtype(dtype), _device())
     rows = measure(parts.alternatives(shape), rounds=rounds, baseline=parts.COPY, console=console)
@@ -67,15 +67,14 @@ def router(
 
 
 def step(
-    sizes: tuple[int, int, int, int, int, int],
+    model: steps.Model,
     experts: list[int],
     granularities: list[int],
     rounds: int,
     json_path: Path | None,
 ) -> None:
-    """Training steps, and how they grow."""
+    """Time training steps, and compare their growth with the number of experts."""
     console = Console()
-    model = steps.Model(*sizes)
     layers.initialize()
     found = steps.alternatives(model, experts, granularities)
     rows = measure(found, rounds=rounds, baseline=steps.DENSE, console=console)
@@ -101,46 +100,45 @@ def memory(
     rounds: int,
     json_path: Path | None,
 ) -> None:
-    """Peak memory of the stages by number of experts, and what chunks cost in time."""
+    """Measure the peak memory of the stages by number of experts, and the time that chunks cost."""
     console = Console()
     for e in experts:
         if not 1 <= topk <= e:
             raise ValueError(f"topk is {topk} of {e} experts; choose it between 1 and experts")
-    rows: list[dict[str, Any]] = []
     cases = memories.cases(tokens, hidden, ffn, experts, topk)
-    for name, case in track(cases, "processes", console=console, transient=True):
-        row: dict[str, Any] = {
+    rows: list[dict[str, Any]] = []
+    stable: dict[int, float] = {}
+    for case in track(cases, "processes", console=console, transient=True):
+        peak_mb = memories.peak_in_fresh_process(case) / 1e6
+        row = {
             "experts": case.experts,
-            "routing": name,
+            "routing": case.routing,
             "active_experts": case.active,
+            "peak_mb": peak_mb,
+            "estimate_mb": case.estimate / 1e6,
+            "of_stable": peak_mb / stable.setdefault(case.experts, peak_mb),
         }
-        row["peak_mb"] = memories.peak_in_fresh_process(case) / 1e6
-        row["estimate_mb"] = case.estimate / 1e6
-        stable = next(r for r in [*rows, row] if r["experts"] == case.experts)
-        row["of_stable"] = row["peak_mb"] / stable["peak_mb"]
         rows.append(row)
     layers.initialize()
-    for name, case in cases:
-        if name == "warm-up, chunked":
-            row = next(r for r in rows if (r["experts"], r["routing"]) == (case.experts, name))
+    for case, row in zip(cases, rows, strict=True):
+        if case.routing == memories.CHUNKED:
             row["time_of_at_once"] = memories.time_ratio(case, rounds=rounds, console=console)
+    columns = {
+        "E": ("experts", ""),
+        "routing": ("routing", ""),
+        "active": ("active_experts", ""),
+        "peak MB": ("peak_mb", ".1f"),
+        "estimate MB": ("estimate_mb", ".1f"),
+        "/ stable": ("of_stable", ".2f"),
+        "time / at once": ("time_of_at_once", ".2f"),
+    }
     table = Table(title=f"One layer, forward + backward: T={tokens} H={hidden} F={ffn} k={topk}")
-    for column in (
-        "E",
-        "routing",
-        "active",
-        "peak MB",
-        "estimate MB",
-        "/ stable",
-        "time / at once",
-    ):
+    for column in columns:
         table.add_column(column, justify="left" if column == "routing" else "right")
     for row in rows:
-        time = f"{row['time_of_at_once']:.2f}" if "time_of_at_once" in row else ""
         table.add_row(
-            str(row["experts"]), row["routing"], str(row["active_experts"]),
-            f"{row['peak_mb']:.1f}", f"{row['estimate_mb']:.1f}", f"{row['of_stable']:.2f}", time,
-        )  # fmt: skip
+            *(format(row[key], form) if key in row else "" for key, form in columns.values())
+        )
     console.print(table)
     settings = {"tokens": tokens, "hidden": hidden, "ffn": ffn, "topk": topk, "rounds": rounds}
     save({"settings": settings, "rows": rows}, json_path)

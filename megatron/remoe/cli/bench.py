@@ -70,10 +70,11 @@ def step(
 ) -> None:
     """A training step in Megatron: ReMoE and TopK at equal assignments, and dense."""
     from megatron.remoe.bench import main
+    from megatron.remoe.bench.step import Model
 
     _prepare()
-    sizes = (layers, hidden, ffn, sequence, micro_batch, topk)
-    main.step(sizes, experts or [8], granularity or [], rounds, json_path)
+    model = Model(layers, hidden, ffn, sequence, micro_batch, topk)
+    main.step(model, experts or [8], granularity or [], rounds, json_path)
 
 
 @app.command()

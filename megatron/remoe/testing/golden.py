@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from megatron.remoe.moe.spec import Routing
 
 PUBLISHED_COEFF_INIT = 1e-8
-# The router becomes sparse around step 90 of a run that starts at 1e-8. From there on, perturbations
-# of 1e-6 grow to percents, so that only earlier steps are compared value by value.
+# The router becomes sparse around step 90 of a run that starts at 1e-8. From there on a change of
+# 1e-6 grows to percents, so that only earlier steps are compared value by value.
 OPEN_LOOP_STEPS = 60
 
 # In the closed-loop run of the golden files, sparsity crosses its target several times in 40 steps.
