@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from megatron.remoe.cli.app import main
 from megatron.remoe.data import jsonl
+from megatron.remoe.data.inputs import find_inputs
 from megatron.remoe.data.jsonl import parse_text
 from megatron.remoe.data.pairs import check_pair
-from megatron.remoe.data.tokenize import TokenizeConfig, find_inputs, tokenize
+from megatron.remoe.data.tokenize import TokenizeConfig, tokenize
 from megatron.remoe.data.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_tokenizer
 from megatron.remoe.evaluate.perplexity import find_domains
 
