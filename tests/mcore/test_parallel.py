@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron.remoe.ranks import Ranks
-from megatron.remoe.testing.cells import Cell, Training, initialize, run_cell, save_golden_weights
+from megatron.remoe.testing.cell import Cell
+from megatron.remoe.testing.cells import Training, initialize, run_cell, save_golden_weights
 from megatron.remoe.testing.golden import CLOSED_LOOP, golden_tokens
 from megatron.remoe.verify import grid
 from megatron.remoe.verify.trajectories import FP32, QUANTITIES, TrajectoryComparison, deviations

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron.remoe.ranks import Ranks
-from megatron.remoe.testing.cells import Cell, run_cell, save_golden_weights
+from megatron.remoe.testing.cell import Cell
+from megatron.remoe.testing.cells import run_cell, save_golden_weights
 from megatron.remoe.testing.golden import CLOSED_LOOP
 from megatron.remoe.verify import kills, resume
 from megatron.remoe.verify.trajectories import FP32, TrajectoryComparison, deviations

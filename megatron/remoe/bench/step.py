@@ -8,7 +8,8 @@ from torch import Tensor
 
 from megatron.remoe.bench.layer import threshold
 from megatron.remoe.bench.timing import Alternative
-from megatron.remoe.testing.cells import Cell, RouterKind, Training
+from megatron.remoe.testing.cell import Cell, RouterKind
+from megatron.remoe.testing.cells import Training
 from megatron.remoe.testing.golden import golden_tokens
 
 DENSE = "dense of equal active FLOPs"

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron.remoe.testing.cells import Cell, run_cell
+from megatron.remoe.testing.cell import Cell
+from megatron.remoe.testing.cells import run_cell
 from megatron.remoe.testing.golden import CLOSED_LOOP, OPEN_LOOP_STEPS, PUBLISHED_COEFF_INIT
 from megatron.remoe.verify.runs import Runner, check_all, reference_of
 from megatron.remoe.verify.trajectories import TrajectoryComparison, TrajectoryResult, table

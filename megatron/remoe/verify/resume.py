@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.remoe.testing import cells
-from megatron.remoe.testing.cells import Cell
+from megatron.remoe.testing.cell import Cell
 from megatron.remoe.testing.golden import golden_tokens
 from megatron.remoe.verify.runs import Runner, check_all, reference_of
 from megatron.remoe.verify.trajectories import (

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.remoe.ranks import Pools
-from megatron.remoe.testing.cells import Cell, run_cell, save_golden_weights
+from megatron.remoe.testing.cell import Cell
+from megatron.remoe.testing.cells import run_cell, save_golden_weights
 from megatron.remoe.testing.golden import CLOSED_LOOP
 from megatron.remoe.verify import plain
 from megatron.remoe.verify.trajectories import Trajectory, TrajectoryComparison, TrajectoryResult
