@@ -33,7 +33,8 @@ def layer(
     from megatron.remoe.bench import main
 
     _prepare()
-    main.layer(tokens, hidden, ffn, experts or [8], topk, dtype, rounds, json_path)
+    sizes = main.LayerSizes(tokens=tokens, hidden=hidden, ffn=ffn, topk=topk)
+    main.layer(sizes, experts or [8], dtype, main.Timing(rounds, json_path))
 
 
 @app.command()
@@ -50,7 +51,8 @@ def router(
     from megatron.remoe.bench import main
 
     _prepare()
-    main.router(tokens, hidden, experts, topk, dtype, rounds, json_path)
+    sizes = main.LayerSizes(tokens=tokens, hidden=hidden, ffn=1, topk=topk)
+    main.router(sizes, experts, dtype, main.Timing(rounds, json_path))
 
 
 @app.command()
@@ -74,7 +76,7 @@ def step(
 
     _prepare()
     model = Model(layers, hidden, ffn, sequence, micro_batch, topk)
-    main.step(model, experts or [8], granularity or [], rounds, json_path)
+    main.step(model, experts or [8], granularity or [], main.Timing(rounds, json_path))
 
 
 @app.command()
@@ -93,7 +95,8 @@ def memory(
     from megatron.remoe.bench import main
 
     _prepare()
-    main.memory(tokens, hidden, ffn, experts or [8, 32, 128], topk, rounds, json_path)
+    sizes = main.LayerSizes(tokens=tokens, hidden=hidden, ffn=ffn, topk=topk)
+    main.memory(sizes, experts or [8, 32, 128], main.Timing(rounds, json_path))
 
 
 def _prepare() -> None:

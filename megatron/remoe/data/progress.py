@@ -1,4 +1,4 @@
-"""The progress of long work, on standard error: a bar on a terminal, or else a line per task."""
+"""Progress of long work on standard error: a bar on a terminal, a line per task elsewhere."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 @contextmanager
 def byte_progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show progress through `total` bytes; yield a function that advances it by some bytes."""
+    """Show progress through `total` bytes; yield a function that takes the bytes just done."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.print(f"{description} ({total / 1e6:.1f} MB)", markup=False)
