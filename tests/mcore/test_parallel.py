@@ -53,7 +53,7 @@ def test_relu_cells_compare_every_quantity(results):
 
 
 def test_replicas_that_differ_are_named(tmp_path):
-    """A weight that one data-parallel rank changes by itself is told, whatever the losses say."""
+    """A weight that one data-parallel rank changes by itself is named, whatever the losses are."""
     with Ranks(2) as ranks:
         assert ranks.run(replicas_after, None) == [[], []]
         name = "decoder.layers.1.mlp.experts.linear_fc1"
@@ -72,7 +72,7 @@ def replicas_after(changed):
 
 
 def test_a_skipped_step_of_fp16_moves_the_coefficient():
-    """As in the published code: its sparsity was measured, though the weights stay."""
+    """As in the published code, the sparsity of the step was measured, although no weight moved."""
     with Ranks(1) as ranks:
         coeffs, moved = ranks.run(steps_in_fp16)[0]
     assert moved == [False, False]
@@ -80,7 +80,7 @@ def test_a_skipped_step_of_fp16_moves_the_coefficient():
 
 
 def steps_in_fp16():
-    """Coefficients of two steps, and whether a weight moved; the first scale of 2^32 overflows."""
+    """Return coefficients of two steps, and whether weights moved; the loss scale overflows."""
     config = CLOSED_LOOP | {"seq": 16}
     cell = Cell("fp16", dtype="fp16")
     initialize(cell)
@@ -126,7 +126,7 @@ def first_step(cell, weights):
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    """Initial weights and one rank's trajectory, long enough for every mutation to show."""
+    """Return initial weights, and a trajectory of one rank in which every mutation shows."""
     weights = tmp_path_factory.mktemp("golden") / "weights"
     with Ranks(1) as ranks:
         ranks.run(save_golden_weights, Cell("one rank"), CLOSED_LOOP, weights)
@@ -175,7 +175,7 @@ def run_mutated(mutation, cell, weights):
 
 
 class _WithoutAllReduce:
-    """torch, whose distributed.all_reduce does nothing, or nothing for one operation."""
+    """A torch whose distributed.all_reduce does nothing, or nothing for one operation."""
 
     def __init__(self, module, op=None):
         self._module, self._op = module, op
@@ -200,7 +200,7 @@ def test_the_grid_covers_what_it_claims():
 
 
 def test_a_flip_loosens_what_load_weights_move_and_only_from_its_step_on():
-    """One assignment more changes the load that the penalty is weighted with, discontinuously."""
+    """One more assignment changes the load, which weights the penalty, discontinuously."""
 
     def step(l1_reg=1.0, sparsity=0.5, loss=2.0):
         whole = {"lm_loss": loss, "grad_norm": 1.0, "l1_reg": l1_reg, "l1_coeff_used": 1.0}

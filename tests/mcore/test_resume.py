@@ -1,4 +1,4 @@
-"""A few pairs of `remoe verify resume`, and what they would catch; all of them are the command."""
+"""A few pairs of `remoe verify resume`, which runs all of them, and what they would catch."""
 
 import math
 import re
@@ -82,7 +82,7 @@ def test_megatrons_own_distributed_optimizer_does_not_resume(one_rank):
 
 
 def resume_without_the_fix(weights: Path, folder: Path) -> str | None:
-    """The error of Megatron's own class, while the others use ours."""
+    """Return the error of Megatron's own optimizer, which other tests replace by ours."""
     import megatron.core.optimizer as optimizers
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 

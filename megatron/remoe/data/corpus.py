@@ -77,24 +77,7 @@ def build_corpus(
 def _build_corpus(out: Path, config: CorpusConfig, force: bool) -> tuple[dict[str, Any], bool]:
     distributions = dependency_closure("remoe", frozenset({"megatron"}))
     header = {"settings": asdict(config), "versions": _versions(distributions)}
-    existing = read_manifest(out)
-    names = [f"{split}/{domain}.jsonl" for split in SPLITS for domain in DOMAINS]
-    if not force and existing is None:
-        if there := [name for name in names if (out / name).exists()]:
-            raise ValueError(
-                f"{out / there[0]} is there already, and no {MANIFEST} that says what it is; pass "
-                f"--force to replace it, or choose another folder"
-            )
-    elif not force and existing is not None and existing != _UNFINISHED:
-        if {key: existing.get(key) for key in header} != header:
-            raise ValueError(
-                f"{out} holds a corpus of other settings or package versions; "
-                "pass --force to replace it, or choose another folder"
-            )
-        if not _files_match(out, existing):
-            raise ValueError(
-                f"the files in {out} differ from its {MANIFEST}; pass --force to build them again"
-            )
+    if not force and (existing := _same_corpus(out, header)) is not None:
         return existing, False
 
     documents = list(select_documents(iter_sources(distributions), config))
@@ -122,6 +105,35 @@ def _build_corpus(out: Path, config: CorpusConfig, force: bool) -> tuple[dict[st
             (scratch / name).replace(out / name)
         write_manifest(out, manifest)
     return manifest, True
+
+
+def _same_corpus(out: Path, header: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the manifest of `out` if it holds this corpus, and None if it holds no corpus.
+
+    Raises:
+        ValueError: `out` holds something else.
+    """
+    existing = read_manifest(out)
+    if existing is None:
+        names = [f"{split}/{domain}.jsonl" for split in SPLITS for domain in DOMAINS]
+        if there := [name for name in names if (out / name).exists()]:
+            raise ValueError(
+                f"{out / there[0]} is there already, and no {MANIFEST} that says what it is; pass "
+                f"--force to replace it, or choose another folder"
+            )
+        return None
+    if existing == _UNFINISHED:
+        return None
+    if {key: existing.get(key) for key in header} != header:
+        raise ValueError(
+            f"{out} holds a corpus of other settings or package versions; "
+            "pass --force to replace it, or choose another folder"
+        )
+    if not _files_match(out, existing):
+        raise ValueError(
+            f"the files in {out} differ from its {MANIFEST}; pass --force to build them again"
+        )
+    return existing
 
 
 def select_documents(sources: Iterable[Source], config: CorpusConfig) -> Iterator[Document]:
