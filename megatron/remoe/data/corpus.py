@@ -77,8 +77,9 @@ def build_corpus(
 def _build_corpus(out: Path, config: CorpusConfig, force: bool) -> tuple[dict[str, Any], bool]:
     distributions = dependency_closure("remoe", frozenset({"megatron"}))
     header = {"settings": asdict(config), "versions": _versions(distributions)}
-    if not force and (existing := _same_corpus(out, header)) is not None:
-        return existing, False
+    existing = read_manifest(out)
+    if not force and (same := _same_corpus(out, header, existing)) is not None:
+        return same, False
 
     documents = list(select_documents(iter_sources(distributions), config))
     splits = split_documents(documents, config.valid_fraction)
@@ -107,13 +108,14 @@ def _build_corpus(out: Path, config: CorpusConfig, force: bool) -> tuple[dict[st
     return manifest, True
 
 
-def _same_corpus(out: Path, header: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the manifest of `out` if it holds this corpus, and None if it holds no corpus.
+def _same_corpus(
+    out: Path, header: dict[str, Any], existing: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Return the existing manifest if `out` holds this corpus, and None if it holds no corpus.
 
     Raises:
         ValueError: `out` holds something else.
     """
-    existing = read_manifest(out)
     if existing is None:
         names = [f"{split}/{domain}.jsonl" for split in SPLITS for domain in DOMAINS]
         if there := [name for name in names if (out / name).exists()]:
