@@ -1,4 +1,4 @@
-"""The corpus is what its manifest says, and the same wherever the same versions are installed."""
+"""The corpus is what its manifest says, and equal wherever the same versions are installed."""
 
 import json
 import os
@@ -208,7 +208,7 @@ def test_code_is_not_prose() -> None:
     assert not is_worth_training_on(code, prose=True)
 
 
-def test_cleaning_drops_licence_comments_only() -> None:
+def test_cleaning_drops_license_comments_only() -> None:
     assert clean_text("// Copyright X\n// MIT\n\n// What it does\nint a; \r\n\n") == (
         "// What it does\nint a;\n"
     )

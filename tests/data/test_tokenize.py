@@ -1,4 +1,4 @@
-"""What Megatron reads back from the token files is the text, whatever form it came in."""
+"""Megatron reads from the token files the text that was tokenized, in whatever form it came."""
 
 import json
 import os
@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from megatron.remoe.cli.app import main
 from megatron.remoe.data import jsonl
+from megatron.remoe.data.inputs import find_inputs
 from megatron.remoe.data.jsonl import parse_text
 from megatron.remoe.data.pairs import check_pair
-from megatron.remoe.data.tokenize import TokenizeConfig, find_inputs, tokenize
+from megatron.remoe.data.tokenize import TokenizeConfig, tokenize
 from megatron.remoe.data.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_tokenizer
 from megatron.remoe.evaluate.perplexity import find_domains
 
@@ -89,7 +90,7 @@ def test_corpus_round_trip(tmp_path: Path) -> None:
     assert json.loads((out / "manifest.json").read_text()) == manifest
     assert not list(out.glob(".*"))
 
-    # The validation text has no say in the tokenizer.
+    # The tokenizer does not depend on the validation text.
     again = tmp_path / "again"
     tokenize([train], again, SMALL)
     name = "tokenizer/tokenizer.json"
@@ -123,7 +124,9 @@ def test_megatron_loads_the_tokenizer(tmp_path: Path, small: TokenizeConfig) -> 
 def test_workers_and_compression_change_no_byte(
     tmp_path: Path, small: TokenizeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jsonl, "CHUNK_BYTES", 100)  # dozens of chunks, out of step in two workers
+    monkeypatch.setattr(
+        jsonl, "CHUNK_BYTES", 100
+    )  # dozens of chunks, in no fixed order in two workers
     monkeypatch.setattr(jsonl, "BLOCK_BYTES", 37)
     plain = write_jsonl(tmp_path / "plain" / "00.jsonl", TEXTS)
     squeezed = tmp_path / "zst" / "00.jsonl.zst"
@@ -312,7 +315,7 @@ BAD_TOKENIZERS = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`a.jsonl` and what became of it: `out`."""
+    """Make `a.jsonl`, and its output `out`."""
     home = tmp_path_factory.mktemp("finished")
     tokenize([write_jsonl(home / "a.jsonl", TEXTS)], home / "out", SMALL)
     return home

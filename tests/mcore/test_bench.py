@@ -1,4 +1,4 @@
-"""`remoe bench`: what is compared and how, never how fast."""
+"""`remoe bench` compares what it claims to compare; how fast that is, no test says."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The JSON of each benchmark at a small size, run as a user runs it."""
+    """Return the JSON of each benchmark at a small size, run as a user runs it."""
     folder, found = tmp_path_factory.mktemp("bench"), {}
     for name, flags in SMALL.items():
         path = folder / f"{name}.json"
@@ -83,7 +83,7 @@ def test_inputs_have_exactly_k_assignments_per_token_unevenly(topk):
 def test_the_timed_run_is_a_training_step():
     shape = Shape(tokens=32, hidden_size=16, ffn_hidden_size=8, num_experts=4, topk=1)
     alternative = remoe_layer(shape)
-    layer = alternative.run.__closure__  # what it runs on
+    layer = alternative.run.__closure__  # the variables of the function
     module = next(c.cell_contents for c in layer if isinstance(c.cell_contents, torch.nn.Module))
     alternative.run()
     assert all(parameter.grad is not None for parameter in module.parameters())

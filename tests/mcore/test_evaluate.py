@@ -1,4 +1,4 @@
-"""`remoe evaluate`: the harness for real on a local task, and perplexity as Megatron validates."""
+"""`remoe evaluate` runs the real harness on a local task, and perplexity as Megatron validates."""
 
 import json
 import os
@@ -17,7 +17,7 @@ SEED = 7
 
 @pytest.fixture(scope="module")
 def home(call, tmp_path_factory) -> Path:
-    """A tokenized corpus, a run on it that validated at its end, its export and a local task."""
+    """Make a tokenized corpus, a run that validates on it at its end, its export and a task."""
     home = tmp_path_factory.mktemp("evaluate")
     tiny.write_corpus(home / "corpus")
     flags = ["--out", "tokens", "--vocab-size", "300", "--workers", "1"]
@@ -47,7 +47,7 @@ def home(call, tmp_path_factory) -> Path:
 
 
 def test_perplexity_is_the_validation_loss_of_the_run(call, home):
-    """By domain and overall, for the run and for its export, to which the seed must be told."""
+    """The losses agree by domain and overall, for the run and for its export with the seed."""
     code, _, error = call(tiny.remoe, home, "evaluate", "runs/run", "--perplexity", "tokens/valid")
     assert code == 0, error
     argv = [
@@ -74,7 +74,7 @@ def test_perplexity_is_the_validation_loss_of_the_run(call, home):
 
 
 def test_the_harness_gives_its_own_number_on_the_export(call, home):
-    """The run, converted on the fly, and the harness's command on the exported folder."""
+    """The run, converted on the fly, scores as the harness's own command on the exported folder."""
     argv = ["evaluate", "runs/run", "--tasks", "corpus_cloze", "--include-path", "tasks"]
     code, out, error = call(tiny.remoe, home, *argv, "--out", "run.json")
     assert code == 0, error
@@ -131,7 +131,7 @@ def test_mistakes(call, home, argv, message):
 
 
 def test_an_unknown_task_and_absent_data_are_told_from_each_other(home):
-    """Two starts of the harness, offline, with an empty cache."""
+    """The harness starts twice, offline and with an empty cache."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(home / "empty")}
     messages = {
         "arc_eazy": "unknown task 'arc_eazy'; did you mean 'arc_easy'?",

@@ -17,9 +17,16 @@ from megatron.remoe.bench import step as steps
 from megatron.remoe.bench.timing import Measured, measure, report, save
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_MEMORY_COLUMNS = (
-    "E", "routing", "active", "peak MB", "estimate MB", "/ stable", "time / at once",
-)  # fmt: skip
+# Columns of `remoe bench memory`: the key of a row, and the format of its value.
+_MEMORY_COLUMNS = {
+    "E": ("experts", ""),
+    "routing": ("routing", ""),
+    "active": ("active_experts", ""),
+    "peak MB": ("peak_mb", ".1f"),
+    "estimate MB": ("estimate_mb", ".1f"),
+    "/ stable": ("of_stable", ".2f"),
+    "time / at once": ("time_of_at_once", ".2f"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,23 +131,23 @@ def memory(sizes: LayerSizes, experts: list[int], timing: Timing) -> None:
             raise ValueError(
                 f"topk is {sizes.topk} of {e} experts; choose it between 1 and experts"
             )
-    rows: list[dict[str, Any]] = []
     cases = memories.cases(sizes.tokens, sizes.hidden, sizes.ffn, experts, sizes.topk)
-    for name, case in track(cases, "processes", console=console, transient=True):
-        row: dict[str, Any] = {
+    rows: list[dict[str, Any]] = []
+    stable: dict[int, float] = {}
+    for case in track(cases, "processes", console=console, transient=True):
+        peak_mb = memories.peak_in_fresh_process(case) / 1e6
+        row = {
             "experts": case.experts,
-            "routing": name,
+            "routing": case.routing,
             "active_experts": case.active,
+            "peak_mb": peak_mb,
+            "estimate_mb": case.estimate / 1e6,
+            "of_stable": peak_mb / stable.setdefault(case.experts, peak_mb),
         }
-        row["peak_mb"] = memories.peak_in_fresh_process(case) / 1e6
-        row["estimate_mb"] = case.estimate / 1e6
-        stable = next(r for r in [*rows, row] if r["experts"] == case.experts)
-        row["of_stable"] = row["peak_mb"] / stable["peak_mb"]
         rows.append(row)
     layers.initialize()
-    for name, case in cases:
-        if name == "warm-up, chunked":
-            row = next(r for r in rows if (r["experts"], r["routing"]) == (case.experts, name))
+    for case, row in zip(cases, rows, strict=True):
+        if case.routing == memories.CHUNKED:
             row["time_of_at_once"] = memories.time_ratio(
                 case, rounds=timing.rounds, console=console
             )
@@ -150,11 +157,8 @@ def memory(sizes: LayerSizes, experts: list[int], timing: Timing) -> None:
     for column in _MEMORY_COLUMNS:
         table.add_column(column, justify="left" if column == "routing" else "right")
     for row in rows:
-        time = f"{row['time_of_at_once']:.2f}" if "time_of_at_once" in row else ""
-        table.add_row(
-            str(row["experts"]), row["routing"], str(row["active_experts"]),
-            f"{row['peak_mb']:.1f}", f"{row['estimate_mb']:.1f}", f"{row['of_stable']:.2f}", time,
-        )  # fmt: skip
+        columns = _MEMORY_COLUMNS.values()
+        table.add_row(*(format(row[key], form) if key in row else "" for key, form in columns))
     console.print(table)
     settings = asdict(sizes) | {"rounds": timing.rounds}
     save({"settings": settings, "rows": rows}, timing.json_path)

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass, replace
 
-from megatron.remoe.analysis.memory import RankLoad, Recompute
+from megatron.remoe.analysis.memory import RankLoad, Recompute, activation_bytes
 from megatron.remoe.analysis.size import ModelSize
 from megatron.remoe.run.config import RunConfig
 from megatron.remoe.run.plan import Place, plan
