@@ -16,6 +16,8 @@ import pytest
 from megatron.remoe.run.config import load_config
 from tests.mcore import tiny
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
 PRESETS = sorted((ROOT / "examples").glob("llama_*/*.yaml"))

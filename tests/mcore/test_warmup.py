@@ -104,6 +104,7 @@ def test_granularity_multiplies_the_k_of_the_warmup_too(call):
     assert (args["moe_router_topk"], args["moe_topk_warmup_topk"]) == (2, 6)
 
 
+@pytest.mark.processes
 def test_a_resumed_run_goes_on_with_the_right_k(tmp_path):
     changes = {"moe_relu_routing": False, "moe_router_pre_softmax": True}
     changes |= {"moe_topk_warmup_steps": STEPS, "moe_topk_warmup_topk": WARM_K}
