@@ -27,14 +27,14 @@ quickstart: setup
 	@echo "what it has learned so far, sampled:"
 	$(BIN)/remoe generate $(RUN) "def __init__(" --max-new-tokens 48 --temperature 0.7
 
-# Files of tests are spread over so many processes; a failure is shown as without them.
+# Number of processes that share the test files.
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST)
 
-# The tests that need no second process, in less than two minutes.
+# Runs the tests that start no other process, in about a minute.
 test-fast: setup
 	$(PYTEST) -m "not processes"
 

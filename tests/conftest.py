@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 from multiprocessing.process import BaseProcess
 from types import SimpleNamespace
 
@@ -42,17 +43,25 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Let a test, or a fixture that it sets up, start processes only if it is marked as such.
+    """Let a test, with the fixtures that it sets up, start Python only if it has the mark.
 
-    `make test-fast` leaves out the tests with the mark, and only these.
+    `make test-fast` leaves out the tests that are marked as `processes`.
     """
-    if item.get_closest_marker("processes") or os.environ.get("CPULOG"):
+    if item.get_closest_marker("processes"):
         return (yield)
 
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("this test starts a process; mark it with pytest.mark.processes")
 
+    def open_process(self, command, *args, **options):
+        # Libraries ask programs about the machine: matplotlib, for one, fc-list about its fonts.
+        if not isinstance(command, str) and command[0] == sys.executable:
+            refuse()
+        opened(self, command, *args, **options)
+
+    opened = subprocess.Popen.__init__
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((subprocess.Popen, "__init__"), (os, "fork"), (BaseProcess, "start")):
-            patch.setattr(owner, name, refuse)
+        patch.setattr(subprocess.Popen, "__init__", open_process)
+        patch.setattr(BaseProcess, "start", refuse)
+        patch.setattr(os, "fork", refuse)
         return (yield)
