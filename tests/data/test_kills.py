@@ -17,6 +17,8 @@ from megatron.remoe.processes import children
 from tests.data.test_files import die, status_of
 from tests.data.test_tokenize import SMALL, TEXTS, contents, write_jsonl
 
+pytestmark = pytest.mark.processes
+
 INPUTS = ("a.jsonl", "b.jsonl")
 
 
@@ -44,7 +46,6 @@ def die_at_rename(monkeypatch, number: int) -> None:
 
 
 # For each pair: the manifest without it, its two files (and the tokenizer's, once), the manifest.
-@pytest.mark.processes
 @pytest.mark.parametrize("rename", [1, 2, 3, 4, 6, 7, 9])
 def test_a_kill_while_pairs_move_into_place(home, tmp_path, monkeypatch, rename):
     out, inputs = tmp_path / "out", [home / name for name in INPUTS]
@@ -58,7 +59,6 @@ def test_a_kill_while_pairs_move_into_place(home, tmp_path, monkeypatch, rename)
     assert contents(out) == contents(home / "whole")
 
 
-@pytest.mark.processes
 def test_a_foreign_file_is_not_taken_for_an_interrupted_one(home, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
@@ -68,7 +68,6 @@ def test_a_foreign_file_is_not_taken_for_an_interrupted_one(home, tmp_path, monk
     assert contents(out) == {"a.bin": b"mine"}
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("rename", [1, 2, 5, 10])
 def test_a_kill_while_a_corpus_moves_into_place(tmp_path, monkeypatch, rename):
     config = CorpusConfig(max_mb_per_domain=0.1, valid_fraction=0.2)
@@ -104,7 +103,6 @@ def test_a_corpus_does_not_replace_what_it_does_not_know(tmp_path):
     assert contents(tmp_path) == {"train/python.jsonl": b"mine"}
 
 
-@pytest.mark.processes
 def test_two_writers_of_one_output(home, tmp_path):
     """The second is refused; without that it would drop the first one's pairs from the manifest."""
     with (
@@ -114,7 +112,6 @@ def test_two_writers_of_one_output(home, tmp_path):
         tokenize([home / "a.jsonl"], tmp_path / "out", SMALL)
 
 
-@pytest.mark.processes
 def test_a_worker_that_is_killed_is_named(home, tmp_path, monkeypatch):
     monkeypatch.setattr("megatron.remoe.data.encode._start_worker", die)
     with pytest.raises(ValueError, match="one of the 1 worker processes was killed"):
@@ -147,7 +144,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_tokenization_ends_with_its_workers_and_goes_on(home, tmp_path, number):
     script, out = tmp_path / "slow.py", tmp_path / "out"

@@ -244,7 +244,7 @@ def test_a_layout_that_does_not_fit_is_refused(call, model, tmp_path, options, m
     assert message in error and not any(tmp_path.iterdir())
 
 
-def test_a_restored_model_trains_on_from_its_coefficient(call, model, tmp_path):
+def test_a_restored_model_trains_on_from_its_coefficient(model, tmp_path):
     """`model.yaml` is the base of a config; weights and coefficient are where they were left."""
     steps = {"train_iters": 2, "lr": 1e-4, "micro_batch_size": 2, "global_batch_size": 4}
     config = {"base": str(model / "back/model.yaml"), "run_dir": "run", "mock_data": True}
@@ -253,8 +253,9 @@ def test_a_restored_model_trains_on_from_its_coefficient(call, model, tmp_path):
     (tmp_path / "on.yaml").write_text(
         json.dumps(config | {"pretrained_checkpoint": str(model / "back")})
     )
-    code, out, error = call(tiny.remoe, tmp_path, "train", "on.yaml")
-    assert code == 0, out + error
+    process = tiny.start("train", "on.yaml", cwd=tmp_path)
+    out, error = process.communicate()
+    assert process.returncode == 0, out + error
     first = tiny.rows(tmp_path / "run")[0]
     saved = json.loads((model / "hf/config.json").read_text())["l1_coeff"]
     assert first["iteration"] == 1 and first["l1_coeff"] == saved[0]

@@ -11,6 +11,8 @@ import pytest
 
 from megatron.remoe import checkpoint
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "own_script"
 STEPS, STOP = 4, 3
@@ -113,7 +115,6 @@ def test_the_script_itself_knows_nothing_of_remoe():
     assert "remoe" not in code
 
 
-@pytest.mark.processes
 def test_the_diff_applies_where_the_script_of_megatron_lm_has_its_lines(tmp_path):
     """Without fuzz, to the lines that it touches, at their places in the tag core_v0.19.0."""
     lines = [""] * 530
@@ -135,7 +136,6 @@ def test_the_diff_applies_where_the_script_of_megatron_lm_has_its_lines(tmp_path
     assert done.returncode == 0 and done.stdout == "patching file pretrain_gpt.py\n"
 
 
-@pytest.mark.processes
 def test_the_patched_script_trains_with_relu_routing(first):
     rows, _ = first
     assert [row["iteration"] for row in rows] == list(range(1, STOP + 1))
@@ -144,7 +144,6 @@ def test_the_patched_script_trains_with_relu_routing(first):
     assert all(0 < row["sparsity"] < 0.75 for row in rows)
 
 
-@pytest.mark.processes
 def test_it_keeps_the_last_checkpoints_and_survives_a_damaged_one(first, second):
     assert first[1] == [2, 3]
     rows, kept, log = second
@@ -156,13 +155,11 @@ def test_it_keeps_the_last_checkpoints_and_survives_a_damaged_one(first, second)
     assert kept == [3, 4]
 
 
-@pytest.mark.processes
 def test_the_scripts_own_arguments_are_still_there(forgotten):
     own, _, _ = forgotten
     assert own.stderr.splitlines()[0] == "this script trains plain models only"
 
 
-@pytest.mark.processes
 def test_a_forgotten_flag_is_refused_in_every_entry(forgotten):
     _, script, entry = forgotten
     message = (

@@ -11,6 +11,8 @@ import pytest
 
 from megatron.remoe import processes
 
+pytestmark = pytest.mark.processes
+
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="death signals are Linux's")
 
 
@@ -23,7 +25,6 @@ def start(script: str, **environment: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.processes
 def test_a_lock_is_held_until_its_process_and_its_children_end(tmp_path):
     path = tmp_path / ".lock"
     script = (
@@ -43,7 +44,6 @@ def test_a_lock_is_held_until_its_process_and_its_children_end(tmp_path):
     os.close(processes.hold_lock(path, "it"))
 
 
-@pytest.mark.processes
 @LINUX
 def test_a_process_ends_with_the_one_that_started_it():
     child = "import time; from megatron.remoe import processes; processes.end_with_parent()\n"
@@ -73,7 +73,6 @@ def is_running(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize(("parent", "code", "out"), [("mine", 0, "here\n"), ("another", 1, "")])
 def test_a_process_whose_parent_has_ended_before_it_looked_ends(parent, code, out):
     pid = os.getpid() if parent == "mine" else os.getppid()
@@ -81,7 +80,6 @@ def test_a_process_whose_parent_has_ended_before_it_looked_ends(parent, code, ou
     assert process.communicate()[0] == out and process.returncode == code
 
 
-@pytest.mark.processes
 @LINUX
 def test_a_forked_process_ends_with_the_one_that_forked_it():
     process = start(
@@ -99,7 +97,6 @@ def test_a_forked_process_ends_with_the_one_that_forked_it():
     wait_for_the_end_of(pid)
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize(
     ("body", "code", "line"),
     [
@@ -155,7 +152,6 @@ with processes.exit_at_once(int(os.environ["RANK"])):
 """
 
 
-@pytest.mark.processes
 @LINUX
 def test_when_one_rank_raises_or_dies_all_end(tmp_path):
     """torchrun gives the other, which does not hear SIGTERM, 30 seconds."""

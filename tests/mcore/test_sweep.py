@@ -19,6 +19,8 @@ from megatron.remoe.run.config import RunConfig
 from megatron.remoe.run.sweep import SweepRun
 from tests.mcore import tiny
 
+pytestmark = pytest.mark.processes
+
 
 def write_sweep(folder: Path, **keys) -> Path:
     tiny.write_config(folder / "tiny.yaml")
@@ -141,7 +143,6 @@ def sweep(runs, jobs=1):
 GOOD = f"out.write({ROWS + LAST!r})"
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_failed_run_is_reported_and_the_others_go_on(monkeypatch, tmp_path, jobs):
     scripts(monkeypatch, tmp_path, {"a": "raise ValueError('no luck')", "b": GOOD, "c": GOOD})
@@ -155,7 +156,6 @@ def test_a_failed_run_is_reported_and_the_others_go_on(monkeypatch, tmp_path, jo
     assert (tmp_path / "b/curves.png").is_file() and (tmp_path / "b/config.yaml").is_file()
 
 
-@pytest.mark.processes
 def test_finished_runs_are_left_and_unfinished_ones_go_on(monkeypatch, tmp_path):
     half = f"out.write({ROWS.splitlines(keepends=True)[0]!r})\nraise SystemExit(1)"
     runs = [fake_run(tmp_path, name) for name in "abc"]
@@ -171,7 +171,6 @@ def test_finished_runs_are_left_and_unfinished_ones_go_on(monkeypatch, tmp_path)
     assert (tmp_path / "a/metrics.jsonl").stat().st_mtime_ns == before
 
 
-@pytest.mark.processes
 def test_a_run_whose_metrics_are_damaged_fails_alone(monkeypatch, tmp_path):
     scripts(monkeypatch, tmp_path, {"a": f"out.write('{{\\n')\n{GOOD}", "b": GOOD})
     outcome, _ = sweep([fake_run(tmp_path, name) for name in "ab"])
@@ -192,7 +191,6 @@ def test_a_run_is_finished_when_its_last_logged_step_is_there(tmp_path):
     assert sweep_jobs.is_finished(run)
 
 
-@pytest.mark.processes
 def test_an_interrupted_sweep_stops_its_runs(monkeypatch, tmp_path):
     slow = "import time\nopen('started', 'w')\ntime.sleep(60)"
     monkeypatch.chdir(tmp_path)
@@ -218,7 +216,6 @@ def test_an_interrupted_sweep_stops_its_runs(monkeypatch, tmp_path):
     assert [p.returncode for p in processes] == [-signal.SIGKILL]  # it does not save
 
 
-@pytest.mark.processes
 def test_two_sweeps_of_one_folder_start_a_run_once(monkeypatch, tmp_path):
     """What the other trains is reported, what it has finished is left, and its config stays."""
     runs = [fake_run(tmp_path, name) for name in "ab"]
@@ -284,7 +281,6 @@ time.sleep(600)
 """
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_run_outlives_its_sweep(tmp_path, number):
     """Killed, or interrupted by Ctrl-C, which reaches the whole process group."""
