@@ -25,7 +25,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Ranks are forked from a process that has imported torch and Megatron, which takes each of them
-# four seconds otherwise. The tests start about two hundred.
+# four seconds otherwise; the tests start about a hundred.
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["tests.preload"])
 ranks.multiprocessing = SimpleNamespace(get_context=lambda method: _server)
