@@ -206,6 +206,7 @@ def test_layers_without_tokens_take_no_part_in_the_update():
         assert layer.l1_coeff.item() == pytest.approx(before * factor)
 
 
+@pytest.mark.processes
 def test_importing_remoe_loads_neither_megatron_nor_transformers():
     code = (
         "import sys, remoe\n"

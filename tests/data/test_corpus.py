@@ -94,6 +94,7 @@ def test_documents_are_relative_distinct_and_split_by_path(corpus: Path) -> None
     assert all(len(split) == 1 for split in splits.values())
 
 
+@pytest.mark.processes
 def test_another_process_builds_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from megatron.remoe.cli import main; main()"]
     env = os.environ | {"PYTHONHASHSEED": "1", "LC_ALL": "C", "TZ": "Asia/Tokyo"}

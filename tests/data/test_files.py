@@ -38,6 +38,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.processes
 def test_a_folder_that_a_kill_left_is_cleared_by_the_next_call(tmp_path):
     out = tmp_path / "out"
 
@@ -53,6 +54,7 @@ def test_a_folder_that_a_kill_left_is_cleared_by_the_next_call(tmp_path):
     assert names(tmp_path) == ["out"] and names(out) == ["config.json"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("renames", [0, 1, 2])
 def test_a_kill_while_a_folder_is_replaced_loses_neither(tmp_path, monkeypatch, renames):
     """Kill before the old folder moves, before the new one is there, or before the old is gone."""

@@ -17,6 +17,8 @@ from megatron.remoe.processes import children
 from tests.data.test_files import die, status_of
 from tests.data.test_tokenize import SMALL, TEXTS, contents, write_jsonl
 
+pytestmark = pytest.mark.processes
+
 INPUTS = ("a.jsonl", "b.jsonl")
 
 

@@ -37,6 +37,7 @@ def results(tmp_path_factory):
     return found
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", SMALL)
 def test_every_alternative_is_timed_relative_to_the_baseline(results, name):
     rows = results[name]["rows"]
@@ -45,6 +46,7 @@ def test_every_alternative_is_timed_relative_to_the_baseline(results, name):
     assert len({row["name"] for row in rows}) == len(rows)
 
 
+@pytest.mark.processes
 def test_the_layer_is_compared_with_what_users_would_take_instead(results):
     names = " ".join(row["name"] for row in results["layer"]["rows"])
     for part in ("ReMoE, E=4", "ReMoE, E=8", "ReMoE in Megatron", "TopK in our layer",
@@ -55,6 +57,7 @@ def test_the_layer_is_compared_with_what_users_would_take_instead(results):
         assert routing["idlest_expert"] < routing["busiest_expert"]
 
 
+@pytest.mark.processes
 def test_steps_route_exactly_k_assignments_per_token(results):
     sparsity = {
         row["name"]: row["facts"]["sparsity"]
@@ -64,6 +67,7 @@ def test_steps_route_exactly_k_assignments_per_token(results):
     assert sparsity == {"ReMoE E=4": "0.75000", "ReMoE E=8": "0.87500", "ReMoE E=4 G=2": "0.75000"}
 
 
+@pytest.mark.processes
 def test_parts_touch_no_less_than_the_fewest_bytes(results):
     parts = {row["name"]: row["facts"] for row in results["router"]["rows"]}
     assert set(parts) == {"copy of the tokens", "router", "permutation", "permute", "combine"}
@@ -102,6 +106,7 @@ def test_ratios_are_of_the_same_round(monkeypatch):
     assert rows[0].spread > 0
 
 
+@pytest.mark.processes
 def test_an_unknown_dtype_is_an_error():
     done = subprocess.run(
         [sys.executable, "-m", "megatron.remoe", "bench", "layer", "--dtype", "fp8"],

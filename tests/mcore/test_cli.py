@@ -15,6 +15,8 @@ from megatron.remoe.run import launch, torchrun
 from megatron.remoe.run.config import RunConfig
 from tests.mcore import tiny
 
+pytestmark = pytest.mark.processes
+
 
 def prepare(cwd, *overrides, force=False):
     """What `remoe train` does before it starts processes; the mistake, or nothing."""

@@ -244,11 +244,12 @@ main(["train", "tiny.yaml"])
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("place", ["run_dir", "metrics.jsonl"])
 def test_a_read_only_run_directory_is_named_for_another_user_than_root(tmp_path, place):
     tmp_path.chmod(0o755)
     for parent in tmp_path.parents:  # pytest makes its folders for their owner only
-        if parent.name.startswith("pytest-"):
+        if parent.name.startswith(("pytest-", "popen-")):
             parent.chmod(0o755)
     tiny.write_config(tmp_path / "tiny.yaml", run_dir="runs/a")
     run_dir = tmp_path / "runs/a"

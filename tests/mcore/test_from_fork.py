@@ -77,9 +77,8 @@ def test_training_continues_from_it(call, models, tmp_path):
     config = {"base": "out/megatron/model.yaml", "run_dir": "run", "mock_data": True}
     config |= steps | {"log_interval": 1, "eval_iters": 0, "eval_interval": 2, "num_workers": 0}
     (tmp_path / "on.yaml").write_text(json.dumps(config))
-    process = tiny.start("train", "on.yaml", cwd=tmp_path)
-    out, error = process.communicate()
-    assert process.returncode == 0, out + error
+    code, out, error = call(tiny.remoe, tmp_path, "train", "on.yaml")
+    assert code == 0, out + error
     rows = tiny.rows(tmp_path / "run")
     assert rows[0]["l1_coeff"] == COEFFICIENT
     assert rows[1]["l1_coeff"] in (

@@ -17,6 +17,8 @@ from megatron.remoe.run import rundir
 from megatron.remoe.run.config import load_config
 from tests.mcore import tiny
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
 BATCH_SCRIPT = ROOT / "megatron/remoe/run/pretrain.sbatch"

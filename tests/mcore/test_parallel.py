@@ -38,6 +38,7 @@ def results():
     return {result.cell.name: result for result in grid.verify(SUBSET, steps=STEPS)}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", [cell.name for cell in SUBSET])
 def test_cell_trains_the_run_of_one_rank(results, name):
     result = results[name]
@@ -46,12 +47,14 @@ def test_cell_trains_the_run_of_one_rank(results, name):
     assert result.steps == STEPS
 
 
+@pytest.mark.processes
 def test_relu_cells_compare_every_quantity(results):
     for result in results.values():
         expected = QUANTITIES if result.cell.router == "relu" else ("lm_loss", "grad_norm")
         assert tuple(result.deviations) == expected
 
 
+@pytest.mark.processes
 def test_replicas_that_differ_are_named(tmp_path):
     """A weight that one data-parallel rank changes by itself is named, whatever the losses are."""
     with Ranks(2) as ranks:
@@ -71,6 +74,7 @@ def replicas_after(changed):
     return training.replicas_that_differ()
 
 
+@pytest.mark.processes
 def test_a_skipped_step_of_fp16_moves_the_coefficient():
     """As in the published code, the sparsity of the step was measured, although no weight moved."""
     with Ranks(1) as ranks:
@@ -96,6 +100,7 @@ def steps_in_fp16():
     return coeffs, moved
 
 
+@pytest.mark.processes
 def test_load_weights_per_micro_batch_are_another_algorithm(results):
     same = results["2 micro-batches, load balancing none"]
     other = results["2 micro-batches, load balancing aux_loss"]
@@ -103,6 +108,7 @@ def test_load_weights_per_micro_batch_are_another_algorithm(results):
     assert other.deviations["l1_reg"] > 10 * same.deviations["l1_reg"]
 
 
+@pytest.mark.processes
 def test_extremes_are_what_their_names_say(tmp_path):
     with Ranks(1) as ranks:
         measured = {

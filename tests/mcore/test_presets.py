@@ -204,6 +204,7 @@ def four():
         yield ranks
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("layout", FORWARDS)
 @pytest.mark.parametrize("router", ["dense", "moe", "moe_warmup", "remoe"])
 def test_a_shrunken_preset_runs_forward_under_every_layout_of_four_ranks(four, router, layout):

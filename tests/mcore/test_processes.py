@@ -11,6 +11,8 @@ import pytest
 
 from megatron.remoe import processes
 
+pytestmark = pytest.mark.processes
+
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="death signals are Linux's")
 
 
@@ -167,17 +169,21 @@ def test_a_run_that_would_not_save_is_killed():
 
 RANK = """
 import os, signal, time
+from pathlib import Path
 from megatron.remoe import processes
 processes.end_with_parent()
 processes.end_children_with_me()
 signal.signal(signal.SIGTERM, lambda *_: None)  # as Megatron's exit-signal handler does
 pid = os.fork()  # a data loader, which inherits that
 os.write(1, f"process {{pid or os.getpid()}}\\n".encode())  # in one piece
+ready = Path(__file__ + ".ready")  # says that rank 0 is deaf to SIGTERM
+if pid and os.environ["RANK"] == "0":
+    ready.touch()
 with processes.exit_at_once(int(os.environ["RANK"])):
-    while pid and os.environ["RANK"] == "1":
-        {fault}
     while True:
-        time.sleep(1)
+        if pid and os.environ["RANK"] == "1" and ready.exists():
+            {fault}
+        time.sleep(0.1)
 """
 
 

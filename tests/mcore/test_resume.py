@@ -25,6 +25,7 @@ def results():
     return {result.pair.name: result for result in resume.verify(chosen, steps=STEPS)}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", NAMES)
 def test_a_saved_run_continues_in_the_same_and_in_another_layout(results, name):
     result = results[name]

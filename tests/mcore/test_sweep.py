@@ -19,6 +19,8 @@ from megatron.remoe.run.config import RunConfig
 from megatron.remoe.run.sweep import SweepRun
 from tests.mcore import tiny
 
+pytestmark = pytest.mark.processes
+
 
 def write_sweep(folder: Path, **keys) -> Path:
     tiny.write_config(folder / "tiny.yaml")
