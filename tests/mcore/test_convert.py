@@ -175,7 +175,7 @@ MISTAKES = {
     ),
     "unknown router": (
         lambda f: _edit_config(f, router_type="soft"),
-        "router_type is 'soft', which is not known; it must be one of relu, topk_pre_softmax",
+        "router_type is 'soft'; it must be one of relu, topk_pre_softmax",
     ),
     "vocabulary": (
         lambda f: _edit_config(f, vocab_size=90),
