@@ -7,7 +7,7 @@ export PYTHONWARNINGS := ignore
 # Files of an environment made by this Makefile, renewed when what it installs changes.
 STAMP := $(VENV)/.remoe-installed
 
-.PHONY: setup quickstart test check format clean
+.PHONY: setup quickstart test test-fast check format clean
 
 setup: $(STAMP)
 
@@ -27,8 +27,16 @@ quickstart: setup
 	@echo "what it has learned so far, sampled:"
 	$(BIN)/remoe generate $(RUN) "def __init__(" --max-new-tokens 48 --temperature 0.7
 
+# Number of processes that share the test files.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# Runs the tests that start no other process, in about a minute.
+test-fast: setup
+	$(PYTEST) -m "not processes"
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -2,8 +2,8 @@
 
     python examples/continue_training.py MODEL TEXT --out NEW --steps 100
 
-MODEL is a folder of `remoe convert to-hf`, TEXT a text file. The coefficient of the penalty starts
-from the one that travelled in the model's config and moves once per step, as in pretraining.
+MODEL is a folder that `remoe convert to-hf` has made, and TEXT is a text file. The coefficient of
+the penalty starts from the one in the model's config and moves once per step, as in pretraining.
 """
 
 import argparse
@@ -12,18 +12,28 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import remoe.hf  # registers the model with transformers
+import remoe.hf  # This import registers the model with transformers.
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", type=Path, help="The folder of the exported model.")
+    add("text", type=Path, help="The text file to train on.")
+    add("--out", type=Path, required=True, help="The folder to which the new model is written.")
+    add("--steps", type=int, default=100, help="The number of training steps.")
+    add("--batch", type=int, default=4, help="The number of sequences of a step.")
+    add("--length", type=int, default=128, help="The number of tokens of a sequence.")
+    add("--lr", type=float, default=1e-4, help="The learning rate of AdamW.")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1e-4)
+    """Train the model and save it."""
+    parser = arguments()
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -43,13 +53,13 @@ def main() -> None:
     for step in range(1, options.steps + 1):
         starts = torch.randint(len(ids) - options.length, (options.batch, 1))
         batch = ids[starts + torch.arange(options.length)]
-        output = model(batch, labels=batch)  # the loss has the penalty in it
+        output = model(batch, labels=batch)  # The loss includes the penalty.
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-        sparsity = model.update_l1_coeff()  # saved with the model
+        sparsity = model.update_l1_coeff()  # The model keeps it in its config.
         print(f"{step} loss {output.loss - output.penalty:.4f} sparsity {sparsity:.4f} "
               f"coefficient {config.l1_coeff[0]:.2e}")  # fmt: skip
 

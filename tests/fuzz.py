@@ -155,7 +155,7 @@ def judge(case: Case, folder: Path) -> tuple[str, Any]:
     before = _listing(folder)
     try:
         with contextlib.chdir(folder):
-            _, argv = launch.prepare(load_config(Path("config.yaml"), case.overrides))
+            planned = launch.prepare(load_config(Path("config.yaml"), case.overrides))
     except ValueError as error:
         message = str(error)
         if not message.strip() or "\n" in message.strip() or "Traceback" in message:
@@ -165,7 +165,7 @@ def judge(case: Case, folder: Path) -> tuple[str, Any]:
         return "refused", message
     except Exception:
         return "broken", traceback.format_exc()[-1500:]
-    return "accepted", argv
+    return "accepted", planned.argv
 
 
 def _put(obstacle: str | None, run: Path) -> None:

@@ -1,6 +1,7 @@
 """What is published: the wheel works beside an installed megatron-core, away from this checkout."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[1]
 SITE = Path(find_spec("megatron.core").origin).parents[2]
@@ -62,6 +65,7 @@ def test_the_wheel_adds_to_the_namespace_and_does_not_own_it(built):
         names = set(archive.namelist())
     modules = {str(p.relative_to(ROOT)) for p in ROOT.glob("megatron/remoe/**/*.py")}
     modules |= {str(p.relative_to(ROOT)) for p in ROOT.glob("remoe/**/*.py")}
+    modules.add("megatron/remoe/run/pretrain.sbatch")
     tracked = set(run("git", "ls-files", cwd=ROOT).splitlines())
     assert {name for name in names if ".dist-info/" not in name} == modules & tracked
     assert "megatron/__init__.py" not in names
@@ -116,3 +120,16 @@ def test_the_command_is_installed(installed, tmp_path):
     code = "import importlib.metadata as m; print(m.version('remoe'))"
     version = run(installed / "bin/python", "-c", code, cwd=tmp_path).strip()
     assert run(installed / "bin/remoe", "--version", cwd=tmp_path).startswith(f"remoe {version}\n")
+
+
+def test_a_job_is_submitted_with_the_batch_script_of_the_wheel(installed, tmp_path):
+    config = ROOT / "examples/llama_182m/remoe.yaml"
+    line = ["launch", config, "--nodes", "2", "--slurm", "--dry-run"]
+    words = shlex.split(run(installed / "bin/remoe", *line, cwd=tmp_path))
+    (site,) = installed.glob("lib/python*/site-packages")
+    script = site / "megatron/remoe/run/pretrain.sbatch"
+    assert words[0] == "sbatch" and words[-2:] == [str(script), str(config)]
+    assert f"--export=ALL,REMOE_PYTHON={installed / 'bin/python'}" in words
+    assert script.read_text() == (ROOT / "megatron/remoe/run/pretrain.sbatch").read_text()
+    # The documented path of a checkout is the same script, which sbatch reads with its options.
+    assert (ROOT / "scripts/pretrain.sbatch").read_text() == script.read_text()

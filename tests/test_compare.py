@@ -11,6 +11,7 @@ import yaml
 
 from megatron.remoe.analysis import compare as tables
 from megatron.remoe.analysis import figures
+from megatron.remoe.analysis.measures import steps_to_settle
 from megatron.remoe.analysis.runs import Run
 from tests.test_runs import evaluation, size_of_png
 
@@ -63,7 +64,7 @@ def topk(folder: Path, name: str, loss: float, **config):
     ],
 )
 def test_a_run_settles_where_twenty_steps_near_the_target_begin(tmp_path, sparsity, step):
-    assert tables.steps_to_settle(Run.load(remoe(tmp_path, "run", 1.0, sparsity))) == step
+    assert steps_to_settle(Run.load(remoe(tmp_path, "run", 1.0, sparsity))) == step
 
 
 def test_t_quantiles_are_those_of_the_distribution():
@@ -79,7 +80,7 @@ def test_t_quantiles_are_those_of_the_distribution():
 
 
 @pytest.fixture
-def four_routers(tmp_path) -> tables.Comparison:
+def four_routers(tmp_path) -> tables.RunComparison:
     for seed, loss in ((1, 2.0), (2, 3.0), (3, 4.0)):
         topk(tmp_path, f"topk-{seed}", loss, seed=seed)
         remoe(tmp_path, f"remoe-{seed}", loss - 0.1 * seed, seed=seed)

@@ -304,6 +304,7 @@ print(type(model).__module__.split(".")[0], sum(p.numel() for p in model.paramet
 """
 
 
+@pytest.mark.processes
 def test_an_exported_folder_loads_where_this_package_is_missing(tmp_path):
     model = build()
     model.config.auto_map = {
@@ -322,6 +323,7 @@ def test_an_exported_folder_loads_where_this_package_is_missing(tmp_path):
     assert done.stdout.split() == ["transformers_modules", str(count)]
 
 
+@pytest.mark.processes
 def test_the_example_trains_on_under_control(tmp_path):
     """The coefficient starts where the config left it and follows the rule; both are saved."""
     from tokenizers import Tokenizer, models, pre_tokenizers

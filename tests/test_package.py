@@ -4,8 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import remoe
 from megatron.remoe.cli.app import PANELS
+
+pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[1]
 

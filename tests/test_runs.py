@@ -60,8 +60,8 @@ def test_a_step_of_padding_alone_has_no_sparsity_and_disturbs_nothing(tmp_path):
     """Its row has null; stages, plots and the summary of a run are those of the other rows."""
     from rich.console import Console
 
-    from megatron.remoe.analysis.compare import deviation, steps_to_settle
-    from megatron.remoe.run.launch import describe_row, summarise
+    from megatron.remoe.analysis.measures import sparsity_deviation, steps_to_settle
+    from megatron.remoe.run.progress import describe_row, summarize
 
     rows = relu_rows([0.4, 0.6] + [0.75] * 24)
     for row in rows:
@@ -71,9 +71,10 @@ def test_a_step_of_padding_alone_has_no_sparsity_and_disturbs_nothing(tmp_path):
     run = Run.load(path)
     assert run.stages == Stages(1, 3)
     assert steps_to_settle(run) == 3
-    assert deviation(run) == pytest.approx(deviation(Run("", run.config, rows[:5] + rows[6:], [])))
+    others = Run("", run.config, rows[:5] + rows[6:], [])
+    assert sparsity_deviation(run) == pytest.approx(sparsity_deviation(others))
     assert "sparsity" not in describe_row(nothing) and "sparsity 0.750" in describe_row(rows[6])
-    summarise(path, Console(quiet=True))
+    summarize(path, Console(quiet=True))
     assert (path / "curves.png").stat().st_size > 0
 
 

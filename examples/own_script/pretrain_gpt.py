@@ -1,8 +1,8 @@
 """A pretraining script as teams write them for Megatron: a GPT on the model provider's defaults.
 
-It knows nothing of ReMoE; `remoe.diff` beside it is what makes it train with ReLU routing. What the
-diff touches reads as in Megatron-LM's `pretrain_gpt.py` (tag core_v0.19.0), to which the diff
-applies too; everything else is the shortest that trains.
+The script knows nothing of ReMoE, and `remoe.diff` beside it makes it train with ReLU routing. The
+lines that the diff touches read as in Megatron-LM's `pretrain_gpt.py` (tag core_v0.19.0), to which
+the diff applies too. Everything else is kept as short as possible.
 """
 # ruff: noqa: I001
 
@@ -28,12 +28,14 @@ except ImportError:
 
 
 def loss_func(loss_mask, output):
+    """Return the summed loss, the number of tokens, and what Megatron logs of them."""
     loss = (output.float() * loss_mask).sum()
     num_tokens = loss_mask.sum().int()
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.float()])}
 
 
 def forward_step(data_iterator, model):
+    """Run the model on a micro-batch; return the token losses and their loss function."""
     device = torch.cuda.current_device()
     batch = {key: value.to(device) for key, value in next(data_iterator).items()}
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
@@ -41,6 +43,7 @@ def forward_step(data_iterator, model):
 
 
 def datasets_provider(num_samples):
+    """Return the training, validation and test datasets."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(

@@ -4,8 +4,13 @@ Each fix says what is wrong and names the version in which that was seen. A fix 
 Megatron has mended the cause. The entry point and `add_arguments` call `apply()`.
 """
 
+import contextlib
 import functools
 import importlib.util
+import io
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +183,30 @@ def set_tensorboard_writer(writer: object) -> None:
     from megatron.training import global_vars
 
     global_vars._GLOBAL_TENSORBOARD_WRITER = writer
+
+
+@contextlib.contextmanager
+def command_line(argv: list[str], world_size: int) -> Iterator[io.StringIO]:
+    """Let Megatron's parser and validation see a command line as the first rank of a run would.
+
+    Megatron 0.19.2 reads `sys.argv` and the environment, prints while it validates, and writes what
+    is wrong to standard error before it exits.
+
+    Args:
+        argv: The command line without the program's name.
+        world_size: Number of processes of the whole run, on all machines.
+
+    Yields:
+        What has been written to standard error. Standard output is dropped.
+    """
+    environment, before, size = dict(os.environ), sys.argv, str(world_size)
+    os.environ |= {"RANK": "0", "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    sys.argv = [before[0], *argv]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            yield said
+    finally:
+        os.environ.clear()
+        os.environ |= environment
+        sys.argv = before

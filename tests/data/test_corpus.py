@@ -1,4 +1,4 @@
-"""The corpus is what its manifest says, and the same wherever the same versions are installed."""
+"""The corpus is what its manifest says, and equal wherever the same versions are installed."""
 
 import json
 import os
@@ -94,6 +94,7 @@ def test_documents_are_relative_distinct_and_split_by_path(corpus: Path) -> None
     assert all(len(split) == 1 for split in splits.values())
 
 
+@pytest.mark.processes
 def test_another_process_builds_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from megatron.remoe.cli import main; main()"]
     env = os.environ | {"PYTHONHASHSEED": "1", "LC_ALL": "C", "TZ": "Asia/Tokyo"}
@@ -208,7 +209,7 @@ def test_code_is_not_prose() -> None:
     assert not is_worth_training_on(code, prose=True)
 
 
-def test_cleaning_drops_licence_comments_only() -> None:
+def test_cleaning_drops_license_comments_only() -> None:
     assert clean_text("// Copyright X\n// MIT\n\n// What it does\nint a; \r\n\n") == (
         "// What it does\nint a;\n"
     )

@@ -1,4 +1,4 @@
-"""Outputs appear whole or not at all, whoever else writes and whenever a kill comes."""
+"""Outputs appear whole or not at all, also with other writers and after a kill at any moment."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from megatron.remoe.files import hold_folder, output_folder, parse_json, read_js
 
 
 def status_of(work: Callable[[], object]) -> int:
-    """The signal that ends a forked process in which this runs; 0 if it comes to its end."""
+    """Return the negative signal that ends a forked process which does the work, or 0."""
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
@@ -38,6 +38,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.processes
 def test_a_folder_that_a_kill_left_is_cleared_by_the_next_call(tmp_path):
     out = tmp_path / "out"
 
@@ -53,9 +54,10 @@ def test_a_folder_that_a_kill_left_is_cleared_by_the_next_call(tmp_path):
     assert names(tmp_path) == ["out"] and names(out) == ["config.json"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("renames", [0, 1, 2])
 def test_a_kill_while_a_folder_is_replaced_loses_neither(tmp_path, monkeypatch, renames):
-    """Before the old one is moved aside, before the new one is in place, and before it is gone."""
+    """Kill before the old folder moves, before the new one is there, or before the old is gone."""
     out, rename, done = tmp_path / "out", Path.rename, [0]
     make(out, "old")
 
@@ -86,7 +88,7 @@ def test_ctrl_c_leaves_nothing(tmp_path):
 
 
 def test_two_makers_of_a_folder(tmp_path):
-    """The second is refused at its start, and what has appeared meanwhile is never replaced."""
+    """The second one is refused at its start, and what has appeared meanwhile is never replaced."""
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="something has appeared there meanwhile"):  # noqa: SIM117
         with new_folder(out, reads=()) as folder:

@@ -1,4 +1,4 @@
-"""`remoe data` killed or interrupted: nothing half, nobody left, and the same call goes on."""
+"""After a kill of `remoe data`, nothing is half written, nobody is left, and a call continues."""
 
 import json
 import os
@@ -17,12 +17,14 @@ from megatron.remoe.processes import children
 from tests.data.test_files import die, status_of
 from tests.data.test_tokenize import SMALL, TEXTS, contents, write_jsonl
 
+pytestmark = pytest.mark.processes
+
 INPUTS = ("a.jsonl", "b.jsonl")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two files, and what becomes of them undisturbed: `whole`."""
+    """Make two files, and the undisturbed output of both, `whole`."""
     home = tmp_path_factory.mktemp("kills")
     for name in INPUTS:
         write_jsonl(home / name, TEXTS)
@@ -43,7 +45,8 @@ def die_at_rename(monkeypatch, number: int) -> None:
     monkeypatch.setattr(Path, "replace", counted)
 
 
-# For each pair: the manifest without it, its two files (and the tokenizer's, once), the manifest.
+# These are the renames for each pair: the manifest without it, its two files, at first also the
+# files of the tokenizer, and the manifest with it.
 @pytest.mark.parametrize("rename", [1, 2, 3, 4, 6, 7, 9])
 def test_a_kill_while_pairs_move_into_place(home, tmp_path, monkeypatch, rename):
     out, inputs = tmp_path / "out", [home / name for name in INPUTS]
@@ -102,7 +105,7 @@ def test_a_corpus_does_not_replace_what_it_does_not_know(tmp_path):
 
 
 def test_two_writers_of_one_output(home, tmp_path):
-    """The second is refused; without that it would drop the first one's pairs from the manifest."""
+    """The second writer is refused; it would drop the pairs of the first from the manifest."""
     with (
         files.output_folder(tmp_path / "out"),
         pytest.raises(ValueError, match="is being written by another process"),
@@ -117,7 +120,7 @@ def test_a_worker_that_is_killed_is_named(home, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-# The second file stops in the middle, with its workers at hand, until a signal comes.
+# The second file stops in the middle, while its workers are alive, until a signal comes.
 TOKENIZE = """
 import sys, time
 from megatron.remoe.data import tokenize

@@ -1,4 +1,4 @@
-"""What Megatron reads back from the token files is the text, whatever form it came in."""
+"""Megatron reads from the token files the text that was tokenized, in whatever form it came."""
 
 import json
 import os
@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from megatron.remoe.cli.app import main
 from megatron.remoe.data import jsonl
+from megatron.remoe.data.inputs import find_inputs
 from megatron.remoe.data.jsonl import parse_text
 from megatron.remoe.data.pairs import check_pair
-from megatron.remoe.data.tokenize import TokenizeConfig, find_inputs, tokenize
+from megatron.remoe.data.tokenize import TokenizeConfig, tokenize
 from megatron.remoe.data.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_tokenizer
 from megatron.remoe.evaluate.perplexity import find_domains
 
@@ -68,6 +69,7 @@ def small(tokenizer_file: Path) -> TokenizeConfig:
     return TokenizeConfig(tokenizer=tokenizer_file, workers=1)
 
 
+@pytest.mark.processes
 def test_corpus_round_trip(tmp_path: Path) -> None:
     train = write_jsonl(tmp_path / "corpus/train/code.jsonl", TEXTS, domain="code")
     write_jsonl(tmp_path / "corpus/valid/code.jsonl", TEXTS[:3], domain="code")
@@ -89,13 +91,14 @@ def test_corpus_round_trip(tmp_path: Path) -> None:
     assert json.loads((out / "manifest.json").read_text()) == manifest
     assert not list(out.glob(".*"))
 
-    # The validation text has no say in the tokenizer.
+    # The tokenizer does not depend on the validation text.
     again = tmp_path / "again"
     tokenize([train], again, SMALL)
     name = "tokenizer/tokenizer.json"
     assert (again / name).read_bytes() == (out / name).read_bytes()
 
 
+@pytest.mark.processes
 def test_megatron_loads_the_tokenizer(tmp_path: Path, small: TokenizeConfig) -> None:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
@@ -120,10 +123,13 @@ def test_megatron_loads_the_tokenizer(tmp_path: Path, small: TokenizeConfig) -> 
     assert [*tokenizer.tokenize(TEXTS[0]), 0] == documents(tmp_path / "out" / "a")[0]
 
 
+@pytest.mark.processes
 def test_workers_and_compression_change_no_byte(
     tmp_path: Path, small: TokenizeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jsonl, "CHUNK_BYTES", 100)  # dozens of chunks, out of step in two workers
+    monkeypatch.setattr(
+        jsonl, "CHUNK_BYTES", 100
+    )  # dozens of chunks, in no fixed order in two workers
     monkeypatch.setattr(jsonl, "BLOCK_BYTES", 37)
     plain = write_jsonl(tmp_path / "plain" / "00.jsonl", TEXTS)
     squeezed = tmp_path / "zst" / "00.jsonl.zst"
@@ -139,6 +145,7 @@ def test_workers_and_compression_change_no_byte(
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
+@pytest.mark.processes
 def test_pile_shards_without_end_of_document(tmp_path: Path, tokenizer_file: Path) -> None:
     shards = tmp_path / "pile"
     for number, texts in enumerate((TEXTS[:30], TEXTS[30:])):
@@ -171,6 +178,7 @@ def test_gpt2_vocabulary(tmp_path: Path, names: tuple[str, str | None]) -> None:
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.processes
 def test_foreign_tokenizer_neither_cuts_nor_prefixes(tmp_path: Path) -> None:
     foreign = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "<s>": 3, "</s>": 4}, [("a", "b")]))
     foreign.add_special_tokens(["<s>", "</s>"])
@@ -208,6 +216,7 @@ def test_malformed_lines_have_a_reason(line: bytes, reason: str) -> None:
         parse_text(line, "text")
 
 
+@pytest.mark.processes
 def test_malformed_line_is_named_and_leaves_nothing(
     tmp_path: Path, small: TokenizeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,6 +256,7 @@ def test_damaged_zst_is_an_error(tmp_path: Path, damage, reason: str) -> None:
         list(jsonl.read_chunks(file, lambda count: None))
 
 
+@pytest.mark.processes
 def test_a_file_without_text_is_an_error(tmp_path: Path, small: TokenizeConfig) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", ["", ""])
     with pytest.raises(ValueError, match=r"a\.jsonl holds no document with text"):
@@ -254,6 +264,7 @@ def test_a_file_without_text_is_an_error(tmp_path: Path, small: TokenizeConfig) 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.processes
 def test_a_byte_order_mark_is_no_text(tmp_path: Path, small: TokenizeConfig) -> None:
     for name, mark in (("a", b""), ("b", b"\xef\xbb\xbf")):
         file = write_jsonl(tmp_path / name / "x.jsonl", TEXTS)
@@ -269,6 +280,7 @@ def word_tokenizer(folder: Path, words: dict[str, int]) -> Path:
     return folder / "words.json"
 
 
+@pytest.mark.processes
 def test_a_vocabulary_with_holes_keeps_its_tokens(tmp_path: Path) -> None:
     """Three entries would fit into 16 bits, and the token 70000 would become 4464 there."""
     words = word_tokenizer(tmp_path, {"the": 0, END_OF_DOCUMENT: 1, "router": 70_000})
@@ -277,6 +289,7 @@ def test_a_vocabulary_with_holes_keeps_its_tokens(tmp_path: Path) -> None:
     assert documents(tmp_path / "out/a") == [[0, 70_000, 1]]
 
 
+@pytest.mark.processes
 def test_a_tokenizer_for_other_text_is_refused(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", ["the router"])
     empty = tmp_path / "empty.json"
@@ -312,12 +325,13 @@ BAD_TOKENIZERS = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`a.jsonl` and what became of it: `out`."""
+    """Make `a.jsonl`, and its output `out`."""
     home = tmp_path_factory.mktemp("finished")
     tokenize([write_jsonl(home / "a.jsonl", TEXTS)], home / "out", SMALL)
     return home
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("file", "text", "reason"), BAD_TOKENIZERS.values(), ids=BAD_TOKENIZERS)
 def test_a_damaged_output_is_named(
     finished: Path, tmp_path: Path, file: str, text: str, reason: str
@@ -352,6 +366,7 @@ BAD_PAIRS = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("damage", "reason"), BAD_PAIRS.values(), ids=BAD_PAIRS)
 def test_a_damaged_pair_is_named(finished: Path, tmp_path: Path, damage, reason: str) -> None:
     for suffix in (".bin", ".idx"):
@@ -401,6 +416,7 @@ def test_settings_are_checked(flags: dict, reason: str) -> None:
         TokenizeConfig(**flags)
 
 
+@pytest.mark.processes
 def test_rerun_adds_what_is_missing_and_replaces_only_by_force(tmp_path: Path) -> None:
     a = write_jsonl(tmp_path / "a.jsonl", TEXTS[:20])
     b = write_jsonl(tmp_path / "b.jsonl", TEXTS[20:])
@@ -431,6 +447,7 @@ def test_rerun_adds_what_is_missing_and_replaces_only_by_force(tmp_path: Path) -
     assert decoded(out, "a") == TEXTS[:10] and decoded(out, "b") == TEXTS[20:]
 
 
+@pytest.mark.processes
 def test_bad_input_loses_no_finished_work(tmp_path: Path, small: TokenizeConfig) -> None:
     good = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     bad = tmp_path / "b.jsonl"
@@ -453,6 +470,7 @@ def test_bad_input_loses_no_finished_work(tmp_path: Path, small: TokenizeConfig)
     assert written == ["b"]
 
 
+@pytest.mark.processes
 def test_command_line_error_has_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from megatron.remoe.cli import main; main()", "data"]
     result = subprocess.run(
@@ -468,6 +486,7 @@ def test_command_line_error_has_no_traceback(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom megatron.remoe.cli import main\n"

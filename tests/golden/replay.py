@@ -21,7 +21,7 @@ from megatron.remoe.testing.golden import (
     gpt_config,
     transformer_config,
 )
-from megatron.remoe.verify import grid
+from megatron.remoe.verify.trajectories import deviations
 
 TOLERANCES = {
     "lm_loss": ("relative", 1e-4),
@@ -130,7 +130,7 @@ def main() -> int:
         return 2
     init_one_rank(args.device)
     steps = golden.comparable_steps
-    largest = grid.deviations(replay(golden, steps), golden.trajectory[:steps])
+    largest = deviations(replay(golden, steps), golden.trajectory[:steps])
     print(f"{path.name}: largest deviation over {steps} comparable steps, {args.device}")
     for key, (kind, tolerance) in TOLERANCES.items():
         verdict = "ok" if largest[key] <= tolerance else "DIFFERS"

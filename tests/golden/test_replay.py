@@ -11,7 +11,7 @@ import torch
 from megatron.remoe.ranks import Ranks
 from megatron.remoe.testing.golden import CLOSED_LOOP as CLOSED_LOOP_CONFIG
 from megatron.remoe.testing.golden import Golden, golden_tokens, golden_weight, parameter_shapes
-from megatron.remoe.verify import grid
+from megatron.remoe.verify import trajectories
 from tests.golden.replay import TOLERANCES, replay
 
 FOLDER = Path(__file__).parent
@@ -29,7 +29,7 @@ def deviations(path, steps=None, **changes):
     golden = Golden.load(path)
     golden = replace(golden, **changes)
     steps = steps or golden.comparable_steps
-    return grid.deviations(replay(golden, steps), golden.trajectory[:steps])
+    return trajectories.deviations(replay(golden, steps), golden.trajectory[:steps])
 
 
 @pytest.mark.parametrize("path", [OPEN_LOOP, CLOSED_LOOP], ids=lambda path: path.stem)

@@ -58,14 +58,14 @@ class Outcome:
         flipped: (token, expert) pairs that are active in one of them only.
         active: share of active pairs.
         round_trip: names that are not bit-equal after Megatron -> HF -> Megatron.
-        restored_logits: largest difference between Megatron's forward before and after.
+        returned_logits: largest difference between Megatron's forward before and after.
     """
 
     logits: float
     flipped: int
     active: float
     round_trip: list[str]
-    restored_logits: float
+    returned_logits: float
 
 
 def save(flags: dict[str, Any], folder: Path) -> torch.nn.Module:
@@ -118,7 +118,8 @@ def through_hf(flags: dict[str, Any], home: Path) -> Outcome:
     """Megatron -> HF -> Megatron, with both forward passes."""
     from megatron.remoe.convert import forward
     from megatron.remoe.convert.export import to_hf
-    from megatron.remoe.convert.source import HFSource, MegatronSource
+    from megatron.remoe.convert.hf_source import HFSource
+    from megatron.remoe.convert.source import MegatronSource
     from megatron.remoe.convert.to_megatron import Layout, to_megatron
 
     model = save(flags, home / "iter_0000003")
@@ -131,13 +132,13 @@ def through_hf(flags: dict[str, Any], home: Path) -> Outcome:
 
     to_megatron(home / "hf", home / "back", layout=Layout())
     first, second = MegatronSource(home / "iter_0000003"), MegatronSource(home / "back")
-    assert first.reader.names and set(first.reader.names) == set(second.reader.names)
-    restored = forward.load_model(second.checkpoint, FLAGS | flags)
-    again, _ = forward.logits_and_maps(restored, TOKENS, 100)
+    assert first.reader.meta and first.reader.meta.keys() == second.reader.meta.keys()
+    returned = forward.load_model(second.checkpoint, FLAGS | flags)
+    again, _ = forward.logits_and_maps(returned, TOKENS, 100)
     different = [
         name
-        for name in first.reader.names
-        if first.reader.dtype(name) != second.reader.dtype(name)
+        for name, meta in first.reader.meta.items()
+        if meta.dtype != second.reader.meta[name].dtype
         or not torch.equal(first.reader.read(name), second.reader.read(name))
     ]
     pairs = [(a, b) for a, b in zip(maps, theirs.active, strict=True)]
@@ -146,7 +147,7 @@ def through_hf(flags: dict[str, Any], home: Path) -> Outcome:
         flipped=sum(int((a != b).sum()) for a, b in pairs),
         active=float(torch.stack([a.float().mean() for a, _ in pairs]).mean()) if pairs else 1.0,
         round_trip=different,
-        restored_logits=float((ours - again).abs().max()),
+        returned_logits=float((ours - again).abs().max()),
     )
 
 

@@ -39,7 +39,7 @@ def write_fork(home: Path, **changes: Any) -> None:
         if name.endswith("l1_coeff"):
             buffer.fill_(COEFFICIENT)
     source = MegatronSource(home / "ours")
-    tensors = {n: source.reader.read(n) for n in source.reader.names}
+    tensors = {n: source.reader.read(n) for n in source.reader.meta}
     args = _fork_args(source.args, changes)
     for variant, (norms, experts) in VARIANTS.items():
         state = dict(_named(tensors, norms, experts))

@@ -1,4 +1,4 @@
-"""`remoe bench`: what is compared and how, never how fast."""
+"""`remoe bench` compares what it claims to compare; how fast that is, no test says."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The JSON of each benchmark at a small size, run as a user runs it."""
+    """Return the JSON of each benchmark at a small size, run as a user runs it."""
     folder, found = tmp_path_factory.mktemp("bench"), {}
     for name, flags in SMALL.items():
         path = folder / f"{name}.json"
@@ -37,6 +37,7 @@ def results(tmp_path_factory):
     return found
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", SMALL)
 def test_every_alternative_is_timed_relative_to_the_baseline(results, name):
     rows = results[name]["rows"]
@@ -45,6 +46,7 @@ def test_every_alternative_is_timed_relative_to_the_baseline(results, name):
     assert len({row["name"] for row in rows}) == len(rows)
 
 
+@pytest.mark.processes
 def test_the_layer_is_compared_with_what_users_would_take_instead(results):
     names = " ".join(row["name"] for row in results["layer"]["rows"])
     for part in ("ReMoE, E=4", "ReMoE, E=8", "ReMoE in Megatron", "TopK in our layer",
@@ -55,6 +57,7 @@ def test_the_layer_is_compared_with_what_users_would_take_instead(results):
         assert routing["idlest_expert"] < routing["busiest_expert"]
 
 
+@pytest.mark.processes
 def test_steps_route_exactly_k_assignments_per_token(results):
     sparsity = {
         row["name"]: row["facts"]["sparsity"]
@@ -64,6 +67,7 @@ def test_steps_route_exactly_k_assignments_per_token(results):
     assert sparsity == {"ReMoE E=4": "0.75000", "ReMoE E=8": "0.87500", "ReMoE E=4 G=2": "0.75000"}
 
 
+@pytest.mark.processes
 def test_parts_touch_no_less_than_the_fewest_bytes(results):
     parts = {row["name"]: row["facts"] for row in results["router"]["rows"]}
     assert set(parts) == {"copy of the tokens", "router", "permutation", "permute", "combine"}
@@ -83,7 +87,7 @@ def test_inputs_have_exactly_k_assignments_per_token_unevenly(topk):
 def test_the_timed_run_is_a_training_step():
     shape = Shape(tokens=32, hidden_size=16, ffn_hidden_size=8, num_experts=4, topk=1)
     alternative = remoe_layer(shape)
-    layer = alternative.run.__closure__  # what it runs on
+    layer = alternative.run.__closure__  # the variables of the function
     module = next(c.cell_contents for c in layer if isinstance(c.cell_contents, torch.nn.Module))
     alternative.run()
     assert all(parameter.grad is not None for parameter in module.parameters())
@@ -102,6 +106,7 @@ def test_ratios_are_of_the_same_round(monkeypatch):
     assert rows[0].spread > 0
 
 
+@pytest.mark.processes
 def test_an_unknown_dtype_is_an_error():
     done = subprocess.run(
         [sys.executable, "-m", "megatron.remoe", "bench", "layer", "--dtype", "fp8"],

@@ -303,6 +303,7 @@ MANY_EXPERTS = {"E": 128, "H": 64, "F": 64, "seq": 256, "mbs": 4, "nmb": 1, "ste
 LIMIT_MB = 110  # with gradients and optimizer states of 13 million weights
 
 
+@pytest.mark.processes
 def test_warm_up_of_128_experts_passes_in_a_memory_that_is_too_small_at_once():
     outcomes = {}
     for name, limit in (("chunked", None), ("at once", UNLIMITED)):

@@ -4,15 +4,18 @@ import contextlib
 import io
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from rich.console import Console
 
-from megatron.remoe.run import launch
+from megatron.remoe.run import launch, torchrun
 from megatron.remoe.run.config import RunConfig
 from tests.mcore import tiny
+
+pytestmark = pytest.mark.processes
 
 
 def prepare(cwd, *overrides, force=False):
@@ -144,6 +147,27 @@ def test_another_run_in_the_directory_is_refused_unless_forced(call, tmp_path):
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["lr"] == 0.5
 
 
+def test_a_run_that_takes_too_long_to_build_is_accepted_with_a_warning(call, tmp_path):
+    tiny.write_config(tmp_path / "tiny.yaml", run_dir="run")
+    mistake, said = call(prepare_slowly, tmp_path)
+    assert mistake is None and (tmp_path / "run/config.yaml").is_file()
+    assert said.count("\n") == 1 and said.startswith(
+        "remoe: warning: the run is accepted, but its check is not complete: building the model "
+        "and the optimizer took longer than 1 seconds and was stopped; if the run fails"
+    )
+
+
+def prepare_slowly(cwd) -> tuple[str | None, str]:
+    from megatron.remoe.run import rehearsal
+
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr(rehearsal, "_passed", set())
+        patch.setattr(rehearsal, "_SECONDS", 1)
+        patch.setattr(rehearsal, "_build", lambda *_: time.sleep(60))
+        return prepare(cwd), said.getvalue()
+
+
 def test_a_missing_config_is_named(call, tmp_path):
     code, _, error = call(tiny.remoe, tmp_path, "train", "nowhere.yaml")
     expected = "error: config nowhere.yaml does not exist; pass the path of a YAML file\n"
@@ -171,7 +195,7 @@ def test_a_process_of_its_own_prints_that_line_only(tmp_path):
 
 def train_with(monkeypatch, run_dir, script):
     """`launch.train` with a script in the place of the run: exit code, and what is printed."""
-    monkeypatch.setattr(launch, "command", lambda argv, nproc: [sys.executable, "-c", script])
+    monkeypatch.setattr(torchrun, "command", lambda argv, nproc: [sys.executable, "-c", script])
     run_dir.mkdir()
     metrics = run_dir / "metrics.jsonl"
     config = RunConfig(run_dir, 1, {"train_iters": 2, "metrics_file": str(metrics)})

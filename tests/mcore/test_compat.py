@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.processes
 def test_the_version_that_counts_is_the_one_that_is_imported(tmp_path):
     """Pip knows of another one than the one that is first on the path."""
     package = tmp_path / "megatron/core"

@@ -244,11 +244,12 @@ main(["train", "tiny.yaml"])
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("place", ["run_dir", "metrics.jsonl"])
 def test_a_read_only_run_directory_is_named_for_another_user_than_root(tmp_path, place):
     tmp_path.chmod(0o755)
     for parent in tmp_path.parents:  # pytest makes its folders for their owner only
-        if parent.name.startswith("pytest-"):
+        if parent.name.startswith(("pytest-", "popen-")):
             parent.chmod(0o755)
     tiny.write_config(tmp_path / "tiny.yaml", run_dir="runs/a")
     run_dir = tmp_path / "runs/a"
@@ -346,7 +347,7 @@ def state_around_a_check(path: Path) -> bool:
     from megatron.training import global_vars
 
     from megatron.remoe.arguments import megatron_parser
-    from megatron.remoe.run import launch, rehearsal
+    from megatron.remoe.run import plan, rehearsal
     from megatron.remoe.run.argv import to_argv
     from megatron.remoe.run.check import check
     from megatron.remoe.run.config import load_config
@@ -361,7 +362,7 @@ def state_around_a_check(path: Path) -> bool:
             torch.cuda.current_device(),
         )
 
-    argv = to_argv(launch.complete(load_config(path)).flags, megatron_parser())
+    argv = to_argv(plan.complete(load_config(path)).flags, megatron_parser())
     before = state()
     built = len(rehearsal._passed)
     for seed in ("1", "2"):
@@ -409,12 +410,12 @@ def test_a_child_that_dies_of_a_signal_is_replaced_by_a_new_process(call, tmp_pa
 
 def answer_beside_a_child_that_dies(path: Path) -> str:
     from megatron.remoe.arguments import megatron_parser
-    from megatron.remoe.run import launch, rehearsal
+    from megatron.remoe.run import plan, rehearsal
     from megatron.remoe.run.argv import to_argv
     from megatron.remoe.run.check import check as check_argv
     from megatron.remoe.run.config import load_config
 
-    argv = to_argv(launch.complete(load_config(path)).flags, megatron_parser())
+    argv = to_argv(plan.complete(load_config(path)).flags, megatron_parser())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rehearsal, "_build", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         try:
@@ -439,13 +440,13 @@ def answers_of_a_new_process(path: Path) -> list[str]:
     """What `rehearse` says where `cpu` does not stand in: of this config, and of an optimizer."""
     from megatron.remoe import cpu
     from megatron.remoe.arguments import megatron_parser
-    from megatron.remoe.run import launch, rehearsal
+    from megatron.remoe.run import plan, rehearsal
     from megatron.remoe.run.argv import to_argv
     from megatron.remoe.run.check import check as check_argv
     from megatron.remoe.run.config import load_config
 
     answers: list[str] = []
-    argv = to_argv(launch.complete(load_config(path)).flags, megatron_parser())
+    argv = to_argv(plan.complete(load_config(path)).flags, megatron_parser())
     args = check_argv(argv, 1)
     rehearsal._passed.clear()
     with pytest.MonkeyPatch.context() as patch:
@@ -474,8 +475,8 @@ def summary_of(run_dir: Path) -> str:
 
     from rich.console import Console
 
-    from megatron.remoe.run import launch
+    from megatron.remoe.run import progress
 
     console = Console(file=io.StringIO(), width=500)
-    launch.summarise(run_dir, console)
+    progress.summarize(run_dir, console)
     return console.file.getvalue()

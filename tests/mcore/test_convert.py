@@ -49,7 +49,7 @@ def test_both_forward_passes_agree_and_the_way_back_is_exact(call, tmp_path, fla
     assert outcome.logits <= 1e-5
     assert outcome.flipped == 0
     assert outcome.round_trip == []
-    assert outcome.restored_logits == 0
+    assert outcome.returned_logits == 0
     if "moe_relu_routing" in flags:
         assert 0.1 < outcome.active < 0.9
 
@@ -59,7 +59,7 @@ def test_bf16_agrees_to_its_rounding(call, tmp_path):
     outcome = call(through_hf, RELU | UNTIED | {"bf16": True}, tmp_path)
     assert 0 < outcome.logits <= 0.3
     assert outcome.flipped <= 2  # of 96 pairs
-    assert outcome.round_trip == [] and outcome.restored_logits == 0
+    assert outcome.round_trip == [] and outcome.returned_logits == 0
 
 
 @pytest.mark.parametrize("corruption", ["qkv", "gate and up", "norms"])
@@ -175,7 +175,7 @@ MISTAKES = {
     ),
     "unknown router": (
         lambda f: _edit_config(f, router_type="soft"),
-        "router_type is 'soft', which is not known; it must be one of relu, topk_pre_softmax",
+        "router_type is 'soft'; it must be one of relu, topk_pre_softmax",
     ),
     "vocabulary": (
         lambda f: _edit_config(f, vocab_size=90),
@@ -244,7 +244,7 @@ def test_a_layout_that_does_not_fit_is_refused(call, model, tmp_path, options, m
     assert message in error and not any(tmp_path.iterdir())
 
 
-def test_a_restored_model_trains_on_from_its_coefficient(model, tmp_path):
+def test_a_converted_model_trains_on_from_its_coefficient(model, tmp_path):
     """`model.yaml` is the base of a config; weights and coefficient are where they were left."""
     steps = {"train_iters": 2, "lr": 1e-4, "micro_batch_size": 2, "global_batch_size": 4}
     config = {"base": str(model / "back/model.yaml"), "run_dir": "run", "mock_data": True}

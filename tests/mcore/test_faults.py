@@ -1,4 +1,4 @@
-"""What can happen to a run, each with real processes and real signals; see docs/reliability.md."""
+"""Faults of a run, made with real processes and real signals; see docs/reliability.md."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(home, call):
-    """Starts the command of a config in a run directory, with a fault; returns process, marker."""
+    """Return a function that starts a run with a fault, and returns its process and its marker."""
     started = []
 
     def start(run: str, *, nproc: int = 1, fault: str | None = None, **changes):
@@ -73,7 +73,7 @@ def argv_of(home: Path, run: str, nproc: int, flags: dict) -> list[str]:
 
     path = tiny.write_config(home / f"{run}.yaml", run_dir=run, nproc=nproc, **flags)
     with contextlib.chdir(home):
-        return launch.prepare(load_config(path), force=True)[1]
+        return launch.prepare(load_config(path), force=True).argv
 
 
 def free_port() -> int:
@@ -83,7 +83,7 @@ def free_port() -> int:
 
 
 def alive(marker: str) -> list[int]:
-    """Processes that were started with this marker in their environment, and their children."""
+    """Return the processes that have this marker in their environment, and their children."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -124,13 +124,13 @@ def trajectory(home: Path, run: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def whole(home, start) -> Path:
-    """A run that nothing happened to."""
+    """Make a run without a fault."""
     finish(start("whole")[0], home, "whole")
     return home / "whole"
 
 
 def copy_of(whole: Path, run: str, *, until: int = STEPS) -> Path:
-    """A copy of the run whose last checkpoint is that of an iteration; its metrics are longer."""
+    """Copy the run and delete its checkpoints after an iteration; its metrics are longer."""
     copy = whole.parent / run
     shutil.copytree(whole, copy)
     for found in checkpoint.find(copy / "checkpoints"):
@@ -141,7 +141,7 @@ def copy_of(whole: Path, run: str, *, until: int = STEPS) -> Path:
 
 
 def test_a_resumed_run_with_dropout_is_equal_bit_for_bit(home, start, whole):
-    """Data loaders, which are made after the random state is loaded, do not move it."""
+    """Data loaders, which are made after the random state is loaded, do not advance it."""
     copy_of(whole, "dropout", until=4)
     finish(start("dropout")[0], home, "dropout")
     assert trajectory(home, "dropout") == trajectory(home, "whole")
@@ -150,7 +150,7 @@ def test_a_resumed_run_with_dropout_is_equal_bit_for_bit(home, start, whole):
 def test_a_kill_in_an_asynchronous_save_costs_the_steps_after_the_last_one(home, start, whole):
     folder = copy_of(whole, "killed", until=2) / "checkpoints"
     process, marker = start("killed", fault="slow-writer", async_save=True, save_interval=4)
-    # Training goes on while the writer waits: rows of later steps, and no complete checkpoint.
+    # Training continues while the writer waits: rows of later steps appear, but no checkpoint.
     wait_for(lambda: len(folder_names(folder)) > 1 and iterations(home, "killed")[-1] > 4)
     assert folder_names(folder) == {"iter_0000002", "iter_0000004"}
     assert checkpoint.tracked(folder) == 2
@@ -216,7 +216,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(home, start, whole):
 
 @pytest.fixture(scope="module")
 def diverged(home, start):
-    """Runs whose loss is NaN from a step on, stopped at once, or inf, and run again; exit codes."""
+    """Return exit codes of runs whose loss becomes NaN, or inf in a step that is repeated."""
     runs = {"nan": "disabled", "inf": "validate_results"}
     started = {
         fault: start(fault, fault=fault, rerun_mode=mode, save_interval=1)

@@ -77,9 +77,8 @@ def test_training_continues_from_it(call, models, tmp_path):
     config = {"base": "out/megatron/model.yaml", "run_dir": "run", "mock_data": True}
     config |= steps | {"log_interval": 1, "eval_iters": 0, "eval_interval": 2, "num_workers": 0}
     (tmp_path / "on.yaml").write_text(json.dumps(config))
-    process = tiny.start("train", "on.yaml", cwd=tmp_path)
-    out, error = process.communicate()
-    assert process.returncode == 0, out + error
+    code, out, error = call(tiny.remoe, tmp_path, "train", "on.yaml")
+    assert code == 0, out + error
     rows = tiny.rows(tmp_path / "run")
     assert rows[0]["l1_coeff"] == COEFFICIENT
     assert rows[1]["l1_coeff"] in (
@@ -116,6 +115,44 @@ MISTAKES = {
             f, lambda s: s["model"].pop("decoder.layers.1.mlp.experts.linear_fc2.weight5")
         ),
         "lacks expert 5; copy it again",
+    ),
+    "expert of another shape": (
+        "TE, grouped",
+        lambda f: _spoil(
+            f,
+            lambda s: s["model"].update(
+                {"decoder.layers.1.mlp.experts.linear_fc2.weight5": torch.ones(3, 3)}
+            ),
+        ),
+        "linear_fc2.weight0 has shape [3, 3] and [32, 24], which is not that of the experts",
+    ),
+    "two names of an expert": (
+        "TE, grouped",
+        lambda f: _spoil(
+            f,
+            lambda s: s["model"].update(
+                {"decoder.layers.1.mlp.experts.local_experts.5.linear_fc2.weight": torch.ones(3)}
+            ),
+        ),
+        "twice, the second time as decoder.layers.1.mlp.experts.local_experts.5.linear_fc2.weight",
+    ),
+    "expert without end": (
+        "TE, grouped",
+        lambda f: _spoil(
+            f,
+            lambda s: s["model"].update(
+                {f"decoder.layers.1.mlp.experts.linear_fc2.weight{10**12}": torch.ones(3)}
+            ),
+        ),
+        "lacks expert 8; copy it again",
+    ),
+    "one expert too many": (
+        "grouped GEMM",
+        lambda f: _spoil(
+            f,
+            lambda s: s["model"].update({"decoder.layers.0.mlp.router.weight": torch.ones(7, 32)}),
+        ),
+        "which is not that of the experts of a layer with 7 experts in its router",
     ),
     "another model": (
         "grouped GEMM",

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.processes
 def test_random_configs_are_refused_in_one_line_or_train():
     command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz"]
     done = subprocess.run(

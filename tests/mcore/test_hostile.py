@@ -200,6 +200,10 @@ DAMAGE = {
     "no length": (_part("length", 0), "is cut off or damaged"),
     "layers without end": (_entry("size", torch.Size([10**12, 4, 32])), "at most 10000"),
     "no shape": (_entry("size", "abc"), "cannot be read"),
+    "an impossible shape": (
+        _entry("size", torch.Size([2, 2**40, 2**40])),
+        "has the impossible shape [2, 1099511627776, 1099511627776]",
+    ),
     "another dtype": (
         lambda f: _edit_metadata(
             f, lambda m: setattr(m.state_dict_metadata[ROUTER].properties, "dtype", torch.bfloat16)
@@ -294,7 +298,7 @@ OLD_MISTAKES = {
     "no arguments": (_arguments(mock_data=..., vocab_size=...), "lack vocab_size, mock_data"),
     "layers": (_arguments(moe_layer_freq=[1]), "has moe_layer_freq = [1]"),
     "facts": (_arguments(remoe_training_facts=5), "has training_facts = 5; it must be a mapping"),
-    "tokenizer": (_arguments(tokenizer_type=5), "have tokenizer_type = 5, which is none"),
+    "tokenizer": (_arguments(tokenizer_type=5), "have tokenizer_type = 5; it must be of type str"),
 }  # fmt: skip
 
 
@@ -327,9 +331,14 @@ def test_the_forks_coefficient_and_granularity_are_checked(call, home, tmp_path)
 METRICS = {
     "cut off": (b'{"iteration": 3, "lm_loss": 2.0}\n{"iteration": 4, "lm_lo', None),
     "NaN": (b'{"iteration": 3, "split": "valid", "lm_loss": null, "sparsity": null}\n', None),
-    "damaged": (b'{"iteration": 3}\n{\n', "metrics.jsonl:2 is not valid JSON"),
-    "no row": (b"[]\n", "metrics.jsonl:1 is no row of metrics; remove the line"),
-    "text": (b'{"iteration": "x"}\n', "metrics.jsonl:1 is no row of metrics"),
+    "damaged": (b'{"iteration": 3, "lm_loss": 2.0}\n{\n', "metrics.jsonl, line 2: it is not JSON"),
+    "no row": (b"[]\n", "metrics.jsonl, line 1: it is neither a step nor an evaluation; delete"),
+    "text": (b'{"iteration": "x"}\n', "metrics.jsonl, line 1: it is neither a step nor"),
+    "sparsity": (
+        b'{"iteration": 3, "lm_loss": 2.0, "sparsity": "x"}\n',
+        "metrics.jsonl, line 1: its sparsity is no number",
+    ),
+    "not finite": (b'{"iteration": 3, "lm_loss": NaN}\n', "line 1: it is not JSON (NaN is no"),
 }
 
 
@@ -447,6 +456,35 @@ MODELS = {
         "rope_theta = -1.0; it must be a number above 0",
     ),
     "no RoPE": (_config(rope_parameters=5), "rope_parameters = 5; it must be a mapping"),
+    "unknown RoPE": (
+        _config(rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}),
+        "rope_type = 'spiral'; it must be one of default, linear",
+    ),
+    "list of RoPEs": (
+        _config(rope_parameters={"rope_type": ["default"], "rope_theta": 1e4}),
+        "rope_type = ['default']; it must be one of default",
+    ),
+    "unknown RoPE, old": (
+        _config(rope_parameters=..., rope_scaling={"type": "spiral"}),
+        "rope_type = 'spiral'; it must be one of default, linear",
+    ),
+    "scaled RoPE": (
+        _config(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+        "scales RoPE (rope_type = 'linear'); only 'default' can be converted to Megatron",
+    ),
+    "a RoPE per kind": (
+        _config(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 5e5}}),
+        "has rope_parameters of their own for full_attention; only models with the same RoPE",
+    ),
+    "layer types": (
+        _config(layer_types=["sliding_attention", "full_attention"]),
+        "layer_types = ['sliding_attention', 'full_attention']; only models with full_attention in",
+    ),
+    "too few layer types": (
+        _config(layer_types=["full_attention"]),
+        "layer_types = ['full_attention']; only models with full_attention in all 2 layers",
+    ),
+    "no layer types": (_config(layer_types=5), "layer_types = 5; only models with full_attention"),
     "dense layers": (_config(mlp_only_layers=[9]), "mlp_only_layers = [9]; it must be a list"),
     "coefficient": (_config(l1_coeff=["a", "b"]), "l1_coeff = 'a'; it must be a number"),
     "coefficients": (_config(l1_coeff=[-1, 1]), "l1_coeff = -1; it must be a number above 0"),

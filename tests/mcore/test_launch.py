@@ -13,11 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron.remoe.run import rundir
 from megatron.remoe.run.config import load_config
 from tests.mcore import tiny
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
+BATCH_SCRIPT = ROOT / "megatron/remoe/run/pretrain.sbatch"
 PRESETS = sorted((ROOT / "examples").glob("llama_*/*.yaml"))
 # GPUs, and the overrides of a layout
 LAYOUTS = {
@@ -37,15 +41,13 @@ LAYOUTS = {
 
 def checked_argv(preset: Path, world: int, overrides: tuple[str, ...]) -> dict:
     """Megatron's parser and validation over the printed command, for its world size."""
-    from megatron.remoe.arguments import megatron_parser
-    from megatron.remoe.run import cluster, launch
-    from megatron.remoe.run.argv import to_argv
+    from megatron.remoe.run import cluster
     from megatron.remoe.run.check import check
+    from megatron.remoe.run.plan import Place, resolve
 
-    machines = cluster.Cluster(world // 8, 8)
-    run = cluster.for_cluster(load_config(preset, list(overrides)), machines, gpus=True)
-    argv = to_argv(launch.complete(run).flags, megatron_parser())
-    text = cluster.to_shell(argv, machines, name="x")
+    place = Place(world // 8, 8, "print")
+    _, argv = resolve(load_config(preset, list(overrides)), place)
+    text = cluster.to_shell(argv, place, name="x")
     words = shlex.split(text.replace("\\\n", " "))
     printed = words[words.index("megatron.remoe.pretrain") + 1 :]
     assert printed == argv
@@ -97,8 +99,8 @@ def test_the_slurm_command_names_script_config_and_overrides(call, tmp_path):
         "--job-name=llama_182m-remoe",
         "--nodes=2",
         "--gpus-per-node=8",
-        f"--export=ALL,REMOE_SCRIPTS={SCRIPTS}",
-        str(SCRIPTS / "pretrain.sbatch"),
+        f"--export=ALL,REMOE_PYTHON={sys.executable}",
+        str(BATCH_SCRIPT),
         path,
         "expert_model_parallel_size=8",
     ]
@@ -123,16 +125,15 @@ def stub(folder: Path, name: str, body: str) -> None:
 
 
 def stubs(folder: Path) -> dict[str, str]:
-    """Slurm's commands and `remoe`, each writing to calls.txt what it was called with."""
+    """Slurm's commands and Python, each writing to calls.txt what it was called with."""
     folder.mkdir()
     record = f'echo "${{0##*/}} $*" >> {folder}/calls.txt'
     stub(folder, "srun", f'{record}\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"')
     stub(folder, "scontrol", f"{record}\n[[ $1 != show ]] || printf 'node1\\nnode2\\n'")
-    # Becomes a launcher whose child saves when it gets SIGUSR1, as torchrun and its workers.
-    worker = "import signal, time\nsignal.signal(signal.SIGUSR1, lambda *_: exit())\n"
-    worker += f"open({str(folder / 'ready')!r}, 'w')\ntime.sleep(60)"
-    agent = f"import subprocess, sys\nsys.exit(subprocess.call([sys.executable, '-c', {worker!r}]))"
-    stub(folder, "remoe", f"{record}\nexec {sys.executable} -c {shlex.quote(agent)}")
+    # Becomes a launcher that saves when it gets SIGUSR1.
+    launcher = "import signal, time\nsignal.signal(signal.SIGUSR1, lambda *_: exit())\n"
+    launcher += f"open({str(folder / 'ready')!r}, 'w')\ntime.sleep(60)"
+    stub(folder, "python", f"{record}\nexec {sys.executable} -c {shlex.quote(launcher)}")
     return {
         "PATH": f"{folder}:{os.environ['PATH']}",
         "TMPDIR": str(folder),
@@ -140,7 +141,7 @@ def stubs(folder: Path) -> dict[str, str]:
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_GPUS_PER_NODE": "h100:4",
-        "SLURM_SUBMIT_DIR": str(ROOT),
+        "REMOE_PYTHON": str(folder / "python"),
     }
 
 
@@ -157,7 +158,7 @@ def test_slurm_saves_before_the_time_limit_and_queues_again(tmp_path, interrupte
     folder = tmp_path / "bin"
     environment = os.environ | stubs(folder)
     if not interrupted:
-        stub(folder, "remoe", "exit 3")
+        stub(folder, "python", "exit 3")
     job = subprocess.Popen(
         [SCRIPTS / "pretrain.sbatch", "c.yaml", "seed=2"], env=environment, cwd=tmp_path
     )
@@ -166,14 +167,14 @@ def test_slurm_saves_before_the_time_limit_and_queues_again(tmp_path, interrupte
         job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=30) == (0 if interrupted else 3)
     calls = (folder / "calls.txt").read_text().splitlines()
-    assert calls[:2] == [
-        "scontrol show hostnames node[1-2]",
-        f"srun --kill-on-bad-exit=1 {SCRIPTS}/pretrain.sh c.yaml seed=2",
-    ]
+    launch = "-m megatron.remoe launch c.yaml seed=2 --nodes 2 --gpus-per-node 4"
+    assert calls[0] == "scontrol show hostnames node[1-2]"
+    assert calls[1].startswith("srun --kill-on-bad-exit=1 bash -c ")
+    assert calls[1].endswith(f" {folder}/python {launch}")
     if not interrupted:
         assert len(calls) == 2  # a run that failed is not queued again
         return
-    assert calls[2] == "remoe launch c.yaml seed=2 --nodes 2 --gpus-per-node 4"
+    assert calls[2] == f"python {launch}"
     assert calls[3].startswith("srun --overlap --nodes=2 --ntasks-per-node=1 bash -c")
     assert calls[-1] == "scontrol requeue 77"
 
@@ -195,13 +196,8 @@ def test_a_run_that_is_told_to_stop_saves_and_ends_well(tmp_path):
     """The script, torchrun and Megatron for real, on two CPU ranks; SIGTERM in mid-run."""
     changes = {"train_iters": 100000, "eval_interval": 100000, "eval_iters": 0, "run_dir": "run"}
     tiny.write_config(tmp_path / "tiny.yaml", **changes, nproc=...)
-    stub(
-        tmp_path,
-        "remoe",
-        f'exec {sys.executable} -c "from megatron.remoe.cli import main; main()" "$@"',
-    )
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "GPUS_PER_NODE": "2"}
-    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    environment |= {"REMOE_PYTHON": sys.executable}
     log = (tmp_path / "log.txt").open("w")
     process = subprocess.Popen(
         [SCRIPTS / "pretrain.sh", "tiny.yaml"],
@@ -212,6 +208,8 @@ def test_a_run_that_is_told_to_stop_saves_and_ends_well(tmp_path):
     text = (tmp_path / "log.txt").read_text
     try:
         wait_for(metrics)
+        with pytest.raises(ValueError, match="is in use by a run"):
+            rundir.hold(tmp_path / "run")
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=100) == 0, text()
     finally:

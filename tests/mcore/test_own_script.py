@@ -11,6 +11,8 @@ import pytest
 
 from megatron.remoe import checkpoint
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "own_script"
 STEPS, STOP = 4, 3

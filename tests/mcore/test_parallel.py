@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from megatron.remoe.ranks import Ranks
-from megatron.remoe.testing.cells import Cell, Training, initialize, run_cell, save_golden_weights
+from megatron.remoe.testing.cell import Cell
+from megatron.remoe.testing.cells import Training, initialize, run_cell, save_golden_weights
 from megatron.remoe.testing.golden import CLOSED_LOOP, golden_tokens
 from megatron.remoe.verify import grid
+from megatron.remoe.verify.trajectories import FP32, QUANTITIES, TrajectoryComparison, deviations
 
 STEPS = 4
 SUBSET = [
@@ -36,6 +38,7 @@ def results():
     return {result.cell.name: result for result in grid.verify(SUBSET, steps=STEPS)}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", [cell.name for cell in SUBSET])
 def test_cell_trains_the_run_of_one_rank(results, name):
     result = results[name]
@@ -44,14 +47,16 @@ def test_cell_trains_the_run_of_one_rank(results, name):
     assert result.steps == STEPS
 
 
+@pytest.mark.processes
 def test_relu_cells_compare_every_quantity(results):
     for result in results.values():
-        expected = grid.QUANTITIES if result.cell.router == "relu" else ("lm_loss", "grad_norm")
+        expected = QUANTITIES if result.cell.router == "relu" else ("lm_loss", "grad_norm")
         assert tuple(result.deviations) == expected
 
 
+@pytest.mark.processes
 def test_replicas_that_differ_are_named(tmp_path):
-    """A weight that one data-parallel rank changes by itself is told, whatever the losses say."""
+    """A weight that one data-parallel rank changes by itself is named, whatever the losses are."""
     with Ranks(2) as ranks:
         assert ranks.run(replicas_after, None) == [[], []]
         name = "decoder.layers.1.mlp.experts.linear_fc1"
@@ -69,8 +74,9 @@ def replicas_after(changed):
     return training.replicas_that_differ()
 
 
+@pytest.mark.processes
 def test_a_skipped_step_of_fp16_moves_the_coefficient():
-    """As in the published code: its sparsity was measured, though the weights stay."""
+    """As in the published code, the sparsity of the step was measured, although no weight moved."""
     with Ranks(1) as ranks:
         coeffs, moved = ranks.run(steps_in_fp16)[0]
     assert moved == [False, False]
@@ -78,7 +84,7 @@ def test_a_skipped_step_of_fp16_moves_the_coefficient():
 
 
 def steps_in_fp16():
-    """Coefficients of two steps, and whether a weight moved; the first scale of 2^32 overflows."""
+    """Return coefficients of two steps, and whether weights moved; the loss scale overflows."""
     config = CLOSED_LOOP | {"seq": 16}
     cell = Cell("fp16", dtype="fp16")
     initialize(cell)
@@ -94,6 +100,7 @@ def steps_in_fp16():
     return coeffs, moved
 
 
+@pytest.mark.processes
 def test_load_weights_per_micro_batch_are_another_algorithm(results):
     same = results["2 micro-batches, load balancing none"]
     other = results["2 micro-batches, load balancing aux_loss"]
@@ -101,6 +108,7 @@ def test_load_weights_per_micro_batch_are_another_algorithm(results):
     assert other.deviations["l1_reg"] > 10 * same.deviations["l1_reg"]
 
 
+@pytest.mark.processes
 def test_extremes_are_what_their_names_say(tmp_path):
     with Ranks(1) as ranks:
         measured = {
@@ -124,7 +132,7 @@ def first_step(cell, weights):
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    """Initial weights and one rank's trajectory, long enough for every mutation to show."""
+    """Return initial weights, and a trajectory of one rank in which every mutation shows."""
     weights = tmp_path_factory.mktemp("golden") / "weights"
     with Ranks(1) as ranks:
         ranks.run(save_golden_weights, Cell("one rank"), CLOSED_LOOP, weights)
@@ -145,8 +153,7 @@ def test_a_dropped_reduction_is_caught(one_rank, mutation, quantity):
     weights, expected = one_rank
     with Ranks(2) as ranks:
         actual = ranks.run(run_mutated, mutation, Cell("TP2", 2, tp=2), weights)[0]
-    deviation = grid.deviations(actual, expected)[quantity]
-    assert deviation > 2 * grid.FP32[quantity]
+    assert deviations(actual, expected)[quantity] > 2 * FP32[quantity]
 
 
 def run_mutated(mutation, cell, weights):
@@ -174,7 +181,7 @@ def run_mutated(mutation, cell, weights):
 
 
 class _WithoutAllReduce:
-    """torch, whose distributed.all_reduce does nothing, or nothing for one operation."""
+    """A torch whose distributed.all_reduce does nothing, or nothing for one operation."""
 
     def __init__(self, module, op=None):
         self._module, self._op = module, op
@@ -199,7 +206,7 @@ def test_the_grid_covers_what_it_claims():
 
 
 def test_a_flip_loosens_what_load_weights_move_and_only_from_its_step_on():
-    """One assignment more changes the load that the penalty is weighted with, discontinuously."""
+    """One more assignment changes the load, which weights the penalty, discontinuously."""
 
     def step(l1_reg=1.0, sparsity=0.5, loss=2.0):
         whole = {"lm_loss": loss, "grad_norm": 1.0, "l1_reg": l1_reg, "l1_coeff_used": 1.0}
@@ -208,9 +215,17 @@ def test_a_flip_loosens_what_load_weights_move_and_only_from_its_step_on():
 
     one_rank = [step(), step(), step()]
     flipped = step(l1_reg=1.005, sparsity=0.5001)
-    after = grid.Comparison.of([step(), flipped, step(l1_reg=1.005)], one_rank)
+    after = TrajectoryComparison.of([step(), flipped, step(l1_reg=1.005)], one_rank)
     assert (after.is_within("fp32"), after.flipped) == (True, 2)
-    assert not grid.Comparison.of([step(l1_reg=1.005), flipped, step()], one_rank).is_within("fp32")
-    assert not grid.Comparison.of([step(), step(l1_reg=1.005), step()], one_rank).is_within("fp32")
-    assert not grid.Comparison.of([step(), flipped, step(loss=2.1)], one_rank).is_within("fp32")
-    assert not grid.Comparison.of([step(), step(sparsity=0.51), step()], one_rank).is_within("fp32")
+    assert not TrajectoryComparison.of([step(l1_reg=1.005), flipped, step()], one_rank).is_within(
+        "fp32"
+    )
+    assert not TrajectoryComparison.of([step(), step(l1_reg=1.005), step()], one_rank).is_within(
+        "fp32"
+    )
+    assert not TrajectoryComparison.of([step(), flipped, step(loss=2.1)], one_rank).is_within(
+        "fp32"
+    )
+    assert not TrajectoryComparison.of([step(), step(sparsity=0.51), step()], one_rank).is_within(
+        "fp32"
+    )

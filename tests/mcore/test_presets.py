@@ -9,7 +9,7 @@ import pytest
 import torch
 import zstandard
 
-from megatron.remoe.analysis.memory import Layout, activation_bytes
+from megatron.remoe.analysis.memory import RankLoad, activation_bytes
 from megatron.remoe.analysis.size import ModelSize
 from megatron.remoe.ranks import Ranks, initialize_layout
 from megatron.remoe.run.argv import to_argv
@@ -204,6 +204,7 @@ def four():
         yield ranks
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("layout", FORWARDS)
 @pytest.mark.parametrize("router", ["dense", "moe", "moe_warmup", "remoe"])
 def test_a_shrunken_preset_runs_forward_under_every_layout_of_four_ranks(four, router, layout):
@@ -271,7 +272,7 @@ def test_activations_are_about_what_autograd_keeps(call, router):
     flags = preset("182m", router, *overrides)
     kept, active = call(saved_bytes, flags, 256)
     size = ModelSize.from_flags(flags)
-    estimate = activation_bytes(size, Layout(), active)
+    estimate = activation_bytes(size, RankLoad(), active)
     # routing, masks, casts of norms and rope are not counted
     assert 0.5 < estimate / kept < 1.1, (estimate, kept)
 

@@ -11,6 +11,8 @@ import pytest
 
 from megatron.remoe import processes
 
+pytestmark = pytest.mark.processes
+
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="death signals are Linux's")
 
 
@@ -130,19 +132,58 @@ def test_whether_a_process_listens_to_a_signal_is_seen():
         signal.signal(signal.SIGTERM, previous)
 
 
+WAITS = """
+import signal, time
+told = []
+signal.signal(signal.SIGUSR1, lambda *_: told.append(1))
+print("ready", flush=True)
+while not told: time.sleep(0.05)
+time.sleep(0.5)  # A rank that saves; a second signal would arrive now.
+print(len(told))
+"""
+
+
+@LINUX
+def test_a_rank_is_told_to_stop_once_by_the_signal_of_its_config():
+    from megatron.remoe.run.torchrun import Stop
+
+    parent = start(f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {WAITS!r}])")
+    assert parent.stdout.readline() == "ready\n"
+    flags = {"exit_signal_handler": True, "exit_signal": "SIGUSR1"}
+    stop = Stop()
+    stop.pass_on(parent, flags)  # Nobody has asked for it yet.
+    stop.requested.set()
+    while parent.poll() is None:
+        stop.pass_on(parent, flags)
+        time.sleep(0.05)
+    assert (parent.returncode, parent.stdout.read()) == (0, "1\n")
+
+
+def test_a_run_that_would_not_save_is_killed():
+    from megatron.remoe.run.torchrun import Stop
+
+    parent = start("import time; time.sleep(60)")
+    Stop(requested=True).pass_on(parent, {})
+    assert parent.wait(timeout=10) == -signal.SIGKILL
+
+
 RANK = """
 import os, signal, time
+from pathlib import Path
 from megatron.remoe import processes
 processes.end_with_parent()
 processes.end_children_with_me()
 signal.signal(signal.SIGTERM, lambda *_: None)  # as Megatron's exit-signal handler does
 pid = os.fork()  # a data loader, which inherits that
 os.write(1, f"process {{pid or os.getpid()}}\\n".encode())  # in one piece
+ready = Path(__file__ + ".ready")  # says that rank 0 is deaf to SIGTERM
+if pid and os.environ["RANK"] == "0":
+    ready.touch()
 with processes.exit_at_once(int(os.environ["RANK"])):
-    while pid and os.environ["RANK"] == "1":
-        {fault}
     while True:
-        time.sleep(1)
+        if pid and os.environ["RANK"] == "1" and ready.exists():
+            {fault}
+        time.sleep(0.1)
 """
 
 

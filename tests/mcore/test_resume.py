@@ -1,4 +1,4 @@
-"""A few pairs of `remoe verify resume`, and what they would catch; all of them are the command."""
+"""A few pairs of `remoe verify resume`, which runs all of them, and what they would catch."""
 
 import math
 import re
@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron.remoe.ranks import Ranks
-from megatron.remoe.testing.cells import Cell, run_cell, save_golden_weights
+from megatron.remoe.testing.cell import Cell
+from megatron.remoe.testing.cells import run_cell, save_golden_weights
 from megatron.remoe.testing.golden import CLOSED_LOOP
 from megatron.remoe.verify import kills, resume
-from megatron.remoe.verify.grid import FP32, Comparison, deviations
+from megatron.remoe.verify.trajectories import FP32, TrajectoryComparison, deviations
 
 SAME = "EP2, distributed optimizer, overlap"
 NAMES = [f"{SAME} -> {SAME}", "EP2 -> TP2", f"1, distributed optimizer -> {SAME}"]
@@ -24,6 +25,7 @@ def results():
     return {result.pair.name: result for result in resume.verify(chosen, steps=STEPS)}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", NAMES)
 def test_a_saved_run_continues_in_the_same_and_in_another_layout(results, name):
     result = results[name]
@@ -44,10 +46,10 @@ def test_the_pairs_cover_what_is_claimed():
 
 def test_a_pair_is_judged_bit_for_bit_only_in_the_same_layout():
     one, two = Cell("1"), Cell("EP2", 2, ep=2)
-    off, far_off = (Comparison({"lm_loss": x}, {"lm_loss": x}) for x in (1e-7, 1e-4))
-    assert not resume.Result(resume.Pair(one, one), 4, off).ok
-    assert resume.Result(resume.Pair(one, two), 4, off).ok
-    assert not resume.Result(resume.Pair(one, two), 4, far_off).ok
+    off, far_off = (TrajectoryComparison({"lm_loss": x}, {"lm_loss": x}) for x in (1e-7, 1e-4))
+    assert not resume.PairResult(resume.Pair(one, one), steps=4, compared=off).ok
+    assert resume.PairResult(resume.Pair(one, two), steps=4, compared=off).ok
+    assert not resume.PairResult(resume.Pair(one, two), steps=4, compared=far_off).ok
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def forget_the_steps(weights: Path, folder: Path):
     expected = run_cell(Cell("1"), CLOSED_LOOP, 6, weights)
     path = folder / "forgetful"
     first = resume.train_and_save(Cell("1"), CLOSED_LOOP, 3, weights, path)
-    training = resume.Training(Cell("1"), CLOSED_LOOP, weights)
+    training = resume.ResumableTraining(Cell("1"), CLOSED_LOOP, weights)
     training.load(path)
     for part in training.optimizer.chained_optimizers:
         for state in part.optimizer.state.values():
@@ -81,7 +83,7 @@ def test_megatrons_own_distributed_optimizer_does_not_resume(one_rank):
 
 
 def resume_without_the_fix(weights: Path, folder: Path) -> str | None:
-    """The error of Megatron's own class, while the others use ours."""
+    """Return the error of Megatron's own optimizer, which other tests replace by ours."""
     import megatron.core.optimizer as optimizers
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -114,7 +116,7 @@ def save_while_training(weights: Path, folder: Path):
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    training = resume.Training(Cell("1"), CLOSED_LOOP, weights)
+    training = resume.ResumableTraining(Cell("1"), CLOSED_LOOP, weights)
     training.steps(0, 2)
     training.save(folder / "step")
     write = FileSystemWriterAsync.write_preloaded_data_multithread

@@ -14,10 +14,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from megatron.remoe.run import launch, sweep_jobs
+from megatron.remoe.run import rundir, sweep_jobs, torchrun
 from megatron.remoe.run.config import RunConfig
 from megatron.remoe.run.sweep import SweepRun
 from tests.mcore import tiny
+
+pytestmark = pytest.mark.processes
 
 
 def write_sweep(folder: Path, **keys) -> Path:
@@ -129,7 +131,7 @@ def scripts(monkeypatch, folder: Path, bodies: dict[str, str]) -> None:
         out = folder / argv[0] / "metrics.jsonl"
         return [sys.executable, "-c", f"out = open({str(out)!r}, 'a')\n{bodies[argv[0]]}"]
 
-    monkeypatch.setattr(launch, "command", command)
+    monkeypatch.setattr(torchrun, "command", command)
 
 
 def sweep(runs, jobs=1):
@@ -219,7 +221,7 @@ def test_two_sweeps_of_one_folder_start_a_run_once(monkeypatch, tmp_path):
     runs = [fake_run(tmp_path, name) for name in "ab"]
     other = fake_run(tmp_path, "a")
     other.config.flags["lr"] = 0.5
-    launch.write_config(other.config)
+    rundir.write_config(other.config)
     before = (tmp_path / "a/config.yaml").read_text()
     other_starts = f"out.write({ROWS + LAST!r})"
     scripts(monkeypatch, tmp_path, {"a": other_starts, "b": GOOD})
@@ -232,7 +234,7 @@ def test_two_sweeps_of_one_folder_start_a_run_once(monkeypatch, tmp_path):
 
     start_ = sweep_jobs._start
     monkeypatch.setattr(sweep_jobs, "_start", start)
-    lock = launch._lock(tmp_path / "a")
+    lock = rundir.hold(tmp_path / "a")
     outcome, lines = sweep(runs)
     os.close(lock)
     assert list(outcome.failed) == ["a"] and "is in use by a run (process" in outcome.failed["a"]
@@ -248,7 +250,7 @@ SWEEP = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from megatron.remoe.run import launch, sweep_jobs
+from megatron.remoe.run import rundir, sweep_jobs, torchrun
 from megatron.remoe.run.config import RunConfig
 from megatron.remoe.run.sweep import SweepRun
 import typer
@@ -258,7 +260,7 @@ def command(argv, nproc):
     return [sys.executable, "-W", "ignore", *agent, "waits.py", *argv]
 
 def sweep():
-    launch.command = command
+    torchrun.command = command
     flags = {"train_iters": 3, "metrics_file": "a/metrics.jsonl"}
     run = SweepRun("a", RunConfig(Path("a"), 1, flags), ["a"])
     try:
@@ -299,7 +301,7 @@ def test_no_run_outlives_its_sweep(tmp_path, number):
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     assert "Traceback" not in text
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
-    os.close(launch._lock(tmp_path / "a"))  # nobody holds the directory
+    os.close(rundir.hold(tmp_path / "a"))  # nobody holds the directory
 
 
 def wait_until(is_true) -> None:
@@ -335,7 +337,7 @@ def test_slurm_gets_a_job_for_each_run_that_is_not_there(call, monkeypatch, tmp_
     )  # fmt: skip
     submitted = (tmp_path / "calls.txt").read_text().splitlines()[0]
     assert submitted.startswith("--parsable --job-name=b --nodes=1 --gpus-per-node=4 --export=ALL,")
-    assert submitted.endswith("scripts/pretrain.sbatch runs/sweep/b/config.yaml")
+    assert submitted.endswith("run/pretrain.sbatch runs/sweep/b/config.yaml")
     written = yaml.safe_load((tmp_path / "runs/sweep/b/config.yaml").read_text())
     assert written["exit_signal"] == "SIGUSR1" and written["nproc"] == 4
 
@@ -352,11 +354,11 @@ def with_path(folder: Path, *argv: str):
 
 def names_of(path: Path) -> list[str]:
     """The runs of an example, without its data."""
-    from megatron.remoe.run import sweep
+    from megatron.remoe.run import plan, sweep
 
     with pytest.MonkeyPatch.context() as patch:
-        check = sweep.check
-        patch.setattr(sweep, "check", lambda argv, nproc: check(argv, nproc, paths=False))
+        check = plan.check
+        patch.setattr(plan, "check", lambda argv, nproc, paths: check(argv, nproc, paths=False))
         return [run.name for run in sweep.load_sweep(path)]
 
 

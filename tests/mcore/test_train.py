@@ -92,11 +92,11 @@ def others(home, call):
 
 def prepared(home: Path, config: str) -> list[str]:
     """The command that `remoe train` would run."""
-    from megatron.remoe.run import launch
+    from megatron.remoe.run import launch, torchrun
 
     with contextlib.chdir(home):
-        run, argv = launch.prepare(load_config(Path(config)))
-    return launch.command(argv, run.nproc)
+        planned = launch.prepare(load_config(Path(config)))
+    return torchrun.command(planned.argv, planned.config.nproc)
 
 
 def training(rows):

@@ -2,11 +2,12 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F  # noqa: N812
 
 from tests.mcore import tiny
@@ -96,6 +97,10 @@ MISTAKES = {
         ["--num-experts", "4", "--expert-parallel", "3"],
         "does not divide the model's num_experts of 4",
     ),
+    "padding": (
+        ["--num-experts", "4", "--padded-vocab-size", "96", "--data", "no"],
+        "vocabulary mismatch: padded-vocab-size is 96",  # before the data is looked for
+    ),
 }
 
 
@@ -104,6 +109,43 @@ def test_mistakes_leave_nothing(call, home, tmp_path, argv, message):
     error = fails(call, tmp_path, "convert", "upcycle", str(home / "llama"), "out", *argv)
     assert message in error
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["sliding_attention"] * 2}, "only models with full_attention in all 2"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type = 'spiral'; it must be one of"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "scales RoPE (rope_type = 'linear'); only 'default' can be converted to Megatron",
+        ),
+    ],
+)
+def test_what_megatron_cannot_express_is_named_before_any_work(
+    call, home, tmp_path, changes, message
+):
+    llama_of_nan(home, tmp_path, changes)  # the command ends before it reads a weight
+    error = fails(call, tmp_path, "convert", "upcycle", "llama", "out", "--num-experts", "4")
+    assert message in error and [p.name for p in tmp_path.iterdir()] == ["llama"]
+
+
+def llama_of_nan(home: Path, folder: Path, changes: dict) -> None:
+    shutil.copytree(home / "llama", folder / "llama")
+    config = folder / "llama/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    weights = folder / "llama/model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, weights)
+
+
+def test_a_model_of_nan_is_not_used(call, home, tmp_path):
+    """The weights are read once, by transformers, and checked then."""
+    llama_of_nan(home, tmp_path, {})
+    error = fails(call, tmp_path, "convert", "upcycle", "llama", "out", "--num-experts", "4")
+    assert "model.norm.weight of llama has 32 values that are NaN or infinite" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["llama"]
 
 
 def test_a_mixture_is_no_start(call, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from megatron.remoe.ranks import Ranks
 from tests.mcore import moe_cases, tiny
 from tests.mcore.moe_cases import EXPERTS, HIDDEN, WIDTH, Layout
-from tests.mcore.test_train import finish, training
+from tests.mcore.test_train import training
 
 STEPS, WARM_K = 3, 3
 
@@ -104,7 +104,7 @@ def test_granularity_multiplies_the_k_of_the_warmup_too(call):
     assert (args["moe_router_topk"], args["moe_topk_warmup_topk"]) == (2, 6)
 
 
-def test_a_resumed_run_goes_on_with_the_right_k(tmp_path):
+def test_a_resumed_run_goes_on_with_the_right_k(call, tmp_path):
     changes = {"moe_relu_routing": False, "moe_router_pre_softmax": True}
     changes |= {"moe_topk_warmup_steps": STEPS, "moe_topk_warmup_topk": WARM_K}
     changes |= {"train_iters": 5, "exit_interval": 2, "run_dir": "run"}
@@ -112,6 +112,7 @@ def test_a_resumed_run_goes_on_with_the_right_k(tmp_path):
     tiny.write_config(tmp_path / "warm.yaml", **changes)
     active = []
     for _ in range(2):  # stops after steps 2 and 4
-        finish(tiny.start("train", "warm.yaml", cwd=tmp_path))
+        code, out, error = call(tiny.remoe, tmp_path, "train", "warm.yaml")
+        assert code == 0, out + error
         active.append([row["active_experts"] for row in training(tiny.rows(tmp_path / "run"))])
     assert active == [[3, 3], [3, 3, 3, 1]]

@@ -1,31 +1,38 @@
-"""Runs side by side: means over seeds, paired differences between routers, and how they settled."""
+"""Comparison of runs: means over seeds, and paired differences between routers."""
 
 import csv
 import io
-import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from megatron.remoe.analysis import markdown
+from megatron.remoe.analysis.measures import (
+    accuracy,
+    last_mean,
+    sparsity_deviation,
+    steps_to_settle,
+    validation_loss,
+)
 from megatron.remoe.analysis.runs import Run
 from megatron.remoe.analysis.size import ModelSize
 
-_LAST_ROWS = 20
-_OSCILLATION_ROWS, _OSCILLATION_MEAN = 100, 10
+_OSCILLATION_MEAN = 10  # rows of a block
 _DEFAULT_SEED = 1234
-# In the order of a table, and of a difference: later minus earlier.
+# Routers in the order of a table; a difference is that of a later one minus an earlier one.
 ROUTERS = ("dense", "TopK", "TopK with warm-up", "ReMoE")
-# Settings in which runs differ without being other experiments.
+# Settings in which runs may differ and still be the same experiment.
 _PLACES = {
     "run_dir", "nproc", "seed", "metrics_file", "save", "load", "save_interval", "data_cache_path",
     "tensorboard_dir", "wandb_exp_name", "wandb_save_dir", "wandb_project", "wandb_tags",
     "wandb_mode",
 }  # fmt: skip
-# Settings that make the router, beyond which two routers must agree to be compared.
+# Settings of a router; in all others, two routers must agree to be compared.
 _ROUTER_SETTINGS = (
     "moe_relu_",
     "moe_topk_warmup_",
@@ -42,27 +49,28 @@ _T95 = (
 
 
 def load_runs(paths: Iterable[Path]) -> list[Run]:
-    """Read run directories, and every run directory directly in a folder that is none itself.
+    """Read run directories, and the run directories in folders that are none themselves.
 
     Raises:
-        ValueError: a path without a run.
+        ValueError: a path holds no run.
     """
-    runs = []
+    runs: list[Run] = []
     for path in paths:
         if not path.is_dir():
             raise ValueError(f"{path} is not a folder; pass run directories, or folders of them")
-        inside = sorted(p for p in path.iterdir() if (p / "metrics.jsonl").is_file())
-        if (path / "metrics.jsonl").is_file():
-            runs.append(Run.load(path))
-        elif inside:
-            runs += [Run.load(p) for p in inside]
-        else:
+        candidates = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir()))
+        if not candidates:
             raise ValueError(f"{path} holds no run: there is no metrics.jsonl in it or below it")
+        runs += map(Run.load, candidates)
     return runs
 
 
+def _is_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").is_file()
+
+
 def router_of(config: dict[str, Any]) -> str:
-    """The router of a run, one of `ROUTERS`."""
+    """Return the router of a run, one of `ROUTERS`."""
     if not config.get("num_experts"):
         return "dense"
     if config.get("moe_relu_routing"):
@@ -70,72 +78,14 @@ def router_of(config: dict[str, Any]) -> str:
     return "TopK with warm-up" if config.get("moe_topk_warmup_steps") else "TopK"
 
 
-def validation_loss(run: Run) -> float:
-    """The last overall validation loss; NaN without one, or where it diverged."""
-    loss = run.last_evaluation().get("valid")
-    return math.nan if loss is None else loss
-
-
-def steps_to_settle(run: Run) -> int | None:
-    """Return the step at which sparsity settles; None if it has not, or without ReLU routing."""
-    return run.stages.sparse_from if run.has_relu_routing else None
-
-
-def oscillation(run: Run) -> float | None:
-    """Standard deviation of the sparsity over the last 100 rows, in means of 10.
-
-    A single step's is mostly that of its batch. None for a router without sparsity.
-    """
-    return _deviation(run, _OSCILLATION_MEAN)
-
-
-def deviation(run: Run) -> float | None:
-    """Standard deviation of the sparsity over the last 100 rows, step by step."""
-    return _deviation(run, 1)
-
-
-def _deviation(run: Run, rows: int) -> float | None:
-    """In means of so many rows."""
-    values = [row["sparsity"] for row in run.measured[-_OSCILLATION_ROWS:]]
-    parts = [values[i : i + rows] for i in range(0, len(values), rows)]
-    return statistics.pstdev(map(statistics.fmean, parts)) if parts else None
-
-
-def accuracy(run: Run) -> float | None:
-    """Mean accuracy of the tasks in `evaluation.json`; None without that file or tasks in it.
-
-    A group stands for its tasks, whose names begin with the group's.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    file = run.path / "evaluation.json"
-    if not file.is_file():
-        return None
-    try:
-        tasks = json.loads(file.read_bytes()).get("tasks") or {}
-        known = {name: task["acc"] for name, task in tasks.items() if "acc" in task}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{file} is not what remoe evaluate writes ({error}); delete it, or evaluate again"
-        ) from None
-    own = [n for n in known if not any(n.startswith(f"{other}_") for other in known)]
-    return statistics.fmean(known[name] for name in own) if own else None
-
-
-def _last_mean(run: Run, key: str) -> float | None:
-    values = [row[key] for row in run.train[-_LAST_ROWS:] if row.get(key) is not None]
-    return statistics.fmean(values) if values else None
-
-
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed only.
+    """Runs that differ only in their seed.
 
     Attributes:
-        router: see `router_of`.
-        settings: what else distinguishes the group from others of the comparison.
-        runs: by seed.
+        router: the router, one of `ROUTERS`.
+        settings: what else distinguishes the group from others in the comparison.
+        runs: the runs by seed.
     """
 
     router: str
@@ -144,6 +94,7 @@ class Group:
 
     @property
     def name(self) -> str:
+        """The router and the settings in short."""
         short = (
             f"{key.removeprefix('moe_').removeprefix('relu_')} "
             f"{'default' if value is None else value}"
@@ -153,15 +104,17 @@ class Group:
 
     @property
     def any_run(self) -> Run:
+        """One of the runs."""
         return next(iter(self.runs.values()))
 
     @property
     def losses(self) -> dict[int, float]:
+        """The validation losses by seed."""
         return {seed: validation_loss(run) for seed, run in self.runs.items()}
 
     @property
     def size(self) -> ModelSize | None:
-        """Of the model; None where the config does not determine it."""
+        """The size of the model; None if the config does not determine it."""
         try:
             return ModelSize.from_flags(self.any_run.config)
         except ValueError:
@@ -169,11 +122,14 @@ class Group:
 
     @cached_property
     def row(self) -> dict[str, Any]:
-        """The line of the table, unrounded."""
+        """The group's line in the table, unrounded."""
         runs, losses = list(self.runs.values()), list(self.losses.values())
-        settled = [steps_to_settle(run) for run in runs]
-        steps = [step for step in settled if step is not None]
+        steps = [step for step in map(steps_to_settle, runs) if step is not None]
         coeffs = [[row["l1_coeff"] for row in run.train if "l1_coeff" in row] for run in runs]
+
+        def last(key: str) -> float | None:
+            return _mean(last_mean(run, key) for run in runs)
+
         return {
             "run": self.name,
             "seeds": len(runs),
@@ -182,23 +138,23 @@ class Group:
             "total_params": self.size.total_params if self.size else None,
             "valid_loss_mean": statistics.fmean(losses),
             "valid_loss_std": _stdev(losses),
-            "sparsity": _mean(_last_mean(run, "sparsity") for run in runs),
+            "sparsity": last("sparsity"),
             "settled_runs": len(steps) if self.router == "ReMoE" else None,
             "steps_to_settle": _mean(steps),
-            "deviation": _mean(deviation(run) for run in runs),
-            "oscillation": _mean(oscillation(run) for run in runs),
+            "deviation": _mean(map(sparsity_deviation, runs)),
+            "oscillation": _mean(map(partial(sparsity_deviation, rows=_OSCILLATION_MEAN), runs)),
             "coeff_peak": _geometric_mean(max(c) for c in coeffs if c),
             "coeff_last": _geometric_mean(c[-1] for c in coeffs if c),
-            "dead_experts": _mean(_last_mean(run, "dead_experts") for run in runs),
-            "expert_load_max": _mean(_last_mean(run, "expert_load_max") for run in runs),
-            "expert_load_cv": _mean(_last_mean(run, "expert_load_cv") for run in runs),
-            "tokens_per_second": _mean(_last_mean(run, "tokens_per_second") for run in runs),
-            "accuracy": _mean(accuracy(run) for run in runs),
+            "dead_experts": last("dead_experts"),
+            "expert_load_max": last("expert_load_max"),
+            "expert_load_cv": last("expert_load_cv"),
+            "tokens_per_second": last("tokens_per_second"),
+            "accuracy": _mean(map(accuracy, runs)),
         }
 
 
 def _stdev(values: list[float]) -> float | None:
-    """None of one value; NaN where a value is not finite, on which `statistics` fails."""
+    """Return None for one value, and NaN if a value is not finite, on which `statistics` fails."""
     if len(values) < 2:
         return None
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
@@ -216,13 +172,13 @@ def _geometric_mean(values: Iterable[float]) -> float | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """Validation loss of one group minus another's, at equal seeds.
+    """The validation loss of one group minus that of another, at equal seeds.
 
     Attributes:
-        first, second: names of the groups.
-        seeds: how many seeds both have.
-        mean: of the differences; negative where the first is better.
-        half_width: of the 95% confidence interval by Student's t; None with one seed.
+        first, second: the names of the groups.
+        seeds: the number of seeds that both groups have.
+        mean: the mean of the differences, which is negative if the first group is better.
+        half_width: half the width of the 95% confidence interval by Student's t; None for one seed.
     """
 
     first: str
@@ -233,7 +189,7 @@ class Difference:
 
 
 def paired_difference(first: Group, second: Group) -> Difference | None:
-    """None where the groups share no seed."""
+    """Compare two groups at the seeds that both have; None if there is no such seed."""
     a, b = first.losses, second.losses
     deltas = [a[seed] - b[seed] for seed in a if seed in b]
     if not deltas:
@@ -246,13 +202,14 @@ def paired_difference(first: Group, second: Group) -> Difference | None:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Groups of runs, and the differences between routers that are otherwise set alike."""
+class RunComparison:
+    """Groups of runs, and the differences between routers whose other settings are equal."""
 
     groups: list[Group]
     differences: list[Difference]
 
     def to_csv(self) -> str:
+        """Return the groups as CSV, unrounded."""
         rows = [group.row for group in self.groups]
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -261,87 +218,32 @@ class Comparison:
         return text.getvalue()
 
     def to_markdown(self) -> str:
+        """Return tables of quality and routing, and of the differences."""
         rows = [group.row for group in self.groups]
-        lines = _table(rows, _QUALITY)
+        lines = markdown.table(rows, markdown.QUALITY)
         routed = [row for row in rows if row["sparsity"] is not None]
         if routed:
-            lines += ["", *_table(routed, _ROUTING)]
+            lines += ["", *markdown.table(routed, markdown.ROUTING)]
         if self.differences:
             text = "Validation loss, first minus second, at equal seed; 95% confidence interval by"
-            lines += ["", f"{text} Student's t:", ""]
-            lines += [_line(("first", "second", "seeds", "difference")), _line(["---"] * 4)]
+            cells = []
             for d in self.differences:
                 interval = "" if d.half_width is None else f" ± {d.half_width:.4f}"
-                lines.append(_line((d.first, d.second, d.seeds, f"{d.mean:+.4f}{interval}")))
+                cells.append((d.first, d.second, d.seeds, f"{d.mean:+.4f}{interval}"))
+            titles = ("first", "second", "seeds", "difference")
+            lines += ["", f"{text} Student's t:", "", *markdown.lines(titles, cells)]
         return "\n".join(lines)
 
 
-def _line(cells: Iterable[Any]) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def _table(rows: list[dict[str, Any]], columns: dict[str, Callable[..., str]]) -> list[str]:
-    """The lines of a table, without columns in which no row has anything."""
-    cells = {title: [text(row) for row in rows] for title, text in columns.items()}
-    shown = {title: texts for title, texts in cells.items() if any(texts)}
-    body = [_line(line) for line in zip(*shown.values(), strict=True)]
-    return [_line(shown), _line(["---"] * len(shown)), *body]
-
-
-def _number(key: str, form: str, scale: float = 1) -> Callable[[dict[str, Any]], str]:
-    return lambda row: "" if row[key] is None else format(row[key] * scale, form)
-
-
-def _loss_text(row: dict[str, Any]) -> str:
-    deviation = row["valid_loss_std"]
-    text = f"{row['valid_loss_mean']:.4f}"
-    return text if deviation is None else f"{text} ± {deviation:.4f}"
-
-
-def _settled_text(row: dict[str, Any]) -> str:
-    text = _number("steps_to_settle", ".0f")(row)
-    if row["settled_runs"] is None or row["settled_runs"] == row["seeds"]:
-        return text
-    return f"{text or '-'} ({row['settled_runs']} of {row['seeds']})"
-
-
-def _params_text(row: dict[str, Any]) -> str:
-    if row["total_params"] is None:
-        return ""
-    return f"{row['active_params'] / 1e6:.2f}M / {row['total_params'] / 1e6:.2f}M"
-
-
-_QUALITY = {
-    "run": lambda row: row["run"],
-    "seeds": _number("seeds", "d"),
-    "steps": _number("steps", "d"),
-    "active / total parameters": _params_text,
-    "validation loss": _loss_text,
-    "accuracy, %": _number("accuracy", ".2f", scale=100),
-    "tokens/s": _number("tokens_per_second", ".0f"),
-}
-_ROUTING = {
-    "run": lambda row: row["run"],
-    "sparsity": _number("sparsity", ".4f"),
-    "settles at step": _settled_text,
-    "deviation of a step": _number("deviation", ".4f"),
-    "of means of 10": _number("oscillation", ".4f"),
-    "coefficient, highest": _number("coeff_peak", ".1e"),
-    "coefficient, last": _number("coeff_last", ".1e"),
-    "dead experts": _number("dead_experts", ".1f"),
-    "most loaded / mean": _number("expert_load_max", ".2f"),
-    "variation of load": _number("expert_load_cv", ".3f"),
-}
-
-
-def compare(runs: list[Run], baseline: Path | None = None) -> Comparison:
+def compare(runs: list[Run], baseline: Path | None = None) -> RunComparison:
     """Group runs by everything but their seed, and pair the routers.
 
     Args:
-        baseline: one of the runs, with whose group others of its router are compared as well.
+        runs: the runs.
+        baseline: one of the runs; other groups with its router are compared with its group as well.
 
     Raises:
-        ValueError: two runs with the same settings and seed, or a baseline that is none of them.
+        ValueError: two runs have the same settings and seed, or the baseline is none of the runs.
     """
     routers = {run.path: router_of(run.config) for run in runs}
     groups: dict[tuple[str, str], Group] = {}
@@ -358,20 +260,20 @@ def compare(runs: list[Run], baseline: Path | None = None) -> Comparison:
             )
         group.runs[seed] = run
     ordered = sorted(groups.values(), key=_order)
-    differences = []
-    for index, second in enumerate(ordered):
-        for first in ordered[index + 1 :]:
-            if first.router != second.router and _comparable(first, second):
-                differences.append(paired_difference(first, second))
+    pairs = [
+        (first, second)
+        for second, first in combinations(ordered, 2)
+        if first.router != second.router and _comparable(first, second)
+    ]
     if baseline is not None:
         base = _group_of(ordered, baseline)
-        others = (g for g in ordered if g.router == base.router and g is not base)
-        differences += [paired_difference(group, base) for group in others]
-    return Comparison(ordered, [d for d in differences if d is not None])
+        pairs += [(g, base) for g in ordered if g.router == base.router and g is not base]
+    differences = [paired_difference(*pair) for pair in pairs]
+    return RunComparison(ordered, [d for d in differences if d is not None])
 
 
 def _order(group: Group) -> tuple[int, list[tuple[bool, float, str]]]:
-    """Routers in their order, then settings, numbers by size."""
+    """Order groups by router, then by their settings, of which numbers are ordered by size."""
 
     def key(value: Any) -> tuple[bool, float, str]:
         is_number = isinstance(value, int | float)
@@ -388,13 +290,13 @@ def _group_of(groups: list[Group], path: Path) -> Group:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """What tells runs apart; a granularity that is left out is 1."""
+    """Return the settings that distinguish runs; a granularity that is left out is 1."""
     default = {"moe_granularity": 1} if run.config.get("num_experts") else {}
     return {key: value for key, value in (default | run.config).items() if key not in _PLACES}
 
 
 def _varying(run: Run, alike: list[Run]) -> tuple[tuple[str, Any], ...]:
-    """The settings of a run in which runs of its router differ."""
+    """Return the settings of a run in which runs with its router differ."""
     own, others = _settings(run), [_settings(r) for r in alike]
     keys = dict.fromkeys(key for other in others for key in other)
     return tuple(
@@ -403,7 +305,7 @@ def _varying(run: Run, alike: list[Run]) -> tuple[tuple[str, Any], ...]:
 
 
 def _comparable(first: Group, second: Group) -> bool:
-    """Whether two routers are set alike in all that both have and that is not the router's."""
+    """Return whether two routers agree in all settings that both have and that are no router's."""
     a, b = _settings(first.any_run), _settings(second.any_run)
     common = [key for key in a if key in b and not key.startswith(_ROUTER_SETTINGS)]
     return all(a[key] == b[key] for key in common)

@@ -1,10 +1,11 @@
-"""Figures of a comparison, in the manner of the ReMoE paper (arXiv 2412.14711, figures 3 and 6)."""
+"""Figures of a comparison of runs, as in the ReMoE paper (arXiv 2412.14711, figures 3 and 6)."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.remoe.analysis.compare import Comparison, Group
+from megatron.remoe.analysis.compare import Group, RunComparison
+from megatron.remoe.analysis.plots import figure_file
 
 _COLORS = {
     "dense": "#7f7f7f",
@@ -16,11 +17,11 @@ _STYLES = ("-", "--", ":", "-.")
 _SMOOTHING = 20  # rows
 
 
-def draw_all(comparison: Comparison, folder: Path) -> list[Path]:
-    """Draw what the runs vary in; the figures' paths.
+def draw_all(comparison: RunComparison, folder: Path) -> list[Path]:
+    """Draw the figures of a comparison, and return their paths.
 
-    Always loss against steps; sparsity and coefficient where a router counts; loss against
-    parameters, experts and granularity where there are two values of it.
+    Loss against steps is always drawn; sparsity and coefficient are drawn if a run has recorded
+    them, and loss against parameters, experts and granularity if the runs have two values of it.
     """
     figures: dict[str, Callable[[Any, list[Group]], None]] = {"loss": _loss}
     groups = comparison.groups
@@ -35,22 +36,15 @@ def draw_all(comparison: Comparison, folder: Path) -> list[Path]:
 
 
 def _draw(path: Path, draw: Callable[[Any, list[Group]], None], groups: list[Group]) -> Path:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    draw(axis, groups)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    with figure_file(path, 1, (7, 4.5)) as (_, (axis,)):
+        draw(axis, groups)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
     return path
 
 
 def _style(group: Group, groups: list[Group]) -> dict[str, Any]:
-    """A color by router, and a line by what else the group is; of one router a color by that."""
+    """Return a color for the router and a line style for the settings, or colors for one router."""
     same = [g for g in groups if g.router == group.router]
     index = next(i for i, g in enumerate(same) if g is group)
     if len(same) == len(groups) > 1:
@@ -59,7 +53,7 @@ def _style(group: Group, groups: list[Group]) -> dict[str, Any]:
 
 
 def _curves(axis: Any, groups: list[Group], key: str, *, window: int = 1) -> None:
-    """One quantity over steps, a line per run, the seeds of a group alike."""
+    """Draw one quantity over steps, a line per run; the runs of a group look alike."""
     for group in groups:
         for index, run in enumerate(group.runs.values()):
             rows = [row for row in run.train if row.get(key) is not None]
@@ -76,7 +70,7 @@ def _curves(axis: Any, groups: list[Group], key: str, *, window: int = 1) -> Non
 
 
 def _smooth(values: list[float], window: int) -> list[float]:
-    """Mean of the last `window` values at every place."""
+    """Return the mean of the last `window` values at every place."""
     parts = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
     return [sum(part) / len(part) for part in parts]
 
@@ -103,7 +97,7 @@ def _coefficient(axis: Any, groups: list[Group]) -> None:
 
 
 def _against(label: str, value: Callable[[Group], float | None]) -> Callable[..., None]:
-    """Validation loss against a property, a line per router, with the range over seeds."""
+    """Make a function that draws validation loss against a property, a line per router."""
 
     def draw(axis: Any, groups: list[Group]) -> None:
         for router in dict.fromkeys(group.router for group in groups):

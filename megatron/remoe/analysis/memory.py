@@ -1,9 +1,9 @@
-"""Activations that a rank holds for the backward pass: an estimate of the largest tensors.
+"""An estimate of the activations that a rank holds for the backward pass.
 
-Counted are the inputs of the linear layers, norms, attention and activation function, as the
-backward pass needs them; not counted are the optimizer, communication buffers and fragmentation.
-Experts are taken to be balanced over ranks. `remoe bench memory` measures what `ExpertsMemory`
-estimates.
+The estimate counts the inputs of linear layers, norms, attention and the activation function, as
+the backward pass needs them. It does not count the optimizer, communication buffers and
+fragmentation, and assumes that the load of the experts is balanced over ranks. `remoe bench memory`
+measures what `ExpertsMemory` estimates.
 """
 
 from dataclasses import dataclass
@@ -13,21 +13,22 @@ from megatron.remoe.analysis.size import ModelSize
 from remoe.kernels.chunks import Limits
 
 Recompute = Literal["none", "moe", "full"]
-_INDEX_BYTES = 3 * 8  # of an assignment: its token, its probability's place, its place by token
+_INDEX_BYTES = 3 * 8  # three indices for each (token, expert) assignment
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a run is split over ranks, and what a rank holds at a time.
+class RankLoad:
+    """How a run is split over ranks, and how much a rank holds at a time.
 
     Attributes:
         tp, pp, cp, expert_tp: sizes of tensor, pipeline, context and expert tensor parallelism.
         sequence_parallel: whether tensor-parallel ranks share the tokens outside linear layers.
-        micro_batch: sequences of a micro-batch.
-        num_micro_batches: micro-batches of a step, by data-parallel rank.
+        micro_batch: the number of sequences in a micro-batch.
+        num_micro_batches: the number of micro-batches of a step on each data-parallel rank.
         recompute: what is computed again in the backward pass.
         bytes_per_value: 2 for bf16, 4 for fp32.
-        max_assignments: of a layer and rank that are computed at once; None is the automatic limit.
+        max_assignments: the most assignments of a layer that a rank computes at once; None is the
+            automatic limit.
     """
 
     tp: int = 1
@@ -44,12 +45,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class ExpertsMemory:
-    """Bytes of the routed experts of one layer on a rank, as `remoe.kernels` computes them.
+    """The bytes of one layer's routed experts on a rank, as `remoe.kernels` computes them.
 
     Attributes:
-        hidden, width: of the rows, and of an expert on this rank.
-        matrices: of an expert: 3 with a gate.
-        bytes_per_value: of the activations.
+        hidden: the width of the rows.
+        width: the width of an expert on this rank.
+        matrices: the number of an expert's matrices: 3 with a gate, else 2.
+        bytes_per_value: the size of an activation.
     """
 
     hidden: float
@@ -58,48 +60,49 @@ class ExpertsMemory:
     bytes_per_value: int = 4
 
     def kept(self, rows: float) -> float:
-        """For backward: inputs, and products with gate and up."""
+        """Return the bytes kept for backward: the inputs, and their products with gate and up."""
         values = self.hidden + (self.matrices - 1) * self.width
         return rows * (values * self.bytes_per_value + _INDEX_BYTES)
 
     def passing(self, rows: float, busiest: float) -> float:
-        """In backward, beside it: gradients of the rows, and what the expert in turn needs.
+        """Return the additional bytes in backward: gradients of the rows and of one expert's work.
 
         Args:
-            rows: assignments in all.
-            busiest: those of the expert with most of them, or all where a GPU takes them together.
+            rows: the number of all assignments.
+            busiest: the number of assignments that are computed together: those of the busiest
+                expert, or all on a GPU that takes them in one call.
         """
         values = 2 * self.hidden * rows
         values += busiest * (2 * self.hidden + (self.matrices + 1) * self.width)
         return values * self.bytes_per_value
 
     def peak(self, rows: float, busiest: float, chunk: float | None) -> float:
-        """Forward and backward of this layer alone, in chunks of so many rows, or at once."""
+        """Return the peak of this layer alone, computed in chunks of `chunk` rows or at once."""
         if chunk is None:
             return self.kept(rows) + self.passing(rows, busiest)
         return self.kept(chunk) + self.passing(chunk, min(busiest, chunk))
 
 
 def routing_bytes(tokens: float, num_experts: int, bytes_per_value: int) -> float:
-    """Of a layer's router: logits' and penalty's fp32 values, the map, and probabilities."""
+    """Return the bytes of a layer's routing: fp32 values, the routing map, and probabilities."""
     return tokens * num_experts * (4 + 1 + bytes_per_value)
 
 
 def layers_at_once(
     num_layers: int, rows: float, balanced: float, max_assignments: int | None
 ) -> tuple[int, float | None]:
-    """How many layers are computed at once when all have so many assignments.
+    """Return how many layers are computed at once, and the rows of the other layers' chunks.
 
     The rule of Megatron's layer (`remoe.kernels.chunks.AssignmentBudget`).
 
     Args:
-        num_layers: that keep their activations at the same time.
-        rows: assignments of a layer on a rank.
-        balanced: the same at topk per token.
+        num_layers: the number of layers that keep their activations at the same time.
+        rows: the number of assignments of each layer on a rank.
+        balanced: the same number at topk experts per token.
         max_assignments: the limit; None is the automatic one.
 
     Returns:
-        The number of layers, and the rows of the other layers' chunks, None if there are none.
+        The number of layers, and the rows of a chunk, which are None if no layer has chunks.
     """
     limits = Limits.of(balanced, max_assignments)
     if rows <= limits.at_once:
@@ -108,17 +111,17 @@ def layers_at_once(
     return (num_layers, None) if at_once >= num_layers else (at_once, limits.chunk)
 
 
-def activation_bytes(size: ModelSize, layout: Layout, active_experts: float) -> float:
-    """Bytes of activations on the fullest pipeline stage.
+def activation_bytes(size: ModelSize, layout: RankLoad, active_experts: float) -> float:
+    """Return the bytes of activations on the fullest pipeline stage.
 
     Args:
         size: the model.
-        layout: how it is split.
-        active_experts: per token, k in the stable stage and up to E in the dense warm-up.
+        layout: how the run is split over ranks.
+        active_experts: the number per token, k in the stable stage and up to E in the dense one.
     """
     tokens = size.seq_length * layout.micro_batch / layout.cp
     outside = tokens / layout.tp if layout.sequence_parallel else tokens
-    # norm, its output as the input of the projection, and the residual's second norm likewise
+    # the inputs of two norms, and their outputs, which are the inputs of projections
     shared = 4 * size.hidden * outside
     split = (2 * size.query_width + 2 * size.key_width) * tokens / layout.tp
     split += size.shared_width * size.matrices * tokens / layout.tp if size.num_moe_layers else 0
@@ -141,8 +144,10 @@ def activation_bytes(size: ModelSize, layout: Layout, active_experts: float) -> 
     return max(first, last) * layout.bytes_per_value
 
 
-def _experts(size: ModelSize, layout: Layout, active: float, tokens: float) -> tuple[float, float]:
-    """Values that all layers' experts keep, and those that pass in the backward of one."""
+def _experts(
+    size: ModelSize, layout: RankLoad, active: float, tokens: float
+) -> tuple[float, float]:
+    """Return the values that all experts keep, and those that one layer needs in its backward."""
     if not size.num_moe_layers:
         return 0.0, 0.0
     memory = ExpertsMemory(

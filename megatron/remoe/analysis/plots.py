@@ -1,5 +1,7 @@
-"""Figures, drawn from run directories only."""
+"""Curves of a single run, drawn from its run directory alone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,32 +11,35 @@ _STAGES = (("dense", "#d9e6f2"), ("sparsifying", "#fbe6cd"), ("stable", "#e2f0df
 
 
 def plot_curves(run: Run, path: Path) -> None:
-    """Loss, sparsity against its target, and coefficient over steps, as a PNG.
+    """Draw loss, sparsity with its target, and coefficient over steps, as a PNG.
 
-    A run without ReLU routing has the loss only.
+    For a run without ReLU routing, only the loss is drawn.
     """
+    steps = run.series("iteration")
+    panels = [_loss, _sparsity, _coefficient] if run.has_relu_routing else [_loss]
+    with figure_file(path, len(panels), (9, 1.5 + 2.5 * len(panels))) as (figure, axes):
+        for draw, axis in zip(panels, axes, strict=True):
+            draw(axis, run, steps)
+            if run.has_relu_routing:
+                _shade_stages(axis, run, steps, labels=axis is axes[0])
+            axis.grid(alpha=0.3)
+            axis.set_xlim(steps[0], steps[-1])
+        axes[-1].set_xlabel("step")
+        figure.suptitle(run.path.resolve().name)
+
+
+@contextmanager
+def figure_file(path: Path, panels: int, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
+    """Yield a figure and its panels, one below the other; save it as a PNG afterwards."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = 3 if run.has_relu_routing else 1
     figure, axes = pyplot.subplots(
-        panels, 1, figsize=(9, 1.5 + 2.5 * panels), sharex=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    steps = run.series("iteration")
-    _loss(axes[0, 0], run, steps)
-    if run.has_relu_routing:
-        _sparsity(axes[1, 0], run, steps)
-        _coefficient(axes[2, 0], run, steps)
-        for axis in axes[:, 0]:
-            _shade_stages(axis, run, steps, labels=axis is axes[0, 0])
-    for axis in axes[:, 0]:
-        axis.grid(alpha=0.3)
-        axis.set_xlim(steps[0], steps[-1])
-    axes[-1, 0].set_xlabel("step")
-    figure.suptitle(run.path.resolve().name)
+        panels, 1, figsize=size, sharex=True, squeeze=False, layout="constrained"
+    )
+    yield figure, axes[:, 0]
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -71,7 +76,7 @@ def _sparsity(axis: Any, run: Run, steps: list[int]) -> None:
 
 def _coefficient(axis: Any, run: Run, steps: list[int]) -> None:
     axis.semilogy(steps, run.series("l1_coeff"), color="#8e5a9e", label="coefficient")
-    axis.semilogy(steps, run.series("l1_reg"), color="#5b8c5a", label="regulariser")
+    axis.semilogy(steps, run.series("l1_reg"), color="#5b8c5a", label="regularizer")
     axis.set_ylabel("L1 penalty")
     axis.legend(fontsize=7)
 

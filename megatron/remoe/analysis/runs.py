@@ -1,18 +1,18 @@
-"""A run directory: `config.yaml` and `metrics.jsonl`."""
+"""The files of a run directory: `config.yaml` and `metrics.jsonl`."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron.remoe.files import parse_json
 from remoe.statistics import settling_index
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Where a ReMoE run changes character (arXiv 2412.14711, section 3.5).
+    """The boundaries between the stages of a ReMoE run (arXiv 2412.14711, section 3.5).
 
     Attributes:
         dense_until: last iteration of the dense warm-up, in which more than half of all (token,
@@ -27,12 +27,13 @@ class Stages:
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage took.
+    """The time and memory that a stage took.
 
     Attributes:
-        name: of the stage.
-        first, last: its iterations.
-        seconds: without evaluations and checkpoints; share: of all stages' seconds.
+        name: the name of the stage.
+        first, last: the first and the last iteration of the stage.
+        seconds: the time without evaluations and checkpoints.
+        share: the share of this time in that of all stages.
         peak_memory: bytes on the last rank; None in runs that did not record it.
     """
 
@@ -45,10 +46,10 @@ class StageCost:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line that is not complete is left out.
+    """Read the rows of a `metrics.jsonl`; a last line that is not complete is left out.
 
     Raises:
-        ValueError: another line is damaged, naming it.
+        ValueError: another line is damaged; the message names it.
     """
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
@@ -63,20 +64,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_row(line: str | bytes) -> dict[str, Any]:
-    """A line of `metrics.jsonl`.
+    """Parse a line of `metrics.jsonl`.
 
     Raises:
-        ValueError: it is not a step or an evaluation.
+        ValueError: the line is neither a step nor an evaluation.
     """
     try:
-        row = json.loads(line)
+        row = parse_json(line.encode() if isinstance(line, str) else line)
     except ValueError as error:  # UnicodeDecodeError is one
         raise ValueError(f"it is not JSON ({error})") from None
-    if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
+    is_row = isinstance(row, dict) and isinstance(row.get("iteration"), int)
+    if not is_row or not isinstance(row.get("split", ""), str):
         raise ValueError("it is neither a step nor an evaluation")
-    if not isinstance(row.get("lm_loss"), int | float | None) or "lm_loss" not in row:
-        raise ValueError("its lm_loss is no number")
-    return row
+    found: dict[str, Any] = {"lm_loss": "missing"} | row
+    for name in ("lm_loss", "sparsity"):
+        if not isinstance(found.get(name), int | float | None):
+            raise ValueError(f"its {name} is no number")
+    return found
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -92,13 +96,13 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run wrote.
+    """The config and the metrics that a run has written.
 
     Attributes:
         path: the run directory.
-        config: resolved config.
-        train: rows of `metrics.jsonl` that are training steps.
-        evaluations: rows that are evaluations, with `split`.
+        config: the resolved config.
+        train: the rows of `metrics.jsonl` that are training steps.
+        evaluations: the rows that are evaluations, with `split`.
     """
 
     path: Path
@@ -108,10 +112,10 @@ class Run:
 
     @classmethod
     def load(cls, path: Path) -> "Run":
-        """Read a run directory; a last line that a kill has cut off is left out.
+        """Read a run directory; a last line that is cut off is left out.
 
         Raises:
-            ValueError: the directory is not a run, has no step yet, or a file in it is damaged.
+            ValueError: the folder is not a run directory, has no step yet, or has a damaged file.
         """
         for name in ("config.yaml", "metrics.jsonl"):
             if not (path / name).is_file():
@@ -124,7 +128,7 @@ class Run:
         return cls(path, config, train, [row for row in rows if "split" in row])
 
     def series(self, key: str) -> list[Any]:
-        """One quantity of all training rows."""
+        """Return one quantity of all training rows."""
         return [row[key] for row in self.train]
 
     @property
@@ -134,11 +138,12 @@ class Run:
 
     @property
     def has_relu_routing(self) -> bool:
+        """Whether the run has routers with a ReLU."""
         return "l1_coeff" in self.train[0]
 
     @property
     def target_sparsity(self) -> float:
-        """`1 - k/E`, which granularity leaves as it is."""
+        """The target sparsity `1 - k/E`, which granularity does not change."""
         return 1 - float(self.config["moe_router_topk"]) / float(self.config["num_experts"])
 
     @property
@@ -157,7 +162,7 @@ class Run:
 
     @property
     def stage_costs(self) -> list[StageCost]:
-        """Time and memory of the stages that the run has been in (arXiv 2412.14711, appendix D)."""
+        """The time and memory of the stages so far (arXiv 2412.14711, appendix D)."""
         stages, last = self.stages, int(self.train[-1]["iteration"])
         sparse_from = stages.sparse_from or last + 1
         dense_until = min(stages.dense_until, sparse_from - 1)
@@ -182,9 +187,9 @@ class Run:
 
     @property
     def early_overhead(self) -> float | None:
-        """How much longer the run took than at the speed of its stable stage, as a fraction.
+        """The extra time of the run over the speed of its stable stage, as a fraction.
 
-        None for a run that has not reached it.
+        It is None for a run that has not reached this stage.
         """
         costs = self.stage_costs
         if not costs or costs[-1].name != "stable":
@@ -194,7 +199,7 @@ class Run:
         return sum(cost.seconds for cost in costs) / (step * stable.last) - 1
 
     def last_evaluation(self) -> dict[str, float]:
-        """Loss of every split at the last iteration that was evaluated."""
+        """Return the loss of every split at the last iteration that was evaluated."""
         if not self.evaluations:
             return {}
         last = self.evaluations[-1]["iteration"]

@@ -1,14 +1,15 @@
-"""Parameters and floating-point operations of a model, from its flags.
+"""Numbers of parameters and floating-point operations of a model, from its flags.
 
-Counted as the ReMoE paper counts (arXiv 2412.14711, section 4.1): both embedding matrices, without
-the routers' weights, and attention over the whole sequence without halving it for the causal mask.
+They are counted as in the ReMoE paper (arXiv 2412.14711, section 4.1): with both embedding
+matrices, without the routers' weights, and with attention over the whole sequence, which is not
+halved for the causal mask.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# What changes the size of a model in ways that are not counted here, with its values that do not.
+# Flags that change a model's size in ways that are not counted, with the values that do not.
 _NOT_COUNTED: dict[str, tuple[Any, ...]] = {
     "multi_latent_attention": (None, False),
     "mtp_num_layers": (None, 0),
@@ -22,14 +23,15 @@ _NOT_COUNTED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Shape of a decoder, after granularity.
+    """The shape of a decoder, after granularity.
 
     Attributes:
-        query_width, key_width: heads, and query groups, times their width.
-        ffn_width: width of the MLP of dense layers.
-        matrices: matrices of an MLP: 3 with a gate (SwiGLU), else 2.
-        num_moe_layers, num_experts, topk, expert_width, shared_width: of layers with experts.
-        norm_weights: weights of a norm per hidden unit: 1, or 2 with a bias.
+        query_width, key_width: the number of heads, and of query groups, times the width of a head.
+        ffn_width: the width of the MLP in dense layers.
+        matrices: the number of matrices of an MLP: 3 with a gate (SwiGLU), else 2.
+        num_moe_layers: the number of layers with experts.
+        num_experts, topk, expert_width, shared_width: the shape of these layers.
+        norm_weights: the weights of a norm per hidden unit: 1, or 2 with a bias.
     """
 
     num_layers: int
@@ -50,7 +52,7 @@ class ModelSize:
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> "ModelSize":
-        """Read Megatron's flags (underscores), of a config or of parsed arguments.
+        """Read Megatron's flags, with underscores, from a config or from parsed arguments.
 
         Raises:
             ValueError: a flag is missing, or the model has parts that are not counted.
@@ -95,16 +97,17 @@ class ModelSize:
 
     @property
     def total_params(self) -> int:
-        """All parameters but the routers' (`router_params`)."""
+        """The number of all parameters except the routers' (`router_params`)."""
         return self._params(self.num_experts)
 
     @property
     def router_params(self) -> int:
+        """The number of the routers' parameters."""
         return self.num_moe_layers * self.num_experts * self.hidden
 
     @property
     def active_params(self) -> int:
-        """Parameters that an average token uses, at k active experts, but the routers'."""
+        """The number of parameters that an average token uses, without the routers'."""
         return self._params(self.topk)
 
     def _params(self, experts: int) -> int:
@@ -113,7 +116,7 @@ class ModelSize:
         return embeddings + norms + self._layer_weights(experts)
 
     def _layer_weights(self, experts: int) -> int:
-        """Attention's and MLPs' matrices of all layers, with so many experts per layer."""
+        """Count the matrices of attention and MLPs, with this number of experts per layer."""
         attention = self.num_layers * 2 * (self.query_width + self.key_width)
         mlps = (self.num_layers - self.num_moe_layers) * self.ffn_width
         mlps += self.num_moe_layers * (experts * self.expert_width + self.shared_width)
@@ -121,10 +124,10 @@ class ModelSize:
 
     @property
     def flops_per_sequence(self) -> int:
-        """Forward and backward (three times the forward) of one sequence, at k active experts.
+        """The operations of one sequence, forward and backward, at k active experts.
 
-        Two operations per weight and token; the router, a thousandth of the whole, is left out as
-        in the published figures.
+        The backward pass counts twice as much as the forward pass, which has two operations per
+        weight and token. The router, a thousandth of the whole, is left out as in the paper.
         """
         weights = self._layer_weights(self.topk) + self.vocab * self.hidden
         scores = 2 * self.num_layers * self.seq_length * self.query_width
@@ -132,7 +135,7 @@ class ModelSize:
 
 
 def layers_with_experts(frequency: int | list[int] | None, num_layers: int) -> list[int]:
-    """By Megatron's `moe_layer_freq`: every n-th from the first on, or a pattern of 0 and 1."""
+    """List the layers with experts for a `moe_layer_freq`: every n-th, or a pattern of 0 and 1."""
     if isinstance(frequency, list):
         return [i for i in range(num_layers) if frequency[i]]
     return list(range(0, num_layers, int(frequency or 1)))

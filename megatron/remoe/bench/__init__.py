@@ -1,1 +1,1 @@
-"""Benchmarks: programs that print ratios measured side by side in one run."""
+"""Benchmarks, which print ratios that are measured side by side in one run."""

@@ -1,19 +1,20 @@
 """One MoE layer, forward and backward: ours, Megatron's, Hugging Face's, and the dense limit.
 
-Shapes: T tokens, H hidden, E experts, F expert width.
+Shapes: T tokens, H hidden, E experts, F expert width, k active experts per token on average.
 """
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from megatron.remoe.bench.timing import Alternative
+from megatron.remoe.testing.golden import transformer_config
 from remoe import ReMoELayer, ReMoELayerConfig, l1_penalty
 from remoe.routing import tokens_per_expert
 
@@ -21,7 +22,7 @@ DENSE = "dense SwiGLU of equal active FLOPs"
 
 
 class Like(TypedDict):
-    """Where tensors are, and their dtype, as torch's keyword arguments."""
+    """Device and dtype of tensors, as keyword arguments of torch."""
 
     device: str
     dtype: torch.dtype
@@ -29,7 +30,7 @@ class Like(TypedDict):
 
 @dataclass(frozen=True)
 class Shape:
-    """What is compared; T * k assignments, however the router distributes them."""
+    """Sizes of a layer and of its input; routing makes T * k assignments."""
 
     tokens: int
     hidden_size: int
@@ -41,60 +42,82 @@ class Shape:
 
     @property
     def like(self) -> Like:
+        """Device and dtype of its tensors."""
         return {"device": self.device, "dtype": self.dtype}
 
 
-def inputs(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Tokens `[T, H]` and router `[E, H]` with exactly T * k positive logits.
+class Inputs(NamedTuple):
+    """Tokens `[T, H]` and router weights `[E, H]`."""
+
+    x: Tensor
+    router: Tensor
+
+
+class ExpertWeights(NamedTuple):
+    """Weights of SwiGLU experts: `gate_up` `[..., 2F, H]` and `down` `[..., H, F]`."""
+
+    gate_up: Tensor
+    down: Tensor
+
+
+def inputs(shape: Shape, seed: int = 0) -> Inputs:
+    """Return tokens, and a router that has exactly T * k positive logits for them.
 
     The first three features of every token are 1, and their weights add up to minus the threshold
     that lets T * k logits through, which three bf16 numbers hold as exactly as one fp32 number.
     Routing is that of a ReLU router, uneven over tokens and experts.
 
     Raises:
-        ValueError: ties make T * k impossible.
+        ValueError: ties make T * k assignments impossible.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape.tokens, shape.hidden_size, generator=generator)
     router = 0.02 * torch.randn(shape.num_experts, shape.hidden_size, generator=generator)
     x[:, :3], router[:, :3] = 1, 0
-    x, router = x.to(**shape.like), router.to(**shape.like)
+    found = Inputs(x.to(**shape.like), router.to(**shape.like))
     wanted = shape.tokens * shape.topk
-    rest = -threshold(F.linear(x.float(), router.float()), wanted)
+    rest = -threshold(_logits(found), wanted)
     for feature in range(3):
-        router[:, feature] = rest
-        rest = rest - router[0, feature].float()
-    found = int((F.linear(x.float(), router.float()) > 0).sum())
-    if abs(found - wanted) > wanted // 1000:  # logits that are nearly the threshold are rounded
-        raise ValueError(f"{found} assignments instead of {wanted}; choose another size or seed")
-    return x, router
+        found.router[:, feature] = rest
+        rest = rest - found.router[0, feature].float()
+    positive = int((_logits(found) > 0).sum())
+    if abs(positive - wanted) > wanted // 1000:  # logits that are nearly the threshold are rounded
+        raise ValueError(f"{positive} assignments instead of {wanted}; choose another size or seed")
+    return found
+
+
+def _logits(inputs: Inputs) -> Tensor:
+    return F.linear(inputs.x.float(), inputs.router.float())
 
 
 def threshold(logits: Tensor, count: int) -> Tensor:
-    """A value that so many logits are above, halfway to the next one."""
+    """Return a value that `count` of the logits are above, halfway to the next logit."""
     highest = logits.flatten().topk(min(count + 1, logits.numel())).values
     return (highest[count - 1] + highest[-1]) / 2
 
 
-def weights(shape: Shape, *leading: int, topk: int = 1) -> tuple[Tensor, Tensor]:
-    """`gate_up` `[..., 2F, H]` and `down` `[..., H, F]`, with F times `topk`."""
+def weights(shape: Shape, *leading: int, topk: int = 1) -> ExpertWeights:
+    """Return weights of experts, or of one MLP that is `topk` times as wide as an expert."""
     generator = torch.Generator().manual_seed(1)
     width, hidden = shape.ffn_hidden_size * topk, shape.hidden_size
     gate_up = 0.02 * torch.randn(*leading, 2 * width, hidden, generator=generator)
     down = 0.02 * torch.randn(*leading, hidden, width, generator=generator)
-    return gate_up.to(**shape.like), down.to(**shape.like)
+    return ExpertWeights(gate_up.to(**shape.like), down.to(**shape.like))
 
 
 def alternatives(shape: Shape) -> list[Alternative]:
-    """Everything at one shape. Process groups of one rank must exist (`initialize`)."""
-    x, router = inputs(shape)
-    parts = (shape, x, router, *weights(shape, shape.num_experts))
-    dense = _dense(x, *weights(shape, topk=shape.topk))
-    return [dense, remoe_layer(shape), *_megatron(*parts), *_hugging_face(*parts)]
+    """Return every alternative at one shape; process groups must exist (`initialize`)."""
+    given, experts = inputs(shape), weights(shape, shape.num_experts)
+    return [
+        _dense(given.x, weights(shape, topk=shape.topk)),
+        remoe_layer(shape),
+        *_megatron(shape, given, experts),
+        *_hugging_face(shape, given, experts),
+    ]
 
 
 def remoe_layer(shape: Shape) -> Alternative:
-    """`remoe.ReMoELayer`, with its penalty."""
+    """Return `remoe.ReMoELayer`, with its penalty."""
     x, router = inputs(shape)
     config = ReMoELayerConfig(
         hidden_size=shape.hidden_size,
@@ -107,11 +130,11 @@ def remoe_layer(shape: Shape) -> Alternative:
     for parameter, value in zip(layer.parameters(), values, strict=True):
         parameter.data = value
     name = f"ReMoE, E={shape.num_experts}"
-    return _step(name, layer, x, lambda x: layer(x), lambda: l1_penalty(layer))
+    return _step(name, layer, x, layer, lambda: l1_penalty(layer))
 
 
-def _dense(x: Tensor, gate_up: Tensor, down: Tensor) -> Alternative:
-    layer = torch.nn.ParameterList([gate_up, down])
+def _dense(x: Tensor, weights: ExpertWeights) -> Alternative:
+    layer = torch.nn.ParameterList(weights)
 
     def forward(x: Tensor) -> Tensor:
         gate, up = F.linear(x, layer[0]).chunk(2, dim=-1)
@@ -143,7 +166,7 @@ def _step(
 
 
 def initialize() -> None:
-    """Process groups of one rank, which Megatron's layers need."""
+    """Make process groups of one rank, which Megatron's layers need."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -158,10 +181,8 @@ def initialize() -> None:
         model_parallel_cuda_manual_seed(1)
 
 
-def _megatron(
-    shape: Shape, x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor
-) -> list[Alternative]:
-    """Our modules in Megatron with both routers, and Megatron's own layer."""
+def _megatron(shape: Shape, given: Inputs, experts: ExpertWeights) -> list[Alternative]:
+    """Return our modules in Megatron with both routers, and Megatron's own layers."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -173,66 +194,45 @@ def _megatron(
     balanced = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
     relu, topk = megatron_config(shape), megatron_config(shape, **balanced)
     sequential = megatron_config(shape, **balanced, moe_grouped_gemm=False)
+    sequential_spec = get_gpt_decoder_block_spec(sequential, use_transformer_engine=False)
     variants = [
         ("ReMoE in Megatron", relu, block_spec(relu, ReLURouting())),
         ("TopK in our layer", topk, block_spec(topk, None)),
-        (
-            "TopK, Megatron's sequential experts",
-            sequential,
-            get_gpt_decoder_block_spec(sequential, use_transformer_engine=False),
-        ),
+        ("TopK, Megatron's sequential experts", sequential, sequential_spec),
     ]
-    if HAVE_TE:  # unverified where this was written
+    if HAVE_TE:  # has not been run where this was written
         spec = get_gpt_decoder_block_spec(topk, use_transformer_engine=True)
         variants.append(("TopK, Transformer Engine's experts", topk, spec))
     found = []
     for name, config, spec in variants:
-        layer = megatron_layer(shape, config, spec, router, gate_up, down)
-        found.append(_step(name, layer, x.unsqueeze(1), partial(_output, layer)))
+        layer = megatron_layer(config, spec, shape, given.router, experts)
+        found.append(_step(name, layer, given.x.unsqueeze(1), partial(_output, layer)))
     return found
 
 
 def _output(layer: torch.nn.Module, x: Tensor) -> Tensor:
-    """What one of Megatron's layers returns beside its bias."""
+    """Return the output of one of Megatron's layers, without its bias."""
     output: Tensor = layer(x)[0]
     return output
 
 
 def megatron_config(shape: Shape, **changes: Any) -> Any:
-    """A TransformerConfig of one layer with our modules."""
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    settings: dict[str, Any] = {
-        "num_layers": 1,
-        "hidden_size": shape.hidden_size,
-        "ffn_hidden_size": shape.ffn_hidden_size,
-        "num_attention_heads": 8,
-        "num_moe_experts": shape.num_experts,
-        "moe_router_topk": shape.topk,
-        "moe_ffn_hidden_size": shape.ffn_hidden_size,
-        "moe_router_load_balancing_type": "none",
-        "moe_router_pre_softmax": True,
-        "moe_router_dtype": "fp32",
-        "moe_token_dispatcher_type": "alltoall",
+    """Return a TransformerConfig of one layer with our modules; `changes` are fields of it."""
+    sizes = {"L": 1, "H": shape.hidden_size, "F": shape.ffn_hidden_size, "heads": 8, "groups": 8,
+             "E": shape.num_experts, "k": shape.topk, "G": 1}  # fmt: skip
+    fields = {
         "moe_grouped_gemm": True,
-        "add_bias_linear": False,
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "normalization": "RMSNorm",
-        "bias_activation_fusion": False,
-        "gradient_accumulation_fusion": False,
         "params_dtype": shape.dtype,
         "bf16": shape.dtype == torch.bfloat16,
-        "transformer_impl": "local",
     }
-    return TransformerConfig(**settings | changes)
+    return transformer_config(sizes, **fields | changes)
 
 
 @torch.no_grad()
 def megatron_layer(
-    shape: Shape, config: Any, spec: Any, router: Tensor, gate_up: Tensor, down: Tensor
+    config: Any, spec: Any, shape: Shape, router: Tensor, experts: ExpertWeights
 ) -> torch.nn.Module:
-    """The MoE layer of a block's spec, with known weights."""
+    """Return the MoE layer of a block's spec, with given weights."""
     from megatron.remoe.moe.experts import GroupedExperts
 
     layer = spec.layer_specs[0].submodules.mlp(config=config, layer_number=1)
@@ -240,19 +240,17 @@ def megatron_layer(
     layer = layer.to(**shape.like).train()
     layer.router.weight.copy_(router)
     if isinstance(layer.experts, GroupedExperts):
-        layer.experts.linear_fc1.copy_(gate_up)
-        layer.experts.linear_fc2.copy_(down)
+        layer.experts.linear_fc1.copy_(experts.gate_up)
+        layer.experts.linear_fc2.copy_(experts.down)
     for i, expert in enumerate(getattr(layer.experts, "local_experts", [])):
-        expert.linear_fc1.weight.copy_(gate_up[i])
-        expert.linear_fc2.weight.copy_(down[i])
+        expert.linear_fc1.weight.copy_(experts.gate_up[i])
+        expert.linear_fc2.weight.copy_(experts.down[i])
     module: torch.nn.Module = layer
     return module
 
 
-def _hugging_face(
-    shape: Shape, x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor
-) -> list[Alternative]:
-    """Mixtral's and OLMoE's blocks, each with both of transformers' portable implementations."""
+def _hugging_face(shape: Shape, given: Inputs, experts: ExpertWeights) -> list[Alternative]:
+    """Return the blocks of Mixtral and OLMoE, each with both portable implementations."""
     from transformers import MixtralConfig, OlmoeConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
     from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
@@ -262,31 +260,29 @@ def _hugging_face(
         "intermediate_size": shape.ffn_hidden_size,
         "num_experts_per_tok": shape.topk,
     }
-    blocks: dict[str, tuple[Callable[[Any], Any], Any]] = {
-        "Mixtral": (
-            MixtralSparseMoeBlock,
-            MixtralConfig(**sizes, num_local_experts=shape.num_experts),
-        ),
-        "OLMoE": (OlmoeSparseMoeBlock, OlmoeConfig(**sizes, num_experts=shape.num_experts)),
-    }
+    mixtral = MixtralConfig(**sizes, num_local_experts=shape.num_experts)
+    olmoe = OlmoeConfig(**sizes, num_experts=shape.num_experts)
+    blocks: list[tuple[str, Callable[[Any], Any], Any]] = [
+        ("Mixtral", MixtralSparseMoeBlock, mixtral),
+        ("OLMoE", OlmoeSparseMoeBlock, olmoe),
+    ]
     found = []
-    for name, (block, config) in blocks.items():
+    for name, block, config in blocks:
         for implementation in ("eager", "grouped_mm"):
             config._experts_implementation = implementation
             layer = block(config).to(**shape.like).train()
             with torch.no_grad():
-                layer.gate.weight.copy_(router)
-                layer.experts.gate_up_proj.copy_(gate_up)
-                layer.experts.down_proj.copy_(down)
+                layer.gate.weight.copy_(given.router)
+                layer.experts.gate_up_proj.copy_(experts.gate_up)
+                layer.experts.down_proj.copy_(experts.down)
             label = f"TopK, Hugging Face {name} ({implementation})"
-            found.append(_step(label, layer, x.unsqueeze(0), layer))
+            found.append(_step(label, layer, given.x.unsqueeze(0), layer))
     return found
 
 
 def assignments(shape: Shape) -> dict[str, float]:
-    """Facts about the routing that ReMoE is timed with."""
-    x, router = inputs(shape)
-    active = F.linear(x.float(), router.float()) > 0
+    """Return facts about the routing that ReMoE is timed with."""
+    active = _logits(inputs(shape)) > 0
     load = tokens_per_expert(active)
     per_token = active.sum(dim=1)
     return {

@@ -1,5 +1,6 @@
-"""The commands `remoe bench ...`: what to compare, and what to print."""
+"""The benchmarks of `remoe bench ...`: what to compare, and what to print."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,74 +17,104 @@ from megatron.remoe.bench import step as steps
 from megatron.remoe.bench.timing import Measured, measure, report, save
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Columns of `remoe bench memory`: the key of a row, and the format of its value.
+_MEMORY_COLUMNS = {
+    "E": ("experts", ""),
+    "routing": ("routing", ""),
+    "active": ("active_experts", ""),
+    "peak MB": ("peak_mb", ".1f"),
+    "estimate MB": ("estimate_mb", ".1f"),
+    "/ stable": ("of_stable", ".2f"),
+    "time / at once": ("time_of_at_once", ".2f"),
+}
 
 
-def layer(
-    tokens: int,
-    hidden: int,
-    ffn: int,
-    experts: list[int],
-    topk: int,
-    dtype: str,
-    rounds: int,
-    json_path: Path | None,
-) -> None:
-    """Every alternative at the first number of experts, and ReMoE at the others."""
+@dataclass(frozen=True, kw_only=True)
+class LayerSizes:
+    """Sizes of one layer and its batch.
+
+    Attributes:
+        tokens: Number of tokens.
+        hidden: Hidden size.
+        ffn: Width of an expert.
+        topk: Number of active experts per token, on average.
+    """
+
+    tokens: int
+    hidden: int
+    ffn: int
+    topk: int
+
+    def shape(self, experts: int, dtype: str) -> layers.Shape:
+        """Return the layer with a number of experts and a dtype by its short name.
+
+        Raises:
+            ValueError: The dtype is unknown.
+        """
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
+        device = "cuda" if cpu.has_gpu() else "cpu"
+        return layers.Shape(
+            self.tokens, self.hidden, self.ffn, experts, self.topk, _DTYPES[dtype], device
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How often alternatives are timed, and where the result goes.
+
+    Attributes:
+        rounds: Number of measured rounds.
+        json_path: The JSON file for the result, or None.
+    """
+
+    rounds: int
+    json_path: Path | None
+
+
+def layer(sizes: LayerSizes, experts: list[int], dtype: str, timing: Timing) -> None:
+    """Time every alternative at the first number of experts, and ReMoE at the others."""
     console = Console()
-    shapes = [layers.Shape(tokens, hidden, ffn, e, topk, _dtype(dtype), _device()) for e in experts]
+    shapes = [sizes.shape(e, dtype) for e in experts]
     layers.initialize()
     found = layers.alternatives(shapes[0])
     found += [layers.remoe_layer(shape) for shape in shapes[1:]]
     for shape in shapes:
         console.print(f"E={shape.num_experts}: {layers.assignments(shape)}", highlight=False)
-    rows = measure(found, rounds=rounds, baseline=layers.DENSE, console=console)
-    settings = {"tokens": tokens, "hidden": hidden, "ffn": ffn, "experts": experts, "topk": topk,
-                "dtype": dtype, "rounds": rounds,
-                "routing": [layers.assignments(s) for s in shapes]}  # fmt: skip
-    title = f"One MoE layer, forward + backward: T={tokens} H={hidden} F={ffn} k={topk} {dtype}"
+    rows = measure(found, rounds=timing.rounds, baseline=layers.DENSE, console=console)
+    settings = asdict(sizes) | {"experts": experts, "dtype": dtype, "rounds": timing.rounds,
+                                "routing": [layers.assignments(s) for s in shapes]}  # fmt: skip
+    title = (f"One MoE layer, forward + backward: T={sizes.tokens} H={sizes.hidden} F={sizes.ffn} "
+             f"k={sizes.topk} {dtype}")  # fmt: skip
     report(rows, title=title, baseline="dense", settings=settings, console=console,
-           json_path=json_path)  # fmt: skip
+           json_path=timing.json_path)  # fmt: skip
     _growth(rows, [f"ReMoE, E={e}" for e in experts], console)
 
 
-def router(
-    tokens: int,
-    hidden: int,
-    experts: int,
-    topk: int,
-    dtype: str,
-    rounds: int,
-    json_path: Path | None,
-) -> None:
-    """The parts around the experts."""
+def router(sizes: LayerSizes, experts: int, dtype: str, timing: Timing) -> None:
+    """Time the parts around the experts."""
     console = Console()
-    shape = layers.Shape(tokens, hidden, 1, experts, topk, _dtype(dtype), _device())
-    rows = measure(parts.alternatives(shape), rounds=rounds, baseline=parts.COPY, console=console)
-    settings = {"tokens": tokens, "hidden": hidden, "experts": experts, "topk": topk,
-                "dtype": dtype, "rounds": rounds}  # fmt: skip
-    title = f"Around the experts, forward + backward: T={tokens} H={hidden} E={experts} k={topk}"
+    found = parts.alternatives(sizes.shape(experts, dtype))
+    rows = measure(found, rounds=timing.rounds, baseline=parts.COPY, console=console)
+    settings = {"tokens": sizes.tokens, "hidden": sizes.hidden, "experts": experts,
+                "topk": sizes.topk, "dtype": dtype, "rounds": timing.rounds}  # fmt: skip
+    title = (f"Around the experts, forward + backward: T={sizes.tokens} H={sizes.hidden} "
+             f"E={experts} k={sizes.topk}")  # fmt: skip
     report(rows, title=title, baseline="copy", settings=settings, console=console,
-           json_path=json_path)  # fmt: skip
+           json_path=timing.json_path)  # fmt: skip
 
 
-def step(
-    sizes: tuple[int, int, int, int, int, int],
-    experts: list[int],
-    granularities: list[int],
-    rounds: int,
-    json_path: Path | None,
-) -> None:
-    """Training steps, and how they grow."""
+def step(model: steps.Model, experts: list[int], granularities: list[int], timing: Timing) -> None:
+    """Time training steps, and print how their time grows with experts and granularity."""
     console = Console()
-    model = steps.Model(*sizes)
     layers.initialize()
     found = steps.alternatives(model, experts, granularities)
-    rows = measure(found, rounds=rounds, baseline=steps.DENSE, console=console)
+    rows = measure(found, rounds=timing.rounds, baseline=steps.DENSE, console=console)
     settings = model.config() | {"experts": experts, "granularities": granularities}
     title = (f"A training step: L={model.layers} H={model.hidden_size} F={model.ffn_hidden_size} "
              f"T={model.sequence * model.micro_batch} k={model.topk}")  # fmt: skip
     report(rows, title=title, baseline="dense", settings=settings, console=console,
-           json_path=json_path)  # fmt: skip
+           json_path=timing.json_path)  # fmt: skip
     times = {row.name: row.ratio for row in rows}
     for name, ratio in times.items():
         if name.startswith("ReMoE"):
@@ -92,58 +123,45 @@ def step(
     _growth(rows, [f"ReMoE E={e}" for e in experts], console)
 
 
-def memory(
-    tokens: int,
-    hidden: int,
-    ffn: int,
-    experts: list[int],
-    topk: int,
-    rounds: int,
-    json_path: Path | None,
-) -> None:
-    """Peak memory of the stages by number of experts, and what chunks cost in time."""
+def memory(sizes: LayerSizes, experts: list[int], timing: Timing) -> None:
+    """Measure the peak memory of the stages by number of experts, and what chunks cost in time."""
     console = Console()
     for e in experts:
-        if not 1 <= topk <= e:
-            raise ValueError(f"topk is {topk} of {e} experts; choose it between 1 and experts")
+        if not 1 <= sizes.topk <= e:
+            raise ValueError(
+                f"topk is {sizes.topk} of {e} experts; choose it between 1 and experts"
+            )
+    cases = memories.cases(sizes.tokens, sizes.hidden, sizes.ffn, experts, sizes.topk)
     rows: list[dict[str, Any]] = []
-    cases = memories.cases(tokens, hidden, ffn, experts, topk)
-    for name, case in track(cases, "processes", console=console, transient=True):
-        row: dict[str, Any] = {
+    stable: dict[int, float] = {}
+    for case in track(cases, "processes", console=console, transient=True):
+        peak_mb = memories.peak_in_fresh_process(case) / 1e6
+        row = {
             "experts": case.experts,
-            "routing": name,
+            "routing": case.routing,
             "active_experts": case.active,
+            "peak_mb": peak_mb,
+            "estimate_mb": case.estimate / 1e6,
+            "of_stable": peak_mb / stable.setdefault(case.experts, peak_mb),
         }
-        row["peak_mb"] = memories.peak_in_fresh_process(case) / 1e6
-        row["estimate_mb"] = case.estimate / 1e6
-        stable = next(r for r in [*rows, row] if r["experts"] == case.experts)
-        row["of_stable"] = row["peak_mb"] / stable["peak_mb"]
         rows.append(row)
     layers.initialize()
-    for name, case in cases:
-        if name == "warm-up, chunked":
-            row = next(r for r in rows if (r["experts"], r["routing"]) == (case.experts, name))
-            row["time_of_at_once"] = memories.time_ratio(case, rounds=rounds, console=console)
-    table = Table(title=f"One layer, forward + backward: T={tokens} H={hidden} F={ffn} k={topk}")
-    for column in (
-        "E",
-        "routing",
-        "active",
-        "peak MB",
-        "estimate MB",
-        "/ stable",
-        "time / at once",
-    ):
+    for case, row in zip(cases, rows, strict=True):
+        if case.routing == memories.CHUNKED:
+            row["time_of_at_once"] = memories.time_ratio(
+                case, rounds=timing.rounds, console=console
+            )
+    title = (f"One layer, forward + backward: T={sizes.tokens} H={sizes.hidden} F={sizes.ffn} "
+             f"k={sizes.topk}")  # fmt: skip
+    table = Table(title=title)
+    for column in _MEMORY_COLUMNS:
         table.add_column(column, justify="left" if column == "routing" else "right")
     for row in rows:
-        time = f"{row['time_of_at_once']:.2f}" if "time_of_at_once" in row else ""
-        table.add_row(
-            str(row["experts"]), row["routing"], str(row["active_experts"]),
-            f"{row['peak_mb']:.1f}", f"{row['estimate_mb']:.1f}", f"{row['of_stable']:.2f}", time,
-        )  # fmt: skip
+        columns = _MEMORY_COLUMNS.values()
+        table.add_row(*(format(row[key], form) if key in row else "" for key, form in columns))
     console.print(table)
-    settings = {"tokens": tokens, "hidden": hidden, "ffn": ffn, "topk": topk, "rounds": rounds}
-    save({"settings": settings, "rows": rows}, json_path)
+    settings = asdict(sizes) | {"rounds": timing.rounds}
+    save({"settings": settings, "rows": rows}, timing.json_path)
 
 
 def _growth(rows: list[Measured], names: list[str], console: Console) -> None:
@@ -151,13 +169,3 @@ def _growth(rows: list[Measured], names: list[str], console: Console) -> None:
     for name in names[1:]:
         growth = ratios[name] / ratios[names[0]]
         console.print(f"{name}: {growth:.3f} of the time of {names[0]}", highlight=False)
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise ValueError(f"dtype {name!r} is not one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
-
-
-def _device() -> str:
-    return "cuda" if cpu.has_gpu() else "cpu"

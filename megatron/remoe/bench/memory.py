@@ -1,8 +1,8 @@
 """Memory of forward and backward of one layer, dense and sparse, chunked and not.
 
-Every measurement has a process of its own: on a CPU the highest resident set during the run minus
-the one before it, on a GPU the allocator's peak minus what was allocated. Weights, main gradients,
-input and its direction exist before; the run makes everything else.
+Every measurement has its own process. On a CPU it is the highest resident set during the run minus
+the one before it, on a GPU the allocator's peak minus what was allocated before. Weights, main
+gradients, the input and the gradient of the output exist before; the run makes everything else.
 
     python -m megatron.remoe.bench.memory '{"tokens": 4096, ...}'   # one measurement, as JSON
 """
@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,15 +32,20 @@ from megatron.remoe.bench.timing import Alternative, measure
 from megatron.remoe.train import peak
 from remoe.kernels.chunks import UNLIMITED
 
+CHUNKED = "warm-up, chunked"
+
 
 @dataclass(frozen=True)
 class Case:
     """One layer and its routing.
 
     Attributes:
-        active: experts per token, on average.
+        routing: name of the routing.
+        active: mean number of active experts per token.
         chunked: whether experts may run chunk by chunk.
     """
+
+    routing: str
 
     tokens: int
     hidden: int
@@ -52,16 +57,18 @@ class Case:
 
     @property
     def shape(self) -> Shape:
+        """The layer with this many active experts, on this machine's device."""
         device = "cuda" if cpu.has_gpu() else "cpu"
         return Shape(self.tokens, self.hidden, self.ffn, self.experts, self.active, device=device)
 
     @property
     def max_assignments(self) -> int | None:
+        """The limit above which the layer runs chunk by chunk; None is the automatic one."""
         return None if self.chunked else UNLIMITED
 
     @property
     def estimate(self) -> float:
-        """Bytes by the model of memory that `remoe describe` uses."""
+        """The estimate of `remoe describe` in bytes."""
         memory = ExpertsMemory(self.hidden, self.ffn)
         rows, balanced = self.active * self.tokens, self.topk * self.tokens
         _, chunk = layers_at_once(1, rows, balanced, self.max_assignments)
@@ -70,24 +77,24 @@ class Case:
         return memory.peak(rows, rows / self.experts, chunk) + rows_and_sums + routing
 
 
-def cases(
-    tokens: int, hidden: int, ffn: int, experts: list[int], topk: int
-) -> list[tuple[str, Case]]:
-    """Stable and warm-up density (half of the experts) for every number of experts."""
-    found = []
-    for e in experts:
+def cases(tokens: int, hidden: int, ffn: int, experts: list[int], topk: int) -> list[Case]:
+    """Return the density of the stable stage and of the warm-up for every number of experts.
 
-        def case(active: int, chunked: bool, e: int = e) -> Case:
-            return Case(tokens, hidden, ffn, e, topk, active, chunked)
-
-        found.append(("stable", case(topk, True)))
-        found.append(("warm-up, chunked", case(max(topk, e // 2), True)))
-        found.append(("warm-up, at once", case(max(topk, e // 2), False)))
-    return found
+    In the warm-up, half of the experts are active.
+    """
+    return [
+        Case(routing, tokens, hidden, ffn, e, topk, active, chunked)
+        for e in experts
+        for routing, active, chunked in (
+            ("stable", topk, True),
+            (CHUNKED, max(topk, e // 2), True),
+            ("warm-up, at once", max(topk, e // 2), False),
+        )
+    ]
 
 
 def build(case: Case) -> Callable[[int], None]:
-    """The layer in Megatron with main gradients, as a function that trains it on some tokens."""
+    """Return a function that trains a layer in Megatron, with main gradients, on some tokens."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from megatron.remoe.moe.spec import block_spec
@@ -98,8 +105,8 @@ def build(case: Case) -> Callable[[int], None]:
     config = megatron_config(shape, moe_router_topk=case.topk)
     spec = block_spec(config, ReLURouting(max_assignments=case.max_assignments))
     x, router = inputs(shape)
-    layer = megatron_layer(shape, config, spec, router, *weights(shape, case.experts))
-    for parameter in layer.parameters():  # gradients whose memory is touched
+    layer = megatron_layer(config, spec, shape, router, weights(shape, case.experts))
+    for parameter in layer.parameters():  # ones, so that the memory is touched
         parameter.main_grad = torch.ones_like(parameter)  # type: ignore[attr-defined]
     x = x.unsqueeze(1)
     direction = torch.ones_like(x)
@@ -113,7 +120,7 @@ def build(case: Case) -> Callable[[int], None]:
 
 
 def measure_here(case: Case) -> int:
-    """Measure in this process, which must be fresh."""
+    """Return the bytes of a run in this process, which must be fresh."""
     run = build(case)
     run(max(1, case.tokens // 64))  # libraries allocate their own buffers
     before = peak.reset()
@@ -122,10 +129,10 @@ def measure_here(case: Case) -> int:
 
 
 def peak_in_fresh_process(case: Case) -> int:
-    """Measure in a process whose freed memory goes back to the system at once.
+    """Return the bytes of a run in a process whose freed memory goes back to the system at once.
 
     Raises:
-        RuntimeError: the process failed, out of memory for example.
+        RuntimeError: the process failed, for example because memory ran out.
     """
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     environment["THP_MEM_ALLOC_ENABLE"] = "0"  # huge pages are resident as a whole
@@ -143,17 +150,16 @@ def peak_in_fresh_process(case: Case) -> int:
 
 
 def time_ratio(case: Case, *, rounds: int, console: Any) -> float:
-    """Time of the chunked layer relative to the same at once, in turns in this process."""
-    pair = [Case(**(asdict(case) | {"chunked": chunked})) for chunked in (False, True)]
-    names = ["at once", "chunked"]
-    layers = [build(each) for each in pair]
-    for train in layers:  # as long as a round takes, a smaller one must do
+    """Return the time of the chunked layer relative to the same layer at once.
+
+    Both run in turns in this process.
+    """
+    names = {"at once": False, "chunked": True}
+    layers = {name: build(replace(case, chunked=chunked)) for name, chunked in names.items()}
+    for train in layers.values():  # a round takes long, so that few tokens must do for the warm-up
         train(max(1, case.tokens // 64))
-    runs = [
-        Alternative(name, partial(train, case.tokens))
-        for name, train in zip(names, layers, strict=True)
-    ]
-    rows = measure(runs, rounds=rounds, baseline=names[0], console=console, warm_up=0)
+    runs = [Alternative(name, partial(train, case.tokens)) for name, train in layers.items()]
+    rows = measure(runs, rounds=rounds, baseline="at once", console=console, warm_up=0)
     return rows[1].ratio
 
 

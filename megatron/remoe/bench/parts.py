@@ -1,6 +1,6 @@
-"""What surrounds the experts: router, permutation and combine, in time and in bytes.
+"""The parts around the experts: router, permutation and combine, in time and in bytes.
 
-The fewest bytes are those of the part's inputs and outputs, each read or written once.
+The fewest bytes of a part are those of its inputs and outputs, each read or written once.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ COPY = "copy of the tokens"
 
 
 def alternatives(shape: Shape) -> list[Alternative]:
-    """Every part, forward and backward, with its bytes."""
+    """Return every part, forward and backward, with its bytes."""
     x, router = inputs(shape)
     x, router = x.requires_grad_(), router.requires_grad_()
 
@@ -48,32 +48,29 @@ def alternatives(shape: Shape) -> list[Alternative]:
         torch.autograd.grad(combine(rows, permutation), rows, x.detach())
 
     weights = router.numel() * item
-    parts: list[tuple[str, Callable[[], Any], int]] = [
-        (COPY, lambda: x.detach().clone(), 2 * tokens),
-        ("router", route_and_back, 3 * tokens + 3 * weights + gates * (4 + 1 + 4)),
-        (
-            "permutation",
-            lambda: Permutation.of(routing_map, count),
-            gates + 8 * (3 * count + shape.tokens),
-        ),
-        ("permute", permute_and_back, 2 * (tokens + pairs) + 2 * (gates + count) * item),
-        ("combine", combine_and_back, 2 * (tokens + pairs)),
+    indices = gates + 8 * (3 * count + shape.tokens)
+    return [
+        _part(COPY, lambda: x.detach().clone(), 2 * tokens),
+        _part("router", route_and_back, 3 * tokens + 3 * weights + gates * (4 + 1 + 4)),
+        _part("permutation", lambda: Permutation.of(routing_map, count), indices),
+        _part("permute", permute_and_back, 2 * (tokens + pairs) + 2 * (gates + count) * item),
+        _part("combine", combine_and_back, 2 * (tokens + pairs)),
     ]
-    return [Alternative(name, run, _bytes(run, fewest)) for name, run, fewest in parts]
 
 
-def _bytes(run: Callable[[], Any], fewest: int) -> dict[str, str]:
+def _part(name: str, run: Callable[[], Any], fewest: int) -> Alternative:
     with _BytesTouched() as touched:
         run()
-    return {
+    facts = {
         "fewest MB": f"{fewest / 1e6:.1f}",
         "touched MB": f"{touched.total / 1e6:.1f}",
         "touched / fewest": f"{touched.total / fewest:.2f}",
     }
+    return Alternative(name, run, facts)
 
 
 class _BytesTouched(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums the bytes of inputs and outputs of every operation that is not a view."""
+    """Sum the bytes of the inputs and outputs of every operation that is not a view."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

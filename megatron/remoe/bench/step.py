@@ -8,7 +8,8 @@ from torch import Tensor
 
 from megatron.remoe.bench.layer import threshold
 from megatron.remoe.bench.timing import Alternative
-from megatron.remoe.testing.cells import Cell, RouterKind, Training
+from megatron.remoe.testing.cell import Cell, RouterKind
+from megatron.remoe.testing.cells import Training
 from megatron.remoe.testing.golden import golden_tokens
 
 DENSE = "dense of equal active FLOPs"
@@ -16,7 +17,7 @@ DENSE = "dense of equal active FLOPs"
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of the model and of its batch; F is the width of an expert before granularity."""
+    """Sizes of a model and of its batch; expert width and topk are those before granularity."""
 
     layers: int
     hidden_size: int
@@ -28,7 +29,8 @@ class Model:
     granularity: int = 1
 
     def config(self) -> dict[str, Any]:
-        """In the terms of the golden runs. Learning rate 0: routing stays as it is calibrated."""
+        """Return the sizes in the terms of the golden runs."""
+        # The learning rate is 0, so that routing stays as it is calibrated.
         return {
             "seed": 1, "E": self.num_experts, "k": self.topk, "G": self.granularity,
             "L": self.layers, "H": self.hidden_size, "F": self.ffn_hidden_size, "heads": 8,
@@ -38,19 +40,19 @@ class Model:
 
 
 def alternatives(model: Model, experts: list[int], granularities: list[int]) -> list[Alternative]:
-    """Dense, and TopK and ReMoE for all experts at granularity 1 and all granularities at E[0]."""
-    shapes = [replace(model, num_experts=e) for e in experts]
-    shapes += [
-        replace(model, num_experts=experts[0], granularity=g) for g in granularities if g != 1
-    ]
+    """Return the dense model, and TopK and ReMoE for every number of experts and granularity.
+
+    Granularities above 1 are combined with the first number of experts.
+    """
+    models = [replace(model, num_experts=e) for e in experts]
+    models += [replace(models[0], granularity=g) for g in granularities if g != 1]
     dense = replace(model, ffn_hidden_size=model.ffn_hidden_size * model.topk)
     found = [_alternative(DENSE, "dense", dense)]
-    for shape in shapes:
-        name = f"E={shape.num_experts}" + (
-            f" G={shape.granularity}" if shape.granularity > 1 else ""
-        )
-        found.append(_alternative(f"TopK {name}", "topk", shape))
-        found.append(_alternative(f"ReMoE {name}", "relu", shape))
+    for each in models:
+        granularity = f" G={each.granularity}" if each.granularity > 1 else ""
+        name = f"E={each.num_experts}{granularity}"
+        found.append(_alternative(f"TopK {name}", "topk", each))
+        found.append(_alternative(f"ReMoE {name}", "relu", each))
     return found
 
 
@@ -61,17 +63,16 @@ def _alternative(name: str, router: RouterKind, model: Model) -> Alternative:
     facts = {}
     if router == "relu":
         route_exactly(training, batch)
-        measured = training.step(batch)
-        facts["sparsity"] = f"{measured['sparsity']:.5f}"
+        facts["sparsity"] = f"{training.step(batch)['sparsity']:.5f}"
     return Alternative(name, lambda: training.step(batch), facts)
 
 
 @torch.no_grad()
 def route_exactly(training: Training, batch: Tensor) -> None:
-    """Give every router the bias that activates exactly T * k assignments on this batch.
+    """Set the bias of every router so that it makes exactly T * k assignments on this batch.
 
-    Routing stays uneven over tokens and experts, as the router's weights make it. Layers are set
-    in order, since each changes the input of the next.
+    Routing stays as uneven over tokens and experts as the weights of the router make it. Layers are
+    set in order, because each of them changes the input of the next.
     """
     from megatron.core.utils import unwrap_model
 

@@ -1,4 +1,4 @@
-"""Alternatives timed in turns, so that what disturbs one of them disturbs all."""
+"""Alternatives that are timed in turns, so that a disturbance of one of them disturbs all."""
 
 import json
 import platform
@@ -24,9 +24,9 @@ class Alternative:
     """Something to time.
 
     Attributes:
-        name: its row.
-        run: one forward and backward, or whatever is compared.
-        facts: what else to report about it.
+        name: name of its row.
+        run: the work to time, such as one forward and backward.
+        facts: more values to report, by the names of their columns.
     """
 
     name: str
@@ -36,12 +36,14 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Measured:
-    """One row.
+    """The times of one alternative.
 
     Attributes:
+        name: name of the alternative.
         milliseconds: median over rounds.
         spread: half the distance between the quartiles, relative to the median.
-        ratio: time relative to the baseline's: the median over rounds of the two times of a round.
+        ratio: time relative to the baseline in the same round, as the median over rounds.
+        facts: the alternative's other values.
     """
 
     name: str
@@ -59,14 +61,14 @@ def measure(
     console: Console,
     warm_up: int = WARM_UP_ROUNDS,
 ) -> list[Measured]:
-    """Time the alternatives in turns; in every round another one is first.
+    """Time the alternatives in turns; each round starts with another one.
 
     Args:
         alternatives: what to time.
-        rounds: how often, after the warm-up rounds.
-        baseline: the name of the alternative that ratios are relative to.
+        rounds: number of measured rounds, after the warm-up rounds.
+        baseline: name of the alternative that ratios are relative to.
         console: shows progress.
-        warm_up: rounds that are not counted.
+        warm_up: number of rounds that are not measured.
     """
     seconds: dict[str, list[float]] = {a.name: [] for a in alternatives}
     for turn in track(range(warm_up + rounds), "rounds", console=console, transient=True):
@@ -108,7 +110,16 @@ def report(
     console: Console,
     json_path: Path | None,
 ) -> None:
-    """Print the table, and write everything as JSON if asked."""
+    """Print a table of the rows, and write them to `json_path` if it is given.
+
+    Args:
+        rows: the rows.
+        title: title of the table.
+        baseline: short name of the alternative that ratios are relative to.
+        settings: settings of the benchmark, for the JSON file.
+        console: prints the table.
+        json_path: JSON file to write, if any.
+    """
     table = Table(title=title)
     facts = list(dict.fromkeys(key for row in rows for key in row.facts))
     for column in ("", "ms", "spread", f"time / {baseline}", *facts):
@@ -124,13 +135,12 @@ def report(
 
 
 def save(record: dict[str, Any], json_path: Path | None) -> None:
-    """Write what was measured with the machine as JSON, if asked."""
+    """Write a record and a description of the machine to `json_path`, if it is given."""
     if json_path is not None:
         json_path.write_text(json.dumps(record | {"machine": _machine()}, indent=1) + "\n")
 
 
 def _machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
     return {
         "device": torch.cuda.get_device_name() if cpu.has_gpu() else platform.machine(),
         "threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""The `remoe` command: a file for each group of commands."""
+"""The `remoe` command: one file for each group of commands."""
 
 from megatron.remoe.cli.app import main
 

@@ -1,4 +1,4 @@
-"""`remoe bench`: alternatives timed side by side."""
+"""The commands `remoe bench ...`: alternatives timed side by side."""
 
 import logging
 import os
@@ -8,97 +8,134 @@ from typing import Annotated
 
 import typer
 
+from megatron.remoe.cli.common import AtLeastOne, command
+
 app = typer.Typer(help="Time alternatives side by side.", no_args_is_help=True)
 
-Rounds = Annotated[int, typer.Option(min=1, help="Measured rounds, after two to warm up.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the results as JSON.")]
-Dtype = Annotated[str, typer.Option(help="fp32 or bf16.")]
+Json = Annotated[Path | None, typer.Option("--json")]
 
 
-@app.command()
+@command(app)
 def layer(
     tokens: int = 4096,
     hidden: int = 512,
-    ffn: Annotated[int, typer.Option(help="Width of an expert.")] = 2048,
-    experts: Annotated[
-        list[int] | None,
-        typer.Option(help="Numbers of experts, 8 if none: all at the first, ReMoE at the others."),
-    ] = None,
+    ffn: int = 2048,
+    experts: list[int] | None = None,
     topk: int = 1,
-    dtype: Dtype = "fp32",
-    rounds: Rounds = 10,
+    dtype: str = "fp32",
+    rounds: AtLeastOne = 10,
     json_path: Json = None,
 ) -> None:
-    """One layer, forward and backward, at exactly tokens x topk assignments of ReLU routing."""
+    """Time one layer, forward and backward, at exactly tokens x topk assignments.
+
+    Example: remoe bench layer --experts 8 --experts 64 --rounds 10
+
+    Args:
+        experts: The numbers of experts, by default 8. All alternatives run at the first number, and
+            ReMoE at the others.
+        dtype: The type of weights and tokens: fp32 or bf16.
+    """
+    _prepare()
     from megatron.remoe.bench import main
 
-    _prepare()
-    main.layer(tokens, hidden, ffn, experts or [8], topk, dtype, rounds, json_path)
+    sizes = main.LayerSizes(tokens=tokens, hidden=hidden, ffn=ffn, topk=topk)
+    main.layer(sizes, experts or [8], dtype, main.Timing(rounds, json_path))
 
 
-@app.command()
+@command(app)
 def router(
     tokens: int = 4096,
     hidden: int = 512,
     experts: int = 8,
     topk: int = 1,
-    dtype: Dtype = "fp32",
-    rounds: Rounds = 30,
+    dtype: str = "fp32",
+    rounds: AtLeastOne = 30,
     json_path: Json = None,
 ) -> None:
-    """Router, permutation and combine alone: time, and bytes against the fewest possible."""
+    """Time router, permutation and combine alone, and compare bytes with the fewest possible.
+
+    Example: remoe bench router --tokens 8192 --experts 64
+
+    Args:
+        experts: The number of experts of the layer.
+        dtype: The type of weights and tokens: fp32 or bf16.
+    """
+    _prepare()
     from megatron.remoe.bench import main
 
-    _prepare()
-    main.router(tokens, hidden, experts, topk, dtype, rounds, json_path)
+    sizes = main.LayerSizes(tokens=tokens, hidden=hidden, ffn=1, topk=topk)
+    main.router(sizes, experts, dtype, main.Timing(rounds, json_path))
 
 
-@app.command()
+@command(app)
 def step(
     layers: int = 2,
     hidden: int = 256,
-    ffn: Annotated[int, typer.Option(help="Width of an expert at granularity 1.")] = 1024,
+    ffn: int = 1024,
     sequence: int = 512,
     micro_batch: int = 4,
-    experts: Annotated[
-        list[int] | None, typer.Option(help="Numbers of experts, 8 if none.")
-    ] = None,
-    granularity: Annotated[list[int] | None, typer.Option(help="At the first of these.")] = None,
+    experts: list[int] | None = None,
+    granularity: list[int] | None = None,
     topk: int = 1,
-    rounds: Rounds = 10,
+    rounds: AtLeastOne = 10,
     json_path: Json = None,
 ) -> None:
-    """A training step in Megatron: ReMoE and TopK at equal assignments, and dense."""
-    from megatron.remoe.bench import main
+    """Time a training step in Megatron: ReMoE and TopK at equal assignments, and a dense model.
 
+    Example: remoe bench step --experts 8 --experts 32 --granularity 2 --rounds 7
+
+    Args:
+        layers: The number of layers of the model.
+        sequence: The number of tokens of a sequence.
+        micro_batch: The number of sequences of a batch.
+        experts: The numbers of experts to time, by default 8.
+        granularity: The granularities to time at the first number of experts, by default only 1.
+    """
     _prepare()
-    sizes = (layers, hidden, ffn, sequence, micro_batch, topk)
-    main.step(sizes, experts or [8], granularity or [], rounds, json_path)
+    from megatron.remoe.bench import main
+    from megatron.remoe.bench.step import Model
+
+    model = Model(
+        layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        sequence=sequence,
+        micro_batch=micro_batch,
+        topk=topk,
+    )
+    main.step(model, experts or [8], granularity or [], main.Timing(rounds, json_path))
 
 
-@app.command()
+@command(app)
 def memory(
     tokens: int = 2048,
     hidden: int = 256,
-    ffn: Annotated[int, typer.Option(help="Width of an expert.")] = 512,
-    experts: Annotated[
-        list[int] | None, typer.Option(help="Numbers of experts, 8, 32 and 128 if none.")
-    ] = None,
+    ffn: int = 512,
+    experts: list[int] | None = None,
     topk: int = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="Of the comparison of times.")] = 3,
+    rounds: AtLeastOne = 3,
     json_path: Json = None,
 ) -> None:
-    """One layer's peak memory at warm-up and stable density, chunked and at once, and the time."""
+    """Measure one layer's peak memory at warm-up and stable density, chunked and at once.
+
+    The time of the chunked layer is compared with the time of the other one.
+
+    Example: remoe bench memory --tokens 4096 --experts 8 --experts 128
+
+    Args:
+        experts: The numbers of experts to measure, by default 8, 32 and 128.
+    """
+    _prepare()
     from megatron.remoe.bench import main
 
-    _prepare()
-    main.memory(tokens, hidden, ffn, experts or [8, 32, 128], topk, rounds, json_path)
+    sizes = main.LayerSizes(tokens=tokens, hidden=hidden, ffn=ffn, topk=topk)
+    main.memory(sizes, experts or [8, 32, 128], main.Timing(rounds, json_path))
 
 
 def _prepare() -> None:
     """Run with the environment of training, which torch reads when it starts."""
     from megatron.remoe import cpu
-    from megatron.remoe.run.launch import cpu_environment
+    from megatron.remoe.run.torchrun import cpu_environment
 
     missing = {k: v for k, v in cpu_environment(1).items() if k not in os.environ}
     if missing:

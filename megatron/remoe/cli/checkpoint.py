@@ -1,4 +1,4 @@
-"""`remoe checkpoint ...`: list, verify and prune. Needs neither torch nor Megatron."""
+"""The commands `remoe checkpoint ...`, which need neither torch nor Megatron."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,14 +8,20 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron.remoe import checkpoint
+from megatron.remoe.cli.common import AtLeastOneOrNone, command
 
-app = typer.Typer(help="Look after the checkpoints of a run.", no_args_is_help=True)
-Run = Annotated[Path, typer.Argument(help="A run directory, or a folder of checkpoints.")]
+app = typer.Typer(help="List, verify and prune the checkpoints of a run.", no_args_is_help=True)
 
 
-@app.command(name="list")
-def list_checkpoints(run: Run) -> None:
-    """List a run's checkpoints."""
+@command(app, "list")
+def list_checkpoints(run: Path) -> None:
+    """List a run's checkpoints with their sizes, and say which of them are complete.
+
+    Example: remoe checkpoint list runs/quickstart
+
+    Args:
+        run: A run directory, or a folder of checkpoints.
+    """
     folder = checkpoint.folder_of(run)
     latest, table = checkpoint.tracked(folder), Table(title=str(folder))
     for name in ("iteration", "MB", "state"):
@@ -30,11 +36,16 @@ def list_checkpoints(run: Run) -> None:
     Console().print(table)
 
 
-@app.command(name="verify")
-def verify_checkpoints(run: Run) -> None:
+@command(app, "verify")
+def verify_checkpoints(run: Path) -> None:
     """Compare every file with the hash that was taken when it was written.
 
     Exits with 1 if a checkpoint is damaged.
+
+    Example: remoe checkpoint verify runs/quickstart
+
+    Args:
+        run: A run directory, or a folder of checkpoints.
     """
     folder, damaged = checkpoint.folder_of(run), 0
     for found in checkpoint.find(folder):
@@ -50,16 +61,23 @@ def verify_checkpoints(run: Run) -> None:
         raise typer.Exit(1)
 
 
-@app.command(name="prune")
+@command(app, "prune")
 def prune_checkpoints(
-    run: Run,
-    keep_last: Annotated[int, typer.Option(min=1, help="So many of the last ones stay.")],
-    milestones: Annotated[
-        int | None, typer.Option(min=1, help="Multiples of this iteration stay too.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing.")] = False,
+    run: Path,
+    keep_last: Annotated[int, typer.Option(min=1)],
+    milestones: AtLeastOneOrNone = None,
+    dry_run: bool = False,
 ) -> None:
-    """Delete checkpoints that are neither among the last nor milestones."""
+    """Delete the checkpoints that are neither among the latest nor milestones.
+
+    Example: remoe checkpoint prune runs/quickstart --keep-last 3 --milestones 1000 --dry-run
+
+    Args:
+        run: A run directory, or a folder of checkpoints.
+        keep_last: The number of latest checkpoints that are kept.
+        milestones: Keep also those whose iteration is a multiple of this number, by default none.
+        dry_run: List what would be deleted, but delete nothing.
+    """
     folder = checkpoint.folder_of(run)
     pruned = checkpoint.prune(
         folder, keep_last=keep_last, milestone_interval=milestones, dry_run=dry_run

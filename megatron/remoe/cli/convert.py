@@ -1,30 +1,15 @@
-"""The commands `remoe convert ...` and `remoe generate`."""
+"""The commands `remoe convert ...`: to Hugging Face and back, and from models made elsewhere."""
 
-import logging
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-convert = typer.Typer(help="Checkpoints to Hugging Face and back.", no_args_is_help=True)
+from megatron.remoe.cli.common import AtLeastOne, command, prepare
+from megatron.remoe.progress import progress
 
-Tokenizer = Annotated[
-    Path | None,
-    typer.Option(help="Tokenizer folder or tokenizer.json.", show_default="the run's"),
-]
-TensorParallel = Annotated[int, typer.Option(help="Ranks that share a layer.")]
-PipelineParallel = Annotated[int, typer.Option(help="Pipeline stages.")]
-ExpertParallel = Annotated[int, typer.Option(help="Ranks that share the experts.")]
-PaddedVocabSize = Annotated[
-    int | None,
-    typer.Option(
-        help="Rows of the embedding.", show_default="as before, or the next multiple of 128"
-    ),
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+app = typer.Typer(help="Convert checkpoints to Hugging Face and back.", no_args_is_help=True)
+
 _TEXT = """The router gives every token to the experts whose logit is positive.
 
 def relu_routing(logits):
@@ -36,19 +21,25 @@ int main() { std::vector<int> experts(8); return experts.size(); }
 """
 
 
-@convert.command("to-hf")
+@command(app, "to-hf")
 def to_hf(
-    source: Annotated[Path, typer.Argument(help="Run directory, or a checkpoint of any layout.")],
-    out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="fp32, bf16 or fp16.", show_default="the checkpoint's"),
-    ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Most bytes of a file of weights.")] = "5GB",
-    tokenizer: Tokenizer = None,
-    force: Force = False,
+    source: Path,
+    out: Path,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    tokenizer: Path | None = None,
+    force: bool = False,
 ) -> None:
-    """Export a model as transformers loads it: weights, tokenizer, code and model card."""
+    """Export a model as transformers loads it: weights, tokenizer, code and model card.
+
+    Example: remoe convert to-hf runs/quickstart model --dtype bf16
+
+    Args:
+        source: The run directory, or a checkpoint of any parallel layout.
+        out: The Hugging Face folder, which is made.
+        dtype: The type of the weights (fp32, bf16 or fp16), by default the checkpoint's.
+        max_shard_size: The most bytes of one file of weights, such as 500MB or 5GB.
+    """
     prepare()
     from megatron.remoe.convert import export
     from megatron.remoe.formats.safetensors import parse_size
@@ -67,41 +58,160 @@ def to_hf(
     typer.echo(f"{out}: {config['architectures'][0]}, {config['dtype']}")
 
 
-@convert.command("to-megatron")
+@command(app, "to-megatron")
 def to_megatron(
-    source: Annotated[Path, typer.Argument(help="Hugging Face folder, remoe or llama.")],
-    out: Annotated[Path, typer.Argument(help="Folder of checkpoints to make.")],
-    tensor_parallel: TensorParallel = 1,
-    pipeline_parallel: PipelineParallel = 1,
-    expert_parallel: ExpertParallel = 1,
-    padded_vocab_size: PaddedVocabSize = None,
-    force: Force = False,
+    source: Path,
+    out: Path,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    expert_parallel: int = 1,
+    padded_vocab_size: int | None = None,
+    force: bool = False,
 ) -> None:
-    """Make a checkpoint that Megatron trains on, with the model's flags in model.yaml."""
-    prepare()
-    from megatron.remoe.convert.to_megatron import Layout
-    from megatron.remoe.convert.to_megatron import to_megatron as convert_to_megatron
+    """Make a checkpoint that Megatron trains on, with the model's flags in model.yaml.
 
-    layout = Layout(tensor_parallel, pipeline_parallel, expert_parallel, padded_vocab_size)
+    Example: remoe convert to-megatron model checkpoints --expert-parallel 2
+
+    Args:
+        source: The Hugging Face folder, of the model type remoe or llama.
+        out: The folder of checkpoints, which is made.
+    """
+    prepare()
+    from megatron.remoe.convert import to_megatron as run
+
+    layout = run.Layout(tensor_parallel, pipeline_parallel, expert_parallel, padded_vocab_size)
     with progress("tensors") as report:
-        folder = convert_to_megatron(source, out, layout=layout, force=force, progress=report)
+        folder = run.to_megatron(source, out, layout=layout, force=force, progress=report)
     typer.echo(f"{folder}; continue with a config whose base is {out / 'model.yaml'}")
 
 
-@convert.command()
+@command(app, "from-fork")
+def from_fork(
+    checkpoint: Path,
+    out: Path,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    expert_parallel: int = 1,
+    padded_vocab_size: int | None = None,
+    tokenizer: Path | None = None,
+    force: bool = False,
+) -> None:
+    """Take over a model of thu-ml/ReMoE with its coefficient, for transformers and for Megatron.
+
+    Example: remoe convert from-fork CHECKPOINTS model --tokenizer gpt2-tokenizer
+
+    Args:
+        checkpoint: A checkpoint of the published implementation, or a folder of them.
+        out: The folder, which is made, for the folders hf and megatron.
+    """
+    prepare()
+    from megatron.remoe.convert import from_fork as run
+    from megatron.remoe.convert import to_megatron
+
+    layout = to_megatron.Layout(
+        tensor_parallel, pipeline_parallel, expert_parallel, padded_vocab_size
+    )
+    with progress("bytes") as report:
+        config = run.from_fork(
+            checkpoint, out, layout=layout, tokenizer=tokenizer, force=force, progress=report
+        )
+    coefficient = (config.get("l1_coeff") or [None])[0]
+    typer.echo(f"{out / run.HF}: {config['architectures'][0]}, coefficient {coefficient}")
+    typer.echo(
+        f"{out / run.MEGATRON}; continue with a config whose base is "
+        f"{out / run.MEGATRON / 'model.yaml'}"
+    )
+
+
+@command(app)
+def upcycle(
+    dense: Path,
+    out: Path,
+    num_experts: Annotated[int, typer.Option()],
+    granularity: int = 1,
+    topk: int = 1,
+    data: list[Path] | None = None,
+    tokens: Annotated[int, typer.Option(min=512)] = 8192,
+    spread: float = 0.5,
+    seed: int = 0,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    expert_parallel: int = 1,
+    padded_vocab_size: int | None = None,
+    tokenizer: Path | None = None,
+    force: bool = False,
+) -> None:
+    """Start a mixture with ReLU routing from a dense model, and say how far it is from it.
+
+    Example: remoe convert upcycle runs/dense start --num-experts 8 --granularity 2
+
+    Args:
+        dense: A dense run or checkpoint, or a Hugging Face Llama.
+        out: The folder of checkpoints, which is made.
+        num_experts: E, the number of copies of the dense MLP before granularity.
+        granularity: G, the number of slices of each copy: there are E * G experts of width / G.
+        topk: The k of the target sparsity 1 - k/E.
+        data: The token files without their suffix that fit the router, by default samples of the
+            model itself.
+        tokens: The number of tokens. One half fits the router, the other one tests it.
+        spread: The standard deviation of a gate's noise, relative to the gate's mean.
+        seed: The seed of the noise and of the samples.
+    """
+    prepare()
+    from megatron.remoe.convert import to_megatron
+    from megatron.remoe.convert import upcycle as run
+
+    settings = run.Settings(num_experts, topk, granularity, spread, seed)
+    layout = to_megatron.Layout(
+        tensor_parallel, pipeline_parallel, expert_parallel, padded_vocab_size
+    )
+    with progress("bytes") as report:
+        made = run.upcycle(
+            dense,
+            out,
+            settings,
+            data=data,
+            num_tokens=tokens,
+            layout=layout,
+            tokenizer=tokenizer,
+            force=force,
+            progress=report,
+        )
+    typer.echo(
+        f"first forward on held-out {'data' if data else 'samples'}: loss {made.loss:.4f}, dense "
+        f"{made.dense_loss:.4f}, gap {made.loss - made.dense_loss:+.4f}"
+    )
+    typer.echo(
+        f"gates of a slice's copies sum to 1 ± {made.gate_sum_std:.3f}; active: {made.active:.1%}"
+    )
+    typer.echo(f"{made.folder}; train with a config whose base is {out / 'model.yaml'}")
+
+
+@command(app)
 def verify(
-    a: Annotated[Path, typer.Argument(help="Run directory, checkpoint or Hugging Face folder.")],
-    b: Annotated[Path, typer.Argument(help="The other.")],
-    text: Annotated[str | None, typer.Option(help="Text to run both on.")] = None,
-    text_file: Annotated[Path | None, typer.Option(help="Or a file of it.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="Or token ids: 5,17,3.")] = None,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16, of the forward passes.")] = "fp32",
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate greedily.")] = 20,
-    tokenizer: Tokenizer = None,
+    a: Path,
+    b: Path,
+    text: str | None = None,
+    text_file: Path | None = None,
+    tokens: str | None = None,
+    dtype: str = "fp32",
+    new_tokens: AtLeastOne = 20,
+    tokenizer: Path | None = None,
 ) -> None:
     """Compare two models: tensors bit by bit, logits, active experts, greedy text.
 
     Exits with 1 if they differ more than the dtype allows.
+
+    Example: remoe convert verify runs/quickstart model --tokens 5,17,3
+
+    Args:
+        a: A run directory, a checkpoint or a Hugging Face folder.
+        b: The other model, of any of these kinds.
+        text: The text to run both models on, by default some prose and code.
+        text_file: A file that holds the text, instead of the default or of --text.
+        tokens: Token ids such as 5,17,3, instead of the default text or of --text.
+        dtype: The type of the forward passes: fp32 or bf16.
+        new_tokens: The number of tokens to generate greedily.
     """
     prepare()
     from megatron.remoe.convert import compare
@@ -138,41 +248,8 @@ def verify(
     typer.echo("ok")
 
 
-def generate(
-    model: Annotated[Path, typer.Argument(help="Hugging Face folder, run or checkpoint.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="Of sampling; 0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Share of the probability to sample from.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    dtype: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or fp16.", show_default="the weights'")
-    ] = None,
-    tokenizer: Tokenizer = None,
-) -> None:
-    """Continue a prompt, streamed."""
-    prepare()
-    from megatron.remoe.convert.export import parse_dtype
-    from megatron.remoe.convert.generate import generate as run
-
-    def emit(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    run(
-        model,
-        prompt,
-        emit,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        dtype=parse_dtype(dtype),
-        tokenizer=tokenizer,
-    )
-
-
 def _text_or_ids(text: str | None, file: Path | None, tokens: str | None) -> str | list[int]:
+    """Return what both models run on: the given text or token ids, or a text with code."""
     if sum(value is not None for value in (text, file, tokens)) > 1:
         raise ValueError("give one of --text, --text-file and --tokens")
     if file is not None:
@@ -188,28 +265,3 @@ def _text_or_ids(text: str | None, file: Path | None, tokens: str | None) -> str
             raise ValueError(f"tokens is {tokens!r}; it must be two or more ids such as 5,17,3")
         return [int(part) for part in parts]
     return _TEXT if text is None else text
-
-
-def prepare() -> None:
-    """As for training, and without the bars that transformers shows of its own."""
-    from transformers.utils import logging as transformers_logging
-
-    from megatron.remoe import cpu
-
-    cpu.prepare_megatron()
-    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.WARNING)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def progress(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(unit, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,1 +1,1 @@
-"""Checkpoints to Hugging Face and back, on any machine, in one process, tensor by tensor."""
+"""Conversion of checkpoints to Hugging Face and back, in one process and tensor by tensor."""

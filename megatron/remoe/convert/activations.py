@@ -1,4 +1,4 @@
-"""What a dense model sees inside on some text, and its loss on it.
+"""Activations inside a dense model on some text, and its loss on that text.
 
 Shapes: T tokens, H hidden.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from megatron.remoe.convert.exported import check_vocabulary
+from megatron.remoe.convert.exported import check_vocabulary, continue_tokens
 from megatron.remoe.data.pairs import check_pair
 
 _BATCH = 8
@@ -18,16 +18,16 @@ _SAMPLE_LENGTH = 256
 
 
 def tokens_for(model: Any, data: list[Path] | None, num_tokens: int, seed: int) -> Tensor:
-    """Text for a model, `[sequences, length]`, an even number of sequences in random order.
+    """Return text for a model, `[sequences, length]`, an even number of them in random order.
 
     Args:
-        model: samples the text itself where there is no data.
+        model: the model, which samples the text itself if there is no data.
         data: prefixes of token files.
-        num_tokens: about how many.
-        seed: of the order, or of the samples.
+        num_tokens: the approximate number of tokens.
+        seed: the seed of the order, or of the samples.
 
     Raises:
-        ValueError: no such data, too little, or of another vocabulary.
+        ValueError: the data does not exist, is too little, or has another vocabulary.
     """
     length = min(model.config.max_position_embeddings, _SAMPLE_LENGTH)
     count = max(2, num_tokens // length // 2 * 2)
@@ -45,7 +45,7 @@ def tokens_for(model: Any, data: list[Path] | None, num_tokens: int, seed: int) 
 
 
 def _read(prefix: Path, num_tokens: int) -> Tensor:
-    """The first tokens of a pair of `.bin/.idx` files, documents one after the other."""
+    """Read the first tokens of a pair of `.bin/.idx` files, one document after the other."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     check_pair(prefix)
@@ -63,27 +63,18 @@ def _read(prefix: Path, num_tokens: int) -> Tensor:
 
 @torch.no_grad()
 def _samples(model: Any, count: int, length: int, seed: int) -> Tensor:
-    """Text that the model samples itself, from its end-of-document token or a random one."""
+    """Let the model sample text, from its end-of-document token or from a random one."""
     torch.manual_seed(seed)
     start = model.config.eos_token_id
     first = torch.randint(model.config.vocab_size, (count, 1))
     if isinstance(start, int):
         first = torch.full((count, 1), start)
-    sampled: Tensor = model.generate(
-        first,
-        attention_mask=torch.ones_like(first),
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=length - 1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return sampled
+    return continue_tokens(model, first, length - 1, do_sample=True, top_k=0)
 
 
 @torch.no_grad()
 def mlp_inputs(model: Any, tokens: Tensor) -> list[Tensor]:
-    """What the MLP of every layer sees, `[T, H]` each."""
+    """Return the inputs of every layer's MLP, `[T, H]` each."""
     inputs: list[list[Tensor]] = [[] for _ in model.model.layers]
     hooks = [
         layer.mlp.register_forward_pre_hook(
@@ -100,7 +91,7 @@ def mlp_inputs(model: Any, tokens: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def mean_loss(model: Any, tokens: Tensor) -> float:
-    """In nats per token."""
+    """Return the mean loss in nats per token."""
     total = 0.0
     for batch in torch.split(tokens, _BATCH):
         logits = model(batch, use_cache=False).logits[:, :-1].float()

@@ -1,24 +1,19 @@
-"""A model's architecture: Megatron's arguments to a Hugging Face config, and back to flags.
+"""Translation of a model's architecture between Megatron's arguments and a Hugging Face config.
 
-Whatever the model in `remoe.hf` (or LLaMA, without experts) does not do is refused by name.
+The tables of equal settings below serve both directions. What neither the model in `remoe.hf` nor
+LLaMA (for models without experts) can do is refused by name.
 """
 
 import argparse
-import reprlib
 from typing import Any
 
 from megatron.remoe.analysis.size import layers_with_experts
 from megatron.remoe.convert.table import Config
-from megatron.remoe.convert.values import (
-    check_facts,
-    check_number,
-    check_sizes,
-    check_whole,
-)
 from remoe.config import ROUTINGS
 from remoe.settings import Setting, settings_of
 
-# Arguments whose other values make a model that neither of our two is. Absent is as required.
+# Arguments that must have these values (or be absent), because neither of our two models in
+# transformers can do anything else.
 _REQUIRED: dict[str, Any] = {
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
@@ -59,8 +54,7 @@ _REQUIRED: dict[str, Any] = {
     "moe_relu_l1_reg_coeff_rule": "sign",
     "moe_relu_start_sparse": False,
 }
-_ROUTER_DTYPES = {"fp32": "float32", "fp64": "float64", None: None}
-# What a Hugging Face config may say, and we could not express in Megatron's flags.
+# The same for a Hugging Face config, which may say what Megatron's flags cannot express.
 _REQUIRED_IN_CONFIG: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -69,106 +63,46 @@ _REQUIRED_IN_CONFIG: dict[str, Any] = {
     "l1_coeff_rule": "sign",  # of earlier versions
     "router_bias": False,  # likewise
 }
-
-
-_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length",
-          "max_position_embeddings")  # fmt: skip
-_LATER_SIZES = ("kv_channels",)  # which the published implementation may leave out
-_EXPERT_SIZES = ("num_experts", "moe_router_topk")
-_LATER_EXPERT_SIZES = ("moe_ffn_hidden_size",)
-_NUMBERS = {"layernorm_epsilon": 1.0, "init_method_std": 1e3, "rotary_base": 2.0**53}
-_SWITCHES = ("group_query_attention", "untie_embeddings_and_output_weights")
-_SWITCHES_IF_GIVEN = ("moe_relu_routing", "moe_relu_at_least_one_expert")
-_TEXTS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "metrics_file")
-_LISTS = ("data_path", "train_data_path")
-_PRESENT = ("num_experts", "vocab_size", "mock_data", *_TEXTS[:-1], *_LISTS)
-
-
-def check_arguments(where: str, args: argparse.Namespace, *, complete: bool) -> None:
-    """Check the arguments that a conversion reads, which a checkpoint may have as it pleases.
-
-    Args:
-        where: they are, for the message.
-        args: of a checkpoint.
-        complete: whether those of the published implementation have their later form by now.
-
-    Raises:
-        ValueError: naming the argument that is missing or has no possible value.
-    """
-    given = vars(args)
-    if missing := [name for name in _PRESENT if complete and name not in given]:
-        raise ValueError(f"{where} lack {', '.join(missing)}; save the model with its arguments")
-    has_experts = given.get("num_experts") is not None
-    sizes = _SIZES + (_EXPERT_SIZES if has_experts else ())
-    check_sizes(where, given, sizes)
-    if not complete:
-        if (granularity := given.get("moe_granularity")) is not None:
-            check_whole(where, "moe_granularity", granularity, 1)
-        if given.get("moe_ffn_hidden_size") is not None:
-            check_sizes(where, given, _LATER_EXPERT_SIZES)
-        return
-    check_sizes(where, given, _LATER_SIZES + (_LATER_EXPERT_SIZES if has_experts else ()))
-    needed = _SWITCHES + (("moe_router_pre_softmax",) if has_experts else ())
-    for name in (*needed, *(name for name in _SWITCHES_IF_GIVEN if name in given)):
-        if not isinstance(given.get(name), bool):
-            raise ValueError(f"{where} have {name} = {given.get(name)!r}; it must be true or false")
-    if args.group_query_attention:
-        check_sizes(where, given, ("num_query_groups",))
-    for name, below in _NUMBERS.items():
-        check_number(where, name, given.get(name), above=0, below=below)
-    for kind, names in ((str, _TEXTS), (list, _LISTS)):
-        for name in names:
-            if not isinstance(given.get(name), kind | None):
-                raise ValueError(
-                    f"{where} have {name} = {reprlib.repr(given[name])}, which is none"
-                )
-    for name in ("vocab_size", "consumed_train_samples"):
-        if given.get(name) is not None:
-            check_whole(where, name, given[name], 0)
-    check_facts(where, given.get("remoe_training_facts"))
-    if has_experts:
-        _check_expert_arguments(where, given)
-
-
-def _check_expert_arguments(where: str, given: dict[str, Any]) -> None:
-    dtype, frequency = given.get("moe_router_dtype"), given.get("moe_layer_freq", 1)
-    if not isinstance(dtype, str | None) or dtype not in _ROUTER_DTYPES:
-        raise ValueError(f"{where} have moe_router_dtype = {dtype!r}; it must be fp32 or fp64")
-    is_pattern = isinstance(frequency, list) and len(frequency) == given["num_layers"]
-    if not is_pattern or not all(value in (0, 1) for value in frequency):
-        check_whole(where, "moe_layer_freq", frequency, 1)
-    if given.get("moe_relu_routing"):
-        for name in ("init", "multiplier"):
-            name = f"moe_relu_l1_reg_coeff_{name}"
-            check_number(where, name, given.get(name), above=0, below=1e30)
+# Megatron's name of a setting, and that of Hugging Face.
+_MODEL = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "kv_channels": "head_dim",
+    "max_position_embeddings": "max_position_embeddings",
+    "init_method_std": "initializer_range",
+}
+_EXPERTS = {
+    "num_experts": "num_experts",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+}
+ROUTER_DTYPES = {"fp32": "float32", "fp64": "float64", None: None}
+# Values of arguments that checkpoints of the published code may lack.
+_ABSENT: dict[str, Any] = {"moe_layer_freq": 1, "moe_relu_routing": False}
 
 
 def to_config(args: argparse.Namespace) -> Config:
-    """The architecture part of `config.json`: no vocabulary, no tokens, no dtype.
+    """Return the architecture part of `config.json`, without vocabulary, special tokens and dtype.
 
     Raises:
-        ValueError: an argument that the model on the other side does not have.
+        ValueError: an argument has a value that the model on the other side cannot have.
     """
+    given = _ABSENT | vars(args)
     for name, required in _REQUIRED.items():
-        value = getattr(args, name, required)
+        value = given.get(name, required)
         if value != required:
             raise ValueError(
                 f"the run has {name}={value!r}, which the exported model does not do; only "
                 f"{name}={required!r} can be converted"
             )
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    config: Config = {
+    config: Config = {hf: given[megatron] for megatron, hf in _MODEL.items()} | {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
-        "hidden_size": args.hidden_size,
-        "intermediate_size": args.ffn_hidden_size,
-        "num_hidden_layers": args.num_layers,
-        "num_attention_heads": args.num_attention_heads,
         "num_key_value_heads": groups,
-        "head_dim": args.kv_channels,
         "hidden_act": "silu",
-        "max_position_embeddings": args.max_position_embeddings,
-        "initializer_range": args.init_method_std,
         "rms_norm_eps": args.layernorm_epsilon,
         "rope_parameters": {"rope_type": "default", "rope_theta": float(args.rotary_base)},
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
@@ -178,19 +112,15 @@ def to_config(args: argparse.Namespace) -> Config:
     }
     if args.num_experts is None:
         return config
-    layers = range(args.num_layers)
-    with_experts = layers_with_experts(getattr(args, "moe_layer_freq", 1), args.num_layers)
-    dense = [layer for layer in layers if layer not in with_experts]
-    is_relu = getattr(args, "moe_relu_routing", False)
+    with_experts = layers_with_experts(given["moe_layer_freq"], args.num_layers)
+    dense = [layer for layer in range(args.num_layers) if layer not in with_experts]
+    is_relu = given["moe_relu_routing"]
     softmax = "topk_pre_softmax" if args.moe_router_pre_softmax else "topk_post_softmax"
-    config |= {
+    config |= {hf: given[megatron] for megatron, hf in _EXPERTS.items()} | {
         "model_type": "remoe",
         "architectures": ["ReMoEForCausalLM"],
         "router_type": "relu" if is_relu else softmax,
-        "router_dtype": _ROUTER_DTYPES[args.moe_router_dtype],
-        "num_experts": args.num_experts,
-        "num_experts_per_tok": args.moe_router_topk,
-        "moe_intermediate_size": args.moe_ffn_hidden_size,
+        "router_dtype": ROUTER_DTYPES[args.moe_router_dtype],
         "mlp_only_layers": dense or None,
         "target_sparsity": 1 - args.moe_router_topk / args.num_experts,
     }
@@ -200,11 +130,11 @@ def to_config(args: argparse.Namespace) -> Config:
     return config
 
 
-def to_flags(config: Config, padded_vocab_size: int) -> dict[str, Any]:
-    """Megatron's and our flags of a model, as a config of `remoe train` has them.
+def check_expressible(config: Config) -> None:
+    """Check that Megatron's flags can express a Hugging Face config.
 
     Raises:
-        ValueError: a setting that Megatron's flags cannot express.
+        ValueError: a setting has a value that they cannot express.
     """
     for name, required in _REQUIRED_IN_CONFIG.items():
         if config.get(name, required) != required:
@@ -214,13 +144,23 @@ def to_flags(config: Config, padded_vocab_size: int) -> dict[str, Any]:
     rope = config["rope_parameters"]
     if rope.get("rope_type", "default") != "default":
         raise ValueError(
-            f"config.json scales RoPE ({rope['rope_type']!r}); only the default can be converted"
+            f"config.json scales RoPE (rope_type = {rope['rope_type']!r}); only 'default' can be "
+            f"converted to Megatron, so take a model that was trained without scaling"
         )
-    theta = float(rope["rope_theta"])
-    if not theta.is_integer():
+    if not float(rope["rope_theta"]).is_integer():
         raise ValueError(
-            f"config.json has rope_theta {theta}, but Megatron's rotary_base is a whole number"
+            f"config.json has rope_theta {rope['rope_theta']}, but Megatron's rotary_base is a "
+            f"whole number"
         )
+
+
+def to_flags(config: Config, padded_vocab_size: int) -> dict[str, Any]:
+    """Return Megatron's and our flags of a model, as a config of `remoe train` has them.
+
+    Raises:
+        ValueError: a setting has a value that Megatron's flags cannot express.
+    """
+    check_expressible(config)
     flags: dict[str, Any] = {
         "swiglu": True,
         "normalization": "RMSNorm",
@@ -228,30 +168,21 @@ def to_flags(config: Config, padded_vocab_size: int) -> dict[str, Any]:
         "disable_bias_linear": True,
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
         "position_embedding_type": "rope",
-        "rotary_base": int(theta),
+        "rotary_base": int(config["rope_parameters"]["rope_theta"]),
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "init_method_std": config["initializer_range"],
-        "num_layers": config["num_hidden_layers"],
-        "hidden_size": config["hidden_size"],
-        "ffn_hidden_size": config["intermediate_size"],
-        "num_attention_heads": config["num_attention_heads"],
-        "kv_channels": config["head_dim"],
+        **{megatron: config[hf] for megatron, hf in _MODEL.items()},
         "group_query_attention": True,
         "num_query_groups": config["num_key_value_heads"],
-        "max_position_embeddings": config["max_position_embeddings"],
         "seq_length": config["max_position_embeddings"],
         "padded_vocab_size": padded_vocab_size,
         "no_create_attention_mask_in_dataloader": True,
     }
     if config["model_type"] == "llama":
         return flags
-    router, dense = config["router_type"], set(config.get("mlp_only_layers") or ())
-    dtypes = {value: key for key, value in _ROUTER_DTYPES.items()}
-    flags |= {
-        "num_experts": config["num_experts"],
-        "moe_router_topk": config["num_experts_per_tok"],
-        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+    router = config["router_type"]
+    dtypes = {value: key for key, value in ROUTER_DTYPES.items()}
+    flags |= {megatron: config[hf] for megatron, hf in _EXPERTS.items()} | {
         "moe_router_pre_softmax": router != "topk_post_softmax",
         "moe_router_dtype": dtypes[config["router_dtype"]],
         "moe_grouped_gemm": True,
@@ -259,8 +190,9 @@ def to_flags(config: Config, padded_vocab_size: int) -> dict[str, Any]:
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": 0.01,
     }
-    if dense:
-        pattern = (str(int(i not in dense)) for i in range(config["num_hidden_layers"]))
+    with_experts = moe_layers(config)
+    if len(with_experts) < config["num_hidden_layers"]:
+        pattern = (str(int(i in with_experts)) for i in range(config["num_hidden_layers"]))
         flags["moe_layer_freq"] = f"[{','.join(pattern)}]"  # Megatron takes no spaces
     if router == "relu":
         flags["moe_relu_routing"] = True
@@ -273,7 +205,7 @@ def _exported_settings() -> list[Setting]:
 
 
 def moe_layers(config: Config) -> list[int]:
-    """Indices of the layers with experts."""
+    """Return the indices of the layers with experts."""
     if config["model_type"] == "llama":
         return []
     dense = set(config.get("mlp_only_layers") or ())

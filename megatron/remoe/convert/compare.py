@@ -1,4 +1,4 @@
-"""Whether two models are the same: their tensors bit by bit, and what they say about a text."""
+"""Comparison of two models: their tensors bit by bit, and their outputs for a text."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,29 +7,30 @@ import torch
 from torch import Tensor
 
 from megatron.remoe.convert.forward import Forward, forward
-from megatron.remoe.convert.source import HFSource, MegatronSource, open_source
+from megatron.remoe.convert.source import Source, open_source
 from megatron.remoe.convert.table import PADDING, check_names
 
-# fp32: sums in another order. Logits of a trained model are of order 10, an fp32 rounding of them
-# is 1e-6, and the paths differ by a few of those.
-# bf16: 8 bits. Both sides round every activation, at other places, by up to 2**-9 of its size; over
-# the layers this adds up to a few roundings of the largest logits, of order 10.
+# fp32: both sides add up in another order. Logits of a trained model are of order 10, their fp32
+# rounding is 1e-6, and the two paths differ by a few roundings.
+# bf16 has 8 bits. Both sides round every activation, at other places, by up to 2**-9 of its size;
+# over the layers this adds up to a few roundings of the largest logits, which are of order 10.
 LOGIT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.25}
-# Flipped (token, expert) pairs: none in fp32; in bf16 a logit near zero or near another may flip.
+# Share of (token, expert) pairs that are active on one side only: in bf16, a logit near zero or
+# near another one may change sides.
 FLIP_TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 0.02}
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Two models, compared.
+class ModelComparison:
+    """The differences between two models.
 
     Attributes:
-        tensors: number of tensors, in Hugging Face's terms.
-        differing: the largest difference of every tensor that is not bit-equal.
-        logit_differences: largest absolute difference at every token.
-        flipped: share of (token, expert) pairs that are active in one model only.
-        greedy: whether both generate the same tokens greedily.
-        dtype: of the forward passes.
+        tensors: the number of tensors, by their names in Hugging Face.
+        differing: the largest difference in every tensor that is not bit-equal.
+        logit_differences: the largest absolute difference at every token.
+        flipped: the share of (token, expert) pairs that are active in one model only.
+        greedy: whether both models generate the same tokens greedily.
+        dtype: the dtype of the forward passes.
     """
 
     tensors: int
@@ -41,6 +42,7 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
+        """Whether the models differ no more than the dtype allows."""
         logits = float(self.logit_differences.max()) <= LOGIT_TOLERANCE[self.dtype]
         flips = self.flipped <= FLIP_TOLERANCE[self.dtype]
         same_text = self.greedy or self.dtype != torch.float32
@@ -55,18 +57,18 @@ def compare(
     dtype: torch.dtype = torch.float32,
     new_tokens: int = 20,
     tokenizer: Path | None = None,
-) -> Comparison:
+) -> ModelComparison:
     """Compare two models, each a Megatron run or checkpoint or a Hugging Face folder.
 
     Args:
         a, b: the models.
-        text: to run them on; token ids for models without a tokenizer.
-        dtype: of the forward passes.
+        text: the text to run them on; token ids for models without a tokenizer.
+        dtype: the dtype of the forward passes.
         new_tokens: how many tokens to generate greedily after the first half of the text.
-        tokenizer: in place of the one that a run names.
+        tokenizer: a tokenizer to use in place of the one that a run names.
 
     Raises:
-        ValueError: models of other architectures, or a text that cannot be tokenized.
+        ValueError: the models have different architectures, or the text cannot be tokenized.
     """
     one, other = open_source(a, tokenizer), open_source(b, tokenizer)
     if dtype not in LOGIT_TOLERANCE:
@@ -87,7 +89,7 @@ def compare(
     prompt = max(1, min(len(tokens) // 2, positions - new_tokens))
     request = {"dtype": dtype, "prompt": prompt, "new_tokens": new_tokens}
     first, second = (forward(source, tokens, **request) for source in (one, other))
-    return Comparison(
+    return ModelComparison(
         count,
         differing,
         (first.logits - second.logits).abs().amax(dim=1),
@@ -97,7 +99,7 @@ def compare(
     )
 
 
-def _tokenize(source: MegatronSource | HFSource, text: str | list[int]) -> list[int]:
+def _tokenize(source: Source, text: str | list[int]) -> list[int]:
     if not isinstance(text, str):
         return text
     if source.tokenizer is None:
@@ -108,9 +110,7 @@ def _tokenize(source: MegatronSource | HFSource, text: str | list[int]) -> list[
     return tokens
 
 
-def _compare_tensors(
-    one: MegatronSource | HFSource, other: MegatronSource | HFSource
-) -> tuple[int, dict[str, float]]:
+def _compare_tensors(one: Source, other: Source) -> tuple[int, dict[str, float]]:
     shared = [{name for item in s.items for name in item.hf} for s in (one, other)]
     check_names("the second model", shared[1], shared[0])
     differing, count = {}, 0
@@ -120,7 +120,7 @@ def _compare_tensors(
         counterpart = other.hf_tensors(theirs[next(iter(item.hf))])
         for name, tensor in ours.items():
             if name.startswith(PADDING) and tensor.shape != counterpart[name].shape:
-                continue  # rows of no token; each layout has as many as it needs
+                continue  # padding of the vocabulary, of which each layout has what it needs
             count += 1
             match = counterpart[name]
             if tensor.shape != match.shape:

@@ -1,26 +1,20 @@
-"""A Megatron checkpoint to a Hugging Face folder."""
+"""Export of a model, such as a Megatron checkpoint, to a Hugging Face folder."""
 
 import json
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 import remoe.hf
 from megatron.remoe.convert.facts import model_card
+from megatron.remoe.convert.hf_source import DTYPES, PADDING_FILE, check_finite, validated
 from megatron.remoe.convert.output import new_folder
-from megatron.remoe.convert.source import (
-    DTYPES,
-    PADDING_FILE,
-    MegatronSource,
-    check_finite,
-    validated,
-)
+from megatron.remoe.convert.source import MegatronSource, Source
 from megatron.remoe.convert.table import CONFIG, PADDING, Config, Item
-from megatron.remoe.convert.tokenizer import TokenizerFiles
 from megatron.remoe.formats.safetensors import ShardWriter, Spec
 from remoe.hf.configuration_remoe import FORMAT_VERSION
 
@@ -30,10 +24,10 @@ Progress = Callable[[int, int], None]
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
-    """A dtype by its short name; None stays None.
+    """Return the dtype of a short name; None stays None.
 
     Raises:
-        ValueError: another name.
+        ValueError: the name is another one.
     """
     if name is not None and name not in DTYPES:
         raise ValueError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
@@ -50,26 +44,25 @@ def to_hf(
     force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Config:
-    """Write a model as transformers loads it; one tensor at a time is in memory.
+    """Write a checkpoint as transformers loads it, with one tensor at a time in memory.
 
     Args:
         path: a run directory, a folder of checkpoints, or a checkpoint of any parallel layout.
         out: the folder to make.
-        dtype: of the weights; None is that of the checkpoint.
-        max_shard_bytes: most bytes of a file of weights.
-        tokenizer: in place of the one that the run names.
-        force: replace `out`.
-        progress: told how many bytes are written, and how many there are.
+        dtype: the dtype of the weights; None is that of the checkpoint.
+        max_shard_bytes: the largest size of a file of weights.
+        tokenizer: a tokenizer to use in place of the one that the run names.
+        force: whether to replace `out`.
+        progress: called with the number of bytes that are written, and of all bytes.
 
     Returns:
         The model's `config.json`.
 
     Raises:
-        ValueError: no checkpoint, a model that cannot be converted, or something in `out`.
+        ValueError: there is no checkpoint, the model cannot be converted, or `out` is not empty.
     """
-    source = MegatronSource(path, tokenizer)
     return export(
-        source,
+        MegatronSource(path, tokenizer),
         out,
         reads=[path, *([tokenizer] if tokenizer else [])],
         dtype=dtype,
@@ -77,21 +70,6 @@ def to_hf(
         force=force,
         progress=progress,
     )
-
-
-class Source(Protocol):
-    """A model of which any tensor can be asked for, in Hugging Face's terms."""
-
-    config: Config
-    items: list[Item]
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def tokenizer(self) -> TokenizerFiles | None: ...
-
-    def hf_tensors(self, item: Item) -> dict[str, torch.Tensor]: ...
 
 
 def export(
@@ -104,7 +82,7 @@ def export(
     force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Config:
-    """`to_hf` for a model that is open; `reads` is where it is, which `out` must not replace."""
+    """Write an open model as `to_hf` does; `out` must not replace anything in `reads`."""
     dtype = dtype or source.dtype
     config = source.config | {"dtype": str(dtype).removeprefix("torch.")}
     validated(config)
@@ -127,23 +105,21 @@ def _write_weights(
     padding: Spec = {n: (dtype, s) for n, s in stored if n.startswith(PADDING)}
     with ExitStack() as stack:
         model = stack.enter_context(ShardWriter(folder, weights, shard_bytes))
-        rows = None
         if padding:
-            whole = ShardWriter(folder, padding, 2**63, name=PADDING_FILE)
-            rows = stack.enter_context(whole)
-        done, total = 0, model.total
+            rows = stack.enter_context(ShardWriter(folder, padding, 2**63, name=PADDING_FILE))
+        done = 0
         for item in source.items:
             for name, tensor in source.hf_tensors(item).items():
                 if name in weights:
                     model.write(name, _cast(name, tensor, dtype))
                     done += tensor.numel() * dtype.itemsize
-                elif name in padding and rows is not None:
+                elif name in padding:
                     rows.write(name, _cast(name, tensor, dtype))
-            progress(done, total)
+            progress(done, model.total)
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Raises ValueError where a narrower range makes infinities."""
+    """Cast a tensor; refuse a dtype whose narrower range makes infinities."""
     if tensor.dtype == dtype:
         return tensor
     cast = tensor.to(dtype)
@@ -173,7 +149,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _count(items: list[Item], config: Config) -> tuple[int, int]:
-    """Parameters, and those that an average token uses."""
+    """Count all parameters, and those that an average token uses."""
     sizes = {
         name: torch.Size(shape).numel()
         for item in items

@@ -1,4 +1,4 @@
-"""Any model as transformers loads it: as it is, or exported for the time of its use."""
+"""Any model as transformers loads it: a Hugging Face folder as it is, or a temporary export."""
 
 import tempfile
 from collections.abc import Iterator
@@ -10,63 +10,88 @@ import torch
 
 import remoe.hf  # noqa: F401, registers the model with transformers
 from megatron.remoe.convert.export import export
-from megatron.remoe.convert.source import HFSource, MegatronSource, open_source
-from megatron.remoe.convert.tokenizer import TokenizerFiles
+from megatron.remoe.convert.hf_source import HFSource, check_finite
+from megatron.remoe.convert.source import MegatronSource, open_source
 
 
 @contextmanager
 def exported(source: MegatronSource | HFSource) -> Iterator[Path]:
-    """The Hugging Face folder of a model; that of a checkpoint, or one with another tokenizer than
-    the folder's own, is temporary.
+    """Yield the Hugging Face folder of a model, to be loaded with `load`.
 
-    Raises:
-        ValueError: a weight that is NaN or infinite.
+    The folder is temporary for a checkpoint, and for a model with another tokenizer than its own.
     """
-    if isinstance(source, HFSource):
-        for item in source.items:
-            source.hf_tensors(item)  # checks them
-        if source.chosen_tokenizer is None:
-            yield source.path
-            return
-        with tempfile.TemporaryDirectory() as scratch:  # the model's files, and other tokens
-            for file in source.path.absolute().iterdir():
-                if file.name == "config.json" or "safetensors" in file.name:
-                    (Path(scratch) / file.name).symlink_to(file)
-            TokenizerFiles.chosen(source.chosen_tokenizer).write(Path(scratch))
-            yield Path(scratch)
+    if isinstance(source, HFSource) and source.chosen_tokenizer is None:
+        yield source.path
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        export(source, folder)
+        if isinstance(source, MegatronSource):
+            export(source, folder)
+        else:  # the model's own files, and the other tokenizer
+            folder.mkdir()
+            for file in source.path.absolute().iterdir():
+                if file.name == "config.json" or "safetensors" in file.name:
+                    (folder / file.name).symlink_to(file)
+            if source.tokenizer is not None:
+                source.tokenizer.write(folder)
         yield folder
 
 
 @contextmanager
-def exported_with_tokenizer(path: Path, tokenizer: Path | None = None) -> Iterator[Path]:
-    """`exported` for a model with a tokenizer, its own or the one that is given.
+def exported_with_tokenizer(
+    path: Path, tokenizer: Path | None = None, *, check: bool = False
+) -> Iterator[Path]:
+    """Yield the Hugging Face folder of a model that has a tokenizer, or is given one.
+
+    Args:
+        path: any model.
+        tokenizer: a tokenizer to use in place of the model's own.
+        check: whether to check the weights here, for callers that do not use `load`.
 
     Raises:
-        ValueError: no model there, or no tokenizer.
+        ValueError: there is no model or no tokenizer, or a weight is NaN or infinite.
     """
     source = open_source(path, tokenizer)
     if source.tokenizer is None:
         raise ValueError(f"{path} has no tokenizer; name one (--tokenizer PATH)")
+    if check and isinstance(source, HFSource):  # an export checks all weights anyway
+        for item in source.items:
+            source.hf_tensors(item)
     with exported(source) as folder:
         yield folder
 
 
 def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> Any:
-    """The model of a Hugging Face folder, on the CPU; None is the dtype of its weights."""
+    """Load the model of a Hugging Face folder on the CPU; None is the dtype of its weights.
+
+    Raises:
+        ValueError: a weight is NaN or infinite.
+    """
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype or "auto", trust_remote_code=False
     )
+    for name, weight in model.named_parameters():
+        check_finite(f"{name} of {folder}", weight)
     return model.eval()
 
 
+def continue_tokens(model: Any, tokens: torch.Tensor, count: int, **sampling: Any) -> torch.Tensor:
+    """Generate `count` tokens after `tokens`, `[sequences, length]`, whatever they are."""
+    whole: torch.Tensor = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=count,
+        eos_token_id=None,
+        pad_token_id=0,
+        **sampling,
+    )
+    return whole
+
+
 def check_vocabulary(tokens: torch.Tensor, model: Any) -> None:
-    """Whether all tokens are of the model's vocabulary.
+    """Check that all tokens are in the model's vocabulary.
 
     Raises:
         ValueError: they are not.

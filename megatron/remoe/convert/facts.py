@@ -1,4 +1,4 @@
-"""What is known about a model's training, and the model card that tells it."""
+"""What is known about a model's training, and the model card that presents it."""
 
 import argparse
 import math
@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from megatron.remoe.analysis.runs import read_rows
 from megatron.remoe.convert.table import Config
-from megatron.remoe.files import parse_json
 
 _STEPS_OF_SPARSITY = 20
 
@@ -15,17 +15,17 @@ _STEPS_OF_SPARSITY = 20
 def training_facts(
     args: argparse.Namespace, iteration: int, padded_vocab_size: int, run_dir: Path | None
 ) -> Config:
-    """Facts for `config.json`, from the arguments and the metrics up to the checkpoint.
+    """Collect facts for `config.json`, from the arguments and the metrics up to the checkpoint.
 
     Args:
         args: the run's arguments.
-        iteration: of the checkpoint.
-        padded_vocab_size: Megatron's rows of the embedding.
-        run_dir: where `metrics.jsonl` may be, if the arguments' path is not found from here.
+        iteration: the iteration of the checkpoint.
+        padded_vocab_size: the number of rows in Megatron's embedding.
+        run_dir: a folder in which `metrics.jsonl` may be, beside the path in the arguments.
     """
-    restored: Config | None = getattr(args, "remoe_training_facts", None)
-    if restored is not None:  # a checkpoint that was made from an exported model
-        return restored
+    known: Config | None = getattr(args, "remoe_training_facts", None)
+    if known is not None:  # the checkpoint was made from an exported model
+        return known
     samples = getattr(args, "consumed_train_samples", 0) or 0
     facts: Config = {
         "iteration": iteration,
@@ -57,34 +57,12 @@ def _metrics(args: argparse.Namespace, run_dir: Path | None) -> list[dict[str, A
     candidates = [run_dir / "metrics.jsonl"] if run_dir else []
     for path in [*candidates, *([Path(named)] if named else [])]:
         if path.is_file():
-            return [_row(path, n + 1, line) for n, line in enumerate(_complete_lines(path))]
+            return read_rows(path)
     return []
 
 
-def _complete_lines(path: Path) -> list[bytes]:
-    """Without a last line that a kill has cut off, or that is being written."""
-    return path.read_bytes().split(b"\n")[:-1]
-
-
-def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = parse_json(line)
-    except ValueError as error:
-        raise ValueError(f"{path}:{number} is not valid JSON ({error}); remove the line") from error
-    numbers = ("iteration", "sparsity", "lm_loss")
-    if not isinstance(row, dict) or not all(_is_value(row.get(name)) for name in numbers):
-        raise ValueError(f"{path}:{number} is no row of metrics; remove the line")
-    if type(row.get("iteration")) is not int or not isinstance(row.get("split", ""), str):
-        raise ValueError(f"{path}:{number} has no iteration; remove the line")
-    return row
-
-
-def _is_value(value: Any) -> bool:
-    return value is None or type(value) in (int, float)
-
-
 def _data_names(args: argparse.Namespace) -> list[str]:
-    """Names of the training data without their folders."""
+    """Return the names of the training data without their folders."""
     given = args.train_data_path or args.data_path or []
     names = [entry for entry in map(str, given) if not _is_number(entry)]
     return [Path(name).name for name in names] or (["mock data"] if args.mock_data else [])
@@ -95,7 +73,7 @@ def _is_number(text: str) -> bool:
 
 
 def _commit() -> str | None:
-    """The commit of this code, if it runs from a repository."""
+    """Return the commit of this code, if it runs from a repository."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "rev-parse", "HEAD"]
     try:
@@ -106,12 +84,12 @@ def _commit() -> str | None:
 
 
 def model_card(config: Config, num_params: int, num_active: int) -> str:
-    """The README of an exported model.
+    """Return the text of an exported model's README.
 
     Args:
-        config: its config.json.
-        num_params: all parameters.
-        num_active: those that an average token uses at the target sparsity.
+        config: the model's config.json.
+        num_params: the number of all parameters.
+        num_active: the number of parameters that an average token uses at the target sparsity.
     """
     facts = config.get("training_facts") or {}
     is_moe = config["model_type"] == "remoe"

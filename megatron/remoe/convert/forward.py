@@ -1,4 +1,4 @@
-"""Logits, active experts and greedy tokens of a model, by Megatron's own forward or transformers'.
+"""Logits, active experts and greedy tokens of a model, computed by Megatron or by transformers.
 
 Shapes: T tokens, V vocabulary, E experts.
 """
@@ -13,20 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.remoe.convert.exported import load
-from megatron.remoe.convert.source import HFSource, MegatronSource
+from megatron.remoe.convert.exported import continue_tokens, load
+from megatron.remoe.convert.hf_source import HFSource
+from megatron.remoe.convert.source import MegatronSource
 from megatron.remoe.convert.to_megatron import Layout, flags_of
 from megatron.remoe.ranks import Ranks, initialize_layout
 
 
 @dataclass(frozen=True)
 class Forward:
-    """What a model says about a text.
+    """The outputs of a model for a text.
 
     Attributes:
         logits: fp32 `[T, V]`.
         active: bool `[T, E]` for every layer with experts.
-        greedy: the tokens that it generates greedily after the text's beginning.
+        greedy: the tokens that the model generates greedily after the beginning of the text.
     """
 
     logits: Tensor
@@ -42,14 +43,17 @@ def forward(
     prompt: int,
     new_tokens: int,
 ) -> Forward:
-    """Run a model over a text on the CPU, whatever it is stored as.
+    """Run a model of either format over a text on the CPU.
 
     Args:
         source: the model.
-        tokens: the text, of at most the model's number of positions.
-        dtype: of weights and activations.
-        prompt: how many of the tokens to continue greedily.
-        new_tokens: how many to generate.
+        tokens: the text, which has at most as many tokens as the model has positions.
+        dtype: the dtype of weights and activations.
+        prompt: the number of tokens at the beginning that are continued greedily.
+        new_tokens: the number of tokens to generate.
+
+    Raises:
+        ValueError: our Megatron cannot load the checkpoint, or a weight is NaN or infinite.
     """
     request = (tokens, dtype, prompt, new_tokens)
     if isinstance(source, HFSource):
@@ -59,11 +63,10 @@ def forward(
             f"{source.checkpoint} has an old format or other names, which this Megatron cannot "
             f"run; compare what it is converted to (remoe convert to-hf, then to-megatron)"
         )
-    config = source.config | {"dtype": str(dtype).removeprefix("torch.")}
-    flags = flags_of(config, source.padded_vocab_size, dtype, Layout())
+    flags = flags_of(source.config, source.padded_vocab_size, dtype, Layout())
     with Ranks(1) as ranks:  # a process of its own: Megatron has global state
         result: Forward = ranks.run(
-            megatron_forward, source.checkpoint, flags, config["vocab_size"], *request
+            megatron_forward, source.checkpoint, flags, source.config["vocab_size"], *request
         )[0]
     return result
 
@@ -78,14 +81,7 @@ def _transformers(
         output = model(torch.tensor([tokens]), **routing)
         probs = output.router_probs if is_moe else ()
         beginning = torch.tensor([tokens[:prompt]])
-        whole = model.generate(
-            beginning,
-            attention_mask=torch.ones_like(beginning),
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
+        whole = continue_tokens(model, beginning, new_tokens, do_sample=False)
     return Forward(output.logits[0].float(), [p[0] > 0 for p in probs], whole[0, prompt:].tolist())
 
 
@@ -98,7 +94,7 @@ def megatron_forward(
     prompt: int,
     new_tokens: int,
 ) -> Forward:
-    """`forward` for a Megatron checkpoint; on a rank that is alone in its group."""
+    """Run a Megatron checkpoint as `forward` does, on a rank that is alone in its group."""
     model = load_model(checkpoint, flags)
     logits, maps = logits_and_maps(model, tokens, vocab_size)
     greedy = list(tokens[:prompt])
@@ -110,7 +106,7 @@ def megatron_forward(
 def logits_and_maps(
     model: torch.nn.Module, tokens: list[int], vocab_size: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """Logits of a Megatron model, fp32 `[T, V]`, and its routing maps, bool `[T, E]` each."""
+    """Return the logits of a Megatron model, fp32 `[T, V]`, and its routing maps, bool `[T, E]`."""
     maps: list[Tensor] = []
     hooks = [
         module.register_forward_hook(lambda _, __, out: maps.append(out[1]))
@@ -132,7 +128,7 @@ def _logits(model: torch.nn.Module, tokens: list[int], vocab_size: int) -> Tenso
 
 
 def load_model(checkpoint: Path, flags: dict[str, Any]) -> torch.nn.Module:
-    """A checkpoint of any layout as a model on this one rank."""
+    """Load a checkpoint of any layout as a model on this one rank."""
     from megatron.core import dist_checkpointing
 
     model: Any  # Megatron's
@@ -145,11 +141,11 @@ def load_model(checkpoint: Path, flags: dict[str, Any]) -> torch.nn.Module:
 
 
 def build_model(flags: dict[str, Any], nproc: int = 1) -> tuple[torch.nn.Module, Namespace]:
-    """This rank's part of a model with Megatron's modules, and Megatron's arguments.
+    """Build this rank's part of a model of Megatron's modules; return it with the arguments.
 
     Args:
-        flags: the model's and the layout's, as in a config of `remoe train`.
-        nproc: ranks; all of them call this.
+        flags: the flags of model and layout, as in a config of `remoe train`.
+        nproc: the number of ranks, all of which must call this.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args

@@ -1,4 +1,4 @@
-"""A checkpoint of the published implementation to both of our formats."""
+"""Conversion of a checkpoint of the published implementation to both of our formats."""
 
 from pathlib import Path
 
@@ -20,21 +20,21 @@ def from_fork(
     force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Config:
-    """Write `out/hf`, for transformers, and `out/megatron`, to train on.
+    """Write `out/hf` for transformers, and `out/megatron` to train on.
 
     Args:
         path: a folder of checkpoints, or one of them; legacy or `torch_dist`.
         out: the folder to make.
-        layout: of the checkpoint to train on.
-        tokenizer: in place of the one that the arguments name.
-        force: replace `out`.
-        progress: told how many bytes are written to `out/hf`, and how many there are.
+        layout: the layout of the checkpoint to train on.
+        tokenizer: a tokenizer to use in place of the one that the arguments name.
+        force: whether to replace `out`.
+        progress: called with the number of bytes that are written to `out/hf`, and of all bytes.
 
     Returns:
         The model's `config.json`.
 
     Raises:
-        ValueError: no checkpoint of the fork, or something in `out`.
+        ValueError: there is no checkpoint of the fork, or `out` is not empty.
     """
     source = MegatronSource(path, tokenizer, fork=True)
     layout.check(source.config)

@@ -1,4 +1,4 @@
-"""Text from a model: a Hugging Face folder, or a run that is converted on the way."""
+"""Generation of text by any model; a checkpoint of a run is converted on the way."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,21 +21,21 @@ def generate(
     dtype: torch.dtype | None = None,
     tokenizer: Path | None = None,
 ) -> None:
-    """Continue a prompt, and hand the text out as it comes, the prompt first.
+    """Continue a prompt, and pass on the text as it is generated, with the prompt first.
 
     Args:
         path: a Hugging Face folder, a run directory or a checkpoint.
-        prompt: at least one token.
+        prompt: a text of at least one token.
         emit: called with pieces of text.
-        max_new_tokens: how many tokens at most.
-        temperature: of sampling; 0 is greedy.
-        top_p: smallest share of the probability to sample from.
-        seed: of sampling.
-        dtype: of the model; None is that of its weights.
-        tokenizer: in place of the model's own.
+        max_new_tokens: the largest number of tokens to generate.
+        temperature: the temperature of sampling; 0 is greedy.
+        top_p: sample from the most probable tokens that together have this probability.
+        seed: the seed of sampling.
+        dtype: the dtype of the model; None is that of its weights.
+        tokenizer: a tokenizer to use in place of the model's own.
 
     Raises:
-        ValueError: no model or no tokenizer there, or values out of range.
+        ValueError: there is no model or no tokenizer, or a value is out of range.
     """
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(

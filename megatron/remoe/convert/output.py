@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and never at the cost of something else."""
+"""Output folders that appear whole or not at all, and never replace what must be kept."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron.remoe.files import hold_folder
 
-# What a folder has that a conversion made, so that it may be replaced.
+# A folder with one of these files was made by a conversion, and may be replaced.
 _MADE_HERE = ("config.json", "model.yaml", "hf/config.json")
 
 
@@ -18,18 +18,18 @@ _MADE_HERE = ("config.json", "model.yaml", "hf/config.json")
 def new_folder(out: Path, *, reads: Iterable[Path], force: bool = False) -> Iterator[Path]:
     """Yield a folder beside `out` that becomes `out` at the end, or is removed after an error.
 
-    What a kill leaves beside `out` is removed by the next call for the same `out`. A folder that is
-    replaced is moved aside first, and put back by that call if the kill came before the new one was
-    in its place.
+    What a killed process leaves beside `out` is removed by the next call for the same `out`. A
+    folder that is replaced is moved aside first. If the process is killed before the new folder is
+    in its place, the next call puts the old one back.
 
     Args:
-        out: does not exist yet, or is an empty folder.
-        reads: what the new folder is made from, and what must therefore not be in `out`.
-        force: replace what a conversion has made there.
+        out: a folder that does not exist yet, or is empty.
+        reads: what the new folder is made from, which must therefore not be in `out`.
+        force: whether to replace what a conversion has made there.
 
     Raises:
-        ValueError: there is something already, something that is read or not to be replaced, or
-            another process that makes the same folder.
+        ValueError: `out` is not empty, holds what is read or must not be replaced, or is being
+            made by another process.
     """
     check_folder(out, reads=reads, force=force)
     target = Path(os.path.abspath(out))
@@ -43,10 +43,10 @@ def new_folder(out: Path, *, reads: Iterable[Path], force: bool = False) -> Iter
 
 
 def check_folder(out: Path, *, reads: Iterable[Path], force: bool = False) -> None:
-    """Check what `new_folder` would say of an `out`, before hours of work.
+    """Check in advance, before hours of work, that `new_folder` can make `out`.
 
     Raises:
-        ValueError: as there.
+        ValueError: it cannot, for a reason that `new_folder` names.
     """
     target = Path(os.path.abspath(out))
     if target.is_symlink() or (target.exists() and not target.is_dir()):
@@ -68,13 +68,13 @@ def check_folder(out: Path, *, reads: Iterable[Path], force: bool = False) -> No
 
 
 def _make(out: Path, target: Path, stack: contextlib.ExitStack) -> Path:
-    """The folder to fill, held by this process until the stack is closed."""
+    """Make the folder to fill, which this process holds until the stack is closed."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear(out, target)
         while True:
             partial = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-            # Another process that clears may have taken it for a dead one's before it was held.
+            # Before the folder is held, another process may have removed it as a leftover.
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 stack.enter_context(hold_folder(partial))
                 if partial.exists():
@@ -97,7 +97,7 @@ def _aside(target: Path) -> Path:
 
 
 def _clear(out: Path, target: Path) -> None:
-    """Remove what killed calls have left, unless its maker lives, and put back what they moved."""
+    """Remove what killed processes have left, and put back what they moved aside."""
     for path in target.parent.iterdir():
         if path.name.startswith(_prefix(target)) and path.is_dir():
             try:

@@ -1,15 +1,15 @@
-"""Megatron and Hugging Face: one table of how parameters correspond, read in both directions.
+"""The table of how parameters correspond in Megatron and Hugging Face, for both directions.
 
 A rule maps one tensor of Megatron to one or several of Hugging Face. Its two functions are inverse
 to each other, so that a round trip is bit-equal. `plan` applies the table to a model and lists
-every tensor of both sides; converters then consume and produce each of them exactly once.
+every tensor of both sides; a converter then consumes and produces each of them exactly once.
 
-Three kinds of targets are told apart by the prefix of their name: `config.` is a value in the
-model's config, `padding.` is a tensor for a file beside the weights (rows of the vocabulary that
-only Megatron has), everything else is a weight.
+There are three kinds of targets, which differ in the prefix of their name: `config.` is a value in
+the model's config, `padding.` is a tensor for a file beside the weights (rows of the vocabulary
+that only Megatron has), and everything else is a weight.
 
 Dimensions: V vocabulary, P padded rows beyond V, H hidden, Q query heads x head, K query groups x
-head, E experts, F expert width, G = 2F, D dense width, M memory of a rule.
+head, E experts, F expert width, G = 2F, D dense width.
 """
 
 from collections import Counter
@@ -48,9 +48,9 @@ def _concatenate(tensors: Sequence[Tensor], dims: Dims) -> Tensor:
 
 
 def _split_qkv(tensor: Tensor, dims: Dims) -> list[Tensor]:
-    """Megatron's rows are, group by group: the group's query heads, its key head, its value head.
+    """Split Megatron's matrix, whose rows are ordered by group: query heads, key head, value head.
 
-    Here heads are counted in rows: `[groups * (q + 1 + 1) * head, H]`.
+    With q query heads in a group its shape is `[groups * (q + 1 + 1) * head, H]`.
     """
     per_group = dims["Q"] // dims["groups"]
     head = dims["K"] // dims["groups"]
@@ -67,14 +67,14 @@ def _join_qkv(tensors: Sequence[Tensor], dims: Dims) -> Tensor:
 
 @dataclass(frozen=True)
 class Rule:
-    """One tensor of Megatron and what it is in Hugging Face.
+    """One tensor of Megatron, and the tensors that hold its values in Hugging Face.
 
     Attributes:
-        megatron: name in a Megatron checkpoint; `*` is the index of the layer.
-        hf: names on the other side, with their dimensions, a letter each.
-        to_hf, to_megatron: the tensor to its parts in the order of `hf`, and back.
-        when: "always", "untied" (separate output layer), or the kind of layer: "moe", "relu" (moe
-            with a ReLU router), "dense".
+        megatron: the name in a Megatron checkpoint; `*` is the index of the layer.
+        hf: the names on the other side, each with its dimensions, one letter per dimension.
+        to_hf, to_megatron: split the tensor into its parts, in the order of `hf`, and join them.
+        when: which models or layers have the tensor: "always", "untied" (models with a separate
+            output layer), or the kind of layer: "moe", "relu" (moe with a ReLU router), "dense".
     """
 
     megatron: str
@@ -93,7 +93,7 @@ TABLE: tuple[Rule, ...] = (
         _split_vocab,
         _concatenate,
     ),
-    # attention; norms are named as Transformer Engine names them, fused into the next linear
+    # attention; norms have the names of Transformer Engine, which fuses them into the next linear
     Rule(_M + "self_attention.linear_qkv.layer_norm_weight", {_H + "input_layernorm.weight": "H"}),
     Rule(
         _M + "self_attention.linear_qkv.weight",
@@ -151,7 +151,7 @@ TABLE: tuple[Rule, ...] = (
 
 @dataclass(frozen=True)
 class Item:
-    """A rule applied to one layer, or to the model: names and shapes, on both sides."""
+    """A rule applied to one layer, or to the whole model: names and shapes on both sides."""
 
     rule: Rule
     dims: Dims
@@ -160,10 +160,10 @@ class Item:
     hf: dict[str, Shape]
 
     def to_hf(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Megatron's tensor to Hugging Face's, by name.
+        """Split Megatron's tensor into those of Hugging Face, by name.
 
         Raises:
-            ValueError: a tensor of another shape.
+            ValueError: a tensor has another shape.
         """
         check_shape(self.megatron, tuple(tensor.shape), self.megatron_shape)
         parts = self.rule.to_hf(tensor, self.dims)
@@ -173,10 +173,10 @@ class Item:
         return named
 
     def to_megatron(self, tensors: dict[str, Tensor]) -> Tensor:
-        """Hugging Face's tensors, by name, to Megatron's.
+        """Join tensors of Hugging Face, by name, to that of Megatron.
 
         Raises:
-            ValueError: a tensor of another shape.
+            ValueError: a tensor has another shape.
         """
         for name, shape in self.hf.items():
             check_shape(name, tuple(tensors[name].shape), shape)
@@ -186,10 +186,10 @@ class Item:
 
 
 def dims_of(config: Config, padded_vocab_size: int) -> Dims:
-    """Dimensions of a model, from its Hugging Face config.
+    """Return the dimensions of a model, from its Hugging Face config.
 
     Raises:
-        ValueError: a padded vocabulary that is smaller than the vocabulary.
+        ValueError: the padded vocabulary is smaller than the vocabulary.
     """
     vocab = config["vocab_size"]
     if padded_vocab_size < vocab:
@@ -213,24 +213,24 @@ def dims_of(config: Config, padded_vocab_size: int) -> Dims:
 
 
 def plan(config: Config, padded_vocab_size: int) -> list[Item]:
-    """Every tensor of a model, in the order of its layers.
+    """List every tensor of a model, in the order of its layers.
 
     Args:
         config: a Hugging Face config of model type `remoe` or `llama`.
-        padded_vocab_size: Megatron's number of rows in the embedding.
+        padded_vocab_size: the number of rows in Megatron's embedding.
 
     Raises:
-        ValueError: two rules claim one name.
+        ValueError: two rules claim the same name.
     """
     dims = dims_of(config, padded_vocab_size)
-    first = [r for r in TABLE if "*" not in r.megatron and r.when == "always"][:1]
-    last = [r for r in TABLE if "*" not in r.megatron and r not in first]
-    items = [_item(rule, dims, None) for rule in first]
+    # The embedding, which is the first rule, comes before the layers; all others come after them.
+    embedding, *rest = TABLE
+    items = [_item(embedding, dims, None)]
     for layer in range(config["num_hidden_layers"]):
         kinds = _kinds(config, layer)
-        items += [_item(r, dims, layer) for r in TABLE if "*" in r.megatron and r.when in kinds]
-    tied = config["tie_word_embeddings"]
-    items += [_item(r, dims, None) for r in last if not (r.when == "untied" and tied)]
+        items += [_item(r, dims, layer) for r in rest if "*" in r.megatron and r.when in kinds]
+    kinds = {"always"} if config["tie_word_embeddings"] else {"always", "untied"}
+    items += [_item(r, dims, None) for r in rest if "*" not in r.megatron and r.when in kinds]
     for side in ([i.megatron for i in items], [name for i in items for name in i.hf]):
         repeated = sorted(name for name, count in Counter(side).items() if count > 1)
         if repeated:
@@ -239,15 +239,9 @@ def plan(config: Config, padded_vocab_size: int) -> list[Item]:
 
 
 def _kinds(config: Config, layer: int) -> set[str]:
-    has_experts = config["model_type"] == "remoe" and layer not in (
-        config.get("mlp_only_layers") or ()
-    )
-    if not has_experts:
+    if config["model_type"] != "remoe" or layer in (config.get("mlp_only_layers") or ()):
         return {"always", "dense"}
-    kinds = {"always", "moe"}
-    if config["router_type"] == "relu":
-        kinds.add("relu")
-    return kinds
+    return {"always", "moe", "relu"} if config["router_type"] == "relu" else {"always", "moe"}
 
 
 def _item(rule: Rule, dims: Dims, layer: int | None) -> Item:
@@ -262,6 +256,11 @@ def _item(rule: Rule, dims: Dims, layer: int | None) -> Item:
 
 
 def check_shape(name: str, found: Shape, expected: Shape) -> None:
+    """Check the shape of a tensor.
+
+    Raises:
+        ValueError: the tensor has another shape.
+    """
     if found != expected:
         raise ValueError(
             f"{name} has shape {list(found)}, but the model's configuration asks for "
@@ -270,10 +269,10 @@ def check_shape(name: str, found: Shape, expected: Shape) -> None:
 
 
 def check_names(where: str, found: Iterable[str], expected: Iterable[str]) -> None:
-    """Every name exactly once.
+    """Check that the names that were found are those that are expected.
 
     Raises:
-        ValueError: naming what is missing and what nobody asks for.
+        ValueError: names are missing, or are not expected; the message lists them.
     """
     there, wanted = set(found), set(expected)
     problems = [

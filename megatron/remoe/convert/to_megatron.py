@@ -1,4 +1,4 @@
-"""A Hugging Face folder to a Megatron checkpoint, to be trained under any parallel layout."""
+"""Conversion of a Hugging Face folder to a Megatron checkpoint, to be trained in any layout."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -13,23 +13,23 @@ from omegaconf import OmegaConf
 
 from megatron.remoe import checkpoint
 from megatron.remoe.arguments import megatron_parser
-from megatron.remoe.convert.architecture import moe_layers, to_flags
+from megatron.remoe.convert.architecture import check_expressible, moe_layers, to_flags
+from megatron.remoe.convert.hf_source import HFSource
 from megatron.remoe.convert.output import new_folder
-from megatron.remoe.convert.source import HFSource
 from megatron.remoe.convert.table import Config, Item
 from megatron.remoe.formats.torch_dist import TorchDistWriter
 from megatron.remoe.run.argv import to_argv
 
 _VOCABULARY_MULTIPLE = 128  # of Megatron, per tensor-parallel rank
-_MOST_PADDING = 2**20  # rows that stand for no token
+_MOST_PADDING = 2**20  # rows of the embedding that stand for no token
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel dimensions to train under.
+    """The sizes of the parallel dimensions that a model will be trained with.
 
-    torch_dist checkpoints are read under any layout; it decides on the padding of the vocabulary
-    and on the flags that are written beside the checkpoint.
+    A torch_dist checkpoint can be read in any layout. The layout decides only on the padding of the
+    vocabulary and on the flags that are written beside the checkpoint.
     """
 
     tensor: int = 1
@@ -38,7 +38,11 @@ class Layout:
     padded_vocab_size: int | None = None
 
     def check(self, config: Config) -> None:
-        """Raises ValueError when a dimension of the model cannot be split like this."""
+        """Check that every dimension of the model can be split like this.
+
+        Raises:
+            ValueError: one of them cannot, or the padding of the vocabulary does not fit.
+        """
         dims = [
             ("tensor", self.tensor, "num_attention_heads"),
             ("tensor", self.tensor, "num_key_value_heads"),
@@ -55,12 +59,15 @@ class Layout:
                     f"{what}-parallel is {size}, which does not divide the model's {name} of "
                     f"{config[name]}; choose one that does"
                 )
+        self.padded_vocabulary(config)
 
     def padded_vocabulary(self, config: Config) -> int:
-        """Rows of the embedding: as given, as in the run that the model is from, or the fewest.
+        """Return the number of rows of the embedding.
+
+        It is the given number, or that of the run which the model is from, or the smallest.
 
         Raises:
-            ValueError: too few, or not divisible.
+            ValueError: the number is too small, too large, or not divisible.
         """
         vocab, stored = config["vocab_size"], _facts(config).get("padded_vocab_size")
         multiple = _VOCABULARY_MULTIPLE * self.tensor
@@ -94,32 +101,33 @@ def to_megatron(
 ) -> Path:
     """Write a folder of checkpoints that `--load` and `--pretrained-checkpoint` take.
 
-    Beside `iter_*` and the tracker it gets `model.yaml`, the model's flags to be named as the
-    `base` of a config, and the tokenizer. Everything is checked before anything is written.
+    Beside `iter_*` and the tracker, the folder holds the tokenizer and `model.yaml`, the model's
+    flags, which a config names as its `base`. Everything is checked before anything is written.
 
     Args:
         path: a Hugging Face folder of model type `remoe` or `llama`.
         out: the folder to make.
-        layout: see `Layout`.
-        name: of the folder in `model.yaml`, when it will be moved there from `out`.
+        layout: the layout to train in.
+        name: the folder's name in `model.yaml`, if it will be moved there from `out`.
         reads: what else the model was made from, which `out` must not replace.
-        force: replace `out`.
-        progress: told how many tensors are written, and how many there are.
+        force: whether to replace `out`.
+        progress: called with the number of tensors that are written, and of all tensors.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        ValueError: names, shapes, vocabulary or settings that do not fit, or something in `out`.
+        ValueError: names, shapes, vocabulary or settings do not fit, or `out` is not empty.
     """
     first = HFSource(path)
+    check_expressible(first.config)
     layout.check(first.config)
     source = HFSource(path, layout.padded_vocabulary(first.config))
     config = source.config
     flags = _flags(source, layout, name or out)
     args = _args(flags, source)
     iteration = _facts(config).get("iteration") or 0
-    # Megatron takes no tracker of iteration 0, and calls what it did not train a release.
+    # Megatron takes no tracker of iteration 0, and calls weights that it did not train a release.
     step, tracked = (
         (f"iter_{iteration:07d}", str(iteration)) if iteration else (checkpoint.RELEASE,) * 2
     )
@@ -149,7 +157,7 @@ def to_megatron(
 def flags_of(
     config: Config, padded_vocab_size: int, dtype: torch.dtype, layout: Layout
 ) -> dict[str, Any]:
-    """Flags to build the model with, without a tokenizer."""
+    """Return the flags to build a model with, without a tokenizer."""
     flags = to_flags(config, padded_vocab_size)
     if (length := _facts(config).get("sequence_length")) is not None:
         flags["seq_length"] = length
@@ -178,7 +186,7 @@ def _flags(source: HFSource, layout: Layout, out: Path) -> dict[str, Any]:
 
 
 def _args(flags: dict[str, Any], source: HFSource) -> Namespace:
-    """Megatron's arguments of the model, as a checkpoint carries them: plain values only."""
+    """Return Megatron's arguments as a checkpoint carries them, which are plain values only."""
     parser = megatron_parser()
     parsed = vars(parser.parse_args(to_argv(flags, parser)))
     plain = (bool, int, float, str, list, type(None))
@@ -186,13 +194,13 @@ def _args(flags: dict[str, Any], source: HFSource) -> Namespace:
     facts = _facts(source.config)
     args.consumed_train_samples = (facts.get("tokens") or 0) // args.seq_length
     args.remoe_training_facts = facts
-    # There is neither optimizer nor random state in it, and Megatron then asks for none.
+    # The checkpoint has neither optimizer nor random state, and Megatron then asks for none.
     args.no_save_optim = args.no_save_rng = True
     return args
 
 
 def _linears(items: list[Item], config: Config) -> list[tuple[str, int | None]]:
-    """Linears for which Megatron keeps an extra state, and how many experts they stand for."""
+    """List the linears for which Megatron keeps an extra state, with their numbers of experts."""
     found = []
     for item in items:
         name = item.megatron.removesuffix(".weight")

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: found by its arguments, copied for Hugging Face."""
+"""The tokenizer of a run, which is found by the run's arguments and copied for Hugging Face."""
 
 import argparse
 import json
@@ -30,8 +30,8 @@ class TokenizerFiles:
     """A tokenizer on disk.
 
     Attributes:
-        path: a folder or `tokenizer.json`, or GPT-2's vocabulary.
-        merges: GPT-2's merges, beside that vocabulary.
+        path: a folder, a `tokenizer.json`, or GPT-2's vocabulary.
+        merges: the file of GPT-2's merges, if `path` is its vocabulary.
     """
 
     path: Path
@@ -39,10 +39,10 @@ class TokenizerFiles:
 
     @classmethod
     def find(cls, args: argparse.Namespace, chosen: Path | None) -> "TokenizerFiles | None":
-        """The chosen one, or the one that the arguments name; None if they name none.
+        """Return the chosen tokenizer, or the one that the arguments name; None if they do not.
 
         Raises:
-            ValueError: it does not exist here.
+            ValueError: the tokenizer does not exist here.
         """
         if chosen is None:
             kind = args.tokenizer_type
@@ -55,10 +55,10 @@ class TokenizerFiles:
 
     @classmethod
     def chosen(cls, path: Path) -> "TokenizerFiles":
-        """The one of a folder or a `tokenizer.json`.
+        """Return the tokenizer of a folder or a `tokenizer.json`.
 
         Raises:
-            ValueError: it does not exist here.
+            ValueError: the path does not exist here.
         """
         if not path.exists():
             raise ValueError(
@@ -75,16 +75,17 @@ class TokenizerFiles:
 
     @property
     def vocab_size(self) -> int:
-        """Entries, with the holes of the vocabulary if it has any."""
+        """The number of entries, including ids that no token has."""
         return largest_id(self._loaded[0]) + 1
 
     def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
         ids: list[int] = self._loaded[0].encode(text).ids
         return ids
 
     @property
     def ids(self) -> dict[str, int | None]:
-        """Ids of the special tokens; without one for padding, that of the end of documents."""
+        """The ids of the special tokens; padding may have that of the end of documents."""
         tokenizer, end = self._loaded
         path = self.path / CONFIG
         ids = {}
@@ -102,7 +103,7 @@ class TokenizerFiles:
         return read_json_object(path, "copy it again") if path.is_file() else {}
 
     def write(self, folder: Path) -> None:
-        """Put its files into a folder, with a token for padding, on the left, for generation."""
+        """Write the tokenizer's files to a folder, set to pad on the left, for generation."""
         tokenizer, end = self._loaded
         has_files = self.path.is_dir() and (self.path / "tokenizer.json").is_file()
         if has_files and self._settings:

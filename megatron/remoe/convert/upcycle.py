@@ -1,11 +1,11 @@
-"""A dense model as the start of a mixture with ReLU routing: sparse upcycling.
+"""Sparse upcycling: a dense model becomes the start of a mixture with ReLU routing.
 
-Every expert is a copy of the dense MLP, or under granularity G of one of its G slices, of which a
-sum is the MLP. With gates g the layer computes `sum over e of g_e * E_e(x)`, which is the dense
-layer where the gates of a slice's copies sum to 1. A ReLU of a linear function of x is not
-constant, so that holds on average only: the router is the linear function that is nearest to 1 over
-the model's own activations, shared out among the copies, plus noise that sums to zero over them, so
-that they can come to differ.
+Every expert is a copy of the dense MLP, or, with granularity G, of one of the G slices whose sum is
+the MLP. With gates g the layer computes `sum over e of g_e * E_e(x)`, which equals the dense layer
+where the gates of a slice's copies sum to 1. A ReLU of a linear function of x is not constant, so
+this holds only on average: the router is the linear function nearest to 1 over the model's own
+activations, divided among the copies, plus noise that sums to zero over them, so that the copies
+can become different.
 
 Shapes: T tokens, H hidden, E copies, G slices, D dense width, F = D / G.
 """
@@ -18,16 +18,12 @@ import torch
 from torch import Tensor
 
 from megatron.remoe.convert.activations import mean_loss, mlp_inputs, tokens_for
+from megatron.remoe.convert.architecture import check_expressible
 from megatron.remoe.convert.export import Progress, export
 from megatron.remoe.convert.exported import exported, load
+from megatron.remoe.convert.hf_source import HFSource, check_finite, validated
 from megatron.remoe.convert.output import check_folder
-from megatron.remoe.convert.source import (
-    HFSource,
-    MegatronSource,
-    check_finite,
-    open_source,
-    validated,
-)
+from megatron.remoe.convert.source import MegatronSource, open_source
 from megatron.remoe.convert.table import CONFIG, Config, Item, plan
 from megatron.remoe.convert.to_megatron import Layout, to_megatron
 from remoe.config import apply_granularity
@@ -36,14 +32,14 @@ from remoe.upcycling import router_of_copies
 
 @dataclass(frozen=True)
 class Settings:
-    """How a dense model becomes a mixture.
+    """The settings of a mixture that is made from a dense model.
 
     Attributes:
-        num_experts: E, before granularity, as in training.
+        num_experts: E, the number of experts before granularity, as in training.
         topk: k of the target sparsity 1 - k/E.
         granularity: G; there are E * G experts of width D / G.
-        spread: standard deviation of the noise of a gate, relative to its mean.
-        seed: of the noise, and of sampled text.
+        spread: the standard deviation of the noise of a gate, relative to its mean.
+        seed: the seed of the noise, and of sampled text.
     """
 
     num_experts: int
@@ -63,13 +59,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Upcycled:
-    """What became of the model on held-out tokens.
+    """A mixture, and what it computes on held-out tokens.
 
     Attributes:
-        folder: the checkpoint's.
-        dense_loss, loss: of the dense model and of the mixture, in nats per token.
-        gate_sum_std: standard deviation of the sum of a slice's gates, whose mean is 1.
-        active: share of active (token, expert) pairs.
+        folder: the checkpoint's folder.
+        dense_loss, loss: the losses of the dense model and of the mixture, in nats per token.
+        gate_sum_std: the standard deviation of the sum of a slice's gates, whose mean is 1.
+        active: the share of active (token, expert) pairs.
     """
 
     folder: Path
@@ -91,25 +87,28 @@ def upcycle(
     force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Upcycled:
-    """Write a checkpoint to train on, with its `model.yaml`.
+    """Write a mixture as a checkpoint to train on, with its `model.yaml`.
 
     Args:
         path: a dense run or checkpoint of ours, or a Hugging Face Llama.
         out: the folder to make.
-        settings: of the mixture.
-        data: prefixes of token files to take activations from; the model's own samples when None.
-        num_tokens: how many; the router is fitted to one half and scaled and tested on the other.
-        layout: of the checkpoint.
-        tokenizer: in place of the one that a run names.
-        force: replace `out`.
-        progress: told how many bytes are written, and how many there are.
+        settings: the settings of the mixture.
+        data: prefixes of token files whose activations are used; None is text that the model
+            samples itself.
+        num_tokens: the number of tokens; the router is fitted to one half of them, and scaled and
+            tested on the other half.
+        layout: the layout of the checkpoint.
+        tokenizer: a tokenizer to use in place of the one that a run names.
+        force: whether to replace `out`.
+        progress: called with the number of bytes that are written, and of all bytes.
 
     Raises:
-        ValueError: a model with experts, sizes that do not fit, too little data.
+        ValueError: the model has experts, sizes do not fit, or there is too little data.
     """
     dense = open_source(path, tokenizer)
     if dense.config["model_type"] != "llama":
         raise ValueError(f"{path} has experts already; upcycling starts from a dense model")
+    check_expressible(dense.config)
     config, layout = _mixture_config(dense.config, settings), layout or Layout()
     layout.check(config)
     reads = [path, *(data or []), *([tokenizer] if tokenizer else [])]
@@ -181,7 +180,7 @@ def _mixture_config(dense: Config, settings: Settings) -> Config:
 
 
 class _Mixture:
-    """The mixture as a source of tensors, made from the dense model's as they are asked for."""
+    """The mixture as a source of tensors, which are made from the dense model's on demand."""
 
     def __init__(
         self,
@@ -196,6 +195,7 @@ class _Mixture:
         self._of = {name: item for item in dense.items for name in item.hf}
 
     def hf_tensors(self, item: Item) -> dict[str, Tensor]:
+        """Return the tensors of an item, by their names in Hugging Face."""
         return {name: self._tensor(name) for name in item.hf}
 
     def _tensor(self, name: str) -> Tensor:

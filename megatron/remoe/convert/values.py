@@ -1,8 +1,8 @@
-"""Whether the values of a model's configuration can be a model's at all.
+"""Checks of whether the values of a model's configuration can be those of a model at all.
 
-Files from elsewhere may say anything. What is checked here is checked before anything is computed
-from it: types, ranges, and sizes that no machine could hold. Whether the weights have these sizes
-is checked where they are opened.
+Files from elsewhere may say anything. These checks run before anything is computed from a value:
+of its type, its range, and sizes that no machine could hold. Whether the weights have these sizes
+is checked where the weights are opened.
 """
 
 import math
@@ -28,18 +28,20 @@ _SIZES = (
     "max_position_embeddings",
 )
 _EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-# What transformers has no sensible default for.
+# Sizes for which transformers has no sensible default.
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
            "vocab_size")  # fmt: skip
 _LAYERS = ("num_hidden_layers", "num_layers")
+_FULL = "full_attention"
+_NUMBERS = {"rms_norm_eps": 1.0, "initializer_range": 1e3}
 _FACTS = {"iteration": 0, "tokens": 0, "sequence_length": 1, "padded_vocab_size": 1}
 
 
 def check_sizes(where: str, values: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Whole numbers from 1 to what any machine could hold.
+    """Check that values are whole numbers from 1 to what any machine could hold.
 
     Raises:
-        ValueError: a value that is none.
+        ValueError: a value is none.
     """
     for name in names:
         most = MOST_LAYERS if name in _LAYERS else _MOST
@@ -47,44 +49,48 @@ def check_sizes(where: str, values: Mapping[str, Any], names: Iterable[str]) -> 
 
 
 def check_whole(where: str, name: str, value: Any, least: int, most: int = 2**62) -> None:
-    """A whole number in a range.
+    """Check that a value is a whole number in a range.
 
     Raises:
-        ValueError: another value, or none.
+        ValueError: the value is something else.
     """
-    if type(value) is not int or not least <= value <= most:
-        raise _error(where, name, value, f"a whole number from {least} to {most}")
+    is_valid = type(value) is int and least <= value <= most
+    _require(is_valid, where, name, value, f"a whole number from {least} to {most}")
 
 
 def check_number(where: str, name: str, value: Any, *, above: float, below: float) -> None:
-    """A finite number between two others.
+    """Check that a value is a finite number between two others.
 
     Raises:
-        ValueError: another value, or none.
+        ValueError: the value is something else.
     """
-    is_number = type(value) in (int, float)
-    if not is_number or not above < value < below or not math.isfinite(value):
-        raise _error(where, name, value, f"a number above {above:g} and below {below:g}")
+    is_valid = type(value) in (int, float) and above < value < below and math.isfinite(value)
+    _require(is_valid, where, name, value, f"a number above {above:g} and below {below:g}")
 
 
 def check_config(where: str, config: Config) -> None:
-    """Check a `config.json` of ours or of a Llama, complete or as it is in its file.
+    """Check a `config.json` of ours or of a Llama, with or without the defaults of transformers.
 
     Raises:
-        ValueError: naming the value.
+        ValueError: a value is impossible; the message names it.
     """
     names = [name for name in _SIZES if name in _NEEDED or config.get(name) is not None]
     has_experts = config["model_type"] == "remoe"
     check_sizes(where, config, [*names, *(_EXPERT_SIZES if has_experts else ())])
     heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
-    if groups is not None and heads % groups:
-        raise _error(where, "num_key_value_heads", groups, f"a divisor of the {heads} heads")
+    is_valid = groups is None or heads % groups == 0
+    _require(is_valid, where, "num_key_value_heads", groups, f"a divisor of the {heads} heads")
     _check_tensors(where, config)
-    if config.get("rms_norm_eps") is not None:
-        check_number(where, "rms_norm_eps", config["rms_norm_eps"], above=0, below=1)
-    if config.get("initializer_range") is not None:
-        check_number(where, "initializer_range", config["initializer_range"], above=0, below=1e3)
+    for name, below in _NUMBERS.items():
+        if config.get(name) is not None:
+            check_number(where, name, config[name], above=0, below=below)
     _check_rope(where, config.get("rope_parameters"))
+    layers = config.get("layer_types")
+    if layers is not None and layers != [_FULL] * config["num_hidden_layers"]:
+        raise ValueError(
+            f"{where} has layer_types = {reprlib.repr(layers)}; only models with {_FULL} in all "
+            f"{config['num_hidden_layers']} layers can be converted, so take such a model"
+        )
     if config.get("quantization_config") is not None:
         raise ValueError(f"{where} is of quantized weights; only weights in floats are converted")
     if has_experts:
@@ -94,7 +100,7 @@ def check_config(where: str, config: Config) -> None:
 
 
 def _check_tensors(where: str, config: Config) -> None:
-    """Sizes that are possible one by one make tensors that are not."""
+    """Check that sizes that are possible one by one do not make an impossible tensor."""
     width = max(
         config["vocab_size"],
         config["intermediate_size"],
@@ -110,36 +116,42 @@ def _check_tensors(where: str, config: Config) -> None:
 
 
 def _check_rope(where: str, rope: Any) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     if rope is None:
         return
-    if not isinstance(rope, dict):
-        raise _error(where, "rope_parameters", rope, "a mapping with rope_type and rope_theta")
+    wanted = "a mapping with rope_type and rope_theta"
+    _require(isinstance(rope, dict), where, "rope_parameters", rope, wanted)
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            raise ValueError(
+                f"{where} has rope_parameters of their own for {name}; only models with the same "
+                f"RoPE in all layers can be converted"
+            )
+    kind, known = rope.get("rope_type", "default"), ["default", *ROPE_INIT_FUNCTIONS]
+    _require(kind in known, where, "rope_type", kind, f"one of {', '.join(known)}")
     if "rope_theta" in rope:
         check_number(where, "rope_theta", rope["rope_theta"], above=0, below=2.0**53)
 
 
 def _check_dense(where: str, layers: Any, num_layers: int) -> None:
-    if layers is None:
-        return
-    is_list = isinstance(layers, list) and all(type(i) is int for i in layers)
-    if not is_list or not all(0 <= i < num_layers for i in layers):
-        raise _error(where, "mlp_only_layers", layers, f"a list of layers below {num_layers}")
+    is_valid = layers is None or (
+        isinstance(layers, list) and all(type(i) is int and 0 <= i < num_layers for i in layers)
+    )
+    _require(is_valid, where, "mlp_only_layers", layers, f"a list of layers below {num_layers}")
 
 
 def _check_routing(where: str, config: Config) -> None:
     most, k = config["num_experts"], config["num_experts_per_tok"]
-    if k > most:
-        raise _error(where, "num_experts_per_tok", k, f"at most num_experts, {most}")
+    _require(k <= most, where, "num_experts_per_tok", k, f"at most num_experts, {most}")
     if config.get("router_type", "relu") != "relu":
         return
-    limit = config.get("max_active_experts")
-    if limit is not None:
+    if (limit := config.get("max_active_experts")) is not None:
         check_whole(where, "max_active_experts", limit, 1, most)
-    target = config.get("target_sparsity")
-    if target is not None:
+    if (target := config.get("target_sparsity")) is not None:
         check_number(where, "target_sparsity", target, above=-1e-9, below=1)
-        if abs(target - (1 - k / most)) > 1e-6:
-            raise _error(where, "target_sparsity", target, f"1 - k/E, {1 - k / most:g}")
+        is_valid = abs(target - (1 - k / most)) <= 1e-6
+        _require(is_valid, where, "target_sparsity", target, f"1 - k/E, {1 - k / most:g}")
     for setting in settings_of(ROUTINGS["relu"]):
         if setting.exported and setting.name in config:
             value = config[setting.name]
@@ -147,27 +159,26 @@ def _check_routing(where: str, config: Config) -> None:
                 check_number(where, setting.name, value, above=0, below=1e30)
             setting.check(value, f"{where}: {setting.name}")
     coefficients = config.get("l1_coeff")
-    if coefficients is not None:
-        if not isinstance(coefficients, list):
-            raise _error(where, "l1_coeff", coefficients, "a list of numbers")
-        for value in coefficients:
-            check_number(where, "l1_coeff", value, above=0, below=1e38)
+    is_valid = isinstance(coefficients, list | None)
+    _require(is_valid, where, "l1_coeff", coefficients, "a list of numbers")
+    for value in coefficients or ():
+        check_number(where, "l1_coeff", value, above=0, below=1e38)
 
 
 def check_facts(where: str, facts: Any) -> None:
     """Check what is known about a training: a mapping, or nothing.
 
     Raises:
-        ValueError: naming the value.
+        ValueError: a value is impossible; the message names it.
     """
     if facts is None:
         return
-    if not isinstance(facts, dict):
-        raise _error(where, "training_facts", facts, "a mapping")
+    _require(isinstance(facts, dict), where, "training_facts", facts, "a mapping")
     for name, least in _FACTS.items():
         if facts.get(name) is not None:
             check_whole(where, f"training_facts.{name}", facts[name], least)
 
 
-def _error(where: str, name: str, value: Any, wanted: str) -> ValueError:
-    return ValueError(f"{where} has {name} = {reprlib.repr(value)}; it must be {wanted}")
+def _require(is_valid: bool, where: str, name: str, value: Any, wanted: str) -> None:
+    if not is_valid:
+        raise ValueError(f"{where} has {name} = {reprlib.repr(value)}; it must be {wanted}")

@@ -1,4 +1,4 @@
-"""What makes a file worth training on: cleaning, and rules that drop generated tables and noise."""
+"""Clean texts, and tell which are worth training on: not generated tables and noise."""
 
 import hashlib
 import re
@@ -17,7 +17,7 @@ HEADER_CHARS = 2_000
 
 
 def clean_text(text: str) -> str:
-    """Return `text` with Unix newlines, without trailing spaces and leading licence comments."""
+    """Return `text` with Unix newlines, without trailing spaces and leading license comments."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     while (comment := LEADING_COMMENT.match(text)) and LEGAL.search(comment.group()):
         text = text[comment.end() :]
@@ -26,9 +26,9 @@ def clean_text(text: str) -> str:
 
 
 def is_worth_training_on(text: str, *, prose: bool) -> bool:
-    """Tell written text from generated, minified, tabular and tiny files.
+    """Return whether a text was written by people and is not generated, minified, tabular or tiny.
 
-    `prose` also asks for the letters and spaces of running text.
+    With `prose`, it must also have the letters and spaces of running text.
     """
     if len(text) < MIN_CHARS or "\0" in text or GENERATED.search(text, 0, HEADER_CHARS):
         return False
@@ -44,5 +44,5 @@ def is_worth_training_on(text: str, *, prose: bool) -> bool:
 
 
 def content_key(text: str) -> bytes:
-    """Return the digest by which two documents are duplicates: of the text without its spacing."""
+    """Return the digest of a text without its spacing; duplicates have the same digest."""
     return hashlib.sha256(" ".join(text.split()).encode()).digest()

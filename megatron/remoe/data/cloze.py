@@ -1,8 +1,8 @@
-"""A cloze task from a corpus, for lm-evaluation-harness, without any network.
+"""Make a cloze task from a corpus for lm-evaluation-harness, without any network.
 
-Each item is a passage of a held-out document and four continuations: its own, and three of equal
-length in words from other documents of the domain. What is written is a folder of tasks as the
-harness reads it, so that its own command runs them too.
+Each item is a passage of a held-out document with four continuations: its own, and three of equal
+length in words from other documents of the domain. The output is a folder of tasks that the harness
+reads, so that its own command can run them too.
 """
 
 import json
@@ -19,12 +19,12 @@ from megatron.remoe.files import output_folder, scratch_folder
 
 GROUP = "corpus_cloze"
 _WRONG = 3
-_WORD = re.compile(r"\s*\S+")  # with what is before it, so that words join to the text
+_WORD = re.compile(r"\s*\S+")  # with the space before it, so that words join to the text
 
 
 @dataclass(frozen=True)
 class ClozeConfig:
-    """What shapes the items: per domain, and words of context and of a continuation."""
+    """Number of items per domain, number of words of their parts, and the seed."""
 
     items: int = 200
     context_words: int = 48
@@ -41,12 +41,12 @@ def write_cloze(corpus: Path, out: Path, config: ClozeConfig) -> dict[str, int]:
     """Write the tasks `corpus_cloze_<domain>` and their group; return the items of each domain.
 
     Args:
-        corpus: of `remoe data corpus`, or a folder of .jsonl files, one per domain.
-        out: folder of the tasks; those of an earlier call are replaced.
-        config: see `ClozeConfig`.
+        corpus: output of `remoe data corpus`, or a folder of .jsonl files, one per domain.
+        out: folder for the tasks; the tasks of an earlier call are replaced.
+        config: numbers of items and words.
 
     Raises:
-        ValueError: no documents there, or too few that are long enough.
+        ValueError: there are no documents, or too few that are long enough.
     """
     folder = corpus / "valid" if (corpus / "valid").is_dir() else corpus
     files = sorted(p for p in folder.glob("*.jsonl*") if p.name.endswith(SUFFIXES))
@@ -66,7 +66,7 @@ def write_cloze(corpus: Path, out: Path, config: ClozeConfig) -> dict[str, int]:
 
 
 def _items(path: Path, config: ClozeConfig) -> list[dict[str, Any]]:
-    """Items of one domain: as many as asked for, documents in turn, passages at random."""
+    """Return the items of one domain, from its documents in turn and random passages of them."""
     need = config.context_words + config.continuation_words
     documents = [
         words
@@ -103,15 +103,15 @@ def _text(path: Path, number: int, line: bytes) -> str:
 
 
 def _span(words: list[str], length: int, draw: random.Random) -> str:
-    start = draw.randrange(1, len(words) - length + 1)  # not the first, which has no space
+    start = draw.randrange(1, len(words) - length + 1)  # the first word has no space before it
     return "".join(words[start : start + length])
 
 
+def _metrics(**fields: Any) -> list[dict[str, Any]]:
+    return [{"metric": name, "aggregation": "mean"} | fields for name in ("acc", "acc_norm")]
+
+
 def _task(domain: str, data: Path) -> dict[str, Any]:
-    metrics = [
-        {"metric": name, "aggregation": "mean", "higher_is_better": True}
-        for name in ("acc", "acc_norm")
-    ]
     return {
         "task": f"{GROUP}_{domain}",
         "dataset_path": "json",
@@ -122,19 +122,15 @@ def _task(domain: str, data: Path) -> dict[str, Any]:
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "label",
         "target_delimiter": "",
-        "metric_list": metrics,
+        "metric_list": _metrics(higher_is_better=True),
         "metadata": {"version": 1.0},
     }
 
 
 def _group(domains: list[str]) -> dict[str, Any]:
-    aggregates = [
-        {"metric": name, "aggregation": "mean", "weight_by_size": True}
-        for name in ("acc", "acc_norm")
-    ]
     return {
         "group": GROUP,
         "task": [f"{GROUP}_{domain}" for domain in domains],
-        "aggregate_metric_list": aggregates,
+        "aggregate_metric_list": _metrics(weight_by_size=True),
         "metadata": {"version": 1.0},
     }

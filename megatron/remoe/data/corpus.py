@@ -1,8 +1,8 @@
-"""`remoe data corpus`: a multi-domain text corpus from the local installation, nothing downloaded.
+"""`remoe data corpus`: a multi-domain text corpus from the local installation, without a download.
 
-Layout: `OUT/{train,valid}/<domain>.jsonl` with one `{"text", "domain", "path"}` per line, and
-`OUT/manifest.json`. Which documents are taken, their order and their split follow from hashes of
-their paths, so equal versions of Python and of the packages give equal bytes.
+The corpus is `OUT/{train,valid}/<domain>.jsonl` with one `{"text", "domain", "path"}` per line, and
+`OUT/manifest.json`. The choice of documents, their order and their split follow from hashes of
+their paths, so that equal versions of Python and of the packages give equal bytes.
 """
 
 import hashlib
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron.remoe.data.cleaning import clean_text, content_key, is_worth_training_on
-from megatron.remoe.data.progress import byte_progress
 from megatron.remoe.data.sources import DOMAINS, Source, dependency_closure, iter_sources
 from megatron.remoe.files import (
     MANIFEST,
@@ -26,14 +25,15 @@ from megatron.remoe.files import (
     sha256_file,
     write_manifest,
 )
+from megatron.remoe.progress import byte_progress
 
 SPLITS = ("train", "valid")
-_UNFINISHED = {"unfinished": True}  # a manifest while the files are being moved into their place
+_UNFINISHED = {"unfinished": True}  # the manifest while files are being moved into place
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """What shapes a corpus: bytes of text per domain (in MB, 1e6 bytes), share for validation."""
+    """Size of a corpus in MB (1e6 bytes of text) per domain, and its share for validation."""
 
     max_mb_per_domain: float = 8.0
     valid_fraction: float = 0.02
@@ -62,11 +62,13 @@ class Document:
 def build_corpus(
     out: Path, config: CorpusConfig, *, force: bool = False
 ) -> tuple[dict[str, Any], bool]:
-    """Build the corpus in `out`; return its manifest and whether anything had to be written.
+    """Build the corpus in `out`; return its manifest and whether anything was written.
 
-    An `out` that already holds this corpus is left as it is. Raises `ValueError` when it holds
-    something else and `force` is off, when a split of a domain would be empty, and while another
-    process writes to `out`. On any failure `out` stays as it was.
+    If `out` already holds this corpus, it is left as it is. After a failure, `out` is as it was.
+
+    Raises:
+        ValueError: `out` holds something else and `force` is off, a split of a domain would be
+            empty, or another process writes to `out`.
     """
     with output_folder(out):
         return _build_corpus(out, config, force)
@@ -76,24 +78,8 @@ def _build_corpus(out: Path, config: CorpusConfig, force: bool) -> tuple[dict[st
     distributions = dependency_closure("remoe", frozenset({"megatron"}))
     header = {"settings": asdict(config), "versions": _versions(distributions)}
     existing = read_manifest(out)
-    names = [f"{split}/{domain}.jsonl" for split in SPLITS for domain in DOMAINS]
-    if not force and existing is None:
-        if there := [name for name in names if (out / name).exists()]:
-            raise ValueError(
-                f"{out / there[0]} is there already, and no {MANIFEST} that says what it is; pass "
-                f"--force to replace it, or choose another folder"
-            )
-    elif not force and existing is not None and existing != _UNFINISHED:
-        if {key: existing.get(key) for key in header} != header:
-            raise ValueError(
-                f"{out} holds a corpus of other settings or package versions; "
-                "pass --force to replace it, or choose another folder"
-            )
-        if not _files_match(out, existing):
-            raise ValueError(
-                f"the files in {out} differ from its {MANIFEST}; pass --force to build them again"
-            )
-        return existing, False
+    if not force and (same := _same_corpus(out, header, existing)) is not None:
+        return same, False
 
     documents = list(select_documents(iter_sources(distributions), config))
     splits = split_documents(documents, config.valid_fraction)
@@ -113,7 +99,7 @@ def _build_corpus(out: Path, config: CorpusConfig, force: bool) -> tuple[dict[st
                 "sha256": sha256_file(path),
             }
         manifest = header | {"files": files}
-        # Never beside files that it does not describe, and the same call may go on after a kill.
+        # After a kill, the manifest must not describe other files, and the same call must continue.
         write_manifest(out, _UNFINISHED)
         for name in files:
             (out / name).parent.mkdir(exist_ok=True)
@@ -122,12 +108,42 @@ def _build_corpus(out: Path, config: CorpusConfig, force: bool) -> tuple[dict[st
     return manifest, True
 
 
+def _same_corpus(
+    out: Path, header: dict[str, Any], existing: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Return the existing manifest if `out` holds this corpus, and None if it holds no corpus.
+
+    Raises:
+        ValueError: `out` holds something else.
+    """
+    if existing is None:
+        names = [f"{split}/{domain}.jsonl" for split in SPLITS for domain in DOMAINS]
+        if there := [name for name in names if (out / name).exists()]:
+            raise ValueError(
+                f"{out / there[0]} is there already, and no {MANIFEST} that says what it is; pass "
+                f"--force to replace it, or choose another folder"
+            )
+        return None
+    if existing == _UNFINISHED:
+        return None
+    if {key: existing.get(key) for key in header} != header:
+        raise ValueError(
+            f"{out} holds a corpus of other settings or package versions; "
+            "pass --force to replace it, or choose another folder"
+        )
+    if not _files_match(out, existing):
+        raise ValueError(
+            f"the files in {out} differ from its {MANIFEST}; pass --force to build them again"
+        )
+    return existing
+
+
 def select_documents(sources: Iterable[Source], config: CorpusConfig) -> Iterator[Document]:
     """Yield the documents of a corpus, domain by domain, each up to its budget of text bytes.
 
-    Sources are read in the order of their tier and of a hash of their path, until the budget is
-    full, so the choice depends neither on the machine nor on which other files exist. Documents
-    equal up to spacing are taken once, whatever their domains.
+    Sources are read in the order of their tier and of a hash of their path until the budget is
+    used, so that the choice depends neither on the machine nor on which other files exist.
+    Documents that differ only in spacing are taken once, also across domains.
     """
     by_domain: dict[str, list[Source]] = {domain: [] for domain in DOMAINS}
     for source in sources:
@@ -154,11 +170,11 @@ def select_documents(sources: Iterable[Source], config: CorpusConfig) -> Iterato
 
 
 def split_documents(documents: list[Document], valid_fraction: float) -> dict[str, str]:
-    """Return the split of each path: `valid` for that share of every domain's text, else `train`.
+    """Return the split of each path: `valid` for that share of every domain's text, or `train`.
 
-    Documents join the validation split in the order of a hash of their path while they fit, none
-    larger than a quarter of it, so that it is varied. A path has one split in all domains, so no
-    module is trained on whose docstrings are held out.
+    Documents join the validation split in the order of a hash of their path while they fit. None is
+    larger than a quarter of it, so that it is varied. A path has one split in all domains, so that
+    a module and its docstrings are in the same split.
     """
     splits: dict[str, str] = {}
     for domain in DOMAINS:
@@ -173,14 +189,14 @@ def split_documents(documents: list[Document], valid_fraction: float) -> dict[st
 
 
 def _path_hash(purpose: str, path: str) -> int:
-    """Hash a path for one purpose: choice and split must be independent of each other."""
+    """Hash a path for one purpose, so that choice and split are independent of each other."""
     return int.from_bytes(hashlib.sha256(f"{purpose}:{path}".encode()).digest())
 
 
 def _write_splits(
     folder: Path, documents: list[Document], splits: dict[str, str]
 ) -> dict[str, int]:
-    """Write `<split>/<domain>.jsonl` files below `folder`; return the documents in each."""
+    """Write `<split>/<domain>.jsonl` files into `folder`; return the document count of each."""
     counts = {f"{split}/{domain}.jsonl": 0 for split in SPLITS for domain in DOMAINS}
     files: dict[str, TextIO] = {}
     for split in SPLITS:

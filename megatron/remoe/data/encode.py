@@ -1,6 +1,6 @@
-"""Lines of JSON to token ids, in worker processes and in order.
+"""Encode lines of JSON as token ids, in worker processes and in order.
 
-Kept free of torch and Megatron, because every worker imports it.
+This module imports neither torch nor Megatron, because every worker imports it.
 """
 
 import os
@@ -25,10 +25,14 @@ _suffix: list[int]
 
 @dataclass(frozen=True)
 class Encoded:
-    """The documents of a chunk: `ids` one after the other, and the `lengths` to cut them by.
+    """The documents of a chunk.
 
-    `text_bytes` counts UTF-8 bytes, `empty` the documents left out because they have no text,
-    `invalid` the malformed lines (number, reason).
+    Attributes:
+        ids: tokens of all documents, one document after the other.
+        lengths: number of tokens of each document.
+        text_bytes: bytes of the text in UTF-8.
+        empty: number of documents that are left out because they have no text.
+        invalid: number and reason of each malformed line.
     """
 
     ids: np.ndarray
@@ -58,7 +62,7 @@ def encode_chunks(
 ) -> Iterator[Encoded]:
     """Yield the encoded chunks in order, with at most a few per worker under way.
 
-    `Executor.map` and `Pool.imap` would read the whole file ahead of the workers.
+    `Executor.map` and `Pool.imap` would read the whole file before the workers need it.
 
     Raises:
         ValueError: a worker was killed.
@@ -73,20 +77,18 @@ def encode_chunks(
             yield under_way.popleft().result()
     except BrokenProcessPool as error:
         raise ValueError(
-            f"one of the {workers} worker processes was killed, perhaps for want of memory; use "
-            f"fewer (--workers)"
+            f"one of the {workers} worker processes was killed, perhaps because memory ran out; "
+            f"use fewer (--workers)"
         ) from error
 
 
 def _start_worker(parent: int, tokenizer_json: str, text_key: str, suffix: list[int]) -> None:
     global _tokenizer, _text_key, _suffix
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for the parent, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C and ends this process
     processes.end_with_parent(parent)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are several processes already
     _tokenizer = Tokenizer.from_str(tokenizer_json)
-    # A document may speak of "<|endoftext|>"; only we end documents.
+    # A document may mention "<|endoftext|>", which must not end it.
     _tokenizer.encode_special_tokens = True
     _text_key, _suffix = text_key, suffix
 

@@ -1,4 +1,4 @@
-"""JSON Lines, plain or zstd-compressed: streamed, with the line number of whatever is wrong."""
+"""Read JSON Lines, plain or zstd-compressed, as a stream; errors name the line number."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -26,8 +26,10 @@ class Chunk:
 def read_chunks(path: Path, advance: Callable[[int], None]) -> Iterator[Chunk]:
     """Yield the lines of `path` in chunks of about `CHUNK_BYTES`.
 
-    `advance` is told the bytes read from disk. Raises `ValueError` for a zstd file that is damaged
-    or ends early.
+    `advance` is called with the number of bytes just read from disk.
+
+    Raises:
+        ValueError: a zstd file is damaged or ends early.
     """
     first_line, lines, size = 1, [], 0
     for line in _read_lines(path, advance):
@@ -41,10 +43,11 @@ def read_chunks(path: Path, advance: Callable[[int], None]) -> Iterator[Chunk]:
 
 
 def parse_text(line: bytes, text_key: str) -> str:
-    """Return the text of one JSON Lines document.
+    """Return the text of one document.
 
-    Raises `ValueError` with the reason when the line is not a JSON object in UTF-8 with a string
-    under `text_key`.
+    Raises:
+        ValueError: the line is not a JSON object in UTF-8 with a string under `text_key`. The error
+            gives the reason.
     """
     try:
         document = json.loads(line.decode("utf-8"))
@@ -72,14 +75,18 @@ def parse_text(line: bytes, text_key: str) -> str:
 
 
 def line_error(path: Path, line: int, reason: str) -> ValueError:
-    """Return the error for a malformed line of `path`, counted from 1."""
+    """Return the error for a malformed line of `path`; lines are counted from 1."""
     return ValueError(f"{path}:{line}: {reason}; fix the line or pass --skip-invalid")
 
 
 def iter_texts(
     path: Path, text_key: str, *, skip_invalid: bool, advance: Callable[[int], None]
 ) -> Iterator[str]:
-    """Yield the texts of `path`; raise `ValueError` for a malformed line unless `skip_invalid`."""
+    """Yield the texts of `path`.
+
+    Raises:
+        ValueError: a line is malformed, and `skip_invalid` is off.
+    """
     for chunk in read_chunks(path, advance):
         for number, line in enumerate(chunk.lines, chunk.first_line):
             try:
@@ -90,7 +97,7 @@ def iter_texts(
 
 
 def _read_lines(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
-    """Yield lines without their newline. Only a newline byte ends a line."""
+    """Yield lines without their newline; only a newline byte ends a line."""
     blocks = _read_blocks(path, advance)
     if path.suffix == ".zst":
         blocks = _decompress(path, blocks)
@@ -112,10 +119,9 @@ def _read_blocks(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
 
 
 def _decompress(path: Path, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Decompress concatenated zstd frames.
+    """Decompress concatenated zstd frames, one by one.
 
-    Frame by frame rather than with zstandard's stream reader, which takes the end of a truncated
-    file for the end of the data.
+    The stream reader of zstandard takes the end of a truncated file for the end of the data.
     """
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
     frame = None

@@ -1,8 +1,9 @@
 """Megatron's `.bin`/`.idx` pairs: whether one is whole, before Megatron maps it into memory.
 
-The index: `MMIDIDX` and two zeros, a version (8 bytes), the code of the dtype (1), the numbers of
-sequences and of document boundaries (8 each); then lengths (4 each) and offsets (8 each) of the
-sequences, and the boundaries (8 each). Megatron reads past the end of a file that is cut off.
+Megatron reads past the end of a file that is cut off. An index has a header with `MMIDIDX` and two
+zeros, a version (8 bytes), the code of the dtype (1), and the numbers of sequences and of document
+boundaries (8 each). Then come lengths (4 each) and offsets (8 each) of the sequences, and the
+boundaries (8 each).
 """
 
 import struct
@@ -13,26 +14,31 @@ import numpy as np
 
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
-_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # of a token, by the code of its dtype
+_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # bytes of a token, by the code of its dtype
+
+
+def pair_of(prefix: Path) -> list[Path]:
+    """Return the paths of the two files of a prefix."""
+    return [Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx")]
 
 
 def check_pair(prefix: Path, *, contents: bool = True) -> None:
     """Check that the files of a prefix are a pair, and whole.
 
     Args:
-        prefix: of the two files.
+        prefix: path of the two files without their suffixes.
         contents: whether to read the whole index, and not only its header and its last entries.
 
     Raises:
-        ValueError: a file that is missing, cut off or no token file.
+        ValueError: a file is missing, is cut off or is not a token file.
     """
-    for suffix in (".bin", ".idx"):
-        if not Path(f"{prefix}{suffix}").is_file():
+    tokens, index = pair_of(prefix)
+    for path in (tokens, index):
+        if not path.is_file():
             raise ValueError(
-                f"{prefix}{suffix} does not exist; name token files without their suffix (remoe "
-                f"data tokenize makes them)"
+                f"{path} does not exist; name token files without their suffix (remoe data "
+                f"tokenize makes them)"
             )
-    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     again = "tokenize the data again (remoe data tokenize), or copy it again"
     with index.open("rb") as file:
         header = file.read(_HEADER.size)
@@ -62,7 +68,7 @@ def check_pair(prefix: Path, *, contents: bool = True) -> None:
 
 
 def _last_byte(index: BinaryIO, sequences: int, bytes_per_token: int) -> int:
-    """Where the last sequence ends, by an open index."""
+    """Return where the last sequence of an open index ends."""
     if sequences == 0:
         return 0
     index.seek(_HEADER.size + 4 * (sequences - 1))

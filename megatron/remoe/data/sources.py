@@ -1,11 +1,11 @@
-"""Where the text of the corpus comes from: the standard library and this project's dependencies.
+"""The sources of the corpus: the standard library and the dependencies of this project.
 
-Only what the closure of `remoe[megatron]`'s requirements installs is read, never the whole
-environment, so that an unrelated package changes nothing. System headers (/usr/include, Python's
-own) and the parts of the standard library that distributions package separately are left out for
-the same reason: two machines with equal versions may or may not have them.
+Of the environment, only the packages that `remoe[megatron]` requires, directly or not, are read, so
+that an unrelated package changes nothing. System headers (/usr/include and Python's own) and the
+parts of the standard library that distributions package separately are left out, because two
+machines with equal versions may or may not have them.
 
-Nothing is imported or executed: docstrings are read with `ast`.
+Nothing is imported or executed; docstrings are read with `ast`.
 """
 
 import ast
@@ -37,9 +37,9 @@ DOMAIN_SUFFIXES = {
 DOMAINS = tuple(DOMAIN_SUFFIXES)
 
 MAX_FILE_BYTES = 256_000
-SKIPPED_FOLDERS = {"__pycache__", "test", "testing", "tests"}  # tests: other people's fixtures
+SKIPPED_FOLDERS = {"__pycache__", "test", "testing", "tests"}  # tests hold fixtures of other origin
 SKIPPED_FOLDERS |= {"_vendor", "extern", "third_party", "vendor"}  # copies of other packages
-# Separate packages in some distributions, and the character tables of `encodings`.
+# These are separate packages in some distributions, or character tables (`encodings`).
 SKIPPED_STDLIB = {"encodings", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo"}
 SKIPPED_NAMES = re.compile(r"licen[cs]e|copying|notice|\.min\.|_pb2\.py", re.IGNORECASE)
 
@@ -53,11 +53,14 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Source:
-    """One candidate document, not yet read.
+    """One candidate document, which has not been read yet.
 
-    `path` is `<package or collection>/<relative path>`. A module and its docstrings share a path
-    on purpose: documents are split into training and validation by path, so both land on the same
-    side. Lower tiers are taken first.
+    Attributes:
+        domain: the domain that it belongs to.
+        path: `<package or collection>/<relative path>`. A module and its docstrings share a path,
+            so that both are in the same split.
+        tier: lower tiers are taken first.
+        load: reads the text.
     """
 
     domain: str
@@ -69,8 +72,10 @@ class Source:
 def dependency_closure(root: str, extras: frozenset[str]) -> dict[str, metadata.Distribution]:
     """Return the installed distributions that `root[extras]` requires, by name, `root` left out.
 
-    Requirements that are not installed (another platform's, say) are left out too. Raises
-    `PackageNotFoundError` when `root` itself is not installed.
+    Requirements that are not installed, for example those of another platform, are left out too.
+
+    Raises:
+        PackageNotFoundError: `root` itself is not installed.
     """
     root = canonicalize_name(root)
     found = {root: metadata.distribution(root)}
@@ -91,7 +96,7 @@ def dependency_closure(root: str, extras: frozenset[str]) -> dict[str, metadata.
                 found.setdefault(child, metadata.distribution(child))
             except metadata.PackageNotFoundError:
                 continue
-            # The empty extra stands for the package without any.
+            # The empty extra stands for the package without extras.
             todo.append((child, frozenset(requirement.extras) | {""}))
     del found[root]
     return dict(sorted(found.items()))
@@ -117,10 +122,10 @@ def iter_sources(distributions: dict[str, metadata.Distribution]) -> Iterator[So
 
 
 def _installed_files(distribution: metadata.Distribution) -> Iterator[str]:
-    """Yield the files inside a wheel's packages, relative to `site-packages`.
+    """Yield the files inside the packages of a wheel, relative to `site-packages`.
 
-    Read from RECORD itself: `Distribution.files` takes seconds over 30,000 files. Files outside any
-    package are left out, as wheels may overwrite each other's.
+    They are read from RECORD, because `Distribution.files` takes seconds for 30,000 files. Files
+    outside of any package are left out, because wheels may overwrite those of each other.
     """
     for row in csv.reader((distribution.read_text("RECORD") or "").splitlines()):
         top, slash, _ = row[0].partition("/")
@@ -148,7 +153,7 @@ def _file_sources(file: Path, path: str, *, tier: int) -> Iterator[Source]:
 
 
 def read_text(file: Path) -> str:
-    """Return a file's text, or nothing when it is missing, too large or not UTF-8."""
+    """Return the text of a file, or an empty string if it is missing, too large or not UTF-8."""
     if not file.is_file() or file.stat().st_size > MAX_FILE_BYTES:
         return ""
     try:
@@ -158,16 +163,16 @@ def read_text(file: Path) -> str:
 
 
 def read_docstrings(file: Path) -> str:
-    """Return a module's longer docstrings in source order, separated by blank lines.
+    """Return the longer docstrings of a module in source order, separated by blank lines.
 
-    Modules with little documentation give nothing: they are told by a cheap search before the
-    costly parse.
+    A module with little documentation gives an empty string; a fast search recognizes it before the
+    slow parser runs.
     """
     source = read_text(file).encode()
     if sum(map(len, TRIPLE_QUOTED.findall(source))) < MIN_DOCSTRING_SHARE * len(source):
         return ""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # invalid escapes in other people's code
+        warnings.simplefilter("ignore", SyntaxWarning)  # invalid escapes in the source
         try:
             tree = ast.parse(source)
         except SyntaxError:

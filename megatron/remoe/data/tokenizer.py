@@ -1,4 +1,4 @@
-"""Byte-pair tokenizers: train, load in any of their file forms, save for Megatron.
+"""Train byte-pair tokenizers, load them from any of their files, and save them for Megatron.
 
 Megatron reads the saved folder with
 `--tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER`.
@@ -14,17 +14,17 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_t
 from megatron.remoe.files import read_json_object
 
 END_OF_DOCUMENT = "<|endoftext|>"
-MIN_VOCAB_SIZE = 257  # every byte, and the end of a document
-_MOST_TOKENS = 2**24  # saving a vocabulary takes the time of its holes
+MIN_VOCAB_SIZE = 257  # every byte, and the end-of-document token
+_MOST_TOKENS = 2**24  # saving takes time for every hole of a vocabulary
 CONFIG = "tokenizer_config.json"
 GPT2_FILES = (("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt"))
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE (GPT-2's pre-tokenization) with `<|endoftext|>` as token 0.
+    """Train a byte-level BPE with GPT-2's pre-tokenization and `<|endoftext|>` as token 0.
 
-    The result depends only on the texts. It has fewer than `vocab_size` entries when the texts do
-    not hold enough different pairs.
+    The result depends only on the texts. It has fewer than `vocab_size` entries if the texts do not
+    hold enough different pairs.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -42,9 +42,12 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(path: Path, eod_token: str | None = None) -> tuple[Tokenizer, str]:
     """Load a `tokenizer.json`, or a folder with one or with GPT-2's vocabulary and merges.
 
-    Returns the tokenizer and its end-of-document token: `eod_token`, else the `eos_token` that a
-    `tokenizer_config.json` beside it names, else `<|endoftext|>`. Raises `ValueError` when there is
-    no readable tokenizer or the token is not in its vocabulary.
+    Returns:
+        The tokenizer and its end-of-document token. This is `eod_token`, or else the `eos_token` of
+        a `tokenizer_config.json` in the same folder, or else `<|endoftext|>`.
+
+    Raises:
+        ValueError: there is no readable tokenizer, or the token is not in its vocabulary.
     """
     if path.is_dir():
         for vocab, merges in GPT2_FILES:
@@ -69,7 +72,7 @@ def load_tokenizer(path: Path, eod_token: str | None = None) -> tuple[Tokenizer,
 def load_gpt2_tokenizer(
     vocab_file: Path, merge_file: Path, eod_token: str | None = None
 ) -> tuple[Tokenizer, str]:
-    """Load GPT-2's `vocab.json` and `merges.txt`. Returns and raises as `load_tokenizer` does."""
+    """Load GPT-2's `vocab.json` and `merges.txt`; see `load_tokenizer`."""
     for option, file in (("--vocab-file", vocab_file), ("--merge-file", merge_file)):
         if not file.is_file():
             raise ValueError(f"{file} does not exist; check {option}")
@@ -85,7 +88,7 @@ def load_gpt2_tokenizer(
 
 
 def save_tokenizer(tokenizer: Tokenizer, eod_token: str, folder: Path) -> None:
-    """Write `tokenizer.json` and the `tokenizer_config.json` that transformers asks for."""
+    """Write `tokenizer.json`, and the `tokenizer_config.json` that transformers needs."""
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
@@ -97,7 +100,7 @@ def save_tokenizer(tokenizer: Tokenizer, eod_token: str, folder: Path) -> None:
 
 
 def largest_id(tokenizer: Tokenizer) -> int:
-    """Return the largest token; a vocabulary may have holes, so it may exceed the size."""
+    """Return the largest token, which exceeds the size of a vocabulary with holes."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
 
 
@@ -108,10 +111,10 @@ def _configured_eod(folder: Path) -> str | None:
 
 
 def special_token(path: Path, name: str) -> str | None:
-    """Return a special token that a `tokenizer_config.json` names; None if it names none.
+    """Return a special token that a `tokenizer_config.json` names, or None.
 
     Raises:
-        ValueError: the file is damaged, or has something else there.
+        ValueError: the file is damaged, or the value is not a token.
     """
     given = read_json_object(path, "copy it again").get(name)
     token = given.get("content") if isinstance(given, dict) else given
@@ -133,7 +136,7 @@ def _with_end_of_document(
             f"{path} has no token {eod_token!r} to end documents with; name one with --eod-token"
         )
     tokenizer.add_special_tokens([eod_token])
-    # A tokenizer.json may carry the cut and the padding of the model that it was made for.
+    # A tokenizer.json may have the truncation and padding of the model that it was made for.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer, eod_token

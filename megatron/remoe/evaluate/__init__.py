@@ -1,1 +1,1 @@
-"""How good a trained model is: tasks of lm-evaluation-harness, and perplexity by domain."""
+"""Evaluation of trained models: tasks of lm-evaluation-harness, and perplexity by domain."""

@@ -1,9 +1,9 @@
-"""lm-evaluation-harness over an exported model, in a process of its own.
+"""Run lm-evaluation-harness on an exported model, in a process of its own.
 
-    python -m megatron.remoe.evaluate.harness REQUEST.json
+    python -m megatron.remoe.evaluate.harness REQUEST.json RESULTS.json
 
-A process of its own, since the harness asks torch for a GPU, which the CPU stand-in for Megatron
-would seem to be. `run` starts it; what a user did wrong comes back as one line and exit code 2.
+The harness asks torch for a GPU, and would take Megatron's CPU stand-in for one in this process.
+`run` starts the process, and raises a user's mistake as `ValueError`.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 from megatron.remoe.evaluate.published import TASKS
 
 _OF_A_GROUP = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-PAPER = "paper"  # in place of a task: all of the paper's
+PAPER = "paper"  # stands for all tasks of the paper
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Request:
 
     Attributes:
         model: Hugging Face folder, run or checkpoint.
-        tasks: names of the harness, or `paper`.
+        tasks: names of tasks, as the harness knows them, or `paper`.
         include: folder of more tasks.
-        limit: documents of each task; None is all.
-        batch_size: sequences at a time.
-        dtype: of the model, as torch names it.
-        tokenizer: in place of the one that a run names.
+        limit: largest number of documents of each task; None is all.
+        batch_size: number of sequences at a time.
+        dtype: dtype of the model, as torch names it.
+        tokenizer: tokenizer to use instead of the one that a run names.
     """
 
     model: str
@@ -46,16 +46,19 @@ class Request:
 
 
 def run(request: Request) -> dict[str, dict[str, float]]:
-    """The metrics of every task: `acc`, `acc_norm`, `perplexity`, ..., and their `_stderr`.
+    """Evaluate in a new process.
+
+    Returns:
+        The metrics of every task, such as `acc`, `acc_norm` and `perplexity`, and their `_stderr`.
 
     Raises:
-        ValueError: an unknown task, data that is not there, or no such model.
+        ValueError: a task is unknown, its data cannot be loaded, or there is no such model.
     """
     with tempfile.TemporaryDirectory() as scratch:
         asked, answer = Path(scratch) / "request.json", Path(scratch) / "results.json"
         asked.write_text(json.dumps(asdict(request)))
         command = [sys.executable, "-m", __name__, str(asked), str(answer)]
-        # The harness would join a process group that it is not part of.
+        # Without this, the harness would try to join a process group of this process.
         alone = {k: v for k, v in os.environ.items() if k not in _OF_A_GROUP}
         done = subprocess.run(command, env=alone)
         if done.returncode or not answer.is_file():
@@ -68,7 +71,7 @@ def run(request: Request) -> dict[str, dict[str, float]]:
 
 
 def evaluate(request: Request) -> dict[str, dict[str, float]]:
-    """`run`, in this process."""
+    """Evaluate in this process; see `run`."""
     try:
         import lm_eval
     except ImportError:
@@ -83,7 +86,7 @@ def evaluate(request: Request) -> dict[str, dict[str, float]]:
     from megatron.remoe.convert.exported import exported_with_tokenizer
 
     tokenizer = Path(request.tokenizer) if request.tokenizer else None
-    with exported_with_tokenizer(Path(request.model), tokenizer) as folder:
+    with exported_with_tokenizer(Path(request.model), tokenizer, check=True) as folder:
         results: Any = lm_eval.simple_evaluate(
             model="hf",
             model_args={"pretrained": str(folder), "dtype": request.dtype},
@@ -99,10 +102,12 @@ def evaluate(request: Request) -> dict[str, dict[str, float]]:
 
 
 def _manager(tasks: list[str], include: str | None) -> Any:
-    """The harness's index of tasks; its own thousands are read only when they are asked for.
+    """Return the harness's index of tasks.
+
+    The thousands of its own tasks are read only if `include` does not have all tasks.
 
     Raises:
-        ValueError: a task that nobody knows.
+        ValueError: a task is unknown.
     """
     import difflib
 
@@ -120,19 +125,19 @@ def _manager(tasks: list[str], include: str | None) -> Any:
             near = difflib.get_close_matches(task, [PAPER, *TASKS, *manager.all_tasks], n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(
-                f"unknown task {task!r}; {hint}The paper's are {', '.join(TASKS)}; a local one is "
-                f"made by remoe data cloze (--include-path)"
+                f"unknown task {task!r}; {hint}The paper's tasks are {', '.join(TASKS)}; "
+                f"remoe data cloze makes a local one (--include-path)"
             )
     return manager
 
 
 def _fetch(manager: Any, tasks: list[str]) -> None:
-    """Load the tasks' data before the model.
+    """Load the data of all tasks before the model.
 
     Raises:
-        ValueError: it is not there and cannot be downloaded.
+        ValueError: the data of a task is not on this machine and cannot be downloaded.
     """
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # its client's
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # an error of its client
 
     for task in tasks:
         try:
@@ -147,7 +152,7 @@ def _fetch(manager: Any, tasks: list[str]) -> None:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, float]:
-    """`{"acc,none": 0.5}` to `{"acc": 0.5}`; names and counts that are no metrics are left out."""
+    """Turn `{"acc,none": 0.5}` into `{"acc": 0.5}`; leave out what is not a metric."""
     return {
         key.removesuffix(",none"): float(value)
         for key, value in values.items()
@@ -156,6 +161,7 @@ def _plain(values: dict[str, Any]) -> dict[str, float]:
 
 
 def main(asked: str, answer: str) -> int:
+    """Evaluate the request in one JSON file, and write metrics or an error to another."""
     logging.disable(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     request = Request(**json.loads(Path(asked).read_text()))

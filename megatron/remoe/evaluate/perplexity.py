@@ -1,4 +1,4 @@
-"""Loss of a model on token files, domain by domain, as Megatron's validation computes it.
+"""Compute the loss of a model on token files by domain, as Megatron's validation does.
 
 Megatron's own dataset cuts the documents into sequences, in the order that its seed gives, so that
 every token is predicted from the same context as in a validation of the run.
@@ -24,11 +24,11 @@ DEFAULT_SEED = 1234  # Megatron's
 
 @dataclass(frozen=True)
 class Loss:
-    """Of one domain, or of all.
+    """The loss on one domain, or on all domains.
 
     Attributes:
         loss: mean over tokens, in nats.
-        tokens: how many were predicted.
+        tokens: number of tokens that were predicted.
     """
 
     loss: float
@@ -36,14 +36,15 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
+        """Perplexity per token."""
         return math.exp(min(self.loss, 700.0))
 
 
 def find_domains(data: Path) -> dict[str, Path]:
-    """Token files by domain: all of a folder, or one prefix.
+    """Return the prefixes of token files by domain: all of a folder, or one prefix.
 
     Raises:
-        ValueError: there are none, or one that is not whole.
+        ValueError: there are no token files, or some are damaged.
     """
     if data.is_dir():
         files = [path for path in data.iterdir() if path.suffix in (".bin", ".idx")]
@@ -71,19 +72,20 @@ def perplexity(
     batch_size: int = 8,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Loss]:
-    """The loss of every domain, and of all tokens together under `all`.
+    """Return the loss of every domain, and that of all tokens as `all`.
 
     Args:
         path: Hugging Face folder, run or checkpoint.
         data: folder of token files, or one of them without its suffix.
-        sequence_length: of the validation; the run's, or else the model's number of positions.
-        seed: of the run, by which documents are ordered; that of the run, or 1234.
-        dtype: of the model.
-        batch_size: sequences at a time.
-        progress: told how many sequences are done, and how many there are.
+        sequence_length: length of the sequences; None is that of the run, or else the number of
+            positions of the model.
+        seed: seed of the order of documents; None is that of the run, or else 1234.
+        dtype: dtype of the model.
+        batch_size: number of sequences at a time.
+        progress: called with the number of sequences that are done, and of all sequences.
 
     Raises:
-        ValueError: no model or data there, or data of another vocabulary.
+        ValueError: there is no model or no data, or the data has another vocabulary.
     """
     domains = find_domains(data)
     source = open_source(path)
@@ -112,13 +114,13 @@ def perplexity(
 
 
 def _dataset(prefix: Path, length: int, seed: int, cache: Path) -> Any:
-    """Megatron's dataset over all documents, once."""
+    """Return Megatron's dataset over all documents, once."""
     import numpy as np
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
 
-    # All that the dataset asks of a tokenizer; no token is padding.
+    # The dataset needs no more of a tokenizer than this; no token is padding.
     tokenizer = SimpleNamespace(
         vocab_size=None, pad=-1, eod=-1, unique_identifiers={"class": "none"}
     )

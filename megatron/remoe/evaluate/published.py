@@ -1,7 +1,7 @@
-"""The published zero-shot accuracies (arXiv 2412.14711, table 8), to stand beside ours.
+"""The published zero-shot accuracies (arXiv 2412.14711, table 8), to compare ours with.
 
-The paper says "zero-shot accuracy" and no more. Its numbers are taken for `acc`, not the accuracy
-normalised by length: that is an inference, from ARC-Challenge below chance at every size.
+The paper says only "zero-shot accuracy". We take its numbers for `acc`, and not for the accuracy
+that is normalized by length, because its ARC-Challenge is below chance at every size.
 """
 
 TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai", "piqa", "race")
@@ -23,11 +23,11 @@ NOTE = "* five of these seven are also those of the paper's run of 120B tokens, 
 
 
 def table(name: str, results: dict[str, dict[str, float]]) -> str:
-    """A Markdown table of accuracies in percent: the model's, and the published ones.
+    """Return a Markdown table of accuracies in percent: the model's, and the published ones.
 
     Args:
-        name: of the model.
-        results: by task; those that are not the paper's are columns after the paper's.
+        name: name of the model.
+        results: metrics by task; tasks of the paper come first.
     """
     ours = [task for task in TASKS if task in results]
     columns = [*ours, *(task for task in results if task not in TASKS)]

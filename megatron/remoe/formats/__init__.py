@@ -1,1 +1,1 @@
-"""Files that checkpoints and models are stored in, read without running what they hold."""
+"""File formats of checkpoints and models, read without running any code that they hold."""

@@ -1,8 +1,8 @@
 """Megatron's old `torch` checkpoints: `mp_rank_00/model_optim_rng.pt`.
 
-One file of one rank: the published runs have no tensor, pipeline or expert parallelism. It is a
-pickle, read with `weights_only=True` and the allow-list of `torch_dist`, and mapped into memory, so
-that only what is asked for is read.
+Only the file of a single rank is read: the published runs have no tensor, pipeline or expert
+parallelism. The file is a pickle. It is read with the allow-list of `pickles` and mapped into
+memory, so that only the tensors that are asked for are read.
 """
 
 from pathlib import Path
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.remoe.formats.torch_dist import load_allowed
+from megatron.remoe.formats.pickles import load_allowed
 
 _FILE = "mp_rank_00/model_optim_rng.pt"
 
 
 def is_legacy(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint of the old format."""
     return (folder / _FILE).is_file() and not (folder / "metadata.json").is_file()
 
 
@@ -24,24 +25,25 @@ class LegacyReader:
     """The model of a one-rank checkpoint, under the names that its modules gave.
 
     Raises:
-        ValueError: several ranks, or a pickle with something else than tensors and arguments.
+        ValueError: the checkpoint has several ranks, or holds something else than tensors and
+            arguments.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        file = folder / _FILE
         ranks = sorted(p.name for p in folder.glob("mp_rank_*"))
         if len(ranks) > 1:
             raise ValueError(
                 f"{folder} was written by {len(ranks)} ranks; old checkpoints can be read from one "
                 f"rank only: resave it as torch_dist (--ckpt-convert-format torch_dist)"
             )
-        state = load_allowed(folder / _FILE, str(folder / _FILE))
+        state = load_allowed(file, str(file))
         if not isinstance(state, dict) or not {"args", "model"} <= state.keys():
-            raise ValueError(f"{folder / _FILE} has no model with args; save it with its arguments")
-        self.common: dict[str, Any] = {k: state.get(k) for k in ("args", "iteration")}
+            raise ValueError(f"{file} has no model with args; save it with its arguments")
         model = state["model"]
         if not isinstance(model, dict) or not all(isinstance(name, str) for name in model):
-            raise ValueError(f"{folder / _FILE} has no tensors by name as its model; copy it again")
+            raise ValueError(f"{file} has no tensors by name as its model; copy it again")
+        self.common: dict[str, Any] = {k: state.get(k) for k in ("args", "iteration")}
         self._tensors: dict[str, Tensor] = {
             name: value
             for name, value in model.items()
@@ -49,17 +51,9 @@ class LegacyReader:
         }
         for name, tensor in self._tensors.items():
             if tensor.layout != torch.strided or tensor.is_meta:
-                raise ValueError(f"{folder / _FILE} has no values of {name}; save the model again")
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
+                raise ValueError(f"{file} has no values of {name}; save the model again")
+        self.meta = {name: tensor.to("meta") for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
+        """Return a tensor."""
         return self._tensors[name].detach()

@@ -1,201 +1,241 @@
-"""The names of a checkpoint's tensors, whichever modules wrote them, under those of our table.
+"""Translation of the names of a checkpoint's tensors to those of the conversion table.
 
-Megatron has named one tensor differently over time and by backend: experts one by one, stacked, or
-as the two matrices of the grouped GEMM; norms as modules of their own, or fused into the next
-linear. The published implementation has one coefficient at the model's root. All are renamed here,
-the table of `megatron.remoe.convert.table` knows one name each.
+Megatron has named the same tensor differently over time and by backend. Experts are stored one by
+one, stacked, or as the two matrices of the grouped GEMM; norms are modules of their own, or fused
+into the next linear. The published implementation has one coefficient at the model's root.
+`_SPELLINGS` lists these names. Each has its name in `megatron.remoe.convert.table`, and a function
+that makes the table's tensor from the stored ones.
 
 Shapes: E experts, H hidden, F expert width.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 COEFFICIENT = "moe_relu_l1_reg_coeff"  # of the published implementation
-_ROUTER = re.compile(r"(.*\.mlp)\.router\.weight")
-_ONE_EXPERT = (
-    # sequential experts
-    re.compile(r"(?P<at>.*\.mlp\.experts)\.local_experts\.(?P<expert>\d+)\.(?P<fc>\w+)\.weight"),
-    # Transformer Engine's grouped linear
-    re.compile(r"(?P<at>.*\.mlp\.experts)\.(?P<fc>linear_fc[12])\.weight(?P<expert>\d+)"),
-)
-_STACKED = re.compile(r"(.*\.mlp\.experts)\.(linear_fc[12])")  # ours
-_GROUPED = re.compile(r"(.*\.mlp\.experts)\.weight([12])")  # the grouped GEMM's
-_FUSED_NORM = "mlp.linear_fc1.layer_norm_weight"
-_NORM = "pre_mlp_layernorm.weight"
 
 
 class Reader(Protocol):
-    """A checkpoint on disk, tensor by tensor, and what it holds beside tensors (`common`)."""
+    """A checkpoint on disk.
+
+    Attributes:
+        meta: a tensor without values for every name, which has the shape and the dtype.
+    """
+
+    meta: dict[str, Tensor]
 
     @property
-    def common(self) -> dict[str, Any]: ...
+    def common(self) -> dict[str, Any]:
+        """What the checkpoint holds beside tensors: `args`, `iteration` and the like."""
 
-    @property
-    def names(self) -> list[str]: ...
+    def read(self, name: str) -> Tensor:
+        """Return a tensor."""
 
-    def dtype(self, name: str) -> torch.dtype: ...
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+def _only(parts: list[Tensor], num_experts: int) -> Tensor:
+    return parts[0]
 
-    def read(self, name: str) -> Tensor: ...
+
+def _stack(parts: list[Tensor], num_experts: int) -> Tensor:
+    return torch.stack(parts)
+
+
+def _ungroup_fc1(parts: list[Tensor], num_experts: int) -> Tensor:
+    """Turn the grouped GEMM's `[H, E * 2F]` into `[E, 2F, H]`."""
+    hidden, _ = parts[0].shape
+    return parts[0].reshape(num_experts, hidden, -1).transpose(1, 2).contiguous()
+
+
+def _ungroup_fc2(parts: list[Tensor], num_experts: int) -> Tensor:
+    """Turn the grouped GEMM's `[E * F, H]` into `[E, H, F]`."""
+    _, hidden = parts[0].shape
+    return parts[0].reshape(num_experts, -1, hidden).transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """One way to name a tensor.
+
+    Attributes:
+        pattern: matches the stored name; a group `expert` is the number of a single expert.
+        ours: the name in the conversion table, as a template of the pattern's groups.
+        join: makes the table's tensor from the stored ones; it is told the number of experts.
+        has_router: whether the layer must have a router; None where it does not matter.
+    """
+
+    pattern: re.Pattern[str]
+    ours: str
+    join: Callable[[list[Tensor], int], Tensor] = _only
+    has_router: bool | None = None
+
+
+def _in_layer(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?P<layer>.*\.){pattern}")
+
+
+_ROUTER = _in_layer(r"mlp\.router\.weight")
+_EXPERTS = r"\g<layer>mlp.experts.experts.\g<fc>.weight"
+_SPELLINGS = (
+    # sequential experts
+    _Spelling(
+        _in_layer(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<fc>\w+)\.weight"),
+        _EXPERTS,
+        _stack,
+    ),
+    # Transformer Engine's grouped linear
+    _Spelling(
+        _in_layer(r"mlp\.experts\.(?P<fc>linear_fc[12])\.weight(?P<expert>\d+)"), _EXPERTS, _stack
+    ),
+    # the modules of `megatron.remoe.moe.experts`
+    _Spelling(_in_layer(r"mlp\.experts\.(?P<fc>linear_fc[12])"), _EXPERTS),
+    # the old grouped GEMM
+    _Spelling(
+        _in_layer(r"mlp\.experts\.weight1"),
+        r"\g<layer>mlp.experts.experts.linear_fc1.weight",
+        _ungroup_fc1,
+    ),
+    _Spelling(
+        _in_layer(r"mlp\.experts\.weight2"),
+        r"\g<layer>mlp.experts.experts.linear_fc2.weight",
+        _ungroup_fc2,
+    ),
+    # Norms are named as Transformer Engine names them: fused, except before experts.
+    _Spelling(
+        _in_layer(r"input_layernorm\.weight"),
+        r"\g<layer>self_attention.linear_qkv.layer_norm_weight",
+    ),
+    _Spelling(
+        _in_layer(r"mlp\.linear_fc1\.layer_norm_weight"),
+        r"\g<layer>pre_mlp_layernorm.weight",
+        has_router=True,
+    ),
+    _Spelling(
+        _in_layer(r"pre_mlp_layernorm\.weight"),
+        r"\g<layer>mlp.linear_fc1.layer_norm_weight",
+        has_router=False,
+    ),
+    # every other name is that of the table
+    _Spelling(re.compile(r"(?s:.*)"), r"\g<0>"),
+)
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where one of our tensors is: under one name, or under one for each expert."""
+    """The stored tensors that make one tensor of the table."""
 
     names: tuple[str, ...]
-    form: Literal["same", "by expert", "grouped", "coefficient"] = "same"
+    join: Callable[[list[Tensor], int], Tensor] = _only
+    num_experts: int = 0
 
 
 class CanonicalReader:
     """A checkpoint under the names of the conversion table.
 
     Args:
-        reader: the checkpoint as it is.
-        l1_coeff: give every router the coefficient at the model's root.
+        reader: the checkpoint under its own names.
+        l1_coeff: whether to give every router the coefficient at the model's root.
+
+    Attributes:
+        meta: a tensor without values for every name, which has the shape and the dtype.
 
     Raises:
-        ValueError: experts of which some are missing, or no coefficient.
+        ValueError: an expert is missing, a tensor is there twice or does not fit its layer's number
+            of experts, or there is no coefficient.
     """
 
     def __init__(self, reader: Reader, *, l1_coeff: bool = False) -> None:
         self._reader = reader
-        self._has_l1_coeff = l1_coeff
-        self._routers = {match[1] for n in reader.names if (match := _ROUTER.fullmatch(n))}
-        self._stored = self._resolve(reader.names)
+        self._stored = dict(self._resolve())
+        if l1_coeff:
+            for router in filter(_ROUTER.fullmatch, reader.meta):
+                name = router.removesuffix("weight") + "l1_coeff"
+                self._stored[name] = _Stored((COEFFICIENT,))
+        self.meta = {name: self._join_meta(stored) for name, stored in self._stored.items()}
 
-    def _resolve(self, names: Iterable[str]) -> dict[str, _Stored]:
-        found: dict[str, _Stored] = {}
-        experts: dict[str, dict[int, str]] = {}
-        for name in names:
-            matches = [match for pattern in _ONE_EXPERT if (match := pattern.fullmatch(name))]
-            if matches:
-                key = f"{matches[0]['at']}.experts.{matches[0]['fc']}.weight"
-                by_expert, number = experts.setdefault(key, {}), int(matches[0]["expert"])
-                if number in by_expert or found.get(key, _Stored(())).names:
-                    _refuse_two(key, name)
-                by_expert[number] = name
-                found[key] = _Stored(())  # keeps the place of the first
-            elif name != COEFFICIENT:
-                key, stored = self._renamed(name)
-                if key in found:
-                    _refuse_two(key, name)
-                found[key] = stored
-        for key, by_expert in experts.items():
-            missing = next(i for i in range(len(by_expert) + 1) if i not in by_expert)
-            if missing <= max(by_expert):
-                raise ValueError(f"{key}: the checkpoint lacks expert {missing}; copy it again")
-            found[key] = _Stored(tuple(by_expert[i] for i in sorted(by_expert)), "by expert")
-        if self._has_l1_coeff:
-            if self._coefficient is None:
+    def _resolve(self) -> Iterator[tuple[str, _Stored]]:
+        routers = [match for n in self._reader.meta if (match := _ROUTER.fullmatch(n))]
+        num_experts = {m["layer"]: sum(self._reader.meta[m[0]].shape[:1]) for m in routers}
+        found: dict[str, tuple[_Spelling, int, dict[int, str]]] = {}
+        for name in self._reader.meta:
+            if name == COEFFICIENT:
+                continue
+            spelling, match = _spelling_of(name, set(num_experts))
+            groups = match.groupdict()
+            experts = num_experts.get(groups.get("layer", ""), 0)
+            key = match.expand(spelling.ours)
+            first, _, by_expert = found.setdefault(key, (spelling, experts, {}))
+            number = int(groups.get("expert", 0))
+            if first.join is not spelling.join or number in by_expert:
                 raise ValueError(
-                    f"the checkpoint routes with ReLU but has no {COEFFICIENT}; take one that the "
-                    f"published implementation saved with its model"
+                    f"the checkpoint has {key} twice, the second time as {name}; save it again "
+                    f"with one of them"
                 )
-            for layer in self._routers:
-                found[f"{layer}.router.l1_coeff"] = _Stored((COEFFICIENT,), "coefficient")
-        return found
+            by_expert[number] = name
+        for key, (spelling, experts, by_expert) in found.items():
+            for number in range(len(by_expert)):
+                if number not in by_expert:
+                    raise ValueError(f"{key}: the checkpoint lacks expert {number}; copy it again")
+            names = tuple(by_expert[number] for number in sorted(by_expert))
+            yield key, _Stored(names, spelling.join, experts)
 
-    def _renamed(self, name: str) -> tuple[str, _Stored]:
-        if match := _STACKED.fullmatch(name):
-            return f"{match[1]}.experts.{match[2]}.weight", _Stored((name,))
-        if match := _GROUPED.fullmatch(name):
-            return f"{match[1]}.experts.linear_fc{match[2]}.weight", _Stored((name,), "grouped")
-        return self._norm(name), _Stored((name,))
-
-    def _norm(self, name: str) -> str:
-        """Norms have the names of Transformer Engine: fused, except before experts."""
-        name = name.replace(
-            ".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"
-        )
-        for old in (_NORM, _FUSED_NORM):
-            if name.endswith(f".{old}"):
-                layer = name.removesuffix(old)
-                return layer + (_NORM if f"{layer}mlp" in self._routers else _FUSED_NORM)
-        return name
+    def _join_meta(self, stored: _Stored) -> Tensor:
+        """Return a tensor without values, which has the shape and the dtype of a joined one."""
+        parts = [
+            self._coefficient.to("meta") if part == COEFFICIENT else self._reader.meta[part]
+            for part in stored.names
+        ]
+        try:
+            return stored.join(parts, stored.num_experts)
+        except (RuntimeError, ValueError) as error:
+            shapes = " and ".join(sorted({str(list(part.shape)) for part in parts}))
+            raise ValueError(
+                f"{stored.names[0]} has shape {shapes}, which is not that of the experts of a "
+                f"layer with {stored.num_experts} experts in its router; take a whole checkpoint"
+            ) from error
 
     @cached_property
-    def _coefficient(self) -> Tensor | None:
-        if COEFFICIENT in self._reader.names:
+    def _coefficient(self) -> Tensor:
+        if COEFFICIENT in self._reader.meta:
             return self._reader.read(COEFFICIENT).float()
         value = (self.common.get("model") or {}).get(COEFFICIENT)
-        return None if value is None else torch.as_tensor(value, dtype=torch.float32)
+        if value is None:
+            raise ValueError(
+                f"the checkpoint routes with ReLU but has no {COEFFICIENT}; take one that the "
+                f"published implementation saved with its model"
+            )
+        return torch.as_tensor(value, dtype=torch.float32)
 
     @property
     def common(self) -> dict[str, Any]:
+        """What the checkpoint holds beside tensors."""
         return self._reader.common
 
     @property
     def is_renamed(self) -> bool:
-        """Whether the checkpoint has other names than the table."""
-        return any(stored != _Stored((name,)) for name, stored in self._stored.items())
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._stored)
-
-    def dtype(self, name: str) -> torch.dtype:
-        stored = self._stored[name]
-        if stored.form == "coefficient":
-            return torch.float32
-        return self._reader.dtype(stored.names[0])
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        stored = self._stored[name]
-        if stored.form == "coefficient":
-            return ()
-        shape = self._reader.shape(stored.names[0])
-        if stored.form == "by expert":
-            return (len(stored.names), *shape)
-        if stored.form == "grouped":
-            return tuple(
-                _linear(torch.empty(shape, device="meta"), name, self._experts(name)).shape
-            )
-        return shape
+        """Whether a name in the checkpoint differs from that of the table."""
+        return any(stored.names != (name,) for name, stored in self._stored.items())
 
     def read(self, name: str) -> Tensor:
+        """Return a tensor, made from all stored ones that it consists of."""
         stored = self._stored[name]
-        if stored.form == "coefficient":
-            assert self._coefficient is not None
-            return self._coefficient.clone()
-        parts = [self._reader.read(part) for part in stored.names]
-        if stored.form == "by expert":
-            return torch.stack(parts)
-        if stored.form == "grouped":
-            return _linear(parts[0], name, self._experts(name)).contiguous()
-        return parts[0]
-
-    def _experts(self, name: str) -> int:
-        layer = name.partition(".experts.")[0]
-        if layer not in self._routers:
-            raise ValueError(f"the checkpoint has {name} but no {layer}.router.weight")
-        return self._reader.shape(f"{layer}.router.weight")[0]
+        parts = [
+            self._coefficient if part == COEFFICIENT else self._reader.read(part)
+            for part in stored.names
+        ]
+        return stored.join(parts, stored.num_experts)
 
 
-def _refuse_two(key: str, name: str) -> None:
-    raise ValueError(
-        f"the checkpoint has {key} twice, the second time as {name}; save it again with one of them"
+def _spelling_of(name: str, layers_with_router: set[str]) -> tuple[_Spelling, re.Match[str]]:
+    matches = ((spelling, spelling.pattern.fullmatch(name)) for spelling in _SPELLINGS)
+    return next(
+        (spelling, match)
+        for spelling, match in matches
+        if match
+        and spelling.has_router in (None, match.groupdict().get("layer") in layers_with_router)
     )
-
-
-def _linear(weight: Tensor, name: str, num_experts: int) -> Tensor:
-    """The grouped GEMM's `[H, E * 2F]` or `[E * F, H]`, as every expert's linear `[E, out, in]`.
-
-    Raises:
-        ValueError: a matrix that so many experts cannot share.
-    """
-    if weight.dim() != 2 or weight.numel() % num_experts:
-        raise ValueError(
-            f"{name} has shape {list(weight.shape)}, which {num_experts} experts cannot share"
-        )
-    if name.endswith("linear_fc1.weight"):
-        return weight.reshape(num_experts, weight.shape[0], -1).transpose(1, 2)
-    return weight.reshape(num_experts, -1, weight.shape[1]).transpose(1, 2)

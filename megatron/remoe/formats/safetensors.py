@@ -1,14 +1,15 @@
-"""Safetensors files, written as tensors come; the safetensors library wants a file's all at once.
+"""Safetensors files: written tensor by tensor, and read with checks of their names.
 
-The format: 8 bytes with the length of a JSON header, the header (dtype, shape and byte range of
+The writer is our own because the safetensors library wants all tensors of a file at once. A file
+consists of 8 bytes with the length of a JSON header, the header (dtype, shape and byte range of
 every tensor), and the tensors' bytes.
 """
 
 import json
+import math
 import re
-from collections import deque
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,22 +19,17 @@ from torch import Tensor
 from megatron.remoe.files import parse_json, read_json_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
-_BY_NAME = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 Spec = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB", "500MB", "1GiB" or a number.
+    """Return the number of bytes in "5GB", "500MB", "1GiB" or a plain number.
 
     Raises:
-        ValueError: not a positive size.
+        ValueError: the text is not a positive size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
     size = int(float(match[1]) * _UNITS.get(match[2] or "", 1)) if match else 0
@@ -42,59 +38,45 @@ def parse_size(text: str) -> int:
     return size
 
 
-def num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return dtype.itemsize * torch.Size(shape).numel()
-
-
-class ShardWriter:
-    """Writes tensors in the given order to files of at most a given size, and their index.
+class ShardWriter(AbstractContextManager["ShardWriter"]):
+    """A writer of tensors, in a given order, to files of a limited size, and of their index.
 
     Args:
-        folder: where the files go.
-        spec: dtype and shape of every tensor, in the order in which they will come.
-        max_shard_bytes: size of a file; a tensor that is larger has one for itself.
-        name: of the file when there is one only.
+        folder: the folder of the files.
+        spec: dtype and shape of every tensor, in the order in which the tensors will come.
+        max_shard_bytes: the largest size of a file; a larger tensor has a file for itself.
+        name: the file's name if there is only one.
     """
 
     def __init__(
         self, folder: Path, spec: Spec, max_shard_bytes: int, *, name: str = WEIGHTS
     ) -> None:
-        self.folder, self.spec, self.total = folder, spec, 0
+        self.folder, self.spec = folder, spec
+        self._sizes = {n: dtype.itemsize * math.prod(shape) for n, (dtype, shape) in spec.items()}
+        self.total = sum(self._sizes.values())
         shards: list[list[str]] = [[]]
         size = 0
-        for tensor, (dtype, shape) in spec.items():
-            more = num_bytes(dtype, shape)
+        for tensor, more in self._sizes.items():
             if shards[-1] and size + more > max_shard_bytes:
                 shards.append([])
                 size = 0
             shards[-1].append(tensor)
             size += more
-            self.total += more
         stem, count = name.removesuffix(".safetensors"), len(shards)
-        self.files = (
-            [name]
-            if count == 1
-            else [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        )
-        self._shards = deque(zip(self.files, shards, strict=True))
-        self._waiting: deque[str] = deque()
-        self._weight_map = {t: f for f, s in self._shards for t in s}
+        files = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        self._shards = dict(zip([name] if count == 1 else files, shards, strict=True))
+        self._weight_map = {t: file for file, shard in self._shards.items() for t in shard}
+        self._order = iter(spec)
         self._file: Any = None
 
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file is not None:
             self._file.close()
         if kind is not None:
             return
-        missing = [*self._waiting, *(t for _, shard in self._shards for t in shard)]
-        if missing:
+        if missing := list(self._order):
             raise ValueError(f"{', '.join(missing[:8])} were not produced")
-        if len(self.files) > 1:
+        if len(self._shards) > 1:
             index = {"metadata": {"total_size": self.total}, "weight_map": self._weight_map}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -102,69 +84,75 @@ class ShardWriter:
         """Write the next tensor.
 
         Raises:
-            ValueError: it is not the next, or of another dtype or shape.
+            ValueError: the tensor is not the next one, or has another dtype or shape.
         """
-        if not self._waiting:
-            self._open_next(name)
-        expected = self._waiting.popleft()
+        expected = next(self._order, "no other tensor")
         if name != expected or (tensor.dtype, tuple(tensor.shape)) != self.spec[name]:
             raise ValueError(
                 f"{name} ({tensor.dtype}, {list(tensor.shape)}) came where {expected} "
-                f"({self.spec[expected]}) was expected"
+                f"({self.spec.get(expected)}) was expected"
             )
+        file = self._weight_map[name]
+        if name == self._shards[file][0]:
+            self._open(file)
         self._file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
 
-    def _open_next(self, name: str) -> None:
-        if not self._shards:
-            raise ValueError(f"{name} was produced more than once")
+    def _open(self, file: str) -> None:
+        """Open the next file, and write its header."""
         if self._file is not None:
             self._file.close()
-        file, tensors = self._shards.popleft()
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for tensor in tensors:
-            dtype, shape = self.spec[tensor]
-            start, end = end, end + num_bytes(dtype, shape)
-            entry = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-            header[tensor] = entry
+        for tensor in self._shards[file]:
+            (dtype, shape), start, end = self.spec[tensor], end, end + self._sizes[tensor]
+            header[tensor] = {
+                "dtype": _DTYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._file = (self.folder / file).open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
-        self._waiting.extend(tensors)
 
 
 class SafetensorsReader:
-    """The weights of a Hugging Face folder, and the rows of padding beside them if there are any.
+    """The weights of a Hugging Face folder, and of files beside them.
 
     Args:
-        folder: of the model.
-        extra: files beside the weights, and the prefix that all names in them have.
+        folder: the model's folder.
+        extra: names of files beside the weights, which need not exist, each with the prefix that
+            all names of tensors in it have.
+
+    Attributes:
+        meta: a tensor without values for every name, which has the shape and the dtype.
 
     Raises:
-        ValueError: no safetensors there, files that are damaged or do not fit their index, or a
-            tensor that is there twice.
+        ValueError: there are no safetensors, a file is damaged or does not fit the index, a tensor
+            is there twice, or has a dtype in which no model is stored.
     """
 
     def __init__(self, folder: Path, extra: dict[str, str] | None = None) -> None:
         self.folder = folder
         self._files: dict[str, Any] = {}
         self._where: dict[str, str] = {}
+        self.meta: dict[str, Tensor] = {}
         if (folder / INDEX).is_file():
             weight_map = _read_index(folder / INDEX)
+            for file in sorted(set(weight_map.values())):
+                self._add(file)
+            if different := set(weight_map.items()) ^ set(self._where.items()):
+                names = ", ".join(dict.fromkeys(name for name, _ in sorted(different)[:8]))
+                raise ValueError(
+                    f"{folder / INDEX} and its files differ in {names}; copy them again"
+                )
         elif (folder / WEIGHTS).is_file():
-            weight_map = None
+            self._add(WEIGHTS)
         else:
             raise ValueError(
                 f"{folder} holds neither {WEIGHTS} nor {INDEX}; only safetensors are read, so save "
                 f"the model with save_pretrained first"
             )
-        for file in [WEIGHTS] if weight_map is None else sorted(set(weight_map.values())):
-            self._add(file)
-        if weight_map is not None and weight_map != self._where:
-            different = sorted(set(weight_map.items()) ^ set(self._where.items()))
-            names = ", ".join(dict.fromkeys(name for name, _ in different[:8]))
-            raise ValueError(f"{folder / INDEX} and its files differ in {names}; copy them again")
         for file, prefix in (extra or {}).items():
             if (folder / file).is_file():
                 self._add(file, prefix)
@@ -185,38 +173,25 @@ class SafetensorsReader:
             if not name.startswith(prefix):
                 raise ValueError(f"{path} has {name}, whose name does not begin with {prefix}")
             self._where[name] = file
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[self._where[name]].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        """One of the dtypes in which a model is stored.
-
-        Raises:
-            ValueError: it is of another.
-        """
-        kind = self._files[self._where[name]].get_slice(name).get_dtype()
-        if kind not in _BY_NAME:
-            raise ValueError(
-                f"{self.folder / self._where[name]} has {name} as {kind}; only weights in "
-                f"{', '.join(sorted(_BY_NAME))} can be converted"
-            )
-        return _BY_NAME[kind]
+            view = self._files[file].get_slice(name)
+            if (kind := view.get_dtype()) not in _DTYPES:
+                raise ValueError(
+                    f"{path} has {name} as {kind}; only weights in {', '.join(sorted(_DTYPES))} "
+                    f"can be converted"
+                )
+            self.meta[name] = torch.empty(view.get_shape(), dtype=_DTYPES[kind], device="meta")
 
     def read(self, name: str) -> Tensor:
+        """Return a tensor."""
         tensor: Tensor = self._files[self._where[name]].get_tensor(name)
         return tensor
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """The file of every tensor, each beside the index.
+    """Return the name of every tensor's file, which is beside the index.
 
     Raises:
-        ValueError: no such map, or a file that is elsewhere.
+        ValueError: there is no such map, or it names a file that is elsewhere.
     """
     weight_map = read_json_object(path, "copy it again").get("weight_map")
     if not isinstance(weight_map, dict):
@@ -230,12 +205,12 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether this is the name of a file, and no path that leads elsewhere."""
+    """Return whether this is the name of a file, and not a path that leads elsewhere."""
     return isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
 
 
 def _check_header(path: Path) -> None:
-    """Whether every name is in the header once; the safetensors library takes the last."""
+    """Check that every name is in the header once; the safetensors library takes the last one."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         parse_json(file.read(length))

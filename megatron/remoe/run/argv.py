@@ -1,4 +1,4 @@
-"""A config as a command line."""
+"""Turn the flags of a config into a command line."""
 
 import argparse
 import difflib
@@ -6,16 +6,16 @@ from typing import Any
 
 from megatron.remoe.run.config import OWN_KEYS
 
-_NEAR = 0.75  # similarity from which another key is suggested
+_NEAR = 0.75  # the similarity from which another key is suggested
 
 
 def to_argv(flags: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
-    """The command line of a config.
+    """Return the command line of a config.
 
-    `true` passes a switch, `false` and `null` leave a flag out, lists are its several values.
+    `true` passes a switch, `false` and `null` leave a flag out, and a list gives it several values.
 
     Raises:
-        ValueError: an unknown key, naming the nearest valid one, or a value of the wrong kind.
+        ValueError: A key is unknown, with the nearest valid one, or a value is of the wrong kind.
     """
     actions = {
         option[2:].replace("-", "_"): (option, action)
@@ -38,7 +38,7 @@ def to_argv(flags: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]
             argv.append(option)
         elif isinstance(value, list):
             argv += [option, *map(str, value)]
-        elif str(value).startswith("-"):  # not a flag of its own
+        elif str(value).startswith("-"):  # argparse would take it for a flag
             argv.append(f"{option}={value}")
         else:
             argv += [option, str(value)]

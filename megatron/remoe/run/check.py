@@ -1,36 +1,36 @@
-"""Everything that is checked about a command line before its run is started."""
+"""Check everything about a command line before its run is started."""
 
 import argparse
 import contextlib
-import io
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.remoe import checkpoint, unsupported
+from megatron.remoe import checkpoint, compat, unsupported
 from megatron.remoe.arguments import megatron_parser
 from megatron.remoe.data.pairs import check_pair
 from megatron.remoe.run.mistakes import Foreign, explain, names, one_line
 
-_MOST_SUSPECTS = 12  # options that are left out, one at a time, to find the one that does not fit
+# Number of options that are left out, one at a time, to find the one that does not fit.
+_MOST_SUSPECTS = 12
 
 
 def check(argv: list[str], nproc: int, *, paths: bool = True) -> argparse.Namespace:
-    """Let our checks and Megatron's own run over a command line, before anything is started.
+    """Run the checks of this project and Megatron's own over a command line.
 
     The model, the optimizer and the tokenizer are built as well, see `rehearsal`.
 
     Args:
-        argv: the command line.
-        nproc: processes of the whole run, on all machines.
-        paths: whether data and tokenizer must exist here.
+        argv: The command line.
+        nproc: Number of processes of the whole run, on all machines.
+        paths: Whether data and tokenizer must exist here.
 
     Returns:
         The arguments as the run will have them.
 
     Raises:
-        ValueError: arguments that the run would reject, and data or tokenizers that do not exist.
+        ValueError: The run would reject an argument, or data or a tokenizer does not exist.
     """
     try:
         return _validated(argv, nproc, paths=paths)
@@ -42,7 +42,7 @@ def check(argv: list[str], nproc: int, *, paths: bool = True) -> argparse.Namesp
 
 
 def _options(argv: list[str]) -> list[list[str]]:
-    """A command line by its options, each with its values."""
+    """Split a command line into its options, each with its values."""
     options: list[list[str]] = []
     for word in argv:
         if word.startswith("--"):
@@ -57,7 +57,10 @@ def _key(words: list[str]) -> str:
 
 
 def _blamed(message: str, given: list[list[str]], nproc: int, *, paths: bool) -> str:
-    """A message with the option without which everything is accepted, the last ones tried first."""
+    """Return the message with the option without which everything would be accepted.
+
+    The last options are tried first.
+    """
     for index in reversed(range(max(0, len(given) - _MOST_SUSPECTS), len(given))):
         others = [word for i, words in enumerate(given) if i != index for word in words]
         with contextlib.suppress(ValueError):
@@ -78,10 +81,9 @@ def _validated(argv: list[str], nproc: int, *, paths: bool) -> argparse.Namespac
     from megatron.remoe.run.rehearsal import rehearse
     from megatron.remoe.train import saved
 
-    complaints = io.StringIO()
     args: argparse.Namespace | None = None
     try:
-        with _as_rank_zero(argv, nproc), contextlib.redirect_stderr(complaints):
+        with _exit_is_a_mistake(argv, nproc):
             args = parse_args(extra_args_provider=add_arguments)
             unsupported.check(args, megatron_parser())
             if paths:
@@ -92,20 +94,40 @@ def _validated(argv: list[str], nproc: int, *, paths: bool) -> argparse.Namespac
             _check_what_megatron_finds_late(args)
             unsupported.refuse_unused(args)
             saved.check_before_start(args)
-            rehearse(args, tokenizer=paths)
-    except SystemExit as end:
-        if not complaints.getvalue().strip():  # it has printed why, or has not said
-            raise Foreign(f"Megatron ends at its start with code {end.code}") from None
-        raise ValueError(one_line(complaints.getvalue()).removeprefix("error: ")) from None
+            warning = rehearse(args, tokenizer=paths)
     except Foreign:
         raise
-    except Exception as error:  # whatever Megatron raises is about a value
+    except Exception as error:  # Whatever Megatron raises is about a value.
         raise explain(error, args) from error
+    if warning:
+        print(f"remoe: warning: {warning}", file=sys.stderr)
     return args
 
 
+@contextlib.contextmanager
+def _exit_is_a_mistake(argv: list[str], nproc: int) -> Iterator[None]:
+    """Give a command line to Megatron, and raise `ValueError` where it would end the process."""
+    with compat.command_line(argv, nproc) as said:
+        try:
+            yield
+        except SystemExit as end:
+            if not said.getvalue().strip():  # Megatron has printed why, or has not said.
+                raise Foreign(f"Megatron ends at its start with code {end.code}") from None
+            raise ValueError(one_line(said.getvalue()).removeprefix("error: ")) from None
+
+
+def check_parser(argv: list[str]) -> None:
+    """Check a command line by the parser alone, where the rest of it is not known.
+
+    Raises:
+        ValueError: The parser would end the process.
+    """
+    with _exit_is_a_mistake(argv, 1):
+        megatron_parser().parse_args(argv)
+
+
 def _check_what_megatron_finds_late(args: argparse.Namespace) -> None:
-    """Mistakes that Megatron rejects in every process of the run only, with a traceback each."""
+    """Refuse what Megatron would only reject in every process of the run, with a traceback each."""
     if args.lr is None:
         raise ValueError("lr is not given; set the learning rate")
     if not (args.train_iters or args.train_samples):
@@ -157,25 +179,11 @@ def _check_what_megatron_finds_late(args: argparse.Namespace) -> None:
         )
 
 
-@contextlib.contextmanager
-def _as_rank_zero(argv: list[str], nproc: int) -> Iterator[None]:
-    before, argv_before = dict(os.environ), sys.argv
-    os.environ |= {"RANK": "0", "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
-    sys.argv = [argv_before[0], *argv]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        os.environ.clear()
-        os.environ |= before
-        sys.argv = argv_before
-
-
 def check_paths(args: argparse.Namespace) -> None:
     """Check that the data and the tokenizer of a command line exist, and that the data is whole.
 
     Raises:
-        ValueError: naming the missing file and how to make it.
+        ValueError: A file is missing, with its name and how to make it.
     """
     from megatron.core.datasets.utils import get_blend_from_list
 

@@ -1,14 +1,12 @@
-"""`remoe describe`: size, cost and memory of a config's run, without starting it."""
+"""Describe the size, cost and memory of a run without starting it (`remoe describe`)."""
 
 import argparse
 from dataclasses import dataclass, replace
 
-from megatron.remoe.analysis.memory import Layout, Recompute, activation_bytes
+from megatron.remoe.analysis.memory import RankLoad, Recompute, activation_bytes
 from megatron.remoe.analysis.size import ModelSize
-from megatron.remoe.arguments import megatron_parser
-from megatron.remoe.run.argv import to_argv
-from megatron.remoe.run.check import check
 from megatron.remoe.run.config import RunConfig
+from megatron.remoe.run.plan import Place, plan
 from remoe.kernels.chunks import UNLIMITED
 
 _GB = 1e9
@@ -16,17 +14,19 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class Description:
-    """What a run is and costs.
+    """What a run is and what it costs. Memory is that of the fullest GPU.
 
     Attributes:
-        size: the model.
-        world: GPUs of the layout.
-        sequences: of the whole run; tokens: likewise.
-        weights_gb: weights, gradients and optimizer on the fullest GPU, by Megatron's estimate.
-        dense_gb, stable_gb: activations on it while every expert may be active for every token
-            (ReLU routing) or k of the warm-up is (TopK), and at k active experts; at_once_gb: while
-            every expert may be, if layers did not go chunk by chunk.
-        layout: how the run is split, in words.
+        size: The model.
+        world: Number of GPUs.
+        sequences: Number of sequences of the whole run.
+        tokens: Number of tokens of the whole run.
+        weights_gb: Weights, gradients and optimizer in GB, by Megatron's estimate.
+        dense_gb: Activations in GB while every expert may be active for every token (ReLU routing),
+            or during the warm-up (TopK).
+        stable_gb: Activations in GB at k active experts per token.
+        at_once_gb: `dense_gb` if layers did not run chunk by chunk.
+        layout: How the run is split, in words.
     """
 
     size: ModelSize
@@ -42,7 +42,12 @@ class Description:
     def hours(
         self, *, tflops: float | None = None, tokens_per_second: float | None = None
     ) -> float | None:
-        """Time of the whole run at a throughput: TFLOP/s per GPU, or tokens per second in all."""
+        """Return the hours of the whole run at a throughput, or None if no throughput is given.
+
+        Args:
+            tflops: Throughput of each GPU in TFLOP/s.
+            tokens_per_second: Throughput of the whole run.
+        """
         if tokens_per_second is not None:
             return self.tokens / tokens_per_second / 3600
         if tflops is None:
@@ -51,7 +56,7 @@ class Description:
         return flops / (tflops * 1e12 * self.world) / 3600
 
     def rows(self) -> list[tuple[str, str]]:
-        """The report, by line: a name and a value."""
+        """Return the lines of the report, each with a name and a value."""
         size = self.size
         experts = "none"
         if size.num_experts:
@@ -81,17 +86,16 @@ def describe(config: RunConfig, world: int) -> Description:
     Data and tokenizer need not exist here.
 
     Raises:
-        ValueError: arguments that the run would reject, or a model that is not counted.
+        ValueError: The run would reject an argument, or its model cannot be counted.
     """
     from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 
-    flags = {"distributed_backend": "nccl"} | config.flags
-    args = check(to_argv(flags, megatron_parser()), world, paths=False)
+    args = plan(config, Place(processes=world, purpose="describe")).args
     if args.padded_vocab_size is None:
         raise ValueError("padded_vocab_size is not given; the model's size depends on it")
-    size = ModelSize.from_flags(vars(args) | {"moe_granularity": 1})  # it is applied already
+    size = ModelSize.from_flags(vars(args) | {"moe_granularity": 1})  # `args` has it applied.
     sequences = args.train_samples or args.train_iters * args.global_batch_size
-    layout = _layout(args)
+    layout = _rank_load(args)
     most = args.moe_topk_warmup_topk or (size.num_experts if args.moe_relu_routing else size.topk)
     return Description(
         size=size,
@@ -106,13 +110,13 @@ def describe(config: RunConfig, world: int) -> Description:
     )
 
 
-def _layout(args: argparse.Namespace) -> Layout:
+def _rank_load(args: argparse.Namespace) -> RankLoad:
     recompute: Recompute = "none"
     if args.recompute_granularity == "full":
         recompute = "full"
     elif "moe" in (args.recompute_modules or ()):
         recompute = "moe"
-    return Layout(
+    return RankLoad(
         tp=args.tensor_model_parallel_size,
         pp=args.pipeline_model_parallel_size,
         cp=args.context_parallel_size,
@@ -127,7 +131,7 @@ def _layout(args: argparse.Namespace) -> Layout:
     )
 
 
-def _in_words(args: argparse.Namespace, layout: Layout) -> str:
+def _in_words(args: argparse.Namespace, layout: RankLoad) -> str:
     sizes = {
         "TP": layout.tp,
         "EP": args.expert_model_parallel_size,

@@ -1,4 +1,4 @@
-"""What this machine has, what the plug-in will use of it, and what is disabled and why."""
+"""Report what this machine has, what will be used of it, and what is disabled and why."""
 
 import importlib.metadata
 import importlib.util
@@ -16,9 +16,9 @@ class Finding:
     """A line of the report.
 
     Attributes:
-        subject: what was looked at.
+        subject: What was looked at.
         status: "ok", "disabled" or "missing".
-        detail: version, choice, or the reason with its remedy.
+        detail: The version, the choice, or the reason with its remedy.
     """
 
     subject: str
@@ -38,7 +38,7 @@ _OPTIONAL = {
 
 
 def examine() -> list[Finding]:
-    """Versions, device, backends and fused paths, in the order of a report."""
+    """Return versions, device, backends and fused paths, in the order of the report."""
     return [*_versions(), *_device(), *_backends()]
 
 

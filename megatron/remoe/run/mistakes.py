@@ -1,4 +1,4 @@
-"""Turn what a config's values make Megatron raise into one line that names these values."""
+"""Turn an error that Megatron raises into one line that names the config's values behind it."""
 
 import argparse
 import ast
@@ -14,22 +14,23 @@ _UNTOLD = (ArithmeticError, AttributeError, IndexError, KeyError, NameError, Typ
 
 
 class Foreign(ValueError):
-    """What Megatron or torch has raised, in one line that perhaps names no key of the config."""
+    """An error of Megatron or torch in one line, which perhaps names no key of the config."""
 
 
 def one_line(text: object) -> str:
+    """Return the text with every run of white space replaced by one space."""
     return " ".join(str(text).split())
 
 
 def explain(error: BaseException, args: argparse.Namespace | None) -> ValueError:
-    """The same mistake in one line.
+    """Return the same mistake in one line.
 
-    An assertion without a message is told by its condition. The arguments that the failing
+    An assertion without a message is described by its condition. The arguments that the failing
     statement of Megatron names are added with their values.
 
     Args:
-        error: raised by Megatron, by torch below it, or by us.
-        args: Megatron's arguments, when they are known.
+        error: The error that Megatron, torch below it, or this project has raised.
+        args: Megatron's arguments, if they are known.
     """
     frame = _failing_frame(error.__traceback__)
     message = re.sub(r"( when instantiating \w+)+$", "", one_line(error))
@@ -51,7 +52,7 @@ def explain(error: BaseException, args: argparse.Namespace | None) -> ValueError
 
 
 def names(message: str, keys: Collection[str]) -> bool:
-    """Whether a message names one of these keys of a config, perhaps as a flag."""
+    """Return whether a message names one of these keys of a config, perhaps as a flag."""
     words = re.findall(
         r"[a-z0-9]+(?:[_-][a-z0-9]+)+|\b(?:lr|seed|split|save|load|optimizer)\b", message
     )
@@ -59,7 +60,7 @@ def names(message: str, keys: Collection[str]) -> bool:
 
 
 def _failing_frame(trace: TracebackType | None) -> traceback.FrameSummary | None:
-    """The innermost frame in Megatron or in this package."""
+    """Return the innermost frame in Megatron or in this package."""
     for frame in reversed(traceback.extract_tb(trace)):
         if "megatron" in Path(frame.filename).parts and frame.name != "__torch_function__":
             return frame
@@ -93,7 +94,7 @@ def _condition(statement: ast.AST | None) -> str:
 
 
 def _values(statement: ast.AST | None, args: argparse.Namespace) -> dict[str, object]:
-    """The config's keys that a statement names, with their values."""
+    """Return the config's keys that a statement names, with their values."""
     from megatron.remoe.arguments import megatron_parser
 
     options = {a.dest: a.option_strings[0] for a in megatron_parser()._actions if a.option_strings}

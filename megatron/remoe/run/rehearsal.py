@@ -1,10 +1,10 @@
-"""Build what every rank of a run builds, before the run starts, and say what fails.
+"""Build what every rank of a run builds, before the run starts, and report what fails.
 
-Process groups of torch's `fake` backend play the whole run, and tensors are on the `meta` device:
-a model of any size and layout takes about a second and no memory. What is built are the tokenizer,
-the model, DDP, the optimizer and its schedule as the first rank makes them, and a forward pass in
-which layers of experts do nothing (their sizes depend on the tokens). All this sets the state of a
-process, so it happens in a child.
+Torch's `fake` process groups stand in for the other ranks, and tensors are on the `meta` device, so
+that a model of any size and layout takes about a second and no memory. The rehearsal builds the
+tokenizer, the model, DDP, the optimizer and its schedule as the first rank does, and runs a forward
+pass in which layers of experts do nothing, because their sizes depend on the tokens. All this sets
+the state of a process, so it happens in a child process.
 """
 
 import argparse
@@ -25,45 +25,58 @@ from megatron.remoe.run.mistakes import Foreign, explain, one_line
 
 _SECONDS = 120
 _LONGEST_MESSAGE = 2000
-_FOREIGN = "Megatron: "  # begins the answer of the child that `Foreign` is raised for
+_FOREIGN = "Megatron: "  # The child's answer begins with this if it is to be raised as `Foreign`.
 
-# Nothing that is built depends on these, in which runs of a sweep differ.
+# Runs of a sweep differ in these, and nothing that is built depends on them.
 _NOT_BUILT = ("seed", "save", "load", "metrics_file", "data_cache_path", "tensorboard_dir",
               "wandb_exp_name", "wandb_save_dir")  # fmt: skip
-_passed: set[str] = set()
+_passed: set[str] = set()  # the arguments that were accepted in this process
 
 
-def rehearse(args: argparse.Namespace, *, tokenizer: bool = True) -> None:
+def rehearse(args: argparse.Namespace, *, tokenizer: bool = True) -> str | None:
     """Build the run of these arguments in a child process.
 
-    A child that takes longer than two minutes is given up, and the run is accepted. What has been
+    A child that takes longer than two minutes is ended, and the run is accepted. What has been
     built once in this process is not built again, so a sweep over seeds builds one run.
 
     Args:
-        args: validated by Megatron.
-        tokenizer: whether it is here.
+        args: The arguments, validated by Megatron.
+        tokenizer: Whether the tokenizer is on this machine.
+
+    Returns:
+        A warning if the run was accepted although it could not be built in time.
 
     Raises:
-        ValueError: what every rank would raise, in one line.
+        ValueError: Every rank would raise this error, in one line.
     """
     known = {k: v for k, v in vars(args).items() if k not in _NOT_BUILT} | {"tokenizer": tokenizer}
     if repr(known) in _passed:
-        return
-    died = -1
+        return None
+    code: int | None = -1
     if cpu.is_enabled():
-        died = _judge(*_fork(args, tokenizer))
-    if died < 0:  # a fork of a process that has threads of its own may die of a signal
-        died = _judge(*_spawn(args, tokenizer))
-    if died:
-        raise Foreign(f"building it ends with exit code {died}")
+        code = _judge(*_fork(args, tokenizer))
+    if code is not None and code < 0:  # A fork of a process with threads may die of a signal.
+        code = _judge(*_spawn(args, tokenizer))
+    if code:
+        raise Foreign(f"building it ends with exit code {code}")
     _passed.add(repr(known))
+    if code is None:
+        return (
+            f"the run is accepted, but its check is not complete: building the model and the "
+            f"optimizer took longer than {_SECONDS} seconds and was stopped; if the run fails at "
+            f"its start, its log says why"
+        )
+    return None
 
 
-def _judge(pid: int, answer: IO[bytes]) -> int:
-    """The exit code of a child, negative for a signal, when it has said nothing.
+def _judge(pid: int, answer: IO[bytes]) -> int | None:
+    """Wait for the child and return its exit code, negative for a signal.
+
+    Returns:
+        The exit code, or None if the child was ended because it took too long.
 
     Raises:
-        ValueError: what it has said.
+        ValueError: The child has answered with an error.
     """
     message, end = b"", time.monotonic() + _SECONDS
     try:
@@ -78,7 +91,7 @@ def _judge(pid: int, answer: IO[bytes]) -> int:
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
     if not ready:
-        return 0
+        return None
     if message:
         text = message.decode(errors="replace")
         if text.startswith(_FOREIGN):
@@ -96,7 +109,7 @@ def _fork(args: argparse.Namespace, tokenizer: bool) -> tuple[int, IO[bytes]]:
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        gc.freeze()  # what the parent has left uncollected may wait for threads that are not here
+        gc.freeze()  # The parent's garbage may wait for threads that the child does not have.
         os.close(reader)
         _answer(args, tokenizer, writer)
     os.close(writer)
@@ -104,7 +117,7 @@ def _fork(args: argparse.Namespace, tokenizer: bool) -> tuple[int, IO[bytes]]:
 
 
 def _spawn(args: argparse.Namespace, tokenizer: bool) -> tuple[int, IO[bytes]]:
-    """A new process without GPUs, where this one has them: a fork could not use CUDA."""
+    """Start a new process without GPUs, since a fork of a process with GPUs cannot use CUDA."""
     child = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "megatron.remoe.run.rehearsal"],
         stdin=subprocess.PIPE,
@@ -120,7 +133,7 @@ def _spawn(args: argparse.Namespace, tokenizer: bool) -> tuple[int, IO[bytes]]:
 
 
 def _answer(args: argparse.Namespace, tokenizer: bool, to: int) -> None:
-    """Write what fails, or nothing, and end this process."""
+    """Write the error, or nothing if all goes well, and end this process."""
     status, message = 1, ""
     try:
         from megatron.remoe import processes
@@ -164,7 +177,7 @@ def _build(args: argparse.Namespace, tokenizer: bool) -> None:
     _forget_state()
     _fake_process_groups(args.world_size)
     args = copy.copy(args)
-    # What would be read or written.
+    # Nothing is read or written.
     args.load = args.pretrained_checkpoint = args.save = args.tensorboard_dir = None
     args.wandb_project = args.config_logger_dir = ""
     args.async_save = args.log_progress = False
@@ -179,7 +192,7 @@ def _build(args: argparse.Namespace, tokenizer: bool) -> None:
     configure(model_config, args)
     container = pretrain_cfg_container_from_args(args, model_config)
     if args.transformer_impl == "transformer_engine":
-        return  # its modules are made on a GPU only
+        return  # Its modules can only be built on a GPU.
     torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment, return-value]
     with torch.device("meta"):
         models, _, _ = setup_model_and_optimizer(
@@ -192,13 +205,13 @@ def _build(args: argparse.Namespace, tokenizer: bool) -> None:
 
 
 def _forget_state() -> None:
-    """What a process that has run Megatron before hands to its child."""
+    """Forget the state of Megatron and torch that the child has inherited from its parent."""
     import torch.distributed.distributed_c10d as c10d
     from megatron.core import num_microbatches_calculator, parallel_state
     from megatron.core.rerun_state_machine import destroy_rerun_state_machine
     from megatron.training import global_vars
 
-    global _kept  # their destructors would wait for threads that a fork does not have
+    global _kept  # Their destructors would wait for threads that a fork does not have.
     world = c10d._world
     maps: tuple[dict[Any, Any], ...]
     maps = (world.pg_map, world.pg_names, world.pg_group_ranks, world.pg_backend_config)
@@ -235,7 +248,7 @@ def _build_tokenizer(args: argparse.Namespace) -> None:
 
     try:
         tokenizer = global_vars._build_tokenizer(args)
-    except Exception as error:  # of many libraries
+    except Exception as error:  # Tokenizers come from many libraries.
         raise ValueError(
             f"tokenizer_type is {args.tokenizer_type} with tokenizer_model {args.tokenizer_model} "
             f"and vocab_size {args.vocab_size}, and cannot be loaded: "
@@ -256,7 +269,7 @@ def _pass(model: Any, args: argparse.Namespace) -> None:
         if isinstance(module, MoELayer):
             module.forward = lambda hidden, *args, **kwargs: (hidden, None)
     tokens = torch.zeros(args.micro_batch_size, args.seq_length, dtype=torch.long)
-    with torch.no_grad():  # backward of dropout and masks fails on the meta device alone
+    with torch.no_grad():  # The backward pass of dropout and masks fails on the meta device only.
         model(tokens, torch.zeros_like(tokens), None, labels=tokens)
 
 

@@ -1,9 +1,11 @@
-"""What may stand in the way of a run's directory, looked at before anything is written."""
+"""A run's directory: what stands in its way, whose it is, and the config in it."""
 
 import os
+import socket
 import stat
 from pathlib import Path
 
+from megatron.remoe import processes
 from megatron.remoe.run.config import RunConfig, read_yaml
 
 _FILES = ("config.yaml", ".lock", "log.txt", "metrics.jsonl", "curves.png")
@@ -13,13 +15,13 @@ _FOLDERS = (
 
 
 def check(config: RunConfig) -> None:
-    """Make sure that everything that the run writes can be written, as far as can be seen.
+    """Check that everything that the run writes can be written, as far as this can be seen.
 
     Args:
-        config: completed.
+        config: A completed config.
 
     Raises:
-        ValueError: naming what is in the way.
+        ValueError: Something is in the way.
     """
     _check_folder("run_dir", config.run_dir)
     for name in _FILES:
@@ -39,7 +41,7 @@ def check(config: RunConfig) -> None:
 
 
 def _check_folder(key: str, path: Path) -> None:
-    """Raise `ValueError` unless the folder is there and writable, or can be made."""
+    """Raise `ValueError` unless the folder exists and is writable, or can be made."""
     for place in (path, *path.parents):
         try:
             mode = os.stat(place).st_mode
@@ -47,7 +49,7 @@ def _check_folder(key: str, path: Path) -> None:
             if not place.is_symlink():
                 continue
             reason = "is a link to nothing"
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        except (OSError, ValueError) as error:  # It is a ValueError if the path has a NUL in it.
             reason = f"cannot be a folder ({getattr(error, 'strerror', None) or error})"
         else:
             if not stat.S_ISDIR(mode):
@@ -79,3 +81,20 @@ def refuse_another_run(config: RunConfig) -> None:
             f"{config.run_dir} holds a run that differs in {', '.join(changed)}; give this one its "
             f"own directory (run_dir=PATH), or continue that run with these settings (--force)"
         )
+
+
+def write_config(config: RunConfig) -> None:
+    """Write `config.yaml` in one step, because the machines of a run write it at the same time."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = config.run_dir / f".config.yaml.{socket.gethostname()}.{os.getpid()}"
+    temporary.write_text(config.to_yaml())
+    os.replace(temporary, config.run_dir / "config.yaml")
+
+
+def hold(run_dir: Path) -> int:
+    """Lock the run's directory; return the lock, which is held until it is closed everywhere.
+
+    Raises:
+        ValueError: Another process holds the directory.
+    """
+    return processes.hold_lock(run_dir / ".lock", run_dir)

@@ -1,12 +1,12 @@
-"""Sweeps: one YAML file, many named runs, each a normal run directory.
+"""Sweeps: one YAML file that describes many named runs, each with a normal run directory.
 
 base: ../quickstart.yaml      # a config, or several, as in any config; other keys are flags too
-run_dir: runs/routers         # folder of the runs
+run_dir: runs/routers         # the folder of the runs
 sweep:
   list:                       # named settings, and/or
     topk: {moe_relu_routing: false}
     remoe: {}
-  grid:                       # values of flags; every combination, with every name of the list
+  grid:                       # values of flags: every combination, with every name of the list
     seed: [1, 2, 3]
 """
 
@@ -20,10 +20,9 @@ from typing import Any
 from megatron.remoe.arguments import megatron_parser
 from megatron.remoe.run import rundir
 from megatron.remoe.run.argv import to_argv
-from megatron.remoe.run.check import check
-from megatron.remoe.run.cluster import Cluster, for_cluster
+from megatron.remoe.run.check import check_parser
 from megatron.remoe.run.config import RunConfig, bases_of, load_flags, read_yaml
-from megatron.remoe.run.launch import complete, refuse_nccl_without_gpu
+from megatron.remoe.run.plan import Place, plan, resolve
 
 _KEYS = ("list", "grid")
 
@@ -38,18 +37,19 @@ class SweepRun:
 
 
 def load_sweep(
-    path: Path, *, only: str | None = None, machines: Cluster | None = None
+    path: Path, *, only: str | None = None, place: Place | None = None
 ) -> list[SweepRun]:
     """Read a sweep and check every run of it.
 
     Args:
-        path: the sweep's file.
-        only: a pattern (`*`, `?`) that names must match, or a part of them.
-        machines: where each run will be submitted to; None is this machine.
+        path: The sweep's file.
+        only: A pattern (`*`, `?`) that names must match, or a part of them.
+        place: Where each run will run; None is this machine.
 
     Raises:
-        ValueError: naming everything that is wrong in any of the runs, a line each.
+        ValueError: Runs are wrong; everything that is wrong in any of them is named, a line each.
     """
+    place = place or Place()
     document = read_yaml(path, "sweep")
     settings = _settings(path, document.pop("sweep", None))
     run_dir = document.pop("run_dir", None)
@@ -66,7 +66,7 @@ def load_sweep(
     runs = []
     for name in names:
         flags = document | settings[name]
-        run, found = _check_run(path, name, folder / name, flags, missing, machines)
+        run, found = _check_run(path, name, folder / name, flags, missing, place)
         for problem in found:
             problems.setdefault(problem, []).append(name)
         if run is not None:
@@ -78,7 +78,7 @@ def load_sweep(
 
 
 def _settings(path: Path, sweep: Any) -> dict[str, dict[str, Any]]:
-    """The flags of every run by its name."""
+    """Return the flags of every run by its name."""
     if not isinstance(sweep, dict) or not sweep or set(sweep) - set(_KEYS):
         raise ValueError(f"{path}: sweep must have the keys list or grid, or both; it is {sweep!r}")
     named, grid = sweep.get("list") or {"": {}}, sweep.get("grid") or {}
@@ -127,12 +127,11 @@ def _check_run(
     run_dir: Path,
     flags: dict[str, Any],
     missing: Collection[str],
-    machines: Cluster | None,
+    place: Place,
 ) -> tuple[SweepRun | None, list[str]]:
-    """The run, unless something is wrong with it, and everything that is."""
+    """Return the run, or None if something is wrong with it, and everything that is wrong."""
     named = bases_of(flags.get("base"), path)
     bases = [str(path.parent / base) for base in named if base not in missing]
-    is_whole = len(bases) == len(named)
     own = {k: v for k, v in flags.items() if k != "base"}
     try:
         config = load_flags({"base": bases} | own | {"run_dir": str(run_dir)}, f"{path}")
@@ -146,39 +145,17 @@ def _check_run(
         except ValueError as error:
             problems.append(str(error))
     config = RunConfig(config.run_dir, config.nproc, known)
-    if machines is not None:
-        config = for_cluster(config, machines, gpus=True)
     try:
-        config = complete(config)
-        if machines is None:
-            refuse_nccl_without_gpu(config)
-        argv = to_argv(config.flags, parser)
-        if is_whole:
-            rundir.check(config)
-            check(argv, machines.world if machines else config.nproc or 1)
-            rundir.refuse_another_run(config)
-        else:  # without its base Megatron would miss half of the model: our own checks only
-            _parse(argv)
+        if len(bases) == len(named):
+            planned = plan(config, place)
+            rundir.refuse_another_run(planned.config)
+            if not problems:
+                return SweepRun(name, planned.config, planned.argv), []
+        else:  # Without its base Megatron would miss half of the model, so we only parse the rest.
+            check_parser(resolve(config, place)[1])
     except ValueError as error:
         problems.append(str(error))
-    return (None if problems else SweepRun(name, config, argv)), problems
-
-
-def _parse(argv: list[str]) -> None:
-    """Our parser alone.
-
-    Raises:
-        ValueError: what it would end the process for.
-    """
-    import contextlib
-    import io
-
-    complaints = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaints):
-            megatron_parser().parse_args(argv)
-    except SystemExit:
-        raise ValueError(complaints.getvalue().strip().removeprefix("error: ")) from None
+    return None, problems
 
 
 def _where(names: list[str]) -> str:

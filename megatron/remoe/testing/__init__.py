@@ -1,1 +1,1 @@
-"""Runs of the golden files in Megatron, which `verify` and the tests share."""
+"""Runs of the golden files in Megatron, which `verify`, `bench` and the tests share."""

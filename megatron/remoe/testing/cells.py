@@ -1,18 +1,17 @@
-"""One cell of the grid: a golden run trained by Megatron's parts under one parallel layout."""
+"""Training of a cell: a golden run with Megatron's modules under one parallel layout."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megatron.remoe.ranks import initialize_layout
+from megatron.remoe.testing.cell import Cell
 from megatron.remoe.testing.golden import (
-    Extreme,
     Padding,
     fill_with_golden_weights,
     golden_tokens,
@@ -26,74 +25,34 @@ if TYPE_CHECKING:
     from megatron.remoe.pretrain import Loss
     from megatron.remoe.train.step import FinalizeStep
 
-RouterKind = Literal["relu", "topk", "dense"]
-
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A parallel layout, and the run to train under it.
-
-    Attributes:
-        world, tp, ep, expert_tp, pp, vp: ranks, and sizes of the parallel dimensions; the rest is
-            data parallelism. Sequence parallelism is on whenever tp > 1.
-        router: "relu", "topk", or "dense" for a model without experts.
-        experts: our grouped experts, or Megatron's, one linear at a time.
-        routing: an extreme to start from: see `golden.make_extreme`.
-        max_assignments: of a layer that are computed at once; None is the automatic limit, and
-            several numbers are those of the experts' data-parallel ranks in turn, which then differ
-            in which layers they compute chunk by chunk.
-        padding: which tokens are padding: see `golden.padding_mask`.
-        per_token_loss: weight micro-batches by their real tokens, instead of equally.
-        run: changes to the golden run's configuration (number of layers, micro-batches, ...).
-        reference_run: those of the run to compare with, when they are others.
-        informational: differs by design; reported, not judged.
-        plain: compare with the run in plain torch (`plain.train`), not with one rank of Megatron.
-    """
-
-    name: str
-    world: int = 1
-    tp: int = 1
-    ep: int = 1
-    expert_tp: int = 1
-    pp: int = 1
-    vp: int | None = None
-    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-    recompute: Literal["none", "full", "moe"] = "none"
-    distributed_optimizer: bool = False
-    overlap: bool = False
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    router: RouterKind = "relu"
-    load_balancing: Literal["aux_loss", "none"] = "aux_loss"
-    experts: Literal["grouped", "sequential"] = "grouped"
-    routing: Extreme | None = None
-    max_assignments: int | tuple[int, ...] | None = None
-    padding: Padding = "none"
-    per_token_loss: bool = False
-    run: tuple[tuple[str, Any], ...] = ()
-    reference_run: tuple[tuple[str, Any], ...] | None = None
-    informational: bool = False
-    plain: bool = False
-
-    @property
-    def dp(self) -> int:
-        return self.world // (self.tp * self.pp)
-
-    def config(self, golden: dict[str, Any]) -> dict[str, Any]:
-        return golden | dict(self.run)
+# Fields of Megatron's TransformerConfig.
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+    "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+}
+_ROUTER: dict[str, dict[str, Any]] = {
+    "relu": {},
+    "topk": {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01},
+    "dense": {"num_moe_experts": None, "moe_ffn_hidden_size": None},
+}
 
 
 def run_cell(cell: Cell, golden: dict[str, Any], steps: int, weights: Path) -> list[dict[str, Any]]:
-    """Train and return what every step measured; called on all ranks of the cell.
+    """Train and return what every step measured; all ranks of the cell call this.
 
     Replicas of a weight must be equal at the end, bit for bit.
 
     Args:
         cell: the layout.
         golden: configuration of a golden run.
-        steps: how many of its steps.
-        weights: a checkpoint written by `save_golden_weights` for the same model.
+        steps: number of steps to train.
+        weights: a checkpoint that `save_golden_weights` wrote for the same model.
 
     Raises:
         AssertionError: data-parallel or tensor-parallel ranks hold different values of a replica.
@@ -111,7 +70,7 @@ def run_cell(cell: Cell, golden: dict[str, Any], steps: int, weights: Path) -> l
 
 
 class Training:
-    """A model of a cell with its optimizer; process groups exist already."""
+    """The model of a cell and its optimizer; process groups must exist already."""
 
     def __init__(self, cell: Cell, config: dict[str, Any], weights: Path | None) -> None:
         self.cell, self.config = cell, config
@@ -124,7 +83,7 @@ class Training:
             transformer.no_sync_func = no_sync if len(self.chunks) > 1 else no_sync[0]
 
     def step(self, batch: Tensor) -> dict[str, Any]:
-        """Train on `[micro-batches, micro-batch, sequence + 1]` tokens; what was measured."""
+        """Train on tokens `[nmb, mbs, seq + 1]`; return what was measured."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         for chunk in self.chunks:
@@ -143,8 +102,10 @@ class Training:
         return _measure(losses, grad_norm, self.hook)
 
     def replicas_that_differ(self) -> list[str]:
-        """Names of the parameters and coefficients of which this rank has another value than rank 0
-        of a group that has replicas of it; called on all ranks."""
+        """Return the parameters and buffers that are not equal on all ranks that replicate them.
+
+        Every rank compares its values with those of rank 0 of a group; all ranks call this.
+        """
         from megatron.core import parallel_state
         from megatron.core.utils import unwrap_model
 
@@ -153,8 +114,8 @@ class Training:
         expert_data = parallel_state.get_expert_data_parallel_group()
         differing = []
         for chunk in self.chunks:
-            if self.cell.overlap and self.cell.distributed_optimizer:
-                chunk.start_param_sync(force_sync=True)  # or it would come with the next forward
+            if self.cell.overlaps_gather:
+                chunk.start_param_sync(force_sync=True)  # instead of during the next forward pass
             (model,) = unwrap_model([chunk])
             for name, value in [*model.named_parameters(), *model.named_buffers()]:
                 groups = [expert_data if ".experts." in name else data]
@@ -183,12 +144,12 @@ def save_golden_weights(cell: Cell, golden: dict[str, Any], weights: Path) -> No
 
 
 def initialize(cell: Cell) -> None:
-    """Process groups of a layout, replacing those of the cell before."""
+    """Replace the process groups of the previous cell by those of this one."""
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
     unset_num_microbatches_calculator()
-    destroy_moe_metrics_tracker()  # it has the number of layers of the model before
+    destroy_moe_metrics_tracker()  # it is sized by the layers of the previous model
     initialize_layout(
         tensor=cell.tp,
         pipeline=cell.pp,
@@ -199,7 +160,7 @@ def initialize(cell: Cell) -> None:
 
 
 def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any], "FinalizeStep"]:
-    """Model chunks of this rank, and the once-per-step hook."""
+    """Return the model chunks of this rank, and the hook that runs once per step."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.models.gpt import GPTModelBuilder
@@ -224,15 +185,7 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any
         "fp16": cell.dtype == "fp16",
         "calculate_per_token_loss": cell.per_token_loss,
     }
-    if cell.recompute == "full":
-        changes |= {"recompute_granularity": "full", "recompute_method": "uniform"}
-        changes |= {"recompute_num_layers": 1}
-    elif cell.recompute == "moe":
-        changes |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
-    if cell.router == "topk":
-        changes |= {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
-    elif cell.router == "dense":
-        changes |= {"num_moe_experts": None, "moe_ffn_hidden_size": None}
+    changes |= _RECOMPUTE[cell.recompute] | _ROUTER[cell.router]
     routing = None
     if cell.router == "relu":
         routing = ReLURouting(
@@ -248,7 +201,7 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=cell.overlap,
-            overlap_param_gather=cell.overlap and cell.distributed_optimizer,
+            overlap_param_gather=cell.overlaps_gather,
             use_distributed_optimizer=cell.distributed_optimizer,
             bucket_size=20_000 if cell.overlap else None,  # several buckets in a tiny model
         ),
@@ -274,13 +227,12 @@ def _build(
     from megatron.core.utils import unwrap_model
 
     chunks, hook = _models(cell, config, wrap=True)
-    if weights is None:
-        return [chunk.train() for chunk in chunks], hook
-    models = unwrap_model(chunks)
-    states = {str(i): model.sharded_state_dict() for i, model in enumerate(models)}
-    states = dist_checkpointing.load(states, str(weights))
-    for i, model in enumerate(models):
-        model.load_state_dict(states[str(i)])
+    if weights is not None:
+        models = unwrap_model(chunks)
+        states = {str(i): model.sharded_state_dict() for i, model in enumerate(models)}
+        states = dist_checkpointing.load(states, str(weights))
+        for i, model in enumerate(models):
+            model.load_state_dict(states[str(i)])
     return [chunk.train() for chunk in chunks], hook
 
 
@@ -299,7 +251,7 @@ def _optimizer(cell: Cell, config: dict[str, Any], chunks: list[Any]) -> Any:
             fp16=cell.dtype == "fp16",
             params_dtype=_DTYPES[cell.dtype],
             use_distributed_optimizer=cell.distributed_optimizer,
-            overlap_param_gather=cell.overlap and cell.distributed_optimizer,
+            overlap_param_gather=cell.overlaps_gather,
         ),
         chunks,
     )
@@ -309,7 +261,7 @@ def _optimizer(cell: Cell, config: dict[str, Any], chunks: list[Any]) -> Any:
 
 
 def _micro_batches(batch: Tensor, cell: Cell) -> Iterator[tuple[int, Tensor]]:
-    """This rank's micro-batches, with their numbers in the step."""
+    """Return the micro-batches of this rank, each with its number in the step."""
     from megatron.core import parallel_state
 
     return islice(enumerate(batch), parallel_state.get_data_parallel_rank(), None, cell.dp)
@@ -332,10 +284,13 @@ def _forward_step(
 def _measure(
     losses: list[dict[str, Tensor]], grad_norm: float | None, hook: "FinalizeStep"
 ) -> dict[str, Any]:
-    """The step in the golden files' terms; the loss is known on the last pipeline stage only."""
+    """Return the step in the terms of the golden files.
+
+    Only the last pipeline stage knows the loss.
+    """
     from megatron.core import parallel_state
 
-    # There is none when the loss scaler of fp16 skips the step.
+    # There is no gradient norm when the loss scaler of fp16 skips the step.
     step: dict[str, Any] = {"grad_norm": float("nan") if grad_norm is None else float(grad_norm)}
     if losses:
         loss = torch.stack([entry["lm loss"] for entry in losses]).sum(dim=0)
@@ -343,7 +298,9 @@ def _measure(
         step["lm_loss"] = (loss[0] / loss[1]).item()
     if hook.report is not None:
         report = hook.report
-        assert report.l1_reg_L is not None and report.l1_coeff is not None  # only ReLU counts here
+        assert (
+            report.l1_reg_L is not None and report.l1_coeff is not None
+        )  # only a ReLU router counts
         step |= {
             "l1_reg": report.l1_reg_L[report.has_router].tolist(),
             "sparsity": report.sparsity.item(),

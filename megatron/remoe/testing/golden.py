@@ -1,6 +1,6 @@
 """The runs that golden trajectories are recorded from: weights and data as functions of a seed.
 
-Their definition is that of the published implementation's trajectories (`tests/golden`): every
+They are defined as the trajectories of the published implementation are (`tests/golden`): every
 weight is a function of its name, so that it is the same under any parallel layout.
 """
 
@@ -16,11 +16,11 @@ import torch
 from remoe.config import Routing
 
 PUBLISHED_COEFF_INIT = 1e-8
-# The router turns sparse around step 90 of a run that starts at 1e-8; from there on a perturbation
-# of 1e-6 grows to percents, so only the steps before it are compared value by value.
+# The router becomes sparse around step 90 of a run that starts at 1e-8. From there on a change of
+# 1e-6 grows to percents, so that only earlier steps are compared value by value.
 OPEN_LOOP_STEPS = 60
 
-# The closed-loop run of the golden files: sparsity crosses its target several times in 40 steps.
+# In the closed-loop run of the golden files, sparsity crosses its target several times in 40 steps.
 CLOSED_LOOP = {
     "seed": 424242, "E": 8, "k": 1, "G": 1, "L": 2, "H": 64, "F": 128, "heads": 4, "groups": 2,
     "seq": 64, "mbs": 4, "nmb": 2, "steps": 40, "lr": 0.002, "coeff_init": 0.01,
@@ -33,9 +33,9 @@ class Golden:
 
     Attributes:
         config: E, k, G, L, H, F, heads, groups, seq, mbs, nmb, steps, lr, seed, coeff_init.
-        num_experts, topk: after granularity.
+        num_experts, topk: number of experts, and of active experts per token, after granularity.
         params: name and shape of every parameter.
-        trajectory: what was measured, by step.
+        trajectory: what every step measured.
     """
 
     config: dict[str, Any]
@@ -46,24 +46,27 @@ class Golden:
 
     @classmethod
     def load(cls, path: Path) -> "Golden":
+        """Read a golden file."""
         record = json.loads(path.read_text())
         keys = ("config", "num_experts", "topk", "params", "trajectory")
         return cls(**{key: record[key] for key in keys})
 
     @property
     def coeff_init(self) -> float:
+        """Initial coefficient of the run."""
         coeff: float = self.config.get("coeff_init", PUBLISHED_COEFF_INIT)
         return coeff
 
     @property
     def comparable_steps(self) -> int:
+        """Number of steps that can be compared value by value."""
         steps = len(self.trajectory)
         open_loop = self.coeff_init == PUBLISHED_COEFF_INIT
         return min(steps, OPEN_LOOP_STEPS) if open_loop else steps
 
 
 def golden_weight(name: str, shape: list[int], seed: int) -> torch.Tensor:
-    """A parameter's initial value, fp32."""
+    """Return the initial value of a parameter, fp32."""
     if "norm" in name:
         return torch.ones(shape)
     state = np.random.RandomState((zlib.crc32(name.encode()) ^ seed) & 0xFFFFFFFF)
@@ -71,7 +74,7 @@ def golden_weight(name: str, shape: list[int], seed: int) -> torch.Tensor:
 
 
 def fill_with_golden_weights(model: torch.nn.Module, seed: int) -> None:
-    """Give every parameter of a whole (one-rank) model its golden value, in place."""
+    """Set every parameter of a whole (one-rank) model to its golden value, in place."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(golden_weight(name, list(parameter.shape), seed))
@@ -83,10 +86,11 @@ Extreme = Literal["all active", "silent layer", "silent rank", "one expert"]
 def make_extreme(model: Any, extreme: Extreme) -> None:
     """Set the routers of a whole model to an extreme, in place.
 
-    "all active": every expert for every token, in all layers. The embedding gets a large constant
-    feature, and the routers read it. "silent layer": no expert of the first layer is active.
-    "silent rank": only the first half of the experts can be active, in all layers, so that with two
-    expert-parallel ranks one has nothing to do. "one expert": only the first expert can be active.
+    With "all active", every expert is active for every token: the embedding gets a large constant
+    feature, and the routers read it. With "silent layer", no expert of the first layer is active.
+    With "silent rank", only the first half of the experts of every layer can be active, so that one
+    of two expert-parallel ranks has nothing to do. With "one expert", only the first expert can be
+    active.
     """
     from megatron.remoe.train.step import relu_routers
 
@@ -106,7 +110,10 @@ def make_extreme(model: Any, extreme: Extreme) -> None:
 
 
 def golden_tokens(config: dict[str, Any]) -> torch.Tensor:
-    """The run's data, int64 `[steps, nmb, mbs, seq + 1]`: Zipf-distributed words of 3-7 tokens."""
+    """Return the data of a run, Zipf-distributed words of 3 to 7 tokens.
+
+    The tokens are int64 `[steps, nmb, mbs, seq + 1]`.
+    """
     shape = (config["steps"], config["nmb"], config["mbs"], config["seq"] + 1)
     need = int(np.prod(shape))
     r = np.random.RandomState(config["seed"])
@@ -121,13 +128,13 @@ Padding = Literal["none", "ends", "micro-batch"]
 
 
 def padding_mask(micro_batch: int, tokens: torch.Tensor, padding: str) -> torch.Tensor:
-    """Which tokens of a micro-batch are padding, bool like `tokens`, `[sequences, length]`.
+    """Return which tokens of a micro-batch are padding, a bool for every token.
 
     Args:
-        micro_batch: its number in the step.
-        tokens: of the micro-batch.
-        padding: "none"; "ends", the last tokens of every sequence, more of them in later sequences;
-            "micro-batch", all tokens of the step's first micro-batch and no others.
+        micro_batch: number of the micro-batch in its step.
+        tokens: tokens of the micro-batch, `[sequences, length]`.
+        padding: "none"; "ends" for the last tokens of every sequence, of which later sequences have
+            more; "micro-batch" for all tokens of the first micro-batch of the step and no others.
     """
     sequences, length = tokens.shape
     if padding == "ends":
@@ -138,7 +145,7 @@ def padding_mask(micro_batch: int, tokens: torch.Tensor, padding: str) -> torch.
 
 
 def parameter_shapes(config: dict[str, Any]) -> dict[str, list[int]]:
-    """Name and shape of every parameter of a golden run, by the files' naming rule."""
+    """Return name and shape of every parameter of a golden run, as the golden files name them."""
     h, f = config["H"], config["F"] // config["G"]
     qkv = h + 2 * h * config["groups"] // config["heads"]
     shapes = {"embedding.word_embeddings.weight": [256, h]}
@@ -157,7 +164,7 @@ def parameter_shapes(config: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def transformer_config(config: dict[str, Any], **changes: Any) -> Any:
-    """Megatron's TransformerConfig of a golden run; `changes` are its fields."""
+    """Return Megatron's TransformerConfig of a golden run; `changes` are fields of it."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     fields = {
@@ -188,7 +195,7 @@ def transformer_config(config: dict[str, Any], **changes: Any) -> Any:
 
 
 def gpt_config(transformer: Any, config: dict[str, Any], routing: Routing | None) -> Any:
-    """Megatron's GPTModelConfig of a golden run, with our layers."""
+    """Return Megatron's GPTModelConfig of a golden run, with our layers."""
     from megatron.training.models.gpt import GPTModelConfig
 
     from megatron.remoe import compat

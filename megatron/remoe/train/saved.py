@@ -110,7 +110,7 @@ def _router_of_checkpoint(args: argparse.Namespace, path: Path) -> str:
     by_arguments = router(args)
     if by_arguments == "relu":
         return by_arguments
-    names = TorchDistReader(path).names
+    names = TorchDistReader(path).meta
     if any(name.endswith(".router.l1_coeff") for name in names):
         return "relu"
     if not vars(args) and any(name.endswith(".router.weight") for name in names):

@@ -1,1 +1,1 @@
-"""Checks that a user can run: does this machine train the same run under every layout?"""
+"""Checks that users can run: whether this machine trains the same run under every layout."""

@@ -1,13 +1,14 @@
 """`remoe verify resume --kills N`: a run that is killed at random moments ends as if it was not.
 
 The run is a real one, with torchrun, two expert-parallel ranks, the distributed optimizer and
-asynchronous saves. Most of the kills come at any moment after the start, the others soon after a
-checkpoint, while steps and saves go on. The victim is torchrun, a rank, a rank's process that
-writes a checkpoint, or all.
+asynchronous saves. Most kills come at any moment after the start. The others come soon after a
+checkpoint, while steps and saves go on. The victim is torchrun, a rank, the process of a rank that
+writes a checkpoint, or all of them.
 """
 
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -42,13 +43,13 @@ _FLAGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Kill:
-    """What was killed when.
+    """What was killed, and when.
 
     Attributes:
         victim: "torchrun", "rank", "writer" or "all".
-        seconds: after the start.
-        iteration: last row of the metrics at that moment; 0 if there was none.
-        in_save: a checkpoint was incomplete then.
+        seconds: time since the start.
+        iteration: iteration of the last row of metrics at that moment, or 0 if there was none.
+        in_save: whether a checkpoint was incomplete at that moment.
     """
 
     victim: str
@@ -58,14 +59,15 @@ class Kill:
 
 
 @dataclass(frozen=True)
-class Result:
-    """Of a killed run against one that was not.
+class KilledRun:
+    """A killed run, compared with one that was not killed.
 
     Attributes:
-        kills: what was done.
-        rows: rows of metrics that were compared.
+        kills: the kills, in order.
+        rows: number of rows of metrics that were compared.
         difference: largest difference of any number in any row.
-        problem: rows that are missing, doubled or of other kind; None if there are none.
+        problem: why rows cannot be compared, because some are missing, doubled or of another kind;
+            None if they can.
     """
 
     kills: list[Kill]
@@ -75,20 +77,23 @@ class Result:
 
     @property
     def ok(self) -> bool:
+        """Whether the runs are equal."""
         return self.problem is None and self.difference == 0
 
 
-def verify(folder: Path, kills: int, *, seed: int, report: Callable[[str], None] = print) -> Result:
-    """Run once without and once with kills.
+def verify(
+    folder: Path, kills: int, *, seed: int, report: Callable[[str], None] = print
+) -> KilledRun:
+    """Train a run once without kills and once with them, and compare the two.
 
     Args:
-        folder: an empty one, for the two runs.
-        kills: how many.
-        seed: of moments and victims.
-        report: told what happens.
+        folder: an empty folder for the two runs.
+        kills: number of kills.
+        seed: seed of the moments and victims.
+        report: called with a line about each event.
 
     Raises:
-        RuntimeError: a run failed that nobody killed.
+        RuntimeError: a run failed although nobody killed it.
     """
     rng = random.Random(seed)
     whole, killed = _prepare(folder / "whole"), _prepare(folder / "killed")
@@ -99,35 +104,41 @@ def verify(folder: Path, kills: int, *, seed: int, report: Callable[[str], None]
     done: list[Kill] = []
     while len(done) < kills:
         kill = _run_and_kill(folder / "killed", killed, rng, duration)
-        if kill is None:  # it ended before
+        if kill is None:
             _start_again(folder / "killed")
             continue
         done.append(kill)
         saving = ", in a save" if kill.in_save else ""
-        report(
-            f"kill {len(done)}: {kill.victim} after {kill.seconds:.1f} s, at iteration "
-            f"{kill.iteration}{saving}"
-        )
+        when = f"after {kill.seconds:.1f} s, at iteration {kill.iteration}{saving}"
+        report(f"kill {len(done)}: {kill.victim} {when}")
     _run_to_end(folder / "killed", killed)
     return compare(folder / "whole", folder / "killed", done)
 
 
-def compare(whole: Path, killed: Path, kills: list[Kill]) -> Result:
-    """The metrics of two run directories, row by row."""
+def compare(whole: Path, killed: Path, kills: list[Kill]) -> KilledRun:
+    """Compare the metrics of two run directories, row by row."""
     ours, theirs = ([*map(json.loads, _lines(run))] for run in (killed, whole))
+    try:
+        difference, problem = _largest_difference(ours, theirs), None
+    except ValueError as error:
+        difference, problem = math.nan, str(error)
+    return KilledRun(kills, len(theirs), difference, problem)
+
+
+def _largest_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
     positions = [[(row["iteration"], row.get("split")) for row in rows] for rows in (ours, theirs)]
     if positions[0] != positions[1]:
-        return Result(kills, len(theirs), float("nan"), "rows are missing or doubled")
+        raise ValueError("rows are missing or doubled")
     largest = 0.0
     for a, b in zip(ours, theirs, strict=True):
         if a.keys() != b.keys():
-            return Result(kills, len(theirs), float("nan"), f"row {a} has other keys than {b}")
+            raise ValueError(f"row {a} has other keys than {b}")
         for key in a.keys() - {"split", *_NOT_COMPARED}:
             a_values, b_values = (v if isinstance(v, list) else [v] for v in (a[key], b[key]))
             if len(a_values) != len(b_values):
-                return Result(kills, len(theirs), float("nan"), f"{key} differs in length")
+                raise ValueError(f"{key} differs in length")
             largest = max([largest, *(abs(x - y) for x, y in zip(a_values, b_values, strict=True))])
-    return Result(kills, len(theirs), largest, None)
+    return largest
 
 
 def _lines(run: Path) -> list[str]:
@@ -136,22 +147,17 @@ def _lines(run: Path) -> list[str]:
 
 
 def _prepare(run: Path) -> list[str]:
-    from megatron.remoe.run import launch
+    from megatron.remoe.run import launch, torchrun
 
-    config, argv = launch.prepare(RunConfig(run, 2, dict(_FLAGS)))
-    return launch.command(argv, config.nproc or 1)
+    planned = launch.prepare(RunConfig(run, 2, dict(_FLAGS)))
+    return torchrun.command(planned.argv, planned.config.nproc or 1)
 
 
 def _start(run: Path, command: list[str]) -> subprocess.Popen[bytes]:
     environment = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment[processes.PARENT] = str(os.getpid())
     with (run / "log.txt").open("a") as log:
-        return subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
 def _run_to_end(run: Path, command: list[str]) -> None:
@@ -162,12 +168,14 @@ def _run_to_end(run: Path, command: list[str]) -> None:
 def _failure(run: Path, code: int) -> RuntimeError:
     lines = (run / "log.txt").read_text(errors="replace").splitlines()
     errors = [line for line in lines if line.startswith("remoe: error")][-3:]
-    return RuntimeError(f"nobody killed the run, and it failed ({code}): {errors or lines[-25:]}")
+    what = errors or lines[-25:]
+    return RuntimeError(f"the run failed although nobody killed it (exit code {code}): {what}")
 
 
 def _run_and_kill(
     run: Path, command: list[str], rng: random.Random, duration: float
 ) -> Kill | None:
+    """Start a run and kill it at a random moment; return None if it ended before that moment."""
     folder = run / "checkpoints"
     before = checkpoint.tracked(folder)
     process = _start(run, command)
@@ -205,7 +213,7 @@ def _kill(run: Path, process: subprocess.Popen[bytes], rng: random.Random, secon
     for pid in victims[name]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    if name == "writer":  # the run notices or goes on, and is then ended too
+    if name == "writer":  # the run notices or goes on, and is ended too
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_SECONDS_TO_NOTICE)
         process.kill()
@@ -213,6 +221,6 @@ def _kill(run: Path, process: subprocess.Popen[bytes], rng: random.Random, secon
 
 
 def _start_again(run: Path) -> None:
-    """Turn a run that has ended back to its first checkpoint, for more kills."""
+    """Turn a finished run back to its first checkpoint, so that it can be killed again."""
     found = [c for c in checkpoint.find(run / "checkpoints") if c.is_complete]
     checkpoint.write_tracker(run / "checkpoints", found[0].iteration)

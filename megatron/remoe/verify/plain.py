@@ -1,7 +1,7 @@
 """The golden run in plain torch: a small GPT, with the loops of `remoe.reference` as its experts.
 
-Nothing here is Megatron's, and nothing is shared with our layers, so that a mistake which both
-sides of a comparison between layouts would make shows up here.
+This module uses no code of Megatron or of our layers. A mistake that both sides of a comparison
+between layouts would make therefore shows up here.
 
 Shapes: b sequences, s positions, T = b * s tokens, n heads, g query groups, d head, H hidden, E
 experts.
@@ -31,10 +31,10 @@ def train(
     """Train a golden run on one rank and return what every step measured, as `run_cell` does.
 
     Args:
-        config: of the golden run.
-        steps: how many of its steps.
-        padding: see `golden.padding_mask`.
-        per_token_loss: weight micro-batches by their real tokens, instead of equally.
+        config: configuration of the golden run.
+        steps: number of steps to train.
+        padding: which tokens are padding, see `golden.padding_mask`.
+        per_token_loss: whether to weight micro-batches by their real tokens, instead of equally.
     """
     weights = {
         name: golden_weight(name, shape, config["seed"]).requires_grad_()
@@ -74,7 +74,7 @@ def train(
 
 
 def _measure(config: dict[str, Any], measured: list[list[tuple[Tensor, Tensor]]]) -> dict[str, Any]:
-    """Regularizer and routing of every layer over the step's micro-batches."""
+    """Return regularizer and routing of every layer, over the micro-batches of the step."""
     step: dict[str, Any] = {"l1_reg": [], "sparsity_per_layer": [], "most_active": []}
     for layer in range(config["L"]):
         probs = torch.cat([micro_batch[layer][1] for micro_batch in measured])
@@ -88,7 +88,7 @@ def _measure(config: dict[str, Any], measured: list[list[tuple[Tensor, Tensor]]]
 def _forward(
     weights: dict[str, Tensor], config: dict[str, Any], tokens: Tensor, mask: Tensor
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Losses of the real tokens; regularizer and gates `[real tokens, E]` of every layer."""
+    """Return losses of the real tokens; regularizer and gates `[real tokens, E]` of every layer."""
     topk, experts = config["k"] * config["G"], config["E"] * config["G"]
     x = weights["embedding.word_embeddings.weight"][tokens[:, :-1]]  # [b, s, H]
     real, layers = ~mask.flatten(), []
@@ -118,7 +118,10 @@ def _forward(
 def _attention(
     weights: dict[str, Tensor], prefix: str, config: dict[str, Any], x: Tensor
 ) -> Tensor:
-    """Causal attention with grouped queries; rows of the projection are q, k, v group by group."""
+    """Return causal attention with grouped queries.
+
+    The rows of the query, key and value projection are ordered by group: q, k and v of each.
+    """
     b, s, hidden = x.shape
     heads, groups = config["heads"], config["groups"]
     d, per_group = hidden // heads, heads // groups
@@ -137,7 +140,7 @@ def _attention(
 
 
 def _rotate(x: Tensor) -> Tensor:
-    """Rotary positions of `[b, s, n, d]`, which rotate the two halves of a head together."""
+    """Apply rotary positions to `[b, s, n, d]`; they rotate the two halves of a head together."""
     s, d = x.shape[1], x.shape[3]
     frequencies = _ROTARY_BASE ** (-torch.arange(0, d, 2) / d)
     angles = (torch.arange(s)[:, None] * frequencies).repeat(1, 2)[:, None]  # [s, 1, d]

@@ -1,0 +1,72 @@
+"""Tables of a comparison of runs, in Markdown."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def table(rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> list[str]:
+    """Return the lines of a table, without the columns in which no row has a text."""
+    cells = {title: [text(row) for row in rows] for title, text in columns.items()}
+    shown = {title: texts for title, texts in cells.items() if any(texts)}
+    return lines(shown, zip(*shown.values(), strict=True))
+
+
+def lines(titles: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+    """Return the lines of a table with these titles and rows of cells."""
+    titles = list(titles)
+    return [
+        "| " + " | ".join(map(str, cells)) + " |"
+        for cells in (titles, ["---"] * len(titles), *rows)
+    ]
+
+
+def _number(key: str, form: str, scale: float = 1) -> Callable[[Row], str]:
+    return lambda row: "" if row[key] is None else format(row[key] * scale, form)
+
+
+def _loss(row: Row) -> str:
+    deviation = row["valid_loss_std"]
+    text = f"{row['valid_loss_mean']:.4f}"
+    return text if deviation is None else f"{text} ± {deviation:.4f}"
+
+
+def _settled(row: Row) -> str:
+    text = _number("steps_to_settle", ".0f")(row)
+    if row["settled_runs"] is None or row["settled_runs"] == row["seeds"]:
+        return text
+    return f"{text or '-'} ({row['settled_runs']} of {row['seeds']})"
+
+
+def _params(row: Row) -> str:
+    if row["total_params"] is None:
+        return ""
+    return f"{row['active_params'] / 1e6:.2f}M / {row['total_params'] / 1e6:.2f}M"
+
+
+def _run(row: Row) -> str:
+    return str(row["run"])
+
+
+QUALITY = {
+    "run": _run,
+    "seeds": _number("seeds", "d"),
+    "steps": _number("steps", "d"),
+    "active / total parameters": _params,
+    "validation loss": _loss,
+    "accuracy, %": _number("accuracy", ".2f", scale=100),
+    "tokens/s": _number("tokens_per_second", ".0f"),
+}
+ROUTING = {
+    "run": _run,
+    "sparsity": _number("sparsity", ".4f"),
+    "settles at step": _settled,
+    "deviation of a step": _number("deviation", ".4f"),
+    "of means of 10": _number("oscillation", ".4f"),
+    "coefficient, highest": _number("coeff_peak", ".1e"),
+    "coefficient, last": _number("coeff_last", ".1e"),
+    "dead experts": _number("dead_experts", ".1f"),
+    "most loaded / mean": _number("expert_load_max", ".2f"),
+    "variation of load": _number("expert_load_cv", ".3f"),
+}

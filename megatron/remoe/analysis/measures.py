@@ -1,0 +1,61 @@
+"""Measures of single runs: losses, and how their sparsity settles and oscillates."""
+
+import json
+import math
+import statistics
+from typing import Any
+
+from megatron.remoe.analysis.runs import Run
+
+_LAST_ROWS = 20
+_OSCILLATION_ROWS = 100
+
+
+def validation_loss(run: Run) -> float:
+    """Return the last overall validation loss; NaN if there is none, or the run diverged."""
+    loss = run.last_evaluation().get("valid")
+    return math.nan if loss is None else loss
+
+
+def steps_to_settle(run: Run) -> int | None:
+    """Return the step at which sparsity settles; None if it has not, or without ReLU routing."""
+    return run.stages.sparse_from if run.has_relu_routing else None
+
+
+def sparsity_deviation(run: Run, rows: int = 1) -> float | None:
+    """Return the standard deviation of sparsity over blocks of `rows` rows in the last 100 rows.
+
+    The deviation of single steps is mostly that of their batches, which longer blocks average out.
+    It is None for a router without sparsity.
+    """
+    values = [row["sparsity"] for row in run.measured[-_OSCILLATION_ROWS:]]
+    blocks = [values[i : i + rows] for i in range(0, len(values), rows)]
+    return statistics.pstdev(map(statistics.fmean, blocks)) if blocks else None
+
+
+def accuracy(run: Run) -> float | None:
+    """Return the mean accuracy of the tasks in `evaluation.json`; None if there are none.
+
+    A group of tasks stands for its tasks, whose names begin with the group's.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = run.path / "evaluation.json"
+    if not file.is_file():
+        return None
+    try:
+        tasks = json.loads(file.read_bytes()).get("tasks") or {}
+        known = {name: task["acc"] for name, task in tasks.items() if "acc" in task}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not what remoe evaluate writes ({error}); delete it, or evaluate again"
+        ) from None
+    own = [n for n in known if not any(n.startswith(f"{other}_") for other in known)]
+    return statistics.fmean(known[name] for name in own) if own else None
+
+
+def last_mean(run: Run, key: str) -> float | None:
+    """Return the mean of a quantity over the last 20 rows; None if no row has it."""
+    values: list[Any] = [row[key] for row in run.train[-_LAST_ROWS:] if row.get(key) is not None]
+    return statistics.fmean(values) if values else None

@@ -1,0 +1,153 @@
+"""The commands that use a model: `remoe generate` and `remoe evaluate`."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from megatron.remoe.cli.common import AtLeastOne, AtLeastOneOrNone, command, prepare
+from megatron.remoe.progress import progress
+
+app = typer.Typer()
+
+
+@command(app)
+def generate(
+    model: Path,
+    prompt: str,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
+) -> None:
+    """Continue a prompt, and print the text while it is generated.
+
+    Example: remoe generate runs/quickstart "def main(" --temperature 0.7 --max-new-tokens 48
+
+    Args:
+        prompt: The text to continue.
+        max_new_tokens: The most tokens that are generated.
+        temperature: The temperature of sampling. With 0 the likeliest token is taken each time.
+        top_p: The share of the probability from which tokens are sampled.
+        seed: The seed of the random numbers of sampling.
+        dtype: The type of the weights (fp32, bf16 or fp16), by default that of the files.
+    """
+    prepare()
+    from megatron.remoe.convert.export import parse_dtype
+    from megatron.remoe.convert.generate import generate as run
+
+    def emit(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    run(
+        model,
+        prompt,
+        emit,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        dtype=parse_dtype(dtype),
+        tokenizer=tokenizer,
+    )
+
+
+@command(app)
+def evaluate(
+    model: Path,
+    tasks: str | None = None,
+    include_path: Path | None = None,
+    limit: AtLeastOneOrNone = None,
+    perplexity: Path | None = None,
+    sequence_length: AtLeastOneOrNone = None,
+    seed: int | None = None,
+    batch_size: AtLeastOne = 8,
+    dtype: str = "fp32",
+    tokenizer: Path | None = None,
+    out: Path | None = None,
+) -> None:
+    """Evaluate a model on tasks, or its loss and perplexity by domain of token files.
+
+    Example: remoe evaluate runs/quickstart --perplexity data/quickstart/tokens/valid
+
+    Args:
+        tasks: The tasks of lm-evaluation-harness, such as a,b,c; paper means the seven of the
+            paper. By default none is run.
+        include_path: A folder of further tasks, such as remoe data cloze makes, by default none.
+        limit: The most documents of each task, by default all of them.
+        perplexity: The token files whose loss is measured: a folder, or one of them without its
+            suffix. By default no loss is measured.
+        sequence_length: The length of the sequences of --perplexity, by default the run's.
+        seed: The seed that orders the documents of --perplexity, by default the run's, or 1234.
+        batch_size: The number of sequences that are evaluated at a time.
+        dtype: The type of the weights: fp32, bf16 or fp16.
+        out: The JSON file for the results, in which other results stay. By default it is
+            evaluation.json in a run directory, and none elsewhere.
+    """
+    if tasks is None and perplexity is None:
+        raise ValueError("nothing to evaluate; give --tasks, --perplexity, or both")
+    prepare()
+    from megatron.remoe.convert.export import parse_dtype
+
+    chosen = parse_dtype(dtype)
+    assert chosen is not None
+    found: dict[str, Any] = {}
+    if perplexity is not None:
+        from megatron.remoe.evaluate import perplexity as losses
+
+        with progress("sequences") as report:
+            domains = losses.perplexity(
+                model,
+                perplexity,
+                sequence_length=sequence_length,
+                seed=seed,
+                dtype=chosen,
+                batch_size=batch_size,
+                progress=report,
+            )
+        found["perplexity"] = {
+            name: asdict(loss) | {"perplexity": loss.perplexity} for name, loss in domains.items()
+        }
+        typer.echo(f"{'domain':20} {'loss':>8} {'perplexity':>12} {'tokens':>10}")
+        for name, loss in domains.items():
+            typer.echo(f"{name:20} {loss.loss:8.4f} {loss.perplexity:12.2f} {loss.tokens:10}")
+    if tasks is not None:
+        from megatron.remoe.evaluate import harness, published
+
+        request = harness.Request(
+            model=str(model),
+            tasks=[task.strip() for task in tasks.split(",") if task.strip()],
+            include=None if include_path is None else str(include_path),
+            limit=limit,
+            batch_size=batch_size,
+            dtype=str(chosen).removeprefix("torch."),
+            tokenizer=None if tokenizer is None else str(tokenizer),
+        )
+        found["tasks"] = harness.run(request)
+        found["limit"] = limit
+        typer.echo(published.table(model.name, found["tasks"]))
+    is_run = (model / "config.yaml").is_file()
+    file = out or (model / "evaluation.json" if is_run else None)
+    if file is not None:
+        _merge(file, {"model": str(model), "dtype": dtype} | found)
+        typer.echo(file)
+
+
+def _merge(file: Path, found: dict[str, Any]) -> None:
+    """Replace what was evaluated again, and keep the rest."""
+    from megatron.remoe.files import read_json_object
+
+    before = read_json_object(file, "name another file (--out)") if file.exists() else {}
+    for key in ("tasks", "perplexity"):
+        if key in before and key in found:
+            if not isinstance(before[key], dict):
+                raise ValueError(f"{file} has no mapping as {key}; name another file (--out)")
+            found[key] = before[key] | found[key]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(before | found, indent=2) + "\n")
