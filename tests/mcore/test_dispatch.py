@@ -104,9 +104,8 @@ def run_with_stock_dispatcher(layout: Layout, shift: float):
     [
         ({}, "DroplessMoELayer"),
         ({"moe_expert_capacity_factor": 1.0}, "MoELayer"),
-        ({"moe_permute_fusion": True}, "MoELayer"),
     ],
-    ids=["dropless", "capacity", "fusion"],
+    ids=["dropless", "capacity"],
 )
 def test_options_that_need_a_known_count_keep_megatrons_layer(ranks, changes, layer):
     """TopK routing may have them; ReLU routing and the warm-up of TopK refuse them."""
