@@ -115,7 +115,7 @@ def test_options_that_need_a_known_count_keep_megatrons_layer(ranks, changes, la
 
 def classes_with_topk(changes: dict) -> tuple[str, str]:
     from megatron.remoe.moe.spec import block_spec
-    from megatron.remoe.moe.topk_router import TopKRouting
+    from remoe.config import TopKRouting
 
     moe_cases.initialize(Layout())
     config = moe_cases.transformer_config(Layout(), **changes)
