@@ -158,7 +158,7 @@ def test_sparsity_reaches_its_target_in_a_training_loop():
     config = ReMoELayerConfig(16, 32, num_experts=8, topk=1, l1_coeff_init=1e-4)
     layer = ReMoELayer(config)
     optimizer = torch.optim.Adam(layer.parameters(), lr=3e-3)
-    # Off-centre, as hidden states are: a router without bias halves a symmetric cloud of tokens.
+    # Off-center, as hidden states are: a router without bias halves a symmetric cloud of tokens.
     data = torch.randn(4, 256, 16) + 1
     target = torch.tanh(data.flip(-1))
     history = []

@@ -1,4 +1,4 @@
-"""Routing, regularisers and controller on a few tokens worked out by hand, and their invariants."""
+"""Routing, regularizers and controller on a few tokens worked out by hand, and their invariants."""
 
 import importlib
 
@@ -51,7 +51,7 @@ def test_routing_is_fp32_for_half_precision_logits_and_keeps_fp64():
     assert relu_routing(LOGITS.double())[0].dtype == torch.float64
 
 
-def test_regularisers_by_hand():
+def test_regularizers_by_hand():
     probs, routing_map = relu_routing(LOGITS)
     # Plain: (1 + 0.5 + 2 + 3) / 3 tokens.
     assert l1_regularization(probs, num_tokens=3).item() == pytest.approx(6.5 / 3)
@@ -63,7 +63,7 @@ def test_regularisers_by_hand():
     assert actual.item() == pytest.approx(expected)
 
 
-def test_gradient_of_the_regulariser_is_the_load_over_tokens_where_active():
+def test_gradient_of_the_regularizer_is_the_load_over_tokens_where_active():
     logits = LOGITS.clone().requires_grad_()
     probs, routing_map = relu_routing(logits)
     weights = load_weights(tokens_per_expert(routing_map), num_tokens=3, topk=1)
@@ -72,7 +72,7 @@ def test_gradient_of_the_regulariser_is_the_load_over_tokens_where_active():
 
 
 @pytest.mark.parametrize("load_balancing", [True, False])
-def test_regulariser_equals_the_reference(load_balancing):
+def test_regularizer_equals_the_reference(load_balancing):
     probs, routing_map = relu_routing(torch.randn(17, 6, dtype=torch.float64))
     weights = load_weights(tokens_per_expert(routing_map), num_tokens=17, topk=2)
     actual = l1_regularization(

@@ -20,6 +20,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing import connection
 from typing import Any
 
 _TIMEOUT_SECONDS = 300
@@ -32,6 +33,20 @@ class Ranks:
     """Processes with a gloo group, in which the CPU stands in for CUDA."""
 
     def __init__(self, size: int) -> None:
+        try:
+            self._start(size)
+        except (ConnectionError, EOFError):
+            # Gloo sometimes loses a connection while a loaded machine makes its first group.
+            self.close()
+            self._start(size)
+
+    def _start(self, size: int) -> None:
+        """Start the ranks, and wait until all of them have made their group.
+
+        Raises:
+            ConnectionError, EOFError: a rank has ended instead.
+            AssertionError: a rank did not answer in time.
+        """
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         context = multiprocessing.get_context("spawn")
@@ -42,8 +57,17 @@ class Ranks:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, size, self._store.port, theirs))
             process.start()
+            theirs.close()  # so that our end notices when the rank has ended
             self._pipes.append(ours)
             self._processes.append(process)
+        starting = list(self._pipes)
+        while starting:
+            answered = connection.wait(starting, _TIMEOUT_SECONDS)
+            assert answered, f"{len(starting)} of {size} ranks hang at their start"
+            for pipe in answered:
+                assert isinstance(pipe, connection.Connection)
+                pipe.recv()
+                starting.remove(pipe)
 
     def __enter__(self) -> "Ranks":
         return self
@@ -187,6 +211,7 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
         "127.0.0.1", port, is_master=False
     )
     renew_groups()
+    pipe.send(None)
     while True:
         try:
             function, args, kwargs = pipe.recv()

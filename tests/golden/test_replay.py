@@ -39,6 +39,7 @@ def test_published_trajectory(rank, path):
 
 
 @pytest.mark.gpu
+@pytest.mark.processes
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("path", [OPEN_LOOP, CLOSED_LOOP], ids=lambda path: path.stem)
 def test_published_trajectory_on_a_gpu(path):
@@ -63,7 +64,7 @@ def without_load_balancing(path):
         regularization.load_weights = original
 
 
-def test_a_wrong_regulariser_is_caught(rank):
+def test_a_wrong_regularizer_is_caught(rank):
     """The closed loop without load weights: the loss alone would say little in 8 steps."""
     found = rank(without_load_balancing, CLOSED_LOOP)
     assert found["l1_reg"] > TOLERANCES["l1_reg"][1]

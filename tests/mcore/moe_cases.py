@@ -3,12 +3,15 @@
 Shapes: s sequence, b batch, H hidden, E experts, F expert width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron.remoe.ranks import initialize_layout
+from remoe.config import ReLURouting, Routing
+from remoe.reference import reference_l1, reference_moe, reference_routing
 
 HIDDEN, WIDTH, EXPERTS, SEQUENCE, BATCH = 8, 6, 4, 8, 2
 
@@ -92,6 +95,7 @@ def build_layer(
     load_balancing: str = "aux_loss",
     max_assignments: int | None = None,
     routing_changes: dict[str, object] | None = None,
+    routing: Routing | None = None,
     fill: bool = True,
     **changes,
 ):
@@ -99,12 +103,11 @@ def build_layer(
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from megatron.remoe.moe.spec import block_spec
-    from remoe.config import ReLURouting
 
     initialize(layout)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     config = transformer_config(layout, **changes)
-    routing = ReLURouting(
+    routing = routing or ReLURouting(
         l1_coeff_init=l1_coeff,
         load_balancing=load_balancing,
         max_assignments=max_assignments,
@@ -165,17 +168,17 @@ def direction(rank: int) -> Tensor:
     return torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator)
 
 
-def expected(world: int, shift: float, l1_coeff: float) -> list[Outcome]:
+def expected(
+    world: int, shift: float, l1_coeff: float, route: Callable = reference_routing
+) -> list[Outcome]:
     """The same by the plain-loop reference, every rank's tokens being one micro-batch."""
-    from remoe.reference import reference_l1, reference_moe, reference_routing
-
     parameters = [w.requires_grad_() for w in weights(shift)]
     router, fc1, fc2 = parameters
     outputs, losses, counts, tokens = [], [], [], []
     for rank in range(world):
         x = inputs(rank).requires_grad_()
         flat = x.view(-1, HIDDEN)
-        probs = reference_routing(flat, router)
+        probs = route(flat, router)
         y = reference_moe(flat, probs, fc1, fc2).view_as(x)
         l1 = reference_l1(probs, topk=1, load_balancing=True)
         losses.append((y * direction(rank)).sum() + l1_coeff * l1)

@@ -141,7 +141,7 @@ for task in sys.argv[1:]:
 
 
 def test_an_unknown_task_and_absent_data_are_told_from_each_other(home):
-    """The harness starts twice, offline and with an empty cache."""
+    """Two commands of the harness, offline and with an empty cache."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(home / "empty")}
     messages = {
         "arc_eazy": "unknown task 'arc_eazy'; did you mean 'arc_easy'?",

@@ -28,7 +28,7 @@ def ids(layout):
 
 
 def build(layout, grouped, **changes):
-    """The layer as Megatron initialises it; not with the known weights."""
+    """The layer as Megatron initializes it; not with the known weights."""
     from megatron.remoe.moe.spec import block_spec
     from remoe.config import ReLURouting
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron.remoe import processes
+from megatron.remoe.ranks import Ranks
 
 pytestmark = pytest.mark.processes
 
@@ -188,6 +189,21 @@ with processes.exit_at_once(int(os.environ["RANK"])):
 
 
 @LINUX
+def test_ranks_start_again_once_when_one_of_them_ends_at_its_start():
+    class Unlucky(Ranks):
+        starts = 0
+
+        def _start(self, size: int) -> None:
+            super()._start(size)
+            Unlucky.starts += 1
+            if Unlucky.starts == 1:
+                raise EOFError
+
+    with Unlucky(1) as ranks:
+        assert ranks.run(abs, -3) == [3]
+    assert Unlucky.starts == 2
+
+
 def test_when_one_rank_raises_or_dies_all_end(tmp_path):
     """torchrun gives the other, which does not hear SIGTERM, 30 seconds."""
     faults = {"raise": "raise RuntimeError('broken')", "die": "os.kill(os.getpid(), 9)"}

@@ -16,7 +16,7 @@ from tests.mcore.test_convert import fails
 
 
 def route(granularity: int):
-    """Gates over held-out tokens off centre, `[T, E, G]`, and the router's weights."""
+    """Gates over held-out tokens off center, `[T, E, G]`, and the router's weights."""
     from megatron.remoe.convert.upcycle import Settings, router_weights
 
     generator = torch.Generator().manual_seed(0)
