@@ -142,6 +142,7 @@ def enable() -> None:
     cuda.get_device_properties = lambda device=None: properties
     cuda.get_device_capability = lambda device=None: (10, 0)
     cuda.device_memory_used = lambda device=None: 0
+    cuda.is_current_stream_capturing = lambda: False  # optimizers ask; CUDA would have no device
 
     cuda.Stream, cuda.Event = _Stream, _Event
     default_stream = _Stream()

@@ -52,7 +52,7 @@ class Ranks:
         context = multiprocessing.get_context("spawn")
         # This process serves it, so that no other program can take the port meanwhile.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._pipes, self._processes = [], []
+        self._pipes, self._processes, self._calls = [], [], 0
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, size, self._store.port, theirs))
@@ -91,12 +91,15 @@ class Ranks:
         Raises:
             AssertionError: a rank raised, or did not answer in time.
         """
+        self._calls += 1
         for pipe in self._pipes:
-            pipe.send((function, args, kwargs))
+            pipe.send((self._calls, function, args, kwargs))
         results = []
         for rank, pipe in enumerate(self._pipes):
-            assert pipe.poll(_TIMEOUT_SECONDS), f"rank {rank} hangs in {function.__name__}"
-            ok, value = pipe.recv()
+            call = 0
+            while call < self._calls:  # answers to a call in which another rank has failed
+                assert pipe.poll(_TIMEOUT_SECONDS), f"rank {rank} hangs in {function.__name__}"
+                call, ok, value = pipe.recv()
             assert ok, f"rank {rank}:\n{value}"
             results.append(value)
         return results
@@ -214,13 +217,13 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     pipe.send(None)
     while True:
         try:
-            function, args, kwargs = pipe.recv()
+            call, function, args, kwargs = pipe.recv()
         except (EOFError, ConnectionError):
             return
         try:
-            pipe.send((True, function(*args, **kwargs)))
+            pipe.send((call, True, function(*args, **kwargs)))
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            pipe.send((call, False, traceback.format_exc()))
 
 
 def _end_with_parent(parent: int) -> None:

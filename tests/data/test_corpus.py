@@ -231,6 +231,11 @@ def test_docstrings_are_read_without_importing(tmp_path: Path) -> None:
     assert read_docstrings(module) == ""
 
 
+def test_sources_that_are_not_installed_have_no_known_requirements():
+    with pytest.raises(ValueError, match="remoe-of-nobody is imported but not installed"):
+        dependency_closure("remoe-of-nobody", frozenset())
+
+
 def test_sources_are_the_dependencies_alone() -> None:
     closure = dependency_closure("remoe", frozenset({"megatron"}))
     assert {"torch", "megatron-core", "tokenizers", "typing-extensions"} <= closure.keys()

@@ -29,3 +29,23 @@ def test_the_version_that_counts_is_the_one_that_is_imported(tmp_path):
         f"ValueError: megatron-core 0.18.3 is imported from {package}, but this release of remoe "
         f"works with 0.19."
     )
+
+
+def test_an_optimizer_steps_where_the_gpu_is_hidden(call):
+    call(step_without_a_device)
+
+
+def step_without_a_device() -> None:
+    """CUDA says that there is no device only where it has a driver, as a hidden GPU does."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def no_device() -> bool:
+            raise torch.AcceleratorError("CUDA error: no CUDA-capable device is detected")
+
+        patch.setattr("torch.cuda.graphs._cuda_isCurrentStreamCapturing", no_device)
+        weight = torch.nn.Parameter(torch.ones(2))
+        weight.grad = torch.ones(2)
+        torch.optim.AdamW([weight]).step()
+        assert weight[0] < 1

@@ -204,6 +204,17 @@ def test_ranks_start_again_once_when_one_of_them_ends_at_its_start():
     assert Unlucky.starts == 2
 
 
+def test_answers_to_a_call_that_failed_are_not_those_of_the_next():
+    with Ranks(2) as ranks:
+        with pytest.raises(AssertionError, match="rank 0:\n(.*\n)*ZeroDivisionError"):
+            ranks.run(divided_by_rank, 1)
+        assert ranks.run(abs, -3) == [3, 3]
+
+
+def divided_by_rank(number: int) -> float:
+    return number / int(os.environ["RANK"])
+
+
 def test_when_one_rank_raises_or_dies_all_end(tmp_path):
     """torchrun gives the other, which does not hear SIGTERM, 30 seconds."""
     faults = {"raise": "raise RuntimeError('broken')", "die": "os.kill(os.getpid(), 9)"}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron.remoe.analysis.size import ModelSize
-from remoe.kernels.chunks import Limits
+from remoe.kernels.chunks import AssignmentBudget
 
 Recompute = Literal["none", "moe", "full"]
 _INDEX_BYTES = 3 * 8  # three indices for each (token, expert) assignment
@@ -93,7 +93,7 @@ def layers_at_once(
 ) -> tuple[int, float | None]:
     """Return how many layers are computed at once, and the rows of the other layers' chunks.
 
-    The rule of Megatron's layer (`remoe.kernels.chunks.AssignmentBudget`).
+    `AssignmentBudget` decides, as it does in Megatron's layer.
 
     Args:
         num_layers: the number of layers that keep their activations at the same time.
@@ -104,11 +104,11 @@ def layers_at_once(
     Returns:
         The number of layers, and the rows of a chunk, which are None if no layer has chunks.
     """
-    limits = Limits.of(balanced, max_assignments)
-    if rows <= limits.at_once:
-        return num_layers, None
-    at_once = max(0, int((num_layers * limits.at_once - limits.share) // rows))
-    return (num_layers, None) if at_once >= num_layers else (at_once, limits.chunk)
+    budget = AssignmentBudget(num_layers, max_assignments)
+    chunks = [
+        budget.max_rows_per_chunk(layer, rows, balanced) for layer in range(1, num_layers + 1)
+    ]
+    return chunks.count(None), next((chunk for chunk in chunks if chunk is not None), None)
 
 
 def activation_bytes(size: ModelSize, layout: RankLoad, active_experts: float) -> float:

@@ -75,10 +75,16 @@ def dependency_closure(root: str, extras: frozenset[str]) -> dict[str, metadata.
     Requirements that are not installed, for example those of another platform, are left out too.
 
     Raises:
-        PackageNotFoundError: `root` itself is not installed.
+        ValueError: `root` itself is not installed.
     """
     root = canonicalize_name(root)
-    found = {root: metadata.distribution(root)}
+    try:
+        found = {root: metadata.distribution(root)}
+    except metadata.PackageNotFoundError:
+        raise ValueError(
+            f"{root} is imported but not installed, so that the packages that it requires, whose "
+            f"files the corpus is made of, are not known; run: pip install -e '.[megatron]'"
+        ) from None
     seen_extras: dict[str, frozenset[str]] = {}
     todo = [(root, extras)]
     while todo:
