@@ -5,9 +5,26 @@ summed, where the paper divides by their number. A micro-batch without real toke
 nor penalty: both are zero. Shapes: T tokens, E experts.
 """
 
+import torch
 from torch import Tensor
 
 from remoe.config import LoadBalancing
+
+
+def switch_loss(logits_TE: Tensor, routing_map_TE: Tensor) -> Tensor:
+    """Return the balancing loss of TopK routers: `E sum_e f_e P_e` (arXiv 2101.03961, Eq. 4), 0-d.
+
+    P is the mean softmax of the logits, and f the number of choices of an expert per token, as the
+    published RMoE code counts them: it adds up to k. That code passes the logits of all layers as
+    if they were those of more tokens; Megatron adds up the losses of single layers, with f / k.
+
+    Args:
+        logits_TE: router logits `[T, E]`.
+        routing_map_TE: bool `[T, E]`, the chosen experts.
+    """
+    chosen_E = routing_map_TE.float().mean(dim=0)
+    mean_E = torch.softmax(logits_TE.float(), dim=1).mean(dim=0)
+    return logits_TE.shape[1] * (chosen_E * mean_E).sum()
 
 
 def load_weights(tokens_per_expert_E: Tensor, *, num_tokens: Tensor | int, topk: int) -> Tensor:

@@ -57,6 +57,37 @@ def bounded_routing(
     return probs_TE, probs_TE > 0
 
 
+def topk_routing(
+    logits_TE: Tensor, *, topk: int, pre_softmax: bool = True, renormalize: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Route every token to the `topk` experts with the largest logits.
+
+    Args:
+        logits_TE: router logits `[T, E]`.
+        topk: k, the number of active experts per token.
+        pre_softmax: whether gates are the softmax over all experts (Switch), or the softmax over
+            the chosen ones (Mixtral).
+        renormalize: whether gates before are divided by their sum over the chosen experts, which
+            gives those of the softmax over the chosen ones (RMoE, arXiv 2408.06793).
+
+    Returns:
+        probs and routing_map, as `relu_routing` returns them.
+    """
+    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    chosen = logits_TE.topk(topk, dim=1)
+    if pre_softmax:
+        gates = torch.softmax(logits_TE, dim=1).gather(1, chosen.indices)
+        if renormalize:
+            gates = gates / gates.sum(dim=1, keepdim=True)
+    else:
+        gates = torch.softmax(chosen.values, dim=1)
+    empty = torch.zeros_like(logits_TE)
+    return (
+        empty.scatter(1, chosen.indices, gates),
+        empty.bool().scatter(1, chosen.indices, True),
+    )
+
+
 def active_experts(routing_map_TE: Tensor) -> Tensor:
     """Return the number of active experts of every token, int64 `[T]`."""
     return routing_map_TE.sum(dim=1)

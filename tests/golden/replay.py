@@ -1,6 +1,7 @@
-"""Replay a trajectory of the published implementation through our Megatron modules.
+"""Replay a trajectory of a published implementation: ReMoE through our Megatron modules, or RMoE.
 
     python -m tests.golden.replay tests/golden/upstream_remoe_e8k1.json [--device cuda]
+    python -m tests.golden.replay tests/golden/rmoe_gru.npz
 
 One rank, fp32, on the CPU or on a GPU. Exits with 1 unless every quantity agrees within its
 tolerance over the steps that are comparable, and prints the largest deviation of each. The file's
@@ -22,6 +23,7 @@ from megatron.remoe.testing.golden import (
     transformer_config,
 )
 from megatron.remoe.verify.trajectories import deviations
+from tests.golden import rmoe
 
 TOLERANCES = {
     "lm_loss": ("relative", 1e-4),
@@ -123,19 +125,24 @@ def main() -> int:
     elif not torch.cuda.is_available():
         print("error: device is cuda, but this machine has no GPU; use cpu", file=sys.stderr)
         return 2
+    is_rmoe = path.suffix == ".npz"
     try:
-        golden = Golden.load(path)
+        golden = rmoe.GoldenRMoE.load(path) if is_rmoe else Golden.load(path)
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {path} is not a golden trajectory: {error!r}", file=sys.stderr)
         return 2
-    init_one_rank(args.device)
-    steps = golden.comparable_steps
-    largest = deviations(replay(golden, steps), golden.trajectory[:steps])
+    if isinstance(golden, rmoe.GoldenRMoE):
+        steps, tolerances = len(golden.arrays["tokens"]), rmoe.TOLERANCES
+        largest = rmoe.largest_deviations(golden, device=args.device)
+    else:
+        init_one_rank(args.device)
+        steps, tolerances = golden.comparable_steps, TOLERANCES
+        largest = deviations(replay(golden, steps), golden.trajectory[:steps])
     print(f"{path.name}: largest deviation over {steps} comparable steps, {args.device}")
-    for key, (kind, tolerance) in TOLERANCES.items():
+    for key, (kind, tolerance) in tolerances.items():
         verdict = "ok" if largest[key] <= tolerance else "DIFFERS"
         print(f"  {key:14} {largest[key]:9.2e} {kind} (tolerance {tolerance:.0e})  {verdict}")
-    return int(any(largest[key] > tolerance for key, (_, tolerance) in TOLERANCES.items()))
+    return int(any(largest[key] > tolerance for key, (_, tolerance) in tolerances.items()))
 
 
 if __name__ == "__main__":

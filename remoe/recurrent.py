@@ -1,0 +1,115 @@
+"""Router scores with a memory over depth (RMoE, arXiv 2408.06793, Eq. 4-6).
+
+A token takes a state from layer to layer: `x' = P_l x`, `h_l = cell(x', h_{l-1})`, and the logits
+of layer l are `G_l h_l`. All layers share the cell; every layer has a projection `P_l` and a router
+`G_l` of its own. The state is zero before the first layer, is not detached, and runs over depth
+only, so that decoding with a cache keeps nothing of it.
+
+State and cell are fp32 whatever the model's dtype is, as routers are. Shapes: T tokens, H hidden,
+p size of the state, E experts, g gates of the cell (3 of a GRU, 1 of an RNN).
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+Cell = Literal["gru", "rnn"]
+CELLS: tuple[Cell, ...] = get_args(Cell)
+GATES: dict[Cell, int] = {"gru": 3, "rnn": 1}
+CellWeights = tuple[Tensor, Tensor, Tensor, Tensor]  # W, U, b, c; gates one after the other
+
+
+def next_state(cell: Cell, x_Tp: Tensor, state_Tp: Tensor, weights: CellWeights) -> Tensor:
+    """Return the state after a layer, `[T, p]` (Eq. 5).
+
+    The GRU is that of `torch.nn.GRUCell` (gates r, z, n), as in the published code:
+    `h' = (1 - z) * tanh(W_n x + b_n + r * (U_n h + c_n)) + z * h`. The RNN is
+    `h' = tanh(W x + b + U h + c)`.
+
+    Args:
+        cell: "gru" or "rnn".
+        x_Tp: projected inputs of the layer.
+        state_Tp: the state after the layer before.
+        weights: W, U, b and c.
+    """
+    function = torch.gru_cell if cell == "gru" else torch.rnn_tanh_cell
+    state: Tensor = function(x_Tp, state_Tp, *weights)
+    return state
+
+
+def recurrent_scores(
+    x_TH: Tensor,
+    state_Tp: Tensor | None,
+    *,
+    cell: Cell,
+    weights: CellWeights,
+    projection_pH: Tensor,
+    router_Ep: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the logits `[T, E]` of a layer and the state that it hands on, `[T, p]`, both fp32.
+
+    Args:
+        x_TH: input of the layer's experts.
+        state_Tp: the state of the layer before; None before the first layer with experts, and in
+            every layer of the paper's ablation without passing.
+        cell: "gru" or "rnn".
+        weights: the cell's, shared by all layers.
+        projection_pH: P of this layer.
+        router_Ep: G of this layer.
+    """
+    x_Tp = F.linear(x_TH.float(), projection_pH.float())
+    if state_Tp is None:
+        state_Tp = torch.zeros_like(x_Tp)
+    state_Tp = next_state(cell, x_Tp, state_Tp, weights)
+    return F.linear(state_Tp, router_Ep.float()), state_Tp
+
+
+class RecurrentCell(nn.Module):
+    """The cell that all layers of a model share, in fp32.
+
+    The published code initializes every parameter of it, biases included, with a function that its
+    configuration lacks. Here matrices have the paper's standard deviation, and biases are zero.
+
+    Parameters:
+        weight_ih, weight_hh: `[g * p, p]`; bias_ih, bias_hh: `[g * p]`.
+
+    Raises:
+        ValueError: an unknown cell, or a size below 1.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        size: int,
+        *,
+        init_std: float = 0.02,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        super().__init__()
+        if cell not in CELLS:
+            raise ValueError(f"cell is {cell!r}; choose one of {', '.join(CELLS)}")
+        if size < 1:
+            raise ValueError(f"size is {size}; the state of a recurrent router needs at least 1")
+        self.cell, self.size, self.init_std = cell, size, init_std
+        rows = GATES[cell] * size
+
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+
+        self.weight_ih, self.weight_hh = weight(rows, size), weight(rows, size)
+        self.bias_ih, self.bias_hh = weight(rows), weight(rows)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the matrices, and set the biases to zero."""
+        for weight in (self.weight_ih, self.weight_hh):
+            nn.init.normal_(weight, std=self.init_std)
+        for bias in (self.bias_ih, self.bias_hh):
+            nn.init.zeros_(bias)
+
+    @property
+    def weights(self) -> CellWeights:
+        """The parameters in the order of `next_state`."""
+        return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh

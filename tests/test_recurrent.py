@@ -1,0 +1,126 @@
+"""The recurrent router: against loops, number by number, and against a recorded published run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from remoe.recurrent import CELLS, GATES, RecurrentCell, recurrent_scores
+from remoe.reference import reference_recurrent_scores
+from remoe.regularization import switch_loss
+from remoe.routing import topk_routing
+from tests.golden.rmoe import TOLERANCES, GoldenRMoE, largest_deviations
+
+TOKENS, HIDDEN, SIZE, EXPERTS, LAYERS = 5, 4, 3, 6, 3
+GOLDEN = Path(__file__).parent / "golden/rmoe_gru.npz"
+
+
+def parameters(cell):
+    torch.manual_seed(0)
+    rows = GATES[cell] * SIZE
+    shapes = [(rows, SIZE), (rows, SIZE), (rows,), (rows,)]
+    shapes += [(SIZE, HIDDEN)] * LAYERS + [(EXPERTS, SIZE)] * LAYERS
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def stack(score, x, parameters):
+    """Logits of all layers and the last state; every layer sees its own multiple of the input."""
+    weights, rest = tuple(parameters[:4]), parameters[4:]
+    state, logits = torch.zeros(TOKENS, SIZE), []
+    for layer in range(LAYERS):
+        ours, state = score((layer + 1) * x, state, rest[layer], rest[LAYERS + layer], weights)
+        logits.append(ours)
+    return torch.stack(logits), state
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_layers_equal_the_loops_with_all_gradients(cell):
+    leaves = parameters(cell)
+    x = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+
+    def fast(x, state, projection, router, weights):
+        return recurrent_scores(
+            x, state, cell=cell, weights=weights, projection_pH=projection, router_Ep=router
+        )
+
+    def slow(x, state, projection, router, weights):
+        return reference_recurrent_scores(x, state, projection, router, cell, weights)
+
+    found = []
+    for score in (fast, slow):
+        logits, state = stack(score, x, leaves)
+        generator = torch.Generator().manual_seed(1)
+        direction = torch.randn(logits.shape, generator=generator)
+        grads = torch.autograd.grad((logits * direction).sum() + state.sum(), [x, *leaves])
+        found.append([logits, state, *grads])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_first_layer_starts_from_zero_and_half_precision_keeps_an_fp32_state():
+    cell = RecurrentCell("gru", SIZE)
+    x = torch.randn(TOKENS, HIDDEN, dtype=torch.bfloat16)
+    layer = {"projection_pH": torch.randn(SIZE, HIDDEN), "router_Ep": torch.randn(EXPERTS, SIZE)}
+    first = recurrent_scores(x, None, cell=cell.cell, weights=cell.weights, **layer)
+    zeros = torch.zeros(TOKENS, SIZE)
+    again = recurrent_scores(x, zeros, cell=cell.cell, weights=cell.weights, **layer)
+    for ours, theirs in zip(first, again, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_new_cell_has_no_saturated_gate(cell):
+    """With the published way, standard deviation and biases of 1, most gates would be."""
+    torch.manual_seed(0)
+    new = RecurrentCell(cell, 128)
+    assert not new.bias_ih.any() and not new.bias_hh.any()
+    x, state = torch.randn(64, 128), torch.zeros(64, 128)
+    sums = torch.nn.functional.linear(x, new.weight_ih, new.bias_ih)
+    sums = sums + torch.nn.functional.linear(state, new.weight_hh, new.bias_hh)
+    assert (torch.sigmoid(sums) - 0.5).abs().max() < 0.4
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="cell is 'lstm'; choose one of gru, rnn"):
+        RecurrentCell("lstm", 8)
+    with pytest.raises(ValueError, match="size is 0; the state of a recurrent router needs"):
+        RecurrentCell("gru", 0)
+
+
+def test_topk_routing_by_hand():
+    logits = torch.log(torch.tensor([[1.0, 2.0, 5.0]]))
+    softmax = {"topk": 2, "pre_softmax": True}
+    assert torch.allclose(topk_routing(logits, **softmax)[0], torch.tensor([[0, 0.25, 0.625]]))
+    chosen = torch.tensor([[0, 2 / 7, 5 / 7]])
+    assert torch.allclose(topk_routing(logits, **softmax, renormalize=True)[0], chosen)
+    probs, active = topk_routing(logits, topk=2, pre_softmax=False)
+    assert torch.allclose(probs, chosen)
+    assert active.tolist() == [[False, True, True]]
+
+
+def test_switch_loss_by_hand():
+    logits = torch.log(torch.tensor([[3.0, 1.0], [1.0, 1.0]]))
+    active = torch.tensor([[True, False], [True, False]])
+    assert switch_loss(logits, active).item() == pytest.approx(2 * (1.0 * (0.75 + 0.5) / 2))
+
+
+def test_the_published_run_replays():
+    for key, deviation in largest_deviations(GoldenRMoE.load(GOLDEN)).items():
+        assert deviation <= TOLERANCES[key][1], key
+
+
+def test_a_cell_without_its_reset_gate_is_caught(monkeypatch):
+    """The state after the first layer is the same; a few steps show the difference."""
+
+    def without_reset(cell, x, state, weights):
+        w, u, b, c = weights
+        size = x.shape[1]
+        _, xz, xn = torch.nn.functional.linear(x, w, b).split(size, dim=1)
+        _, hz, hn = torch.nn.functional.linear(state, u, c).split(size, dim=1)
+        z = torch.sigmoid(xz + hz)
+        return (1 - z) * torch.tanh(xn + hn) + z * state
+
+    monkeypatch.setattr("remoe.recurrent.next_state", without_reset)
+    found = largest_deviations(GoldenRMoE.load(GOLDEN), steps=1)
+    assert found["state"] > 100 * TOLERANCES["state"][1]
