@@ -116,7 +116,7 @@ def _stacked(weights: dict[str, Tensor], layer: int, experts: int) -> tuple[Tens
 
 
 def _cell(weights: dict[str, Tensor], cell: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gates = "rzn" if cell == "gru" else "h"  # the letters at the end of the names
+    gates = "rzn" if cell == "gru" else "n"  # the letters at the end of the names
 
     def joined(kind: str, source: str) -> Tensor:
         return torch.cat([weights[f"recurrent.{kind}_{source}{gate}"] for gate in gates])
