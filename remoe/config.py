@@ -4,12 +4,15 @@ To add a setting, add a field to the class of its router; `remoe.settings` says 
 it. To add a router, add a subclass of `Routing` and its name in `ROUTINGS`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from remoe.settings import Settings, setting
+from remoe.settings import Settings, setting, settings_of
 
 LoadBalancing = Literal["aux_loss", "none"]
+Recurrence = Literal["none", "gru", "rnn"]
+RecurrentPassing = Literal["full", "detached", "none"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,14 @@ class ControllerConfig(L1Coefficient):
 
 @dataclass(frozen=True, kw_only=True)
 class Routing(Settings):
-    """The settings that every router has. A subclass adds those of one router."""
+    """The settings that every router has. A subclass adds those of one router.
+
+    With a `recurrence`, routers read a state that tokens take from layer to layer, instead of the
+    tokens themselves (RMoE, arXiv 2408.06793).
+
+    Raises:
+        ValueError: a setting of recurrence is given, and `recurrence` is "none".
+    """
 
     title: ClassVar[str]
 
@@ -117,11 +127,64 @@ class Routing(Settings):
         "token.",
         within="[1, inf)",
     )
+    recurrence: Recurrence = setting(
+        "none",
+        flag="--moe-router-recurrence",
+        help="Route by a state that every token takes from layer to layer, and which a GRU or an "
+        "RNN that all layers share moves on. With none, route by the token alone.",
+        on_resume="refused",
+    )
+    recurrent_size: int = setting(
+        128,
+        flag="--moe-router-recurrent-size",
+        help="Number of values of the state of a recurrent router.",
+        within="[1, inf)",
+        on_resume="refused",
+    )
+    recurrent_passing: RecurrentPassing = setting(
+        "full",
+        flag="--moe-router-recurrent-passing",
+        help="Ablation: hand the state on to the next layer without its gradient (detached), or "
+        "start every layer from zero (none).",
+        on_resume="refused",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_idle_recurrence({s.name: getattr(self, s.name) for s in settings_of(type(self))})
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether routers read a state instead of the tokens."""
+        return self.recurrence != "none"
 
     @property
     def varies(self) -> bool:
         """Whether the number of assignments changes from batch to batch."""
         return True
+
+
+def refuse_idle_recurrence(values: Mapping[str, Any], *, by_flag: bool = False) -> None:
+    """Refuse a setting of recurrence without recurrence.
+
+    Args:
+        values: the settings of a router, by their names, or by the names of their flags.
+        by_flag: whether they are named by their flags.
+
+    Raises:
+        ValueError: naming the value and what to do.
+    """
+    named = {s.name: s for s in settings_of(Routing)}
+    name_of = {n: s.dest if by_flag else n for n, s in named.items()}
+    if values[name_of["recurrence"]] != "none":
+        return
+    for name in ("recurrent_size", "recurrent_passing"):
+        value = values[name_of[name]]
+        if value != named[name].default:
+            raise ValueError(
+                f"{name_of[name]} is {value}, but {name_of['recurrence']} is none; choose gru or "
+                f"rnn, or leave {name_of[name]} out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +314,7 @@ class ReMoELayerConfig(ReLURouting):
 
     @property
     def num_params(self) -> int:
-        """Number of parameters of the layer: the router and all experts."""
+        """Number of parameters of the layer: the router and all experts, without a shared cell."""
         return self._num_params(self.experts.num_experts)
 
     @property
@@ -262,5 +325,7 @@ class ReMoELayerConfig(ReLURouting):
     def _num_params(self, num_experts: int) -> int:
         shape = self.experts
         router = shape.num_experts * self.hidden_size
+        if self.is_recurrent:
+            router = self.recurrent_size * (self.hidden_size + shape.num_experts)
         expert = 3 * self.hidden_size * shape.ffn_hidden_size
         return router + num_experts * expert

@@ -4,10 +4,18 @@
     loss = loss_fn(layer(x)) + l1_penalty(layer)   # l1_penalty takes any model with such layers
     loss.backward(); optimizer.step(); update_l1_coeff(layer)
 
-Shapes: T tokens, H hidden, E experts, F expert width, A active (token, expert) pairs.
+Recurrent layers hand a state on, `[..., p]`, and share the cell of the first of them:
+
+    first = ReMoELayer(config)   # with recurrence="gru"
+    second = ReMoELayer(config, cell=first.recurrent_cell)
+    y, state = first(x)
+    z, state = second(y, state)
+
+Shapes: T tokens, H hidden, E experts, F expert width, A active (token, expert) pairs, p state.
 """
 
 from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +33,7 @@ from remoe.kernels import (
     plan_chunks,
     run_chunks,
 )
+from remoe.recurrent import RecurrentCell, passed_on
 from remoe.regularization import penalty, router_regularization
 from remoe.routing import bounded_routing, relu_routing, tokens_per_expert
 from remoe.statistics import TokenCounts
@@ -37,28 +46,49 @@ class ReMoELayer(ExactBuffers):
     `l1_penalty` and `update_l1_coeff` on the whole model. Counts accumulate over the forwards
     between two updates, so gradient accumulation needs nothing special.
 
+    With `config.recurrence` the router reads a state instead of the tokens (`remoe.recurrent`). All
+    layers of a model share one cell. The layer that made it has it as a module, so that it is
+    trained and saved once; the others only refer to it.
+
     Parameters:
-        router: `[E, H]`; gate_up: `[E, 2F, H]` (gate first); down: `[E, H, F]`.
+        router: `[E, H]`, or `[E, p]` with recurrence; gate_up: `[E, 2F, H]` (gate first); down:
+            `[E, H, F]`; projection: `[p, H]`, with recurrence only.
+
+    Args:
+        config: sizes and settings.
+        cell: the cell of another layer, for recurrence; None makes one.
+        device, dtype: of the parameters. A cell is fp32 whatever the dtype is.
+
+    Raises:
+        ValueError: the cell is not that of the config, or the config has no recurrence.
     """
 
     l1_coeff: Tensor
     counts: Tensor
+    projection: nn.Parameter | None
 
     def __init__(
         self,
         config: ReMoELayerConfig,
         *,
+        cell: RecurrentCell | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        if cell is not None:
+            _check_cell(cell, config)
         shape, hidden = config.experts, config.hidden_size
 
         def weight(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*size, device=device, dtype=dtype))
 
-        self.router = weight(shape.num_experts, hidden)
+        width = config.recurrent_size if config.is_recurrent else hidden
+        self.router = weight(shape.num_experts, width)
+        self.register_parameter(
+            "projection", weight(width, hidden) if config.is_recurrent else None
+        )
         self.gate_up = weight(shape.num_experts, 2 * shape.ffn_hidden_size, hidden)
         self.down = weight(shape.num_experts, hidden, shape.ffn_hidden_size)
         register_l1_coeff(self, config.controller, device)
@@ -67,17 +97,61 @@ class ReMoELayer(ExactBuffers):
         self.register_buffer("counts", counts, persistent=False)
         self.l1_reg: Tensor | None = None
         self.reset_parameters()
+        self._cell = (cell,)  # not a module of this layer
+        if config.recurrence != "none" and cell is None:
+            self.cell = RecurrentCell(
+                config.recurrence, config.recurrent_size, init_std=config.init_std, device=device
+            )
+            self._cell = (self.cell,)
+
+    @property
+    def recurrent_cell(self) -> RecurrentCell:
+        """The cell, for the other layers of the model.
+
+        Raises:
+            ValueError: the layer has none.
+        """
+        (cell,) = self._cell
+        if cell is None:
+            raise ValueError("the layer has no cell; set recurrence in its config to gru or rnn")
+        return cell
 
     def reset_parameters(self) -> None:
-        """Draw the weights from a normal distribution with `init_std`."""
-        for parameter in self.parameters():
+        """Draw the layer's own weights from a normal distribution with `init_std`."""
+        for parameter in self.parameters(recurse=False):
             nn.init.normal_(parameter, std=self.config.init_std)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Sum the outputs of every token's active experts, weighted by their gates, `[..., H]`."""
+    @overload
+    def forward(self, hidden_states: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, hidden_states: Tensor, state: Tensor | None) -> Any: ...
+
+    def forward(self, hidden_states: Tensor, state: Tensor | None = None) -> Any:
+        """Sum the outputs of every token's active experts, weighted by their gates, `[..., H]`.
+
+        Args:
+            hidden_states: `[..., H]`.
+            state: with recurrence, that of the layer before, `[..., p]`; None before the first one.
+
+        Returns:
+            The sums; with recurrence also the state to hand on, fp32 `[..., p]`.
+        """
         x_TH = hidden_states.reshape(-1, self.config.hidden_size)
+        if not self.config.is_recurrent:
+            return self._experts(x_TH, x_TH).view_as(hidden_states)
+        assert self.projection is not None
+        if state is not None:
+            state = state.reshape(-1, self.config.recurrent_size)
+            state = passed_on(state, self.config.recurrent_passing)
+        state_Tp = self.recurrent_cell(x_TH, state, self.projection)
+        y_TH = self._experts(x_TH, state_Tp)
+        return y_TH.view_as(hidden_states), state_Tp.view(*hidden_states.shape[:-1], -1)
+
+    def _experts(self, x_TH: Tensor, routed_by: Tensor) -> Tensor:
+        """Compute the layer, `[T, H]`; the router reads `routed_by`, `[T, H]` or `[T, p]`."""
         router_dtype = torch.promote_types(x_TH.dtype, torch.float32)
-        logits_TE = F.linear(x_TH.to(router_dtype), self.router.to(router_dtype))
+        logits_TE = F.linear(routed_by.to(router_dtype), self.router.to(router_dtype))
         probs_TE, routing_map_TE = relu_routing(logits_TE)
         if self.training and torch.is_grad_enabled():
             self._observe(probs_TE, routing_map_TE)
@@ -90,7 +164,7 @@ class ReMoELayer(ExactBuffers):
 
         balanced = self.config.experts.topk * max(1, len(x_TH))
         limit = self.config.max_assignments
-        y_TH = routed_experts(
+        return routed_experts(
             x_TH,
             probs_TE.to(x_TH.dtype),
             routing_map_TE,
@@ -99,7 +173,6 @@ class ReMoELayer(ExactBuffers):
             max_assignments=limit or 2 * balanced,
             max_rows_per_chunk=limit or max(1, balanced // 3),
         )
-        return y_TH.view_as(hidden_states)
 
     def _observe(self, probs_TE: Tensor, routing_map_TE: Tensor) -> None:
         counts = TokenCounts.of(routing_map_TE)
@@ -111,6 +184,15 @@ class ReMoELayer(ExactBuffers):
             load_balancing=self.config.load_balancing,
         )
         self.counts += counts.flat
+
+
+def _check_cell(cell: RecurrentCell, config: ReMoELayerConfig) -> None:
+    if (cell.cell, cell.size) != (config.recurrence, config.recurrent_size):
+        raise ValueError(
+            f"the cell is a {cell.cell} of size {cell.size}, and the layer's config has recurrence "
+            f"{config.recurrence} and recurrent_size {config.recurrent_size}; give all layers of a "
+            f"model the same config"
+        )
 
 
 def routed_experts(

@@ -9,11 +9,14 @@ State and cell are fp32 whatever the model's dtype is, as routers are. Shapes: T
 p size of the state, E experts, g gates of the cell (3 of a GRU, 1 of an RNN).
 """
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+
+from remoe.config import RecurrentPassing
 
 Cell = Literal["gru", "rnn"]
 CELLS: tuple[Cell, ...] = get_args(Cell)
@@ -39,6 +42,32 @@ def next_state(cell: Cell, x_Tp: Tensor, state_Tp: Tensor, weights: CellWeights)
     return state
 
 
+def passed_on(state: Tensor, passing: RecurrentPassing) -> Tensor | None:
+    """Return what a layer takes of the state of the layer before it.
+
+    That is the whole state, or in the paper's ablations the state without its gradient ("detached")
+    or nothing ("none").
+    """
+    if passing == "none":
+        return None
+    return state.detach() if passing == "detached" else state
+
+
+def recurrent_state(
+    x_TH: Tensor,
+    state_Tp: Tensor | None,
+    *,
+    cell: Cell,
+    weights: CellWeights,
+    projection_pH: Tensor,
+) -> Tensor:
+    """Return the state after a layer, fp32 `[T, p]`; the arguments are `recurrent_scores`'."""
+    x_Tp = F.linear(x_TH.float(), projection_pH.float())
+    if state_Tp is None:
+        state_Tp = torch.zeros_like(x_Tp)
+    return next_state(cell, x_Tp, state_Tp, weights)
+
+
 def recurrent_scores(
     x_TH: Tensor,
     state_Tp: Tensor | None,
@@ -59,10 +88,9 @@ def recurrent_scores(
         projection_pH: P of this layer.
         router_Ep: G of this layer.
     """
-    x_Tp = F.linear(x_TH.float(), projection_pH.float())
-    if state_Tp is None:
-        state_Tp = torch.zeros_like(x_Tp)
-    state_Tp = next_state(cell, x_Tp, state_Tp, weights)
+    state_Tp = recurrent_state(
+        x_TH, state_Tp, cell=cell, weights=weights, projection_pH=projection_pH
+    )
     return F.linear(state_Tp, router_Ep.float()), state_Tp
 
 
@@ -108,6 +136,24 @@ class RecurrentCell(nn.Module):
             nn.init.normal_(weight, std=self.init_std)
         for bias in (self.bias_ih, self.bias_hh):
             nn.init.zeros_(bias)
+
+    def forward(self, x_TH: Tensor, state_Tp: Tensor | None, projection_pH: Tensor) -> Tensor:
+        """Return the state after a layer; see `recurrent_state`."""
+        return recurrent_state(
+            x_TH, state_Tp, cell=self.cell, weights=self.weights, projection_pH=projection_pH
+        )
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RecurrentCell":
+        """Move the parameters to another device, but never cast them."""
+        exact = {name: p.detach() for name, p in self.named_parameters(recurse=False)}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, parameter in self.named_parameters(recurse=False):
+            if parameter.dtype != torch.float32:
+                before = exact[name]
+                parameter.data = (parameter if before.is_meta else before).to(
+                    device=parameter.device, dtype=torch.float32
+                )
+        return self
 
     @property
     def weights(self) -> CellWeights:

@@ -1,12 +1,14 @@
 """The recurrent router: against loops, number by number, and against a recorded published run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from remoe import ReMoELayer, ReMoELayerConfig
 from remoe.recurrent import CELLS, GATES, RecurrentCell, recurrent_scores
-from remoe.reference import reference_recurrent_scores
+from remoe.reference import reference_l1, reference_moe, reference_recurrent_scores
 from remoe.regularization import switch_loss
 from remoe.routing import topk_routing
 from tests.golden.rmoe import TOLERANCES, GoldenRMoE, largest_deviations
@@ -55,6 +57,94 @@ def test_layers_equal_the_loops_with_all_gradients(cell):
         found.append([logits, state, *grads])
     for ours, theirs in zip(*found, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+CONFIG = ReMoELayerConfig(
+    hidden_size=8, ffn_hidden_size=12, num_experts=4, init_std=0.3, recurrence="gru",
+    recurrent_size=SIZE,
+)  # fmt: skip
+
+
+def torch_stack(config, layers=LAYERS):
+    torch.manual_seed(1)
+    first = ReMoELayer(config)
+    stack = [first] + [ReMoELayer(config, cell=first.recurrent_cell) for _ in range(layers - 1)]
+    for bias in (first.cell.bias_ih, first.cell.bias_hh):
+        torch.nn.init.normal_(bias)
+    return torch.nn.ModuleList(stack)
+
+
+def loops(model, x, config):
+    """Output and penalty of a stack of layers with residuals, by loops."""
+    cell = model[0].recurrent_cell
+    state, total = torch.zeros(len(x), SIZE), 0.0
+    for layer in model:
+        if config.recurrent_passing == "none":
+            state = torch.zeros(len(x), SIZE)
+        elif config.recurrent_passing == "detached":
+            state = state.detach()
+        logits, state = reference_recurrent_scores(
+            x, state, layer.projection, layer.router, cell.cell, cell.weights
+        )
+        probs = logits.clamp(min=0)
+        x = x + reference_moe(x, probs, layer.gate_up, layer.down)
+        total = total + reference_l1(probs, topk=1, load_balancing=True)
+    return x, total
+
+
+@pytest.mark.parametrize("passing", ["full", "detached", "none"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_stack_of_layers_equals_the_loops_with_all_gradients(cell, passing):
+    config = replace(CONFIG, recurrence=cell, recurrent_passing=passing)
+    model = torch_stack(config)
+    x = torch.randn(TOKENS, 8, requires_grad=True)
+    direction = torch.randn(TOKENS, 8)
+
+    def fast(x):
+        state = None
+        for layer in model:
+            y, state = layer(x, state)
+            x = x + y
+        return x, sum(layer.l1_reg for layer in model)
+
+    found = []
+    for forward in (fast, lambda x: loops(model, x, config)):
+        output, penalty = forward(x)
+        loss = (output * direction).sum() + 0.1 * penalty
+        # Without the state of the layer before, the matrix of the state has no gradient.
+        grads = torch.autograd.grad(loss, [x, *model.parameters()], materialize_grads=True)
+        found.append([output, penalty, *grads])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cell_is_trained_and_saved_once_and_counted_in_no_layer():
+    model = torch_stack(CONFIG)
+    cells = [name for name in model.state_dict() if "cell." in name]
+    assert cells == [f"0.cell.{n}" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+    params = sum(p.numel() for p in model.parameters())
+    cell = sum(p.numel() for p in model[0].recurrent_cell.parameters())
+    assert params == LAYERS * CONFIG.num_params + cell
+    assert model.bfloat16()[0].router.dtype == torch.bfloat16
+    before = torch_stack(CONFIG)[0].recurrent_cell.weight_ih
+    assert torch.equal(model[0].recurrent_cell.weight_ih, before), "the cell is never cast"
+
+
+def test_layers_of_half_precision_hand_on_an_fp32_state_of_the_input_s_shape():
+    first, second = torch_stack(CONFIG, layers=2).bfloat16()
+    x = torch.randn(2, 3, 8, dtype=torch.bfloat16)
+    y, state = first(x)
+    z, state = second(y, state)
+    assert (z.dtype, z.shape) == (torch.bfloat16, x.shape)
+    assert (state.dtype, state.shape) == (torch.float32, (2, 3, SIZE))
+
+
+def test_a_cell_that_does_not_fit_is_refused():
+    cell = ReMoELayer(CONFIG).recurrent_cell
+    with pytest.raises(ValueError, match="the cell is a gru of size 3, and the layer's config has"):
+        ReMoELayer(replace(CONFIG, recurrent_size=4), cell=cell)
+    with pytest.raises(ValueError, match="the layer has no cell; set recurrence in its config"):
+        _ = ReMoELayer(ReMoELayerConfig(hidden_size=8, ffn_hidden_size=12)).recurrent_cell
 
 
 def test_a_first_layer_starts_from_zero_and_half_precision_keeps_an_fp32_state():
