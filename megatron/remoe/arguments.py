@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from megatron.remoe import compat, cpu, options, ranges, unsupported
 from megatron.remoe.unsupported import has_package
-from remoe.config import ROUTINGS, ExpertShape, Routing, apply_granularity
+from remoe.config import (
+    ROUTINGS,
+    ExpertShape,
+    Routing,
+    apply_granularity,
+    refuse_idle_recurrence,
+)
 from remoe.settings import settings_of
 
 if TYPE_CHECKING:
@@ -155,6 +161,8 @@ def check(args: argparse.Namespace) -> None:
     _refuse_uneven_gather_on_gloo(args)
     if args.moe_relu_routing:
         options.check(args)
+    elif args.moe_router_recurrence != "none":
+        options.check(args, names=options.NEEDS_OUR_LAYER, by="a recurrent router")
 
 
 def derive(args: argparse.Namespace) -> None:
@@ -274,6 +282,7 @@ def _check_settings(args: argparse.Namespace) -> None:
                 )
     for name, setting in own.items():
         setting.check(getattr(args, name), name)
+    refuse_idle_recurrence(vars(args), by_flag=True)
 
 
 def _check_topk(args: argparse.Namespace) -> None:

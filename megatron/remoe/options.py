@@ -211,6 +211,9 @@ NEEDS_KNOWN_COUNT = (
     "cuda_graph_impl",
 )  # fmt: skip
 
+# Options that take the place of our layer, which hands on the state of a recurrent router.
+NEEDS_OUR_LAYER = (*NEEDS_KNOWN_COUNT, "mtp_num_layers", "mtp_standalone", "moe_latent_size")
+
 
 def check(
     config: Any, *, names: Collection[str] = tuple(OPTIONS), by: str = "ReLU routing"

@@ -336,6 +336,18 @@ WIDE = ["--ffn-hidden-size", "64"]
             "cpu_offloading_num_layers is 1, but Megatron offloads activations with Transformer",
         ),
         (
+            ["--moe-router-recurrence", "gru"],
+            "moe_router_recurrence is set but num_experts is not; pass --num-experts, or leave",
+        ),
+        (
+            ["--num-experts", "4", "--moe-router-recurrent-size", "64"],
+            "moe_router_recurrent_size is 64, but moe_router_recurrence is none; choose gru or rnn",
+        ),
+        (
+            ["--num-experts", "4", "--moe-router-recurrence", "rnn", "--mtp-num-layers", "1"],
+            "mtp_num_layers is 1, which a recurrent router refuses: multi-token prediction",
+        ),
+        (
             ["--moe-change-routing"],
             "moe_change_routing is set but num_experts is not; pass --num-experts, or leave",
         ),

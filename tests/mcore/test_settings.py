@@ -105,6 +105,9 @@ def test_the_published_flags_and_exported_names_stay():
         ("--moe-relu-at-least-one-expert", "at_least_one_expert", True),
         ("--moe-topk-warmup-steps", "warmup_steps", False),
         ("--moe-topk-warmup-topk", "warmup_topk", False),
+        ("--moe-router-recurrence", "recurrence", False),
+        ("--moe-router-recurrent-size", "recurrent_size", False),
+        ("--moe-router-recurrent-passing", "recurrent_passing", False),
     }
 
 
@@ -129,6 +132,22 @@ def test_the_layer_for_torch_has_the_settings_of_relu_routing():
         ),
         (ReLURouting, {"load_balancing": "x"}, "load_balancing is 'x'; it must be one of aux_loss"),
         (ReLURouting, {"at_least_one_expert": 1}, "at_least_one_expert is 1; it must be true or"),
+        (TopKRouting, {"recurrence": "lstm"}, "recurrence is 'lstm'; it must be one of none, gru"),
+        (
+            ReLURouting,
+            {"recurrence": "rnn", "recurrent_size": 0},
+            "recurrent_size is 0; it must be a whole number that is at least 1",
+        ),
+        (
+            ReLURouting,
+            {"recurrent_size": 64},
+            "recurrent_size is 64, but recurrence is none; choose gru or rnn, or leave",
+        ),
+        (
+            TopKRouting,
+            {"recurrent_passing": "none"},
+            "recurrent_passing is none, but recurrence is none; choose gru or rnn, or leave",
+        ),
         (TopKRouting, {"warmup_steps": -1}, "warmup_steps is -1; .* that is at least 0"),
     ],
 )

@@ -50,6 +50,7 @@ _REQUIRED: dict[str, Any] = {
     "moe_router_group_topk": None,
     "moe_router_topk_scaling_factor": None,
     "moe_router_enable_expert_bias": False,
+    "moe_router_recurrence": "none",
     # shortcuts of earlier versions, which proved to be of no use (docs/log.md)
     "moe_relu_l1_reg_coeff_rule": "sign",
     "moe_relu_start_sparse": False,
