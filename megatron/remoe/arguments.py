@@ -353,6 +353,7 @@ def configure(model_config: Any, args: argparse.Namespace) -> "FinalizeStep":
         ValueError: another kind of model, layers of the script's own, or a checkpoint to load that
             was trained with another router.
     """
+    from megatron.remoe.moe.shared_cell import SharedCells
     from megatron.remoe.moe.spec import layer_spec
     from megatron.remoe.train import saved
     from megatron.remoe.train.step import FinalizeStep
@@ -360,10 +361,14 @@ def configure(model_config: Any, args: argparse.Namespace) -> "FinalizeStep":
     _check_model(model_config)
     unsupported.refuse(args)  # again, since --use-checkpoint-args brings some
     saved.check_before_start(args)
-    model_config.transformer_layer_spec = layer_spec(routing_from_args(args))
-    hook = FinalizeStep()
+    routing = routing_from_args(args)
+    model_config.transformer_layer_spec = layer_spec(routing)
+    cells = SharedCells.of(routing)
+    hook = FinalizeStep(cells)
     model_config.finalize_model_grads_func = hook
     model_config.pre_wrap_hooks.append(compat.mark_experts)
+    if cells is not None:
+        model_config.pre_wrap_hooks.append(cells.prepare)
     if args.fork_async_save:
         # Megatron's validation has switched it off, because the persistent worker is missing. On a
         # CPU that worker must not be used.

@@ -239,6 +239,13 @@ def check(
             raise ValueError(f"{name} is {value}, which {by} refuses: {option.why}")
 
 
+def layers_with_experts(frequency: int | list[int] | None, num_layers: int) -> list[int]:
+    """List the layers with experts for a `moe_layer_freq`: every n-th, or a pattern of 0 and 1."""
+    if isinstance(frequency, list):
+        return [i for i in range(num_layers) if frequency[i]]
+    return list(range(0, num_layers, int(frequency or 1)))
+
+
 _SETTINGS_TITLE = """## The settings of the routers
 
 Each is a field of a class in `remoe/config.py`. A YAML config has the flag's name with underscores.

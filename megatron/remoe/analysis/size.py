@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.remoe.options import layers_with_experts
+
 # Flags that change a model's size in ways that are not counted, with the values that do not.
 _NOT_COUNTED: dict[str, tuple[Any, ...]] = {
     "multi_latent_attention": (None, False),
@@ -132,13 +134,6 @@ class ModelSize:
         weights = self._layer_weights(self.topk) + self.vocab * self.hidden
         scores = 2 * self.num_layers * self.seq_length * self.query_width
         return 3 * 2 * self.seq_length * (weights + scores)
-
-
-def layers_with_experts(frequency: int | list[int] | None, num_layers: int) -> list[int]:
-    """List the layers with experts for a `moe_layer_freq`: every n-th, or a pattern of 0 and 1."""
-    if isinstance(frequency, list):
-        return [i for i in range(num_layers) if frequency[i]]
-    return list(range(0, num_layers, int(frequency or 1)))
 
 
 def _int(flags: Mapping[str, Any], name: str) -> int:

@@ -10,18 +10,32 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron.remoe import options
 from megatron.remoe.moe.backend import TorchSpecProvider
 from megatron.remoe.moe.chunking import budget_of
 from megatron.remoe.moe.dispatcher import is_dropless
 from megatron.remoe.moe.layer import DroplessMoELayer
+from megatron.remoe.moe.recurrent import (
+    RecurrentMoELayer,
+    RecurrentReLURouter,
+    RecurrentTopKRouter,
+    add_and_take_state,
+    add_to_tokens,
+    norm_of_tokens,
+)
 from megatron.remoe.moe.router import ReLURouter
+from megatron.remoe.moe.shared_cell import SharedCell
 from megatron.remoe.moe.topk_router import CountingTopKRouter
 from remoe.config import ReLURouting, Routing, TopKRouting
 from remoe.kernels.chunks import AssignmentBudget
 
 ROUTERS: dict[type[Routing], Any] = {ReLURouting: ReLURouter, TopKRouting: CountingTopKRouter}
+RECURRENT_ROUTERS: dict[type[Routing], Any] = {
+    ReLURouting: RecurrentReLURouter,
+    TopKRouting: RecurrentTopKRouter,
+}
 
 
 def layer_spec(routing: Routing | None) -> Callable[..., TransformerBlockSubmodules]:
@@ -52,6 +66,8 @@ def block_spec(
     """
     if isinstance(routing, ReLURouting) and config.num_moe_experts is not None:
         options.check(config)
+    elif routing is not None and routing.is_recurrent:
+        options.check(config, names=options.NEEDS_OUR_LAYER, by="a recurrent router")
     use_te = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(
         config,
@@ -65,6 +81,9 @@ def block_spec(
         block.layer_specs = [_with_torch_modules(spec, config) for spec in block.layer_specs]
     if routing is not None:
         router = partial(ROUTERS[type(routing)], routing=routing)
+        if routing.recurrence != "none":
+            cell = SharedCell(config, routing.recurrence, routing.recurrent_size)
+            router = partial(RECURRENT_ROUTERS[type(routing)], routing=routing, cell=cell)
         budget = {}
         if routing.varies and is_dropless(config):
             num_layers = sum(_has_experts(spec) for spec in block.layer_specs)
@@ -73,7 +92,36 @@ def block_spec(
             _with_routing(spec, config, router, **budget) if _has_experts(spec) else spec
             for spec in block.layer_specs
         ]
+        if routing.is_recurrent:
+            first = get_transformer_layer_offset(config, vp_stage)
+            passes = routing.recurrent_passing != "none"
+            block.layer_specs = [
+                _with_state(spec, config, first + i, passes=passes)
+                for i, spec in enumerate(block.layer_specs)
+            ]
     return block
+
+
+def _with_state(
+    layer: ModuleSpec, config: TransformerConfig, index: int, *, passes: bool
+) -> ModuleSpec:
+    """Return a layer that takes and hands on the state, if it is where the model has one."""
+    with_experts = options.layers_with_experts(config.moe_layer_freq, config.num_layers)
+    takes = passes and with_experts[0] < index <= with_experts[-1]
+    hands_on = passes and with_experts[0] <= index < with_experts[-1]
+    given, size, has_experts = layer.submodules, config.hidden_size, _has_experts(layer)
+    changes: dict[str, Any] = {}
+    if takes:
+        changes = {
+            "input_layernorm": norm_of_tokens(given.input_layernorm, keeps_state=False),
+            "self_attn_bda": add_to_tokens(given.self_attn_bda, size),
+            "pre_mlp_layernorm": norm_of_tokens(given.pre_mlp_layernorm, keeps_state=has_experts),
+            "mlp_bda": add_to_tokens(given.mlp_bda, size),
+        }
+    if has_experts:
+        changes["mlp"] = partial(RecurrentMoELayer, **given.mlp.keywords, hands_on=hands_on)
+        changes["mlp_bda"] = add_and_take_state(given.mlp_bda, size)
+    return replace(layer, submodules=replace(given, **changes))
 
 
 def _has_experts(layer: ModuleSpec) -> bool:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron.remoe.testing.golden import Extreme, Padding
+from remoe.config import Recurrence
 
 RouterKind = Literal["relu", "topk", "dense"]
 
@@ -17,6 +18,7 @@ class Cell:
             remaining dimension is data parallelism. Sequence parallelism is on whenever tp > 1.
         overlap: whether gradient reduction and parameter gathering overlap with computation.
         router: "relu", "topk", or "dense" for a model without experts.
+        recurrence: of the router, whose state has 16 values.
         experts: our grouped experts, or Megatron's sequential ones.
         routing: an extreme of routing to start from, see `golden.make_extreme`.
         max_assignments: largest number of assignments of a layer that are computed at once. None is
@@ -43,6 +45,7 @@ class Cell:
     overlap: bool = False
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     router: RouterKind = "relu"
+    recurrence: Recurrence = "none"
     load_balancing: Literal["aux_loss", "none"] = "aux_loss"
     experts: Literal["grouped", "sequential"] = "grouped"
     routing: Extreme | None = None

@@ -20,6 +20,7 @@ from megatron.remoe.testing.golden import (
     padding_mask,
     transformer_config,
 )
+from remoe.config import ReLURouting, Routing, TopKRouting
 
 if TYPE_CHECKING:
     from megatron.remoe.pretrain import Loss
@@ -36,6 +37,7 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
     },
     "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
 }
+_ON_ALL_TENSOR_RANKS = (".router.weight", ".projection", ".l1_coeff", "layernorm.weight")
 _ROUTER: dict[str, dict[str, Any]] = {
     "relu": {},
     "topk": {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01},
@@ -111,6 +113,7 @@ class Training:
 
         tensor = parallel_state.get_tensor_model_parallel_group()
         data = parallel_state.get_data_parallel_group()
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
         expert_data = parallel_state.get_expert_data_parallel_group()
         differing = []
         for chunk in self.chunks:
@@ -119,14 +122,31 @@ class Training:
             (model,) = unwrap_model([chunk])
             for name, value in [*model.named_parameters(), *model.named_buffers()]:
                 groups = [expert_data if ".experts." in name else data]
-                if name.endswith((".router.weight", ".l1_coeff", "layernorm.weight")):
+                if name.endswith(_ON_ALL_TENSOR_RANKS) or ".recurrent_cell." in name:
                     groups.append(tensor)
                 for group in groups:
                     first = value.detach().clone()
                     torch.distributed.broadcast(first, group=group, group_src=0)
                     if not torch.equal(first, value):
                         differing.append(name)
+        # A stage may have no copy of the cell, or several.
+        ours = [value for name, value in self._parameters() if ".recurrent_cell." in name]
+        copies: list[list[Tensor]] = [[] for _ in range(pipeline.size())]
+        torch.distributed.all_gather_object(copies, ours, group=pipeline)
+        flat = [value for stage in copies for value in stage]
+        differing += [
+            f"parameter {i % 4} of the cell"
+            for i, value in enumerate(flat)
+            if not torch.equal(value, flat[i % 4])
+        ]
         return differing
+
+    def _parameters(self) -> list[tuple[str, Tensor]]:
+        return [
+            (name, parameter.detach())
+            for chunk in self.chunks
+            for name, parameter in chunk.named_parameters()
+        ]
 
 
 def save_golden_weights(cell: Cell, golden: dict[str, Any], weights: Path) -> None:
@@ -165,8 +185,8 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.models.gpt import GPTModelBuilder
 
+    from megatron.remoe.moe.shared_cell import SharedCells
     from megatron.remoe.train.step import FinalizeStep
-    from remoe.config import ReLURouting
 
     dtype = _DTYPES[cell.dtype]
     changes: dict[str, Any] = {
@@ -186,15 +206,21 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any
         "calculate_per_token_loss": cell.per_token_loss,
     }
     changes |= _RECOMPUTE[cell.recompute] | _ROUTER[cell.router]
-    routing = None
+    routing: Routing | None = None
+    recurrence: dict[str, Any] = {}
+    if cell.recurrence != "none":
+        recurrence = {"recurrence": cell.recurrence, "recurrent_size": 16}
     if cell.router == "relu":
         routing = ReLURouting(
             l1_coeff_init=config["coeff_init"],
             load_balancing=cell.load_balancing,
             max_assignments=_max_assignments(cell),
+            **recurrence,
         )
+    elif recurrence:
+        routing = TopKRouting(**recurrence)
     model_config = gpt_config(transformer_config(config, **changes), config, routing)
-    hook = FinalizeStep()
+    hook = FinalizeStep(SharedCells.of(routing))
     model_config.transformer.finalize_model_grads_func = hook
     chunks = GPTModelBuilder(model_config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
@@ -296,11 +322,9 @@ def _measure(
         loss = torch.stack([entry["lm loss"] for entry in losses]).sum(dim=0)
         torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
         step["lm_loss"] = (loss[0] / loss[1]).item()
-    if hook.report is not None:
-        report = hook.report
-        assert (
-            report.l1_reg_L is not None and report.l1_coeff is not None
-        )  # only a ReLU router counts
+    report = hook.report
+    if report is not None and report.l1_reg_L is not None:  # of a ReLU router
+        assert report.l1_coeff is not None
         step |= {
             "l1_reg": report.l1_reg_L[report.has_router].tolist(),
             "sparsity": report.sparsity.item(),

@@ -69,8 +69,11 @@ def golden_weight(name: str, shape: list[int], seed: int) -> torch.Tensor:
     """Return the initial value of a parameter, fp32."""
     if "norm" in name:
         return torch.ones(shape)
+    # In the published runs, which have no recurrence, nothing has these names. A state and its
+    # logits would be tiny with the deviation of the other weights.
+    std = 0.3 if "recurrent_cell" in name or "projection" in name else 0.02
     state = np.random.RandomState((zlib.crc32(name.encode()) ^ seed) & 0xFFFFFFFF)
-    return torch.from_numpy((state.standard_normal(shape) * 0.02).astype(np.float32))
+    return torch.from_numpy((state.standard_normal(shape) * std).astype(np.float32))
 
 
 def fill_with_golden_weights(model: torch.nn.Module, seed: int) -> None:
@@ -199,8 +202,10 @@ def gpt_config(transformer: Any, config: dict[str, Any], routing: Routing | None
     from megatron.training.models.gpt import GPTModelConfig
 
     from megatron.remoe import compat
+    from megatron.remoe.moe.shared_cell import SharedCells
     from megatron.remoe.moe.spec import layer_spec
 
+    cells = SharedCells.of(routing)
     return GPTModelConfig(
         transformer=transformer,
         transformer_layer_spec=layer_spec(routing),
@@ -209,5 +214,5 @@ def gpt_config(transformer: Any, config: dict[str, Any], routing: Routing | None
         position_embedding_type="rope",
         rotary_base=1_000_000,
         share_embeddings_and_output_weights=False,
-        pre_wrap_hooks=[compat.mark_experts],
+        pre_wrap_hooks=[compat.mark_experts, *([] if cells is None else [cells.prepare])],
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron.remoe import compat
 from megatron.remoe.moe.counting import CountsRouting
 from megatron.remoe.moe.router import ReLURouter
+from megatron.remoe.moe.shared_cell import SharedCells
 from remoe.controller import move_l1_coeff
 from remoe.statistics import RoutingStatistics, StepReport
 
@@ -91,12 +92,16 @@ class FinalizeStep:
     When gradients overflow in fp16 the optimizer skips the step. The coefficient still moves, as in
     the published code: the sparsity of the step was measured.
 
+    Args:
+        cells: those of recurrent routers, or None.
+
     Attributes:
         report: what the last step measured; None before the first step, or without routers that
             count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cells: SharedCells | None = None) -> None:
+        self.cells = cells
         self.report: StepReport | None = None
         self._kinds: tuple[bool, bool] | None = None
 
@@ -111,6 +116,8 @@ class FinalizeStep:
         megatron_finalize_model_grads(
             model, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce
         )
+        if self.cells is not None:
+            self.cells.sum_gradients(model)
         routers = counting_routers(model)
         if self._kinds is None:
             self._kinds = _on_any_stage(bool(routers), bool(relu_routers(model)))

@@ -27,6 +27,7 @@ def reference_of(cell: Cell) -> Cell:
         max_assignments=UNLIMITED,
         dtype=cell.dtype,
         router=cell.router,
+        recurrence=cell.recurrence,
         load_balancing=cell.load_balancing,
         routing=cell.routing,
         padding=cell.padding,

@@ -1,0 +1,149 @@
+"""The cell of recurrent routers, whose weights are those of one module on all pipeline stages.
+
+Every model chunk with experts has a copy of the cell. The copies start equal, get the sum of all
+copies' gradients, and are saved once, as Megatron does with tied embeddings.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_model_config, make_sharded_tensor_for_checkpoint, unwrap_model
+from torch import Tensor
+
+from megatron.remoe.moe.recurrent import Recurrent
+from remoe.config import Routing
+from remoe.recurrent import GATES, Cell, RecurrentCell
+
+
+class SharedCell(RecurrentCell):
+    """A cell, as a module of Megatron's transformer block.
+
+    Attributes:
+        copy: how many copies are on earlier model chunks; `SharedCells` sets it.
+    """
+
+    def __init__(self, config: TransformerConfig, cell: Cell, size: int) -> None:
+        super().__init__(
+            cell, size, init_std=config.init_method_std, device=torch.cuda.current_device()
+        )
+        self.copy = 0
+        for parameter in self.parameters():
+            # Ranks of sequence parallelism see their own part of the tokens.
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """Return the weights for a distributed checkpoint, where the first copy is saved."""
+        tensor = parallel_state.get_tensor_model_parallel_rank()
+        data = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        return {
+            f"{prefix}{name}": make_sharded_tensor_for_checkpoint(
+                parameter,
+                f"{prefix}{name}",
+                prepend_offsets=sharded_offsets,
+                replica_id=(self.copy, tensor, data),
+            )
+            for name, parameter in self.named_parameters()
+        }
+
+
+class SharedCells:
+    """Keeps the copies of a model's cell equal.
+
+        cells = SharedCells.of(routing)
+        model_config.pre_wrap_hooks.append(cells.prepare)
+        model_config.finalize_model_grads_func = FinalizeStep(cells)
+
+    Args:
+        cell, size: of the model, also for pipeline stages without experts.
+    """
+
+    def __init__(self, cell: Cell, size: int) -> None:
+        rows = GATES[cell] * size
+        self.num_weights = 2 * rows * (size + 1)
+
+    @classmethod
+    def of(cls, routing: Routing | None) -> "SharedCells | None":
+        """Return the cells of a model with these routers; None if they have no recurrence."""
+        if routing is None or routing.recurrence == "none":
+            return None
+        return cls(routing.recurrence, routing.recurrent_size)
+
+    def prepare(self, models: list[Any]) -> list[Any]:
+        """Make the cell of every model chunk a module of it, and the copies of a model equal.
+
+        This is a function for `pre_wrap_hooks` of Megatron's model configuration, which all ranks
+        call.
+        """
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if group.size() > 1:
+            # A stage sends its hidden states with the columns of the state, if there are any.
+            get_model_config(models[0]).variable_seq_lengths = True
+        # Megatron distributes chunks over stages in turn.
+        position = {i * group.size() + group.rank(): cell for i, cell in _cells(models).items()}
+        for i, cell in _cells(models).items():
+            models[i].decoder.recurrent_cell = cell
+        none = 1 + len(models) * group.size()
+        first = torch.tensor(min(position, default=none), device=torch.cuda.current_device())
+        last = torch.tensor(max(position, default=-1), device=torch.cuda.current_device())
+        if group.size() > 1:
+            torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN, group=group)
+            torch.distributed.all_reduce(last, op=torch.distributed.ReduceOp.MAX, group=group)
+        if first == last:
+            return models
+        weights = torch.zeros(self.num_weights, device=torch.cuda.current_device())
+        if int(first) in position:
+            weights = _flat([p.detach() for p in position[int(first)].parameters()])
+        torch.distributed.broadcast(weights, group=group, group_src=int(first) % group.size())
+        for place, cell in position.items():
+            cell.copy = place - int(first)
+            _fill([p.detach() for p in cell.parameters()], weights)
+            for parameter in cell.parameters():
+                # A bucket of its own is split in the same way on all stages, so that one rank of
+                # the distributed optimizer has the same part of every copy.
+                parameter.shared_embedding = True  # type: ignore[attr-defined]
+                # The norm of the gradients counts the first copy.
+                parameter.shared = cell.copy > 0  # type: ignore[attr-defined]
+        return models
+
+    def sum_gradients(self, models: list[Any]) -> None:
+        """Give all copies the sum of their gradients, after Megatron has finalized these."""
+        group = parallel_state.get_pipeline_model_parallel_group()
+        copies = list(_cells(unwrap_model(models)).values())
+        if group.size() == 1:
+            return
+        weights: list[list[Any]] = [list(cell.parameters()) for cell in copies]
+        gradients = [[p.main_grad for p in cell] for cell in weights]
+        total = torch.zeros(self.num_weights, device=torch.cuda.current_device())
+        for gradient in gradients:
+            total += _flat(gradient)
+        torch.distributed.all_reduce(total, group=group)
+        for gradient in gradients:
+            _fill(gradient, total)
+
+
+def _cells(models: list[Any]) -> dict[int, SharedCell]:
+    """Return the cells of the model chunks of this rank, by the number of the chunk."""
+    found = {}
+    for i, model in enumerate(models):
+        for module in model.modules():
+            if isinstance(module, Recurrent):
+                assert isinstance(module.cell, SharedCell)
+                found[i] = module.cell
+    return found
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten().float() for tensor in tensors])
+
+
+def _fill(tensors: list[Tensor], flat: Tensor) -> None:
+    for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
