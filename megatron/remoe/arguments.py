@@ -368,7 +368,7 @@ def configure(model_config: Any, args: argparse.Namespace) -> "FinalizeStep":
     model_config.finalize_model_grads_func = hook
     model_config.pre_wrap_hooks.append(compat.mark_experts)
     if cells is not None:
-        model_config.pre_wrap_hooks.append(cells.prepare)
+        cells.install(model_config)
     if args.fork_async_save:
         # Megatron's validation has switched it off, because the persistent worker is missing. On a
         # CPU that worker must not be used.

@@ -7,8 +7,8 @@ LLaMA (for models without experts) can do is refused by name.
 import argparse
 from typing import Any
 
-from megatron.remoe.options import layers_with_experts
 from megatron.remoe.convert.table import Config
+from megatron.remoe.options import layers_with_experts
 from remoe.config import ROUTINGS
 from remoe.settings import Setting, settings_of
 

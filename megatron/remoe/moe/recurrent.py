@@ -81,7 +81,7 @@ class Recurrent(Router):
         """The cell that all routers of the model chunk share."""
         return self._cell[0]
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, input: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Move the state on, and route by it.
@@ -194,8 +194,20 @@ def norm_of_tokens(norm: Any, *, keeps_state: bool) -> Any:
     return build
 
 
-def add_to_tokens(bda: Bda, hidden_size: int) -> Bda:
-    """Return a bias-dropout-add for a residual with the columns of a state, which it keeps."""
+def columns(state_size: int, dtype: torch.dtype) -> int:
+    """Return how many columns a state has in hidden states of a dtype."""
+    return state_size if dtype == torch.float32 else 2 * state_size
+
+
+def add_to_tokens(bda: Bda, hidden_size: int, state_size: int | None = None) -> Bda:
+    """Return a bias-dropout-add for a residual that has the columns of a state.
+
+    Args:
+        bda: Megatron's bias-dropout-add.
+        hidden_size: of the tokens.
+        state_size: of the state, which is that of the residual, or zero if the residual has none.
+            None drops it.
+    """
 
     def get(training: bool, fused: bool) -> Any:
         add = bda(training, fused)
@@ -203,8 +215,13 @@ def add_to_tokens(bda: Bda, hidden_size: int) -> Bda:
         def add_to_tokens(
             x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float
         ) -> Tensor:
-            x = add(x_with_bias, residual[..., :hidden_size], prob)
-            return torch.cat([x, residual[..., hidden_size:]], dim=-1)
+            x, state = residual[..., :hidden_size], residual[..., hidden_size:]
+            x = add(x_with_bias, x, prob)
+            if state_size is None:
+                return x
+            if state.shape[-1] == 0:
+                state = x.new_zeros(*x.shape[:-1], columns(state_size, x.dtype))
+            return torch.cat([x, state], dim=-1)
 
         return add_to_tokens
 

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config, make_sharded_tensor_for_checkpoint, unwrap_model
 from torch import Tensor
 
-from megatron.remoe.moe.recurrent import Recurrent
+from megatron.remoe.moe.recurrent import Recurrent, columns
 from remoe.config import Routing
 from remoe.recurrent import GATES, Cell, RecurrentCell
 
@@ -54,27 +54,53 @@ class SharedCell(RecurrentCell):
         }
 
 
+class PipelineConfig:
+    """A model's config as the schedules see it, with the width of what pipeline stages send.
+
+    Megatron computes the shape from `hidden_size`. Its `variable_seq_lengths` would send the shape
+    first, which waits for the device at every message, and never ends with two interleaved stages.
+    """
+
+    hidden_size: int
+
+    def __init__(self, config: TransformerConfig, width: int) -> None:
+        vars(self).update(config=config, hidden_size=width)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the config."""
+        return getattr(vars(self)["config"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of the config."""
+        setattr(vars(self)["config"], name, value)
+
+
 class SharedCells:
     """Keeps the copies of a model's cell equal.
 
         cells = SharedCells.of(routing)
-        model_config.pre_wrap_hooks.append(cells.prepare)
+        cells.install(model_config)
         model_config.finalize_model_grads_func = FinalizeStep(cells)
 
     Args:
-        cell, size: of the model, also for pipeline stages without experts.
+        routing: of the model, also for pipeline stages without experts.
     """
 
-    def __init__(self, cell: Cell, size: int) -> None:
-        rows = GATES[cell] * size
-        self.num_weights = 2 * rows * (size + 1)
+    def __init__(self, routing: Routing) -> None:
+        assert routing.recurrence != "none"
+        self.routing = routing
+        rows = GATES[routing.recurrence] * routing.recurrent_size
+        self.num_weights = 2 * rows * (routing.recurrent_size + 1)
 
     @classmethod
     def of(cls, routing: Routing | None) -> "SharedCells | None":
         """Return the cells of a model with these routers; None if they have no recurrence."""
-        if routing is None or routing.recurrence == "none":
-            return None
-        return cls(routing.recurrence, routing.recurrent_size)
+        return cls(routing) if routing is not None and routing.is_recurrent else None
+
+    def install(self, model_config: Any) -> None:
+        """Let Megatron call `prepare` and `widen` when it builds a model of this configuration."""
+        model_config.pre_wrap_hooks.append(self.prepare)
+        model_config.post_wrap_hooks.append(self.widen)
 
     def prepare(self, models: list[Any]) -> list[Any]:
         """Make the cell of every model chunk a module of it, and the copies of a model equal.
@@ -83,9 +109,6 @@ class SharedCells:
         call.
         """
         group = parallel_state.get_pipeline_model_parallel_group()
-        if group.size() > 1:
-            # A stage sends its hidden states with the columns of the state, if there are any.
-            get_model_config(models[0]).variable_seq_lengths = True
         # Megatron distributes chunks over stages in turn.
         position = {i * group.size() + group.rank(): cell for i, cell in _cells(models).items()}
         for i, cell in _cells(models).items():
@@ -111,6 +134,18 @@ class SharedCells:
                 parameter.shared_embedding = True  # type: ignore[attr-defined]
                 # The norm of the gradients counts the first copy.
                 parameter.shared = cell.copy > 0  # type: ignore[attr-defined]
+        return models
+
+    def widen(self, models: list[Any]) -> list[Any]:
+        """Let pipeline stages send hidden states with the columns of the state.
+
+        This is a function for `post_wrap_hooks` of Megatron's model configuration.
+        """
+        config = get_model_config(models[0])
+        if config.pipeline_model_parallel_size > 1 and self.routing.recurrent_passing != "none":
+            width = columns(self.routing.recurrent_size, config.pipeline_dtype)
+            for model in models:
+                model.config = PipelineConfig(config, config.hidden_size + width)
         return models
 
     def sum_gradients(self, models: list[Any]) -> None:

@@ -93,35 +93,50 @@ def block_spec(
             for spec in block.layer_specs
         ]
         if routing.is_recurrent:
-            first = get_transformer_layer_offset(config, vp_stage)
-            passes = routing.recurrent_passing != "none"
-            block.layer_specs = [
-                _with_state(spec, config, first + i, passes=passes)
-                for i, spec in enumerate(block.layer_specs)
-            ]
+            block.layer_specs = _with_states(block.layer_specs, config, routing, vp_stage)
     return block
 
 
-def _with_state(
-    layer: ModuleSpec, config: TransformerConfig, index: int, *, passes: bool
-) -> ModuleSpec:
-    """Return a layer that takes and hands on the state, if it is where the model has one."""
+def _with_states(
+    layers: list[ModuleSpec], config: TransformerConfig, routing: Routing, vp_stage: int | None
+) -> list[ModuleSpec]:
+    """Return layers of this stage that take the state of recurrent routers and hand it on.
+
+    The hidden states have its columns between the first and the last layer with experts. With
+    pipeline stages, they have them between the first and the last layer of the model, because
+    Megatron sends tensors of one shape.
+    """
     with_experts = options.layers_with_experts(config.moe_layer_freq, config.num_layers)
-    takes = passes and with_experts[0] < index <= with_experts[-1]
-    hands_on = passes and with_experts[0] <= index < with_experts[-1]
-    given, size, has_experts = layer.submodules, config.hidden_size, _has_experts(layer)
-    changes: dict[str, Any] = {}
-    if takes:
-        changes = {
-            "input_layernorm": norm_of_tokens(given.input_layernorm, keeps_state=False),
-            "self_attn_bda": add_to_tokens(given.self_attn_bda, size),
-            "pre_mlp_layernorm": norm_of_tokens(given.pre_mlp_layernorm, keeps_state=has_experts),
-            "mlp_bda": add_to_tokens(given.mlp_bda, size),
-        }
-    if has_experts:
-        changes["mlp"] = partial(RecurrentMoELayer, **given.mlp.keywords, hands_on=hands_on)
-        changes["mlp_bda"] = add_and_take_state(given.mlp_bda, size)
-    return replace(layer, submodules=replace(given, **changes))
+    first, last = with_experts[0], with_experts[-1]
+    if config.pipeline_model_parallel_size > 1:
+        first, last = 0, config.num_layers - 1
+        if not layers:
+            raise ValueError(
+                "a pipeline stage has no layers, and the state of recurrent routers needs one to "
+                "pass; give every stage a layer, or leave moe_router_recurrence out"
+            )
+    passes, changed = routing.recurrent_passing != "none", []
+    hidden, size = config.hidden_size, routing.recurrent_size
+    for index, layer in enumerate(layers, get_transformer_layer_offset(config, vp_stage)):
+        takes = passes and first < index <= last
+        hands_on = passes and first <= index < last
+        given, has_experts = layer.submodules, _has_experts(layer)
+        changes: dict[str, Any] = {}
+        if takes:
+            changes = {
+                "input_layernorm": norm_of_tokens(given.input_layernorm, keeps_state=False),
+                "self_attn_bda": add_to_tokens(given.self_attn_bda, hidden, size),
+                "pre_mlp_layernorm": norm_of_tokens(
+                    given.pre_mlp_layernorm, keeps_state=has_experts
+                ),
+            }
+        if has_experts:
+            changes["mlp"] = partial(RecurrentMoELayer, **given.mlp.keywords, hands_on=hands_on)
+            changes["mlp_bda"] = add_and_take_state(given.mlp_bda, hidden)
+        elif takes or hands_on:
+            changes["mlp_bda"] = add_to_tokens(given.mlp_bda, hidden, size if hands_on else None)
+        changed.append(replace(layer, submodules=replace(given, **changes)))
+    return changed
 
 
 def _has_experts(layer: ModuleSpec) -> bool:

@@ -18,7 +18,7 @@ class Cell:
             remaining dimension is data parallelism. Sequence parallelism is on whenever tp > 1.
         overlap: whether gradient reduction and parameter gathering overlap with computation.
         router: "relu", "topk", or "dense" for a model without experts.
-        recurrence: of the router, whose state has 16 values.
+        recurrence: of the routers, whose state has `RECURRENT_SIZE` values.
         experts: our grouped experts, or Megatron's sequential ones.
         routing: an extreme of routing to start from, see `golden.make_extreme`.
         max_assignments: largest number of assignments of a layer that are computed at once. None is

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron.remoe.ranks import initialize_layout
 from megatron.remoe.testing.cell import Cell
 from megatron.remoe.testing.golden import (
+    RECURRENT_SIZE,
     Padding,
     fill_with_golden_weights,
     golden_tokens,
@@ -209,7 +210,7 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any
     routing: Routing | None = None
     recurrence: dict[str, Any] = {}
     if cell.recurrence != "none":
-        recurrence = {"recurrence": cell.recurrence, "recurrent_size": 16}
+        recurrence = {"recurrence": cell.recurrence, "recurrent_size": RECURRENT_SIZE}
     if cell.router == "relu":
         routing = ReLURouting(
             l1_coeff_init=config["coeff_init"],

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from remoe.config import Routing
+from remoe.config import Recurrence, Routing
 
 PUBLISHED_COEFF_INIT = 1e-8
+RECURRENT_SIZE = 16  # of the state, in runs with recurrence
 # The router becomes sparse around step 90 of a run that starts at 1e-8. From there on a change of
 # 1e-6 grows to percents, so that only earlier steps are compared value by value.
 OPEN_LOOP_STEPS = 60
@@ -147,7 +148,9 @@ def padding_mask(micro_batch: int, tokens: torch.Tensor, padding: str) -> torch.
     return torch.full((sequences, length), all_of_it)
 
 
-def parameter_shapes(config: dict[str, Any]) -> dict[str, list[int]]:
+def parameter_shapes(
+    config: dict[str, Any], recurrence: Recurrence = "none"
+) -> dict[str, list[int]]:
     """Return name and shape of every parameter of a golden run, as the golden files name them."""
     h, f = config["H"], config["F"] // config["G"]
     qkv = h + 2 * h * config["groups"] // config["heads"]
@@ -158,11 +161,19 @@ def parameter_shapes(config: dict[str, Any]) -> dict[str, list[int]]:
         shapes[prefix + "self_attention.linear_proj.weight"] = [h, h]
         shapes[prefix + "self_attention.linear_qkv.weight"] = [qkv, h]
         shapes[prefix + "pre_mlp_layernorm.weight"] = [h]
-        shapes[prefix + "mlp.router.weight"] = [config["E"] * config["G"], h]
+        width = h if recurrence == "none" else RECURRENT_SIZE
+        shapes[prefix + "mlp.router.weight"] = [config["E"] * config["G"], width]
+        if recurrence != "none":
+            shapes[prefix + "mlp.router.projection"] = [width, h]
         for expert in range(config["E"] * config["G"]):
             name = f"{prefix}mlp.experts.local_experts.{expert}."
             shapes[name + "linear_fc1.weight"] = [2 * f, h]
             shapes[name + "linear_fc2.weight"] = [h, f]
+    if recurrence != "none":
+        rows = RECURRENT_SIZE * {"gru": 3, "rnn": 1}[recurrence]
+        cell = "decoder.recurrent_cell."
+        shapes |= {f"{cell}weight_{of}": [rows, RECURRENT_SIZE] for of in ("ih", "hh")}
+        shapes |= {f"{cell}bias_{of}": [rows] for of in ("ih", "hh")}
     return shapes | {"decoder.final_layernorm.weight": [h], "output_layer.weight": [256, h]}
 
 
@@ -205,8 +216,7 @@ def gpt_config(transformer: Any, config: dict[str, Any], routing: Routing | None
     from megatron.remoe.moe.shared_cell import SharedCells
     from megatron.remoe.moe.spec import layer_spec
 
-    cells = SharedCells.of(routing)
-    return GPTModelConfig(
+    model_config = GPTModelConfig(
         transformer=transformer,
         transformer_layer_spec=layer_spec(routing),
         vocab_size=256,
@@ -214,5 +224,8 @@ def gpt_config(transformer: Any, config: dict[str, Any], routing: Routing | None
         position_embedding_type="rope",
         rotary_base=1_000_000,
         share_embeddings_and_output_weights=False,
-        pre_wrap_hooks=[compat.mark_experts, *([] if cells is None else [cells.prepare])],
+        pre_wrap_hooks=[compat.mark_experts],
     )
+    if cells := SharedCells.of(routing):
+        cells.install(model_config)
+    return model_config

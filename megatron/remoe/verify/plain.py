@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, rms_norm
 
 from megatron.remoe.testing.golden import (
+    RECURRENT_SIZE,
     golden_tokens,
     golden_weight,
     padding_mask,
     parameter_shapes,
 )
+from remoe.config import Recurrence
 from remoe.reference import reference_l1, reference_moe, reference_routing, reference_sparsity
 
 _ROTARY_BASE, _EPS = 1_000_000, 1e-5
@@ -26,7 +28,12 @@ _MULTIPLIER = 1.2
 
 
 def train(
-    config: dict[str, Any], steps: int, *, padding: str = "none", per_token_loss: bool = False
+    config: dict[str, Any],
+    steps: int,
+    *,
+    padding: str = "none",
+    per_token_loss: bool = False,
+    recurrence: Recurrence = "none",
 ) -> list[dict[str, Any]]:
     """Train a golden run on one rank and return what every step measured, as `run_cell` does.
 
@@ -35,10 +42,11 @@ def train(
         steps: number of steps to train.
         padding: which tokens are padding, see `golden.padding_mask`.
         per_token_loss: whether to weight micro-batches by their real tokens, instead of equally.
+        recurrence: of the routers.
     """
     weights = {
         name: golden_weight(name, shape, config["seed"]).requires_grad_()
-        for name, shape in parameter_shapes(config).items()
+        for name, shape in parameter_shapes(config, recurrence).items()
     }
     optimizer = torch.optim.AdamW(
         [
@@ -55,7 +63,7 @@ def train(
         real_tokens = sum(int((~mask).sum()) for mask in masks)
         total, loss_sum, measured = torch.zeros(()), 0.0, []
         for tokens, mask in zip(batch, masks, strict=True):
-            losses, layers = _forward(weights, config, tokens, mask)
+            losses, layers = _forward(weights, config, tokens, mask, recurrence)
             share = len(losses) / real_tokens if per_token_loss else 1 / len(batch)
             if len(losses):
                 total = total + share * losses.mean()
@@ -86,19 +94,28 @@ def _measure(config: dict[str, Any], measured: list[list[tuple[Tensor, Tensor]]]
 
 
 def _forward(
-    weights: dict[str, Tensor], config: dict[str, Any], tokens: Tensor, mask: Tensor
+    weights: dict[str, Tensor],
+    config: dict[str, Any],
+    tokens: Tensor,
+    mask: Tensor,
+    recurrence: Recurrence,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Return losses of the real tokens; regularizer and gates `[real tokens, E]` of every layer."""
     topk, experts = config["k"] * config["G"], config["E"] * config["G"]
     x = weights["embedding.word_embeddings.weight"][tokens[:, :-1]]  # [b, s, H]
     real, layers = ~mask.flatten(), []
+    state = torch.zeros(tokens[:, 1:].numel(), RECURRENT_SIZE)
     for layer in range(config["L"]):
         prefix = f"decoder.layers.{layer}."
         norm = weights[prefix + "input_layernorm.weight"]
         x = x + _attention(weights, prefix, config, rms_norm(x, norm.shape, norm, _EPS))
         norm = weights[prefix + "pre_mlp_layernorm.weight"]
         rows = rms_norm(x, norm.shape, norm, _EPS).flatten(end_dim=1)
-        probs = reference_routing(rows, weights[prefix + "mlp.router.weight"])
+        routed_by = rows
+        if recurrence != "none":
+            projected = rows @ weights[prefix + "mlp.router.projection"].T
+            routed_by = state = _next_state(weights, recurrence, projected, state)
+        probs = reference_routing(routed_by, weights[prefix + "mlp.router.weight"])
         expert = f"{prefix}mlp.experts.local_experts."
         fc1, fc2 = (
             torch.stack([weights[f"{expert}{e}.linear_fc{i}.weight"] for e in range(experts)])
@@ -113,6 +130,17 @@ def _forward(
     logits = rms_norm(x, norm.shape, norm, _EPS) @ weights["output_layer.weight"].T
     losses = cross_entropy(logits.flatten(end_dim=1), tokens[:, 1:].flatten(), reduction="none")
     return losses[real], layers
+
+
+def _next_state(
+    weights: dict[str, Tensor], recurrence: Recurrence, x: Tensor, state: Tensor
+) -> Tensor:
+    """Return the state after a layer, by torch's GRU or RNN, `[T, p]`."""
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    cell = [weights[f"decoder.recurrent_cell.{name}"] for name in names]
+    function = torch.gru_cell if recurrence == "gru" else torch.rnn_tanh_cell
+    after: Tensor = function(x, state, *cell)
+    return after
 
 
 def _attention(

@@ -68,6 +68,7 @@ class Runner:
                     steps,
                     padding=cell.padding,
                     per_token_loss=cell.per_token_loss,
+                    recurrence=cell.recurrence,
                 )
                 if cell.plain
                 else self.run(run_cell, cell, steps, weights)

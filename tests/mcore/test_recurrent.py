@@ -1,0 +1,140 @@
+"""Recurrent routers in Megatron: layers against loops, the columns of the state, and the cell."""
+
+import pytest
+import torch
+
+from megatron.remoe.ranks import Ranks
+from megatron.remoe.testing.cell import Cell
+from megatron.remoe.testing.cells import Training, initialize, save_golden_weights
+from megatron.remoe.testing.golden import CLOSED_LOOP, golden_tokens
+from remoe.config import ReLURouting, TopKRouting
+from remoe.reference import reference_moe, reference_recurrent_scores
+from remoe.routing import topk_routing
+from tests.mcore import moe_cases
+from tests.mcore.moe_cases import EXPERTS, HIDDEN, WIDTH, Layout
+
+SIZE, LAYERS = 5, 3
+CONFIG = CLOSED_LOOP | {"L": 4, "seq": 16}
+
+
+def hand_on(dtype, layers=8):
+    """States after layers of a GRU, exact and as hidden states of a dtype carry them, `[T, p]`."""
+    from megatron.remoe.moe.recurrent import join, split
+    from remoe.recurrent import RecurrentCell
+
+    torch.manual_seed(0)
+    cell = RecurrentCell("gru", 16, init_std=0.5)
+    projections = [torch.randn(16, 8) for _ in range(layers)]
+    x, exact = torch.randn(64, 8), None
+    carried = rounded = None
+    for projection in projections:
+        exact = cell(x, exact, projection)
+        carried = split(join(x.to(dtype), cell(x, carried, projection)), 8)[1]
+        rounded = cell(x, rounded, projection).to(dtype).float()
+    return exact, carried, rounded
+
+
+def test_hidden_states_of_half_precision_carry_a_state_in_two_columns_per_value(call):
+    """One column would lose as much as bf16 does, and no column is lost in fp32."""
+    exact, carried, rounded = call(hand_on, torch.float32)
+    assert torch.equal(carried, exact)
+    exact, carried, rounded = call(hand_on, torch.bfloat16)
+    assert (rounded - exact).abs().max() > 1e-3
+    assert (carried - exact).abs().max() < 2e-5
+    exact, carried, rounded = call(hand_on, torch.float16)
+    assert (rounded - exact).abs().max() > 1e-4
+    assert (carried - exact).abs().max() < 1e-6
+
+
+def routing_of(router, cell="gru", passing="full"):
+    cls = {"relu": ReLURouting, "topk": TopKRouting}[router]
+    return cls(recurrence=cell, recurrent_size=SIZE, recurrent_passing=passing)
+
+
+def layers_and_cell(routing, **changes):
+    """MoE layers of a model, in training, with weights that are large enough to matter."""
+    from megatron.remoe.moe.spec import block_spec
+
+    moe_cases.initialize(Layout())
+    config = moe_cases.transformer_config(Layout(), num_layers=LAYERS, **changes)
+    torch.manual_seed(3)
+    layers = []
+    for number, spec in enumerate(block_spec(config, routing).layer_specs, 1):
+        layers.append(spec.submodules.mlp(config=config, layer_number=number).train())
+        layers[-1].set_layer_number(number)
+    cell = layers[0].router.cell
+    with torch.no_grad():
+        for weight in parameters_of(layers):
+            weight.copy_(torch.randn(weight.shape))
+    return layers, cell
+
+
+def parameters_of(layers):
+    found = list(layers[0].router.cell.parameters())
+    for layer in layers:
+        found += [layer.router.projection, layer.router.weight]
+        found += [layer.experts.linear_fc1, layer.experts.linear_fc2]
+    return found
+
+
+def wide_layers(layers, x):
+    """Layers with residuals, as the bias-dropout-adds of a model connect them."""
+    wide = x
+    for layer in layers:
+        output, _ = layer(wide)
+        tokens = wide[..., :HIDDEN] + output[..., :HIDDEN]
+        wide = torch.cat([tokens, output[..., HIDDEN:]], dim=-1)
+    return wide
+
+
+def by_loops(layers, x, routing):
+    flat, state = x.view(-1, HIDDEN), torch.zeros(x.shape[:-1].numel(), SIZE)
+    cell = layers[0].router.cell
+    for layer in layers:
+        if routing.recurrent_passing == "none":
+            state = torch.zeros_like(state)
+        elif routing.recurrent_passing == "detached":
+            state = state.detach()
+        logits, state = reference_recurrent_scores(
+            flat, state, layer.router.projection, layer.router.weight, cell.cell, cell.weights
+        )
+        if isinstance(routing, ReLURouting):
+            probs = logits.clamp(min=0)
+        else:
+            probs, _ = topk_routing(logits, topk=2, pre_softmax=True)
+        experts = layer.experts
+        fc1 = experts.linear_fc1.view(EXPERTS, 2 * WIDTH, HIDDEN)
+        fc2 = experts.linear_fc2.view(EXPERTS, HIDDEN, WIDTH)
+        flat = flat + reference_moe(flat, probs, fc1, fc2)
+    return flat.view_as(x)
+
+
+def compared_with_loops(routing, changes):
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(0.0))  # the penalty is tested elsewhere
+    layers, _ = layers_and_cell(routing, moe_router_topk=2, **changes)
+    found = []
+    for forward in (wide_layers, lambda layers, x: by_loops(layers, x, routing)):
+        x = moe_cases.inputs(0).requires_grad_()
+        output = forward(layers, x)
+        assert output.shape == x.shape, "the last layer with experts drops the state"
+        for parameter in parameters_of(layers):
+            parameter.grad = None
+        (output * moe_cases.direction(0)).sum().backward()
+        grads = [x.grad, *(p.grad for p in parameters_of(layers))]
+        found.append([output.detach(), *grads])
+    return found
+
+
+@pytest.mark.parametrize("recompute", ["none", "moe"])
+@pytest.mark.parametrize("passing", ["full", "detached", "none"])
+@pytest.mark.parametrize(("router", "cell"), [("relu", "gru"), ("topk", "gru"), ("topk", "rnn")])
+def test_layers_equal_the_loops_with_all_gradients(call, router, cell, passing, recompute):
+    changes = {}
+    if recompute == "moe":
+        changes = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    ours, theirs = call(compared_with_loops, routing_of(router, cell, passing), changes)
+    for a, b in zip(ours, theirs, strict=True):
+        a = torch.zeros_like(b) if a is None else a
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
