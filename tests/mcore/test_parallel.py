@@ -16,6 +16,13 @@ from megatron.remoe.verify import grid
 from megatron.remoe.verify.trajectories import FP32, QUANTITIES, TrajectoryComparison, deviations
 
 STEPS = 4
+RECURRENT = (
+    ": TP2", ": TP2 x EP2 all-to-all", ": PP2", ": PP2, 2 virtual stages",
+    ": PP2, layers without experts between", ": PP2, a stage without experts",
+    ": DP2, overlap, full recompute", ": PP2, distributed optimizer, MoE recompute", " TopK: PP2",
+    " TopK: TP2", " RNN: TP2", ", bf16: PP2", ", chunked: PP2", ", padded: TP2",
+    ", plain torch: TP2 x EP2 all-to-all", ", plain torch: PP2",
+)  # fmt: skip
 SUBSET = [
     *[c for c in grid.grid() if c.world <= 2 and re.match(r"(DP|EP|TP|PP|one rank)", c.name)],
     *[c for c in grid.grid() if c.name in ("TopK: EP2 all-to-all", "TopK: TP2", "bf16: TP2")],
@@ -30,6 +37,7 @@ SUBSET = [
     ],
     *[c for c in grid.against_plain_torch() if c.world <= 2],
     *[c for c in grid.chunked_differently() if c.world <= 2 and "differently" in c.name],
+    *[c for c in grid.recurrent() if c.name.removeprefix("recurrent") in RECURRENT],
 ]
 
 
@@ -177,6 +185,37 @@ def run_mutated(mutation, cell, weights):
         backend.torch_norm = unmarked
     initialize(cell)
     training = Training(cell, CLOSED_LOOP, weights)
+    return [training.step(batch) for batch in golden_tokens(CLOSED_LOOP)[:8]]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("mutation", ["tensor", "pipeline", "state"])
+def test_a_recurrent_router_that_forgets_a_sum_or_the_state_is_caught(tmp_path, mutation):
+    """That is the sum of the cell's gradients over tensor ranks, or over pipeline stages."""
+    one = Cell("one rank", recurrence="gru")
+    layout = {"tp": 2} if mutation == "tensor" else {"pp": 2}
+    with Ranks(1) as ranks:
+        ranks.run(save_golden_weights, one, CLOSED_LOOP, tmp_path / "weights")
+        expected = ranks.run(run_cell, one, CLOSED_LOOP, 8, tmp_path / "weights")[0]
+    with Ranks(2) as ranks:
+        cell = Cell("two ranks", 2, recurrence="gru", **layout)
+        trained = ranks.run(run_recurrent, mutation, cell, tmp_path / "weights")
+        actual = next(t for t in trained if "lm_loss" in t[0])
+    assert deviations(actual, expected)["l1_reg"] > 2 * FP32["l1_reg"]
+
+
+def run_recurrent(mutation, cell, weights):
+    from megatron.remoe.moe import recurrent, shared_cell
+
+    if mutation == "pipeline":
+        shared_cell.SharedCells.sum_gradients = lambda self, models: None
+    elif mutation == "state":
+        recurrent.passed_on = lambda state, passing: None
+    initialize(cell)
+    training = Training(cell, CLOSED_LOOP, weights)
+    if mutation == "tensor":
+        for parameter in training.chunks[0].module.decoder.recurrent_cell.parameters():
+            parameter.sequence_parallel = False
     return [training.step(batch) for batch in golden_tokens(CLOSED_LOOP)[:8]]
 
 

@@ -87,7 +87,8 @@ def grid() -> list[Cell]:
     """Return every cell of the grid.
 
     These are ReLU routing in fp32, with padding, in bf16, in the dense stage, in chunks and at its
-    extremes, TopK routing, gradient accumulation, and cells that are compared with plain torch.
+    extremes, TopK routing, gradient accumulation, cells that are compared with plain torch, and
+    recurrent routers.
     Experts are grouped; the layouts of ReLU routing run with Megatron's sequential ones as well.
     """
     layouts = _layouts()
@@ -116,7 +117,41 @@ def grid() -> list[Cell]:
         *extremes(),
         *accumulation(),
         *against_plain_torch(),
+        *recurrent(),
     ]
+
+
+def recurrent() -> list[Cell]:
+    """Return layouts of recurrent routers, whose state crosses layers, ranks and stages."""
+    layouts = [
+        *_layouts(),
+        Cell(
+            "PP2, layers without experts between", 2, pp=2,
+            run=(("L", 4), ("moe_layer_freq", (1, 0, 0, 1))),
+        ),
+        Cell("DP2, overlap, full recompute", 2, overlap=True, recompute="full", **_DISTRIBUTED),
+        Cell("PP2, distributed optimizer, MoE recompute", 2, pp=2, recompute="moe", **_DISTRIBUTED),
+        Cell(
+            "DP2 x PP2, distributed optimizer, 4 ranks", 4, pp=2, run=_FOUR_RANKS, **_DISTRIBUTED
+        ),
+    ]  # fmt: skip
+    bf16 = ("one rank", "TP2", "PP2", "EP2, distributed optimizer")
+    chunked = ("EP2 all-to-all", "PP2", "one rank, MoE recompute")
+    padded = ("TP2", "PP2")
+    plain_torch = ("one rank", "TP2 x EP2 all-to-all", "PP2")
+    deep = (("L", 4), ("seq", 16))
+    gru: dict[str, Any] = {"recurrence": "gru"}
+    return [
+        *_variants(layouts, "recurrent: ", **gru),
+        *_variants(layouts, "recurrent TopK: ", router="topk", **gru),
+        *_variants(layouts, "recurrent RNN: ", ("TP2", "PP2"), recurrence="rnn"),
+        *_variants(layouts, "recurrent, bf16: ", bf16, dtype="bf16", **gru),
+        *_variants(layouts, "recurrent, chunked: ", chunked, max_assignments=64, **gru),
+        *_variants(layouts, "recurrent, padded: ", padded, padding="ends", **gru),
+        *_variants(
+            layouts, "recurrent, plain torch: ", plain_torch, plain=True, run=deep, **gru
+        ),
+    ]  # fmt: skip
 
 
 def _chunked(layouts: list[Cell]) -> list[Cell]:
