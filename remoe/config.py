@@ -133,6 +133,7 @@ class Routing(Settings):
         help="Route by a state that every token takes from layer to layer, and which a GRU or an "
         "RNN that all layers share moves on. With none, route by the token alone.",
         on_resume="refused",
+        exported=True,
     )
     recurrent_size: int = setting(
         128,
@@ -140,6 +141,7 @@ class Routing(Settings):
         help="Number of values of the state of a recurrent router.",
         within="[1, inf)",
         on_resume="refused",
+        exported=True,
     )
     recurrent_passing: RecurrentPassing = setting(
         "full",
@@ -147,6 +149,7 @@ class Routing(Settings):
         help="Ablation: hand the state on to the next layer without its gradient (detached), or "
         "start every layer from zero (none).",
         on_resume="refused",
+        exported=True,
     )
 
     def __post_init__(self) -> None:

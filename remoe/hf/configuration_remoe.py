@@ -35,7 +35,7 @@ def _is_coefficients(value: Any) -> bool:
 _COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
-    "num_experts", "num_experts_per_tok", "max_active_experts",
+    "num_experts", "num_experts_per_tok", "max_active_experts", "recurrent_size",
 )  # fmt: skip
 # What a value must be, by name: a test, and the same in words. A default of None passes as well.
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -43,6 +43,10 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "router_type": (lambda x: x in ROUTER_TYPES, f"one of {', '.join(ROUTER_TYPES)}"),
     "router_dtype": (lambda x: x in ("float32", "float64", None), "float32, float64 or null"),
     "load_balancing": (lambda x: x in ("aux_loss", "none"), "aux_loss or none"),
+    "recurrence": (lambda x: x in ("none", "gru", "rnn"), "one of none, gru, rnn"),
+    "recurrent_passing": (
+        lambda x: x in ("full", "detached", "none"), "one of full, detached, none",
+    ),
     "rms_norm_eps": (lambda x: _is_number(x) and x > 0, "a positive number"),
     "l1_coeff": (_is_coefficients, "a list of numbers that are not negative"),
     "l1_coeff_init": (lambda x: _is_number(x) and x > 0, "a positive number"),
@@ -82,6 +86,10 @@ class ReMoEConfig(LlamaConfig):
         l1_coeff_init, l1_coeff_multiplier, target_sparsity: settings of its controller (Eq. 7).
         max_active_experts: most experts of a token, those with the largest gates; None is no limit.
         at_least_one_expert: whether a token without any expert gets that of its largest logit.
+        recurrence: the cell of recurrent routers (arXiv 2408.06793), "gru" or "rnn"; or "none".
+        recurrent_size: number of values of their state.
+        recurrent_passing: what a layer takes of the state of the layer before it: "full",
+            "detached" (without its gradient) or "none".
         load_balancing: "aux_loss" weights the penalty by load (Eq. 10), "none" does not (Eq. 9).
         training_facts: what is known about the training: iteration, tokens, losses, sparsity.
         format_version: version of the exported files.
@@ -108,6 +116,9 @@ class ReMoEConfig(LlamaConfig):
     load_balancing: str = "aux_loss"
     max_active_experts: int | None = None
     at_least_one_expert: bool = False
+    recurrence: str = "none"
+    recurrent_size: int = 128
+    recurrent_passing: str = "full"
     training_facts: dict[str, Any] | None = None
     format_version: int = 1
 

@@ -4,7 +4,7 @@ This file is exported with every model and therefore self-contained: its routing
 copies of those in `remoe`, and a test compares both. The paper is arXiv 2412.14711.
 
 Shapes: B batch, S sequence, T = B * S tokens, H hidden, E experts, F expert width, L layers with
-experts.
+experts, p state of a recurrent router (arXiv 2408.06793).
 """
 
 from dataclasses import dataclass
@@ -119,28 +119,77 @@ def route(logits_TE: Tensor, router_type: str, topk: int) -> tuple[Tensor, Tenso
     return routers[router_type](logits_TE, topk)
 
 
-class ReMoERouter(nn.Module):
-    """A router from tokens `[T, H]` to gates and the map of active experts, both `[T, E]`."""
+class ReMoECell(nn.Module):
+    """The GRU or RNN of recurrent routers, which all layers share, in fp32.
+
+    It keeps its dtype when a model is cast as a whole.
+    """
 
     def __init__(self, config: ReMoEConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        size, gates = config.recurrent_size, {"gru": 3, "rnn": 1}[config.recurrence]
+        self.function = torch.gru_cell if config.recurrence == "gru" else torch.rnn_tanh_cell
+        self.passing = config.recurrent_passing
+        dtype = torch.float32
+        self.weight_ih = nn.Parameter(torch.empty(gates * size, size, dtype=dtype))
+        self.weight_hh = nn.Parameter(torch.empty(gates * size, size, dtype=dtype))
+        self.bias_ih = nn.Parameter(torch.empty(gates * size, dtype=dtype))
+        self.bias_hh = nn.Parameter(torch.empty(gates * size, dtype=dtype))
+
+    def forward(self, x_TH: Tensor, state_Tp: Tensor | None, projection_pH: Tensor) -> Tensor:
+        """Return the state after a layer, `[T, p]`, given that of the layer before, or None."""
+        x_Tp = F.linear(x_TH.float(), projection_pH.float())
+        if state_Tp is None or self.passing == "none":
+            state_Tp = torch.zeros_like(x_Tp)
+        elif self.passing == "detached":
+            state_Tp = state_Tp.detach()
+        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return self.function(x_Tp, state_Tp, *weights)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ReMoECell":
+        exact = {name: p.detach() for name, p in self.named_parameters()}
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters():
+            if parameter.dtype != torch.float32:
+                before = parameter if exact[name].is_meta else exact[name]
+                parameter.data = before.to(device=parameter.device, dtype=torch.float32)
+        return self
+
+
+class ReMoERouter(nn.Module):
+    """A router from tokens `[T, H]` to gates and the map of active experts, both `[T, E]`.
+
+    With recurrence it reads a state `[T, p]`, which it also returns for the next layer.
+    """
+
+    def __init__(self, config: ReMoEConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        if config.recurrence != "none":
+            width = config.recurrent_size
+            self.projection = nn.Parameter(torch.empty(width, config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(config.num_experts, width))
         self.max_active, self.at_least_one = config.max_active_experts, config.at_least_one_expert
         self.router_type, self.topk = config.router_type, config.num_experts_per_tok
         self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
 
-    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gates and the map of active experts."""
-        dtype = self.dtype or x_TH.dtype
+    def forward(
+        self, x_TH: Tensor, state_Tp: Tensor | None = None, cell: ReMoECell | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the gates, the map of active experts, and the state if there is a cell."""
         # A cast is not enough under autocast, which would cast it back.
         with torch.autocast(x_TH.device.type, enabled=False):
-            logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype))
+            read = x_TH
+            if cell is not None:
+                read = state_Tp = cell(x_TH, state_Tp, self.projection)
+            dtype = self.dtype or read.dtype
+            logits_TE = F.linear(read.to(dtype), self.weight.to(dtype))
             probs_TE, active_TE = route(logits_TE, self.router_type, self.topk)
-            if self.max_active is None and not self.at_least_one:
-                return probs_TE, active_TE
-            return bounded_routing(
-                logits_TE, probs_TE, max_active=self.max_active, at_least_one=self.at_least_one
-            )
+            if self.max_active is not None or self.at_least_one:
+                probs_TE, active_TE = bounded_routing(
+                    logits_TE, probs_TE, max_active=self.max_active, at_least_one=self.at_least_one
+                )
+            return probs_TE, active_TE, state_Tp
 
 
 class ReMoEExperts(nn.Module):
@@ -183,13 +232,18 @@ class ReMoEBlock(nn.Module):
         self.router = ReMoERouter(config)
         self.experts = ReMoEExperts(config)
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the new `[B, S, H]` states, and gates and active map, both `[B, S, E]`."""
+    def forward(
+        self, hidden_states: Tensor, state_Tp: Tensor | None = None, cell: ReMoECell | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return the new `[B, S, H]` states, gates and active map, both `[B, S, E]`, and `[T, p]`.
+
+        The last is the state of a recurrent router, if there is a cell.
+        """
         x_TH = hidden_states.flatten(0, 1)
-        probs_TE, active_TE = self.router(x_TH)
+        probs_TE, active_TE, state_Tp = self.router(x_TH, state_Tp, cell)
         y_TH = self.experts(x_TH, probs_TE.to(x_TH.dtype), active_TE)
         shape = (*hidden_states.shape[:2], -1)
-        return y_TH.view_as(hidden_states), probs_TE.view(shape), active_TE.view(shape)
+        return y_TH.view_as(hidden_states), probs_TE.view(shape), active_TE.view(shape), state_Tp
 
 
 class ReMoERotaryEmbedding(LlamaRotaryEmbedding):
@@ -219,19 +273,24 @@ class ReMoEDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden_states: Tensor, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Return new hidden states, attention weights (eager only), gates and active map.
+        self,
+        hidden_states: Tensor,
+        state_Tp: Tensor | None = None,
+        cell: ReMoECell | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Return new hidden states, attention weights (eager only), gates, active map and state.
 
-        The last two are None for a dense layer.
+        Gates and active map are None for a dense layer, which hands on the state of the recurrent
+        routers, if the model has such.
         """
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
         if self.is_dense:
-            return hidden_states + self.mlp(normed), weights, None, None
-        output, probs, active = self.mlp(normed)
-        return hidden_states + output, weights, probs, active
+            return hidden_states + self.mlp(normed), weights, None, None, state_Tp
+        output, probs, active, state_Tp = self.mlp(normed, state_Tp, cell)
+        return hidden_states + output, weights, probs, active, state_Tp
 
 
 @dataclass
@@ -281,6 +340,7 @@ class ReMoEPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["ReMoEDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = {"recurrent_cell"}
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -292,6 +352,11 @@ class ReMoEPreTrainedModel(PreTrainedModel):
         if isinstance(module, ReMoEExperts | ReMoERouter):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, ReMoECell):
+            for parameter in (module.weight_ih, module.weight_hh):
+                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+            for parameter in (module.bias_ih, module.bias_hh):
+                init.zeros_(parameter)
 
 
 class ReMoEModel(ReMoEPreTrainedModel):
@@ -310,6 +375,7 @@ class ReMoEModel(ReMoEPreTrainedModel):
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(ReMoEDecoderLayer(config, i) for i in layers)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.recurrent_cell = None if config.recurrence == "none" else ReMoECell(config)
         self.rotary_emb = ReMoERotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.routed: Tensor | None = None
@@ -379,13 +445,15 @@ class ReMoEModel(ReMoEPreTrainedModel):
             "position_ids": position_ids,
             "past_key_values": past_key_values,
         }
-        hidden_states = inputs_embeds
+        hidden_states, state = inputs_embeds, None
         all_hidden: list[Tensor] = []
         all_attentions: list[Tensor] = []
         routing: list[tuple[Tensor, Tensor]] = []
         for layer in self.layers:
             all_hidden += [hidden_states] if with_hidden else []
-            hidden_states, weights, probs, active = layer(hidden_states, **common, **kwargs)
+            hidden_states, weights, probs, active, state = layer(
+                hidden_states, state, self.recurrent_cell, **common, **kwargs
+            )
             all_attentions += [weights] if with_attentions and weights is not None else []
             if probs is not None and (output_routing or self.training):
                 routing.append((probs, active))

@@ -28,6 +28,7 @@ from tests.mcore.convert_cases import (
     write_synthetic,
 )
 
+GRU = {"moe_router_recurrence": "gru", "moe_router_recurrent_size": 8}
 CASES = {
     "relu, untied": RELU | UNTIED,
     "relu, E 8, k 2, G 2, one group, tied": RELU
@@ -38,6 +39,12 @@ CASES = {
     | {"moe_relu_max_active_experts": 2, "moe_relu_at_least_one_expert": True},
     "topk, post-softmax": TOPK | UNTIED,
     "topk, pre-softmax, G 2": TOPK | {"moe_router_pre_softmax": True, "moe_granularity": 2},
+    "recurrent relu, three layers": RELU | UNTIED | GRU | {"num_layers": 3},
+    "recurrent relu, dense layer between": RELU
+    | GRU
+    | {"num_layers": 3, "moe_layer_freq": "[1,0,1]"},
+    "recurrent relu, nothing passed": RELU | GRU | {"moe_router_recurrent_passing": "none"},
+    "recurrent topk, rnn": TOPK | {"moe_router_recurrence": "rnn", "moe_router_recurrent_size": 8},
     "dense, untied": UNTIED,
     "dense, tied": {},
 }
@@ -60,6 +67,29 @@ def test_bf16_agrees_to_its_rounding(call, tmp_path):
     assert 0 < outcome.logits <= 0.3
     assert outcome.flipped <= 2  # of 96 pairs
     assert outcome.round_trip == [] and outcome.returned_logits == 0
+
+
+def test_a_recurrent_model_in_bf16_keeps_its_cell_in_fp32(call, tmp_path):
+    outcome = call(through_hf, RELU | UNTIED | GRU | {"bf16": True}, tmp_path)
+    assert 0 < outcome.logits <= 0.3
+    assert outcome.flipped <= 2  # of 96 pairs
+    assert outcome.round_trip == [] and outcome.returned_logits == 0
+    (weights,) = (tmp_path / "hf").glob("model*.safetensors")
+    dtypes = {name: tensor.dtype for name, tensor in load_file(weights).items()}
+    cell = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    assert cell == {f"model.recurrent_cell.{name}" for name in names}
+
+
+def test_stages_of_a_recurrent_model_are_exported_to_the_same_files(call, tmp_path):
+    flags = RELU | UNTIED | GRU
+    call(through_hf, flags, tmp_path)
+    source = next((tmp_path / "back").glob("iter_*"))
+    with Ranks(2) as ranks:
+        ranks.run(reshard, flags | LAYOUTS["PP2"], 2, source, tmp_path / "PP2")
+    code, _, error = call(tiny.remoe, tmp_path, "convert", "to-hf", "PP2", "hf-PP2")
+    assert code == 0, error
+    assert_same_folder(tmp_path / "hf", tmp_path / "hf-PP2")
 
 
 @pytest.mark.parametrize("corruption", ["qkv", "gate and up", "norms"])

@@ -50,7 +50,6 @@ _REQUIRED: dict[str, Any] = {
     "moe_router_group_topk": None,
     "moe_router_topk_scaling_factor": None,
     "moe_router_enable_expert_bias": False,
-    "moe_router_recurrence": "none",
     # shortcuts of earlier versions, which proved to be of no use (docs/log.md)
     "moe_relu_l1_reg_coeff_rule": "sign",
     "moe_relu_start_sparse": False,
@@ -125,10 +124,9 @@ def to_config(args: argparse.Namespace) -> Config:
         "mlp_only_layers": dense or None,
         "target_sparsity": 1 - args.moe_router_topk / args.num_experts,
     }
-    if is_relu:
-        # The published code has some of these arguments only; it does as our defaults do.
-        config |= {s.name: getattr(args, s.dest, s.default) for s in _exported_settings()}
-    return config
+    # The published code has some of these arguments only; it does as our defaults do.
+    settings = _exported_settings("relu" if is_relu else "topk")
+    return config | {s.name: getattr(args, s.dest, s.default) for s in settings}
 
 
 def check_expressible(config: Config) -> None:
@@ -197,12 +195,12 @@ def to_flags(config: Config, padded_vocab_size: int) -> dict[str, Any]:
         flags["moe_layer_freq"] = f"[{','.join(pattern)}]"  # Megatron takes no spaces
     if router == "relu":
         flags["moe_relu_routing"] = True
-        flags |= {s.dest: config[s.name] for s in _exported_settings()}
-    return flags
+    settings = _exported_settings("relu" if router == "relu" else "topk")
+    return flags | {s.dest: config.get(s.name, s.default) for s in settings}
 
 
-def _exported_settings() -> list[Setting]:
-    return [setting for setting in settings_of(ROUTINGS["relu"]) if setting.exported]
+def _exported_settings(router: str) -> list[Setting]:
+    return [setting for setting in settings_of(ROUTINGS[router]) if setting.exported]
 
 
 def moe_layers(config: Config) -> list[int]:

@@ -14,7 +14,7 @@ from megatron.remoe.convert.facts import model_card
 from megatron.remoe.convert.hf_source import DTYPES, PADDING_FILE, check_finite, validated
 from megatron.remoe.convert.output import new_folder
 from megatron.remoe.convert.source import MegatronSource, Source
-from megatron.remoe.convert.table import CONFIG, PADDING, Config, Item
+from megatron.remoe.convert.table import CONFIG, PADDING, Config, Item, dtype_of
 from megatron.remoe.formats.safetensors import ShardWriter, Spec
 from remoe.hf.configuration_remoe import FORMAT_VERSION
 
@@ -101,7 +101,7 @@ def _write_weights(
 ) -> None:
     shapes = [(name, shape) for item in source.items for name, shape in item.hf.items()]
     stored = [(n, s) for n, s in shapes if not n.startswith(CONFIG) and 0 not in s]
-    weights: Spec = {n: (dtype, s) for n, s in stored if not n.startswith(PADDING)}
+    weights: Spec = {n: (dtype_of(n, dtype), s) for n, s in stored if not n.startswith(PADDING)}
     padding: Spec = {n: (dtype, s) for n, s in stored if n.startswith(PADDING)}
     with ExitStack() as stack:
         model = stack.enter_context(ShardWriter(folder, weights, shard_bytes))
@@ -111,8 +111,9 @@ def _write_weights(
         for item in source.items:
             for name, tensor in source.hf_tensors(item).items():
                 if name in weights:
-                    model.write(name, _cast(name, tensor, dtype))
-                    done += tensor.numel() * dtype.itemsize
+                    cast = _cast(name, tensor, dtype_of(name, dtype))
+                    model.write(name, cast)
+                    done += cast.nbytes
                 elif name in padding:
                     rows.write(name, _cast(name, tensor, dtype))
             progress(done, model.total)

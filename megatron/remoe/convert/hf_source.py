@@ -15,6 +15,7 @@ from megatron.remoe.convert.table import (
     Item,
     check_names,
     check_shape,
+    dtype_of,
     plan,
 )
 from megatron.remoe.convert.tokenizer import TokenizerFiles
@@ -99,10 +100,11 @@ class HFSource:
         for name, shape in weights.items():
             meta = self.reader.meta[name]
             check_shape(f"{self.path}: {name}", tuple(meta.shape), shape)
-            if meta.dtype != self.dtype:
+            if meta.dtype != dtype_of(name, self.dtype):
                 raise ValueError(
                     f"{self.path}: {name} is {meta.dtype}, but model.norm.weight is {self.dtype}; "
-                    f"save the model with all weights in one dtype"
+                    f"save the model with all weights in one dtype, but for the fp32 cell of "
+                    f"recurrent routers"
                 )
 
     def _check_tokenizer(self) -> None:
@@ -133,7 +135,7 @@ class HFSource:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of all weights."""
+        """The dtype of all weights, but for the cell of recurrent routers."""
         return self.reader.meta["model.norm.weight"].dtype
 
     def hf_tensors(self, item: Item) -> dict[str, Tensor]:

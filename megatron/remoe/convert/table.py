@@ -9,7 +9,8 @@ the model's config, `padding.` is a tensor for a file beside the weights (rows o
 that only Megatron has), and everything else is a weight.
 
 Dimensions: V vocabulary, P padded rows beyond V, H hidden, Q query heads x head, K query groups x
-head, E experts, F expert width, G = 2F, D dense width.
+head, E experts, F expert width, G = 2F, D dense width, R what a router reads (the state of a
+recurrent router, else H), S rows of the gates of its cell.
 """
 
 from collections import Counter
@@ -25,6 +26,7 @@ Config = dict[str, Any]
 Shape = tuple[int, ...]
 
 CONFIG, PADDING = "config.", "padding."
+CELL = "model.recurrent_cell."  # its weights are fp32 in models of every dtype
 
 
 def _same(tensor: Tensor, dims: Dims) -> list[Tensor]:
@@ -74,7 +76,8 @@ class Rule:
         hf: the names on the other side, each with its dimensions, one letter per dimension.
         to_hf, to_megatron: split the tensor into its parts, in the order of `hf`, and join them.
         when: which models or layers have the tensor: "always", "untied" (models with a separate
-            output layer), or the kind of layer: "moe", "relu" (moe with a ReLU router), "dense".
+            output layer), "recurrent" (the model, and its layers with experts), or the kind of
+            layer: "moe", "relu" (moe with a ReLU router), "dense".
     """
 
     megatron: str
@@ -112,7 +115,8 @@ TABLE: tuple[Rule, ...] = (
         {_H + "post_attention_layernorm.weight": "H"},
         when="moe",
     ),
-    Rule(_M + "mlp.router.weight", {_H + "mlp.router.weight": "EH"}, when="moe"),
+    Rule(_M + "mlp.router.weight", {_H + "mlp.router.weight": "ER"}, when="moe"),
+    Rule(_M + "mlp.router.projection", {_H + "mlp.router.projection": "RH"}, when="recurrent"),
     Rule(_M + "mlp.router.l1_coeff", {"config.l1_coeff.*": ""}, when="relu"),
     Rule(
         _M + "mlp.experts.experts.linear_fc1.weight",
@@ -138,6 +142,16 @@ TABLE: tuple[Rule, ...] = (
         when="dense",
     ),
     Rule(_M + "mlp.linear_fc2.weight", {_H + "mlp.down_proj.weight": "HD"}, when="dense"),
+    # the cell of recurrent routers
+    *(
+        Rule(f"decoder.recurrent_cell.{name}", {f"{CELL}{name}": letters}, when="recurrent")
+        for name, letters in (
+            ("weight_ih", "SR"),
+            ("weight_hh", "SR"),
+            ("bias_ih", "S"),
+            ("bias_hh", "S"),
+        )
+    ),
     Rule("decoder.final_layernorm.weight", {"model.norm.weight": "H"}),
     Rule(
         "output_layer.weight",
@@ -198,7 +212,11 @@ def dims_of(config: Config, padded_vocab_size: int) -> Dims:
             f"vocab_size of {vocab}; pad to at least {vocab}"
         )
     expert = config.get("moe_intermediate_size", 0)
+    recurrence = config.get("recurrence", "none")
+    size = config["hidden_size"] if recurrence == "none" else config["recurrent_size"]
     return {
+        "R": size,
+        "S": {"gru": 3, "rnn": 1, "none": 0}[recurrence] * size,
         "V": vocab,
         "P": padded_vocab_size - vocab,
         "H": config["hidden_size"],
@@ -230,6 +248,7 @@ def plan(config: Config, padded_vocab_size: int) -> list[Item]:
         kinds = _kinds(config, layer)
         items += [_item(r, dims, layer) for r in rest if "*" in r.megatron and r.when in kinds]
     kinds = {"always"} if config["tie_word_embeddings"] else {"always", "untied"}
+    kinds |= {"recurrent"} if config.get("recurrence", "none") != "none" else set()
     items += [_item(r, dims, None) for r in rest if "*" not in r.megatron and r.when in kinds]
     for side in ([i.megatron for i in items], [name for i in items for name in i.hf]):
         repeated = sorted(name for name, count in Counter(side).items() if count > 1)
@@ -241,7 +260,8 @@ def plan(config: Config, padded_vocab_size: int) -> list[Item]:
 def _kinds(config: Config, layer: int) -> set[str]:
     if config["model_type"] != "remoe" or layer in (config.get("mlp_only_layers") or ()):
         return {"always", "dense"}
-    return {"always", "moe", "relu"} if config["router_type"] == "relu" else {"always", "moe"}
+    kinds = {"always", "moe"} | ({"relu"} if config["router_type"] == "relu" else set())
+    return kinds | ({"recurrent"} if config.get("recurrence", "none") != "none" else set())
 
 
 def _item(rule: Rule, dims: Dims, layer: int | None) -> Item:
@@ -253,6 +273,11 @@ def _item(rule: Rule, dims: Dims, layer: int | None) -> Item:
     whole = rule.to_megatron(parts, dims)
     hf = {named(name): shape for name, shape in shapes.items()}
     return Item(rule, dims, named(rule.megatron), tuple(whole.shape), hf)
+
+
+def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a weight of Hugging Face, in a model of a dtype."""
+    return torch.float32 if name.startswith(CELL) else dtype
 
 
 def check_shape(name: str, found: Shape, expected: Shape) -> None:

@@ -130,6 +130,12 @@ class RecurrentMoELayer(DroplessMoELayer):
         super().__init__(*args, **kwargs)
         self.hands_on = hands_on
 
+    def rehearse(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """Return an output of the right shape, without a computation."""
+        x = self._tokens(hidden_states)
+        state = x.new_zeros((*x.shape[:-1], self.router.cell.size), dtype=torch.float32)
+        return join(x, state) if self.hands_on else x, None
+
     def shared_experts_compute(self, hidden_states: Tensor) -> Tensor | None:
         """Compute the shared experts, which need no state."""
         output: Tensor | None = super().shared_experts_compute(self._tokens(hidden_states))

@@ -113,20 +113,22 @@ class SharedCells:
         position = {i * group.size() + group.rank(): cell for i, cell in _cells(models).items()}
         for i, cell in _cells(models).items():
             models[i].decoder.recurrent_cell = cell
-        none = 1 + len(models) * group.size()
-        first = torch.tensor(min(position, default=none), device=torch.cuda.current_device())
-        last = torch.tensor(max(position, default=-1), device=torch.cuda.current_device())
-        if group.size() > 1:
-            torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN, group=group)
-            torch.distributed.all_reduce(last, op=torch.distributed.ReduceOp.MAX, group=group)
+        if group.size() == 1 or torch.device(torch.cuda.current_device()).type == "meta":
+            return models  # with a single copy, or without values where a run is rehearsed
+        ends = torch.tensor(
+            [-min(position, default=len(models) * group.size()), max(position, default=-1)],
+            device=torch.cuda.current_device(),
+        )
+        torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX, group=group)
+        first, last = -int(ends[0]), int(ends[1])
         if first == last:
             return models
         weights = torch.zeros(self.num_weights, device=torch.cuda.current_device())
-        if int(first) in position:
-            weights = _flat([p.detach() for p in position[int(first)].parameters()])
-        torch.distributed.broadcast(weights, group=group, group_src=int(first) % group.size())
+        if first in position:
+            weights = _flat([p.detach() for p in position[first].parameters()])
+        torch.distributed.broadcast(weights, group=group, group_src=first % group.size())
         for place, cell in position.items():
-            cell.copy = place - int(first)
+            cell.copy = place - first
             _fill([p.detach() for p in cell.parameters()], weights)
             for parameter in cell.parameters():
                 # A bucket of its own is split in the same way on all stages, so that one rank of

@@ -265,8 +265,12 @@ def _pass(model: Any, args: argparse.Namespace) -> None:
     import torch
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
+    from megatron.remoe.moe.recurrent import RecurrentMoELayer
+
     for module in model.modules():
-        if isinstance(module, MoELayer):
+        if isinstance(module, RecurrentMoELayer):
+            module.forward = module.rehearse
+        elif isinstance(module, MoELayer):
             module.forward = lambda hidden, *args, **kwargs: (hidden, None)
     tokens = torch.zeros(args.micro_batch_size, args.seq_length, dtype=torch.long)
     with torch.no_grad():  # The backward pass of dropout and masks fails on the meta device only.

@@ -25,6 +25,8 @@ from megatron.remoe.verify.trajectories import (
 
 _DISTRIBUTED: dict[str, Any] = {"distributed_optimizer": True}
 _FOUR_RANKS = (("nmb", 4),)
+_GRU: dict[str, Any] = {"recurrence": "gru"}
+_SHARDED_GRU = _DISTRIBUTED | _GRU
 _LAYOUTS = [
     Cell("1"),
     Cell("1, distributed optimizer", **_DISTRIBUTED),
@@ -44,6 +46,13 @@ _LAYOUTS = [
     Cell("DP2 x EP2, distributed optimizer", 4, ep=2, run=_FOUR_RANKS, **_DISTRIBUTED),
     Cell("PP2 x EP2", 4, pp=2, ep=2, run=_FOUR_RANKS),
     Cell("TP2 x PP2", 4, tp=2, pp=2, run=_FOUR_RANKS),
+    Cell("recurrent 1", **_GRU),
+    Cell("recurrent EP2, distributed optimizer, overlap", 2, ep=2, overlap=True, **_SHARDED_GRU),
+    Cell("recurrent TP2", 2, tp=2, **_GRU),
+    Cell("recurrent PP2", 2, pp=2, **_GRU),
+    Cell("recurrent PP2, distributed optimizer", 2, pp=2, **_SHARDED_GRU),
+    Cell("recurrent TopK PP2", 2, pp=2, router="topk", **_GRU),
+    Cell("recurrent DP2 x PP2, distributed optimizer", 4, pp=2, run=_FOUR_RANKS, **_SHARDED_GRU),
 ]
 _ACROSS = {
     "1": ("DP2", "EP2", "TP2", "PP2", "DP2 x EP2"),
@@ -67,11 +76,17 @@ _ACROSS = {
     ),
     "TP2, distributed optimizer": ("DP2, distributed optimizer",),
     "DP2 x EP2, distributed optimizer": ("TP2, distributed optimizer",),
+    "recurrent 1": ("recurrent TP2", "recurrent PP2"),
+    "recurrent PP2": ("recurrent 1", "recurrent TP2"),
+    "recurrent PP2, distributed optimizer": ("recurrent EP2, distributed optimizer, overlap",),
+    "recurrent EP2, distributed optimizer, overlap": ("recurrent PP2, distributed optimizer",),
+    "recurrent DP2 x PP2, distributed optimizer": ("recurrent PP2, distributed optimizer",),
     "bf16: EP2": ("TP2",),
     "bf16: EP2, distributed optimizer, overlap": ("1, distributed optimizer",),
 }
 _IN_BF16 = (
-    "1", "EP2", "DP2, distributed optimizer", "EP2, distributed optimizer, overlap"
+    "1", "EP2", "DP2, distributed optimizer", "EP2, distributed optimizer, overlap",
+    "recurrent PP2, distributed optimizer",
 )  # fmt: skip
 
 
