@@ -131,9 +131,6 @@ class SharedCells:
             cell.copy = place - first
             _fill([p.detach() for p in cell.parameters()], weights)
             for parameter in cell.parameters():
-                # A bucket of its own is split in the same way on all stages, so that one rank of
-                # the distributed optimizer has the same part of every copy.
-                parameter.shared_embedding = True  # type: ignore[attr-defined]
                 # The norm of the gradients counts the first copy.
                 parameter.shared = cell.copy > 0  # type: ignore[attr-defined]
         return models
@@ -153,17 +150,39 @@ class SharedCells:
     def sum_gradients(self, models: list[Any]) -> None:
         """Give all copies the sum of their gradients, after Megatron has finalized these."""
         group = parallel_state.get_pipeline_model_parallel_group()
-        copies = list(_cells(unwrap_model(models)).values())
         if group.size() == 1:
             return
-        weights: list[list[Any]] = [list(cell.parameters()) for cell in copies]
-        gradients = [[p.main_grad for p in cell] for cell in weights]
         total = torch.zeros(self.num_weights, device=torch.cuda.current_device())
-        for gradient in gradients:
-            total += _flat(gradient)
+        copies = []
+        for i, cell in _cells(unwrap_model(models)).items():
+            weights: list[Any] = list(cell.parameters())
+            copies.append([weight.main_grad for weight in weights])
+            total += _flat([_reduced_part(models[i], weight) for weight in weights])
+        if models[0].ddp_config.use_distributed_optimizer:
+            torch.distributed.all_reduce(total, group=models[0].intra_dp_cp_group)
         torch.distributed.all_reduce(total, group=group)
-        for gradient in gradients:
-            _fill(gradient, total)
+        for gradients in copies:
+            _fill(gradients, total)
+
+
+def _reduced_part(model: Any, weight: Any) -> Tensor:
+    """Return the gradient of a weight where this rank has it summed over data parallelism.
+
+    The rest is zero. With the distributed optimizer every rank has another part, which differs
+    between stages, because the weight has another place in their buffers.
+    """
+    gradient: Tensor = weight.main_grad
+    if not model.ddp_config.use_distributed_optimizer:
+        return gradient
+    buckets = (bucket for buffer in model.buffers for bucket in buffer.buckets)
+    bucket = next(bucket for bucket in buckets if weight in bucket.params)
+    start, end = bucket.param_to_index[weight]
+    size = bucket.grad_data.numel() // model.intra_dp_cp_group.size()
+    first = model.intra_dp_cp_group.rank() * size
+    low, high = (min(max(edge, start), end) - start for edge in (first, first + size))
+    part = torch.zeros_like(gradient)
+    part.view(-1)[low:high] = gradient.view(-1)[low:high]
+    return part
 
 
 def _cells(models: list[Any]) -> dict[int, SharedCell]:
