@@ -69,23 +69,50 @@ def _skip_compiling_dataset_helpers() -> None:
 
 
 def _resume_distributed_optimizer() -> None:
-    """Let the distributed optimizer resume over torch's Adam, which 0.19.2 cannot do.
+    """Let the distributed optimizer resume over torch's Adam, and with fp32 weights of a bf16 model.
 
-    Megatron uses torch's Adam where neither Transformer Engine nor apex is installed.
+    0.19.2 can do neither. It uses torch's Adam without Transformer Engine and apex.
     """
     import megatron.core.optimizer as optimizers
     from megatron.core.optimizer import distrib_optimizer
 
-    if not distrib_optimizer.HAVE_APEX_OR_TE:
-        optimizers.DistributedOptimizer = _resumable_distributed_optimizer()
+    optimizers.DistributedOptimizer = (
+        _ordered_distributed_optimizer()
+        if distrib_optimizer.HAVE_APEX_OR_TE
+        else _resumable_distributed_optimizer()
+    )
+
+
+@functools.cache
+def _ordered_distributed_optimizer() -> Any:
+    import torch
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    class OrderedDistributedOptimizer(DistributedOptimizer):
+        """Megatron's optimizer for models of half precision with fp32 weights.
+
+        0.19.2 gives the fp32 weights of a group to Adam first, but numbers all weights in the order
+        of their buffers, and then saves and loads the state of other weights.
+        """
+
+        @classmethod
+        def _build_optimizer_group_ranges(cls, param_groups: Any, gbuf_ranges: Any) -> Any:
+            places, ranges = super()._build_optimizer_group_ranges(param_groups, gbuf_ranges)
+            for number, group in enumerate(ranges):
+                group["params"].sort(key=lambda weight: weight.dtype != torch.float32)
+                places |= {weight: (number, i) for i, weight in enumerate(group["params"])}
+            return places, ranges
+
+    return OrderedDistributedOptimizer
 
 
 @functools.cache
 def _resumable_distributed_optimizer() -> type:
     import torch
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    class ResumableDistributedOptimizer(DistributedOptimizer):
+    base: Any = _ordered_distributed_optimizer()
+
+    class ResumableDistributedOptimizer(base):  # type: ignore[misc]
         """Megatron's optimizer for torch's Adam, which keeps a `step` tensor per parameter."""
 
         def state_dict(self) -> Any:

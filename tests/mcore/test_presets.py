@@ -224,19 +224,25 @@ def counted(flags: dict) -> tuple[int, int]:
     """Parameters of the routers, and of the rest of the model."""
     chunks, _ = build(flags)
     sizes = {name: p.numel() for chunk in chunks for name, p in chunk.named_parameters()}
-    routers = sum(n for name, n in sizes.items() if "router" in name)
+    routers = sum(n for name, n in sizes.items() if "router" in name or "recurrent_cell" in name)
     return routers, sum(sizes.values()) - routers
 
 
+RECURRENT = ["moe_router_recurrence=gru", "moe_router_recurrent_size=24"]
+
+
 @pytest.mark.parametrize("granularity", [1, 2])
-@pytest.mark.parametrize("router", ["dense", "remoe"])
+@pytest.mark.parametrize("router", ["dense", "remoe", "recurrent"])
 def test_parameters_are_those_of_the_module(call, router, granularity):
     more = [] if router == "dense" else [f"moe_granularity={granularity}"]
+    if router == "recurrent":
+        router, more = "remoe", [*more, *RECURRENT]
     flags = preset("469m", router, *SHRUNK, "padded_vocab_size=512", *more)
     size = ModelSize.from_flags(flags)
     assert call(counted, flags) == (size.router_params, size.total_params)
     active = ModelSize.from_flags(preset("469m", "dense", *SHRUNK, "padded_vocab_size=512"))
     assert size.active_params == active.total_params
+    assert (size.flops_per_sequence > active.flops_per_sequence) == ("recurrence" in str(more))
 
 
 def saved_bytes(flags: dict, tokens: int) -> tuple[int, float]:

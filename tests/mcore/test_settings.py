@@ -105,9 +105,9 @@ def test_the_published_flags_and_exported_names_stay():
         ("--moe-relu-at-least-one-expert", "at_least_one_expert", True),
         ("--moe-topk-warmup-steps", "warmup_steps", False),
         ("--moe-topk-warmup-topk", "warmup_topk", False),
-        ("--moe-router-recurrence", "recurrence", False),
-        ("--moe-router-recurrent-size", "recurrent_size", False),
-        ("--moe-router-recurrent-passing", "recurrent_passing", False),
+        ("--moe-router-recurrence", "recurrence", True),
+        ("--moe-router-recurrent-size", "recurrent_size", True),
+        ("--moe-router-recurrent-passing", "recurrent_passing", True),
     }
 
 

@@ -34,6 +34,8 @@ class ModelSize:
         num_moe_layers: the number of layers with experts.
         num_experts, topk, expert_width, shared_width: the shape of these layers.
         norm_weights: the weights of a norm per hidden unit: 1, or 2 with a bias.
+        state_size, cell_gates: of recurrent routers, with 3 gates for a GRU and 1 for an RNN; both
+            are 0 without recurrence.
     """
 
     num_layers: int
@@ -51,6 +53,8 @@ class ModelSize:
     shared_width: int = 0
     tied: bool = False
     norm_weights: int = 1
+    state_size: int = 0
+    cell_gates: int = 0
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> "ModelSize":
@@ -78,6 +82,8 @@ class ModelSize:
         granularity = _int(flags, "moe_granularity") or 1
         experts = _int(flags, "num_experts") * granularity
         ffn = _int(flags, "ffn_hidden_size")
+        recurrence = flags.get("moe_router_recurrence") or "none"
+        gates = {"gru": 3, "rnn": 1, "none": 0}[recurrence] if experts else 0
         moe_layers = layers_with_experts(flags.get("moe_layer_freq"), layers)
         return cls(
             num_layers=layers,
@@ -95,6 +101,8 @@ class ModelSize:
             shared_width=_int(flags, "moe_shared_expert_intermediate_size"),
             tied=not flags.get("untie_embeddings_and_output_weights", False),
             norm_weights=1 if flags.get("normalization") == "RMSNorm" else 2,
+            state_size=(_int(flags, "moe_router_recurrent_size") or 128) if gates else 0,
+            cell_gates=gates,
         )
 
     @property
@@ -104,8 +112,12 @@ class ModelSize:
 
     @property
     def router_params(self) -> int:
-        """The number of the routers' parameters."""
-        return self.num_moe_layers * self.num_experts * self.hidden
+        """The number of the routers' parameters, with the cell that recurrent routers share."""
+        if not self.cell_gates:
+            return self.num_moe_layers * self.num_experts * self.hidden
+        per_layer = self.state_size * (self.hidden + self.num_experts)
+        cell = 2 * self.cell_gates * self.state_size * (self.state_size + 1)
+        return self.num_moe_layers * per_layer + cell
 
     @property
     def active_params(self) -> int:
@@ -129,9 +141,13 @@ class ModelSize:
         """The operations of one sequence, forward and backward, at k active experts.
 
         The backward pass counts twice as much as the forward pass, which has two operations per
-        weight and token. The router, a thousandth of the whole, is left out as in the paper.
+        weight and token. The router, a thousandth of the whole, is left out as in the paper, but a
+        recurrent one is counted: every layer applies the cell.
         """
         weights = self._layer_weights(self.topk) + self.vocab * self.hidden
+        if self.cell_gates:
+            read = self.hidden + self.num_experts + 2 * self.cell_gates * self.state_size
+            weights += self.num_moe_layers * self.state_size * read
         scores = 2 * self.num_layers * self.seq_length * self.query_width
         return 3 * 2 * self.seq_length * (weights + scores)
 
