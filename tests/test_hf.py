@@ -87,6 +87,60 @@ def is_refused(take, value) -> bool:
     return False
 
 
+def gradients(model, ids):
+    model.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("cell", ["gru", "rnn"])
+def test_a_recurrent_model_generates_with_a_cache_and_checkpoints_gradients(router, cell):
+    """The state runs over depth, so that decoding keeps nothing of it."""
+    model = build(router_type=router, recurrence=cell, recurrent_size=8)
+    ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = model(ids).logits
+        first = model(ids[:, :8], use_cache=True)
+        rest = model(ids[:, 8:], past_key_values=first.past_key_values).logits
+    assert torch.allclose(whole[:, 8:], rest, atol=1e-4)
+    model.train()
+    plain = gradients(model, ids)
+    assert all(gradient.any() for name, gradient in plain.items() if "cell" in name)
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        for name, gradient in gradients(model, ids).items():
+            assert torch.allclose(gradient, plain[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_a_recurrent_model_is_the_layers_for_torch(tmp_path):
+    """Its blocks are compared with `ReMoELayer`, in bf16 too, and it is saved with an fp32 cell."""
+    changes = {"recurrence": "gru", "recurrent_size": 8, "num_experts_per_tok": 1}
+    model = build(**changes).bfloat16()
+    config = remoe.ReMoELayerConfig(
+        hidden_size=32, ffn_hidden_size=24, num_experts=4, recurrence="gru", recurrent_size=8
+    )
+    layer = remoe.ReMoELayer(config).bfloat16()
+    layer.recurrent_cell.load_state_dict(model.model.recurrent_cell.state_dict())
+    block = model.model.layers[0].mlp
+    with torch.no_grad():
+        layer.router.copy_(block.router.weight)
+        layer.projection.copy_(block.router.projection)
+        layer.gate_up.copy_(block.experts.gate_up_proj)
+        layer.down.copy_(block.experts.down_proj)
+    x, state = torch.randn(2, 5, 32, dtype=torch.bfloat16), torch.randn(10, 8)
+    with torch.no_grad():
+        ours, after = layer(x, state.view(2, 5, 8))
+        theirs, _, _, state = block(x, state, model.model.recurrent_cell)
+    assert torch.equal(after.view_as(state), state)
+    assert torch.allclose(ours, theirs, rtol=2e-2, atol=1e-2)  # sums in another order
+    model.save_pretrained(tmp_path)
+    loaded = ReMoEForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+        assert parameter.dtype == (torch.float32 if "cell" in name else torch.bfloat16)
+
+
 def test_registered_with_the_auto_classes():
     config = ReMoEConfig(**SIZES)
     assert type(AutoModelForCausalLM.from_config(config)) is ReMoEForCausalLM
@@ -127,7 +181,7 @@ def test_a_block_is_the_sum_of_its_active_experts_also_in_backward(router):
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
-    y, probs, active = block(x)
+    y, probs, active, _ = block(x)
     inputs = [x, *block.parameters()]
     ours = torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)
     dense = torch.zeros_like(y)

@@ -69,7 +69,7 @@ def _skip_compiling_dataset_helpers() -> None:
 
 
 def _resume_distributed_optimizer() -> None:
-    """Let the distributed optimizer resume over torch's Adam, and with fp32 weights of a bf16 model.
+    """Let the distributed optimizer resume over torch's Adam, and bf16 models with fp32 weights.
 
     0.19.2 can do neither. It uses torch's Adam without Transformer Engine and apex.
     """
@@ -112,7 +112,7 @@ def _resumable_distributed_optimizer() -> type:
 
     base: Any = _ordered_distributed_optimizer()
 
-    class ResumableDistributedOptimizer(base):  # type: ignore[misc]
+    class ResumableDistributedOptimizer(base):
         """Megatron's optimizer for torch's Adam, which keeps a `step` tensor per parameter."""
 
         def state_dict(self) -> Any:
