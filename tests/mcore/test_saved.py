@@ -15,6 +15,7 @@ from tests.mcore import tiny
 BOTH = {"num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_granularity": 2}
 RELU = BOTH | {"moe_relu_routing": True, "moe_relu_load_balancing": "aux_loss"}
 TOPK = BOTH | {"moe_relu_routing": False, "moe_router_pre_softmax": True}
+GRU = {"moe_router_recurrence": "gru", "moe_router_recurrent_size": 8}
 DENSE: dict[str, Any] = {"num_experts": None, "ffn_hidden_size": 64}
 PURPOSE = "pass --moe-change-routing to change"
 
@@ -61,6 +62,26 @@ def run(folder: Path, **changes: Any) -> Namespace:
             RELU,
             RELU | {"moe_relu_load_balancing": "none"},
             "was trained with moe_relu_load_balancing aux_loss, and this run has none; set moe",
+        ),
+        (
+            RELU | GRU,
+            RELU | {"moe_change_routing": True},
+            "was trained with moe_router_recurrence gru, and this run has none, with which its",
+        ),
+        (
+            RELU,
+            TOPK | GRU | {"moe_change_routing": True},
+            "was trained with moe_router_recurrence none, and this run has gru, with which its",
+        ),
+        (
+            RELU | GRU,
+            RELU | GRU | {"moe_router_recurrent_size": 4},
+            "was trained with moe_router_recurrent_size 8, and this run has 4, with which its",
+        ),
+        (
+            RELU | GRU,
+            RELU | GRU | {"moe_router_recurrent_passing": "none"},
+            "was trained with moe_router_recurrent_passing full, and this run has none; set moe",
         ),
         (
             RELU | {"moe_relu_l1_reg_coeff_rule": "pi"},

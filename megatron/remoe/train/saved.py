@@ -13,11 +13,12 @@ from typing import Any
 
 from megatron.remoe import checkpoint
 from megatron.remoe.formats.torch_dist import TorchDistReader
-from remoe.config import ROUTINGS
+from remoe.config import ROUTINGS, Routing
 from remoe.settings import settings_of
 
 _ROUTERS = {name: routing.title for name, routing in ROUTINGS.items()} | {"dense": "no experts"}
 
+_RECURRENT_SHAPE = ("recurrence", "recurrent_size")
 _REQUIRED = object()  # marks an argument that every checkpoint with arguments has
 # Arguments that change what a model computes from its weights, beside our settings: Megatron's, and
 # former ones of ours. The value is what a checkpoint without the argument was trained with.
@@ -160,6 +161,8 @@ def check(args: argparse.Namespace, saved: Saved) -> None:
             f"exists: its routers have a bias that would be dropped; continue it with the version "
             f"of remoe that wrote it, or start a new run"
         )
+    if "dense" not in (saved.router, now):
+        _refuse_other_recurrence(args, saved)
     if saved.router != now:
         _refuse_other_router(args, saved, now)
     elif now != "dense":
@@ -192,6 +195,21 @@ def _refuse_other_router(args: argparse.Namespace, saved: Saved, now: str) -> No
         # The checkpoint has no coefficients, so they begin at their initial value. Megatron's log
         # names what it does not find.
         args.dist_ckpt_strictness = "log_unexpected"
+
+
+def _refuse_other_recurrence(args: argparse.Namespace, saved: Saved) -> None:
+    """Refuse another cell or size of the state, with which the weights have other shapes."""
+    if not vars(saved.args):
+        return
+    sizes = {s.dest: s.default for s in settings_of(Routing) if s.name in _RECURRENT_SHAPE}
+    for name, default in sizes.items():
+        before, now = saved.get(name, default), getattr(args, name, default)
+        if before != now:
+            raise ValueError(
+                f"checkpoint {saved.path} was trained with {name} {before}, and this run has "
+                f"{now}, with which its routers have weights of another shape; set {name} to "
+                f"{before}, or start a new run"
+            )
 
 
 def _refuse_other_shape(args: argparse.Namespace, saved: Saved) -> None:
