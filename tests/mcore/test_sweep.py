@@ -366,3 +366,10 @@ def test_the_routers_example_is_four_routers_with_three_seeds(call):
     path = tiny.EXAMPLES / "ablations/routers.yaml"
     routers = ("dense", "topk", "topk_warmup", "remoe")
     assert call(names_of, path) == [f"{r}-seed={seed}" for r in routers for seed in (1, 2, 3)]
+
+
+def test_the_recurrence_example_is_seven_routers_at_two_depths_with_three_seeds(call):
+    path = tiny.EXAMPLES / "ablations/recurrence.yaml"
+    names = call(names_of, path)
+    assert len(names) == len(set(names)) == 7 * 2 * 3
+    assert "remoe_gru-num_layers=8-seed=3" in names
