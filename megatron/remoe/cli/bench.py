@@ -11,7 +11,8 @@ import typer
 from megatron.remoe.cli.common import AtLeastOne, command
 
 app = typer.Typer(
-    help="Measure the time and memory of a layer, its parts and a step.", no_args_is_help=True
+    help="Measure the time and memory of a layer, its parts and a training step.",
+    no_args_is_help=True,
 )
 
 Json = Annotated[Path | None, typer.Option("--json")]

@@ -9,7 +9,8 @@ from megatron.remoe.cli.common import AtLeastOne, command, prepare
 from megatron.remoe.progress import progress
 
 app = typer.Typer(
-    help="Convert models to transformers and back, and from elsewhere.", no_args_is_help=True
+    help="Convert models to transformers and back, from the 2024 fork, and from dense models.",
+    no_args_is_help=True,
 )
 
 _TEXT = """The router gives every token to the experts whose logit is positive.

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 app = typer.Typer(
-    help="Check that runs in other layouts, and resumed runs, are the same.", no_args_is_help=True
+    help="Check that a run is the same in every parallel layout and after it is resumed.",
+    no_args_is_help=True,
 )
 
 
