@@ -1,4 +1,4 @@
-"""torchrun as `remoe train` starts it: it ends with its parent and leaves SIGTERM to the ranks.
+"""torchrun as `remoe train` and `launch` start it: it ends with its parent and ignores SIGTERM.
 
     python -m megatron.remoe.agent --standalone --nproc-per-node 2 -m megatron.remoe.pretrain ...
 
