@@ -179,7 +179,11 @@ class SafetensorsReader:
                     f"{path} has {name} as {kind}; only weights in {', '.join(sorted(_DTYPES))} "
                     f"can be converted"
                 )
-            self.meta[name] = torch.empty(view.get_shape(), dtype=_DTYPES[kind], device="meta")
+            shape = view.get_shape()
+            try:
+                self.meta[name] = torch.empty(shape, dtype=_DTYPES[kind], device="meta")
+            except (RuntimeError, TypeError):
+                raise ValueError(f"{path} has {name} of the impossible shape {shape}") from None
 
     def read(self, name: str) -> Tensor:
         """Return a tensor."""

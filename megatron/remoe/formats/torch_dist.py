@@ -259,7 +259,7 @@ def _check_metadata(whole: Any) -> None:
             continue
         if not isinstance(entry.properties.dtype, torch.dtype) or not _are_sizes(entry.size):
             raise ValueError(f"{key} has no dtype and shape")
-        if math.prod(entry.size) > _MOST_VALUES:
+        if math.prod(max(1, n) for n in entry.size) > _MOST_VALUES:
             raise ValueError(f"{key} has the impossible shape {list(entry.size)}")
         for chunk in entry.chunks:
             box = list(zip(chunk.offsets, chunk.sizes, entry.size, strict=True))
