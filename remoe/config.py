@@ -123,8 +123,8 @@ class Routing(Settings):
         None,
         flag="--moe-relu-max-assignments",
         help="Number of assignments per layer and rank (mean over layers) to compute at once. A "
-        "layer with more runs its experts in chunks, and again in backward. Default: topk per "
-        "token.",
+        "layer with more runs its experts in chunks, and again in backward. Default: 1.25 times "
+        "topk per token.",
         within="[1, inf)",
     )
     recurrence: Recurrence = setting(

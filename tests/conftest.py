@@ -9,6 +9,7 @@ from multiprocessing.process import BaseProcess
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import settings
 
 from megatron.remoe import ranks
@@ -45,9 +46,10 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_protocol(item):
     """Let a test, with the fixtures that it sets up, start Python only if it has the mark.
 
-    `make test-fast` leaves out the tests that are marked as `processes`.
+    `make test-fast` leaves out the tests that are marked as `processes`. On a machine with a GPU
+    every test may start processes, because torch compiles its kernels in some.
     """
-    if item.get_closest_marker("processes"):
+    if item.get_closest_marker("processes") or torch.cuda.is_available():
         return (yield)
 
     def refuse(*_: object, **__: object) -> None:

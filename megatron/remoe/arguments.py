@@ -9,7 +9,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from megatron.remoe import compat, cpu, options, ranges, unsupported
@@ -256,8 +256,7 @@ def _check_intervals(args: argparse.Namespace) -> None:
 
 
 def _refuse_flags_of_experts(args: argparse.Namespace) -> None:
-    off: dict[str, Any] = {"moe_relu_routing": False, "moe_granularity": 1}
-    off |= {"moe_change_routing": False}
+    off = {f.name: f.default for f in fields(Flags) if f.name.startswith("moe_")}
     for routing in ROUTINGS.values():
         off |= {s.dest: s.default for s in settings_of(routing) if not s.may_idle}
     for flag, value in off.items():

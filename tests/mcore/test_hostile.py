@@ -204,6 +204,10 @@ DAMAGE = {
         _entry("size", torch.Size([2, 2**40, 2**40])),
         "has the impossible shape [2, 1099511627776, 1099511627776]",
     ),
+    "an impossible shape without values": (
+        _entry("size", torch.Size([0, 2**61, 2**61])),
+        "has the impossible shape [0, 2305843009213693952, 2305843009213693952]",
+    ),
     "another dtype": (
         lambda f: _edit_metadata(
             f, lambda m: setattr(m.state_dict_metadata[ROUTER].properties, "dtype", torch.bfloat16)
@@ -280,6 +284,10 @@ OLD_MISTAKES = {
     "whole numbers": (_weight(NORM, torch.ones(32).int()), "is stored as torch.int32; only"),
     "no values": (_weight(NORM, torch.ones(32, device="meta")), "has no values of"),
     "sparse": (_weight(NORM, torch.ones(32).to_sparse()), "has no values of"),
+    "quantized": (
+        _weight(NORM, torch.quantize_per_tensor(torch.ones(32), 0.1, 0, torch.qint8)),
+        "has no values of",
+    ),
     "twice": (
         lambda s: s["model"].update(
             {f"decoder.layers.0.{n}": torch.ones(32)
@@ -381,16 +389,19 @@ def _tensors(edit, file: str = "model.safetensors"):
     return change
 
 
-def _header(folder: Path) -> None:
-    """The final norm a second time, with the values of another."""
-    data = (folder / "model.safetensors").read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    other = json.dumps(header["model.layers.0.input_layernorm.weight"])
-    text = f'{{"model.norm.weight":{other},'.encode() + data[9 : 8 + length]
-    (folder / "model.safetensors").write_bytes(
-        struct.pack("<Q", len(text)) + text + data[8 + length :]
-    )
+def _header(name: str, entry: dict | None = None):
+    """A tensor more at the start of the header, or one with the values of another."""
+
+    def spoil(folder: Path) -> None:
+        data = (folder / "model.safetensors").read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        other = json.loads(data[8 : 8 + length])["model.layers.0.input_layernorm.weight"]
+        text = f'{{"{name}":{json.dumps(entry or other)},'.encode() + data[9 : 8 + length]
+        (folder / "model.safetensors").write_bytes(
+            struct.pack("<Q", len(text)) + text + data[8 + length :]
+        )
+
+    return spoil
 
 
 def _index(edit):
@@ -515,7 +526,11 @@ MODELS = {
     ),
     "no matrix": (_tensors(lambda t: t.update({EMBEDDING: torch.tensor(1.0)})), "has shape []"),
     "renamed": (_tensors(lambda t: t.update({f"{DOWN}2": t.pop(DOWN)})), "has the unknown"),
-    "twice": (_header, "the key 'model.norm.weight' is there more than once"),
+    "twice": (_header("model.norm.weight"), "the key 'model.norm.weight' is there more than once"),
+    "impossible": (
+        _header("more", {"dtype": "F32", "shape": [0, 2**61, 2**61], "data_offsets": [0, 0]}),
+        "has more of the impossible shape [0, 2305843009213693952, 2305843009213693952]",
+    ),
     "cut off": (lambda f: os.truncate(f / "model.safetensors", 30_000), "is damaged"),
     "padding, a weight": (
         _tensors(lambda t: t.update({"model.norm.weight": torch.ones(32)}), PADDING_FILE),

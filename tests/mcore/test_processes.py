@@ -168,6 +168,46 @@ def test_a_run_that_would_not_save_is_killed():
     assert parent.wait(timeout=10) == -signal.SIGKILL
 
 
+LISTENS = """
+import signal, time
+from pathlib import Path
+ready, told = Path(__file__ + ".ready"), []
+ready.with_suffix(".started").touch()
+while not ready.exists(): time.sleep(0.05)  # A signal that comes now must not end a rank either.
+signal.signal(signal.{name}, lambda *_: told.append(1))
+ready.with_suffix(".listens").touch()
+while not told: time.sleep(0.05)
+"""
+
+
+@LINUX
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_run_is_left_to_its_ranks(tmp_path, number):
+    """As Slurm sends it without B: in --signal, and a shell's `kill %1` to torchrun at least."""
+    from megatron.remoe.run import torchrun
+
+    script = tmp_path / "rank.py"
+    script.write_text(LISTENS.format(name=number.name))
+    command = torchrun.command([], 1)
+    run = subprocess.Popen([*command[: command.index("megatron.remoe.pretrain") - 1], str(script)])
+    try:
+        for answer in ("started", "listens"):
+            deadline = time.monotonic() + 60
+            while not (tmp_path / f"rank.py.{answer}").exists():
+                assert run.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            for pid in (run.pid, *processes.children(run.pid)):
+                os.kill(pid, number)
+            time.sleep(0.5)
+            (tmp_path / "rank.py.ready").touch()
+        assert run.wait(timeout=30) == 0
+    finally:
+        for pid in processes.children(run.pid):
+            os.kill(pid, signal.SIGKILL)
+        run.kill()
+        run.wait()
+
+
 RANK = """
 import os, signal, time
 from pathlib import Path

@@ -59,7 +59,7 @@ def alternatives(model: Model, experts: list[int], granularities: list[int]) -> 
 def _alternative(name: str, router: RouterKind, model: Model) -> Alternative:
     config = model.config()
     training = Training(Cell(name, router=router), config, None)
-    batch = golden_tokens(config)[0]
+    batch = golden_tokens(config)[0].to(torch.cuda.current_device())
     facts = {}
     if router == "relu":
         route_exactly(training, batch)

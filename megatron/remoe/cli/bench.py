@@ -10,7 +10,10 @@ import typer
 
 from megatron.remoe.cli.common import AtLeastOne, command
 
-app = typer.Typer(help="Time alternatives side by side.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure the time and memory of a layer, its parts and a training step.",
+    no_args_is_help=True,
+)
 
 Json = Annotated[Path | None, typer.Option("--json")]
 
@@ -52,7 +55,7 @@ def router(
     rounds: AtLeastOne = 30,
     json_path: Json = None,
 ) -> None:
-    """Time router, permutation and combine alone, and compare bytes with the fewest possible.
+    """Time router, permutation and combine, and compare the bytes that they move with the fewest.
 
     Example: remoe bench router --tokens 8192 --experts 64
 
@@ -116,9 +119,9 @@ def memory(
     rounds: AtLeastOne = 3,
     json_path: Json = None,
 ) -> None:
-    """Measure one layer's peak memory at warm-up and stable density, chunked and at once.
+    """Measure a layer's peak memory in the dense warm-up and later, in chunks and at once.
 
-    The time of the chunked layer is compared with the time of the other one.
+    The layer in chunks is also timed against the layer that is computed at once.
 
     Example: remoe bench memory --tokens 4096 --experts 8 --experts 128
 

@@ -38,7 +38,7 @@ def list_checkpoints(run: Path) -> None:
 
 @command(app, "verify")
 def verify_checkpoints(run: Path) -> None:
-    """Compare every file with the hash that was taken when it was written.
+    """Compare every file of the checkpoints with the hash that was stored at the save.
 
     Exits with 1 if a checkpoint is damaged.
 
@@ -68,7 +68,7 @@ def prune_checkpoints(
     milestones: AtLeastOneOrNone = None,
     dry_run: bool = False,
 ) -> None:
-    """Delete the checkpoints that are neither among the latest nor milestones.
+    """Delete checkpoints that are neither among the latest ones nor milestones.
 
     Example: remoe checkpoint prune runs/quickstart --keep-last 3 --milestones 1000 --dry-run
 

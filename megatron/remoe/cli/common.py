@@ -18,8 +18,8 @@ Words = Annotated[list[str] | None, typer.Argument()]
 _COMMON = {
     "config": "The YAML file of Megatron's flags that describes the run.",
     "overrides": "Flags that replace those of the file, each written as key=value.",
-    "nodes": "The number of machines of each run.",
-    "gpus_per_node": "The number of GPUs of each machine.",
+    "nodes": "The number of machines that share a run.",
+    "gpus_per_node": "The number of GPUs of each machine, with a process for each.",
     "force": "Replace what is in the output folder already.",
     "model": "A run directory, a checkpoint or a Hugging Face folder.",
     "tokenizer": "The folder of the tokenizer, or its tokenizer.json; by default the model's own.",
@@ -27,8 +27,8 @@ _COMMON = {
     "pipeline_parallel": "The number of pipeline stages of the model.",
     "expert_parallel": "The number of ranks that share the experts.",
     "padded_vocab_size": (
-        "The number of rows of the embedding with its padding, by default as before, or the next "
-        "multiple of 128."
+        "The number of rows of the embedding with its padding. By default it is the number in the "
+        "run that was exported, or else the next multiple of 128."
     ),
     "tokens": "The number of tokens of a batch.",
     "hidden": "The hidden size of the model.",

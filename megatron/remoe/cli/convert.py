@@ -8,7 +8,10 @@ import typer
 from megatron.remoe.cli.common import AtLeastOne, command, prepare
 from megatron.remoe.progress import progress
 
-app = typer.Typer(help="Convert checkpoints to Hugging Face and back.", no_args_is_help=True)
+app = typer.Typer(
+    help="Convert models to transformers and back, from the 2024 fork, and from dense models.",
+    no_args_is_help=True,
+)
 
 _TEXT = """The router gives every token to the experts whose logit is positive.
 
@@ -30,15 +33,15 @@ def to_hf(
     tokenizer: Path | None = None,
     force: bool = False,
 ) -> None:
-    """Export a model as transformers loads it: weights, tokenizer, code and model card.
+    """Export a checkpoint for transformers, with its tokenizer, the model's code and a model card.
 
     Example: remoe convert to-hf runs/quickstart model --dtype bf16
 
     Args:
         source: The run directory, or a checkpoint of any parallel layout.
-        out: The Hugging Face folder, which is made.
+        out: The Hugging Face folder to create.
         dtype: The type of the weights (fp32, bf16 or fp16), by default the checkpoint's.
-        max_shard_size: The most bytes of one file of weights, such as 500MB or 5GB.
+        max_shard_size: The largest size of a file of weights, such as 500MB or 5GB.
     """
     prepare()
     from megatron.remoe.convert import export
@@ -68,13 +71,13 @@ def to_megatron(
     padded_vocab_size: int | None = None,
     force: bool = False,
 ) -> None:
-    """Make a checkpoint that Megatron trains on, with the model's flags in model.yaml.
+    """Convert a Hugging Face folder to a checkpoint to train on, with its flags in model.yaml.
 
     Example: remoe convert to-megatron model checkpoints --expert-parallel 2
 
     Args:
         source: The Hugging Face folder, of the model type remoe or llama.
-        out: The folder of checkpoints, which is made.
+        out: The folder of checkpoints to create.
     """
     prepare()
     from megatron.remoe.convert import to_megatron as run
@@ -96,13 +99,13 @@ def from_fork(
     tokenizer: Path | None = None,
     force: bool = False,
 ) -> None:
-    """Take over a model of thu-ml/ReMoE with its coefficient, for transformers and for Megatron.
+    """Convert a checkpoint of thu-ml/ReMoE, with its coefficient, for transformers and Megatron.
 
     Example: remoe convert from-fork CHECKPOINTS model --tokenizer gpt2-tokenizer
 
     Args:
         checkpoint: A checkpoint of the published implementation, or a folder of them.
-        out: The folder, which is made, for the folders hf and megatron.
+        out: The folder to create, with the subfolders hf and megatron.
     """
     prepare()
     from megatron.remoe.convert import from_fork as run
@@ -141,19 +144,19 @@ def upcycle(
     tokenizer: Path | None = None,
     force: bool = False,
 ) -> None:
-    """Start a mixture with ReLU routing from a dense model, and say how far it is from it.
+    """Make a mixture with ReLU routing from a dense model, and print the losses of both.
 
     Example: remoe convert upcycle runs/dense start --num-experts 8 --granularity 2
 
     Args:
         dense: A dense run or checkpoint, or a Hugging Face Llama.
-        out: The folder of checkpoints, which is made.
+        out: The folder of checkpoints to create.
         num_experts: E, the number of copies of the dense MLP before granularity.
         granularity: G, the number of slices of each copy: there are E * G experts of width / G.
         topk: The k of the target sparsity 1 - k/E.
-        data: The token files without their suffix that fit the router, by default samples of the
-            model itself.
-        tokens: The number of tokens. One half fits the router, the other one tests it.
+        data: Token files, without their suffix, to which the router is fitted. By default it is
+            fitted to text that the model samples.
+        tokens: The number of tokens. The router is fitted to one half and tested on the other.
         spread: The standard deviation of a gate's noise, relative to the gate's mean.
         seed: The seed of the noise and of the samples.
     """
@@ -198,7 +201,7 @@ def verify(
     new_tokens: AtLeastOne = 20,
     tokenizer: Path | None = None,
 ) -> None:
-    """Compare two models: tensors bit by bit, logits, active experts, greedy text.
+    """Compare the tensors, logits, active experts and greedy text of two models.
 
     Exits with 1 if they differ more than the dtype allows.
 
@@ -206,7 +209,7 @@ def verify(
 
     Args:
         a: A run directory, a checkpoint or a Hugging Face folder.
-        b: The other model, of any of these kinds.
+        b: Another run directory, checkpoint or Hugging Face folder.
         text: The text to run both models on, by default some prose and code.
         text_file: A file that holds the text, instead of the default or of --text.
         tokens: Token ids such as 5,17,3, instead of the default text or of --text.

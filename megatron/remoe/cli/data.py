@@ -17,13 +17,13 @@ def corpus(
     valid_fraction: float = 0.02,
     force: bool = False,
 ) -> None:
-    """Build a corpus from what is installed: Python, C++, prose, markup. Nothing is downloaded.
+    """Build a corpus of Python, C++, prose and markup from installed files, without a download.
 
     Example: remoe data corpus data/quickstart/corpus --max-mb-per-domain 2
 
     Args:
-        out: The folder of the corpus, which is made.
-        max_mb_per_domain: The most text that a domain gets, in megabytes.
+        out: The folder of the corpus to create.
+        max_mb_per_domain: The largest size of the text of a domain, in megabytes.
         valid_fraction: The share of every domain that is held out for validation.
     """
     from megatron.remoe.data.corpus import CorpusConfig, build_corpus
@@ -51,7 +51,7 @@ def tokenize(
     skip_invalid: bool = False,
     force: bool = False,
 ) -> None:
-    """Write Megatron's token files, one pair per file or per domain and split of a corpus.
+    """Tokenize files, or each domain and split of a corpus, into pairs of .bin and .idx files.
 
     Example: remoe data tokenize data/quickstart/corpus --out data/quickstart/tokens --workers 4
 
@@ -63,7 +63,7 @@ def tokenize(
         vocab_file: The vocab.json of a GPT-2 tokenizer, with --merge-file; by default none.
         merge_file: The merges.txt of a GPT-2 tokenizer, with --vocab-file; by default none.
         eod_token: The token of the given tokenizer that ends a document, by default its own one.
-        vocab_size: The number of tokens of the tokenizer if a new one is trained.
+        vocab_size: The size of the vocabulary, if a new tokenizer is trained.
         workers: The number of processes that tokenize, by default one per core.
         text_key: The JSON key that holds the text of a document.
         append_eod: Write the end-of-document token after every document.
@@ -106,15 +106,16 @@ def cloze(
     continuation_words: int = 8,
     seed: int = 0,
 ) -> None:
-    """Make a task for `remoe evaluate` from held-out documents: which continuation is the true one.
+    """Make multiple-choice tasks for `remoe evaluate` from the held-out documents of a corpus.
 
-    The three wrong ones come from other documents of the domain, so chance is 25%.
+    A model chooses the true continuation of a text among four. The three wrong ones come from other
+    documents of the domain, so chance is 25%.
 
     Example: remoe data cloze data/quickstart/corpus data/quickstart/cloze --items 100
 
     Args:
         corpus: A corpus, or a folder of .jsonl files, one per domain.
-        out: The folder of the tasks, which is made.
+        out: The folder of the tasks to create.
         items: The number of questions for each domain.
         context_words: The number of words before the continuation.
         continuation_words: The number of words of each continuation.

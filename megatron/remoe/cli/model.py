@@ -31,9 +31,9 @@ def generate(
 
     Args:
         prompt: The text to continue.
-        max_new_tokens: The most tokens that are generated.
-        temperature: The temperature of sampling. With 0 the likeliest token is taken each time.
-        top_p: The share of the probability from which tokens are sampled.
+        max_new_tokens: The largest number of tokens to generate.
+        temperature: The temperature of sampling. With 0 every token is the likeliest one.
+        top_p: Sample only from the likeliest tokens, whose probabilities sum to this number.
         seed: The seed of the random numbers of sampling.
         dtype: The type of the weights (fp32, bf16 or fp16), by default that of the files.
     """
@@ -72,23 +72,23 @@ def evaluate(
     tokenizer: Path | None = None,
     out: Path | None = None,
 ) -> None:
-    """Evaluate a model on tasks, or its loss and perplexity by domain of token files.
+    """Evaluate a model on tasks, and measure its loss and perplexity on each domain's token files.
 
     Example: remoe evaluate runs/quickstart --perplexity data/quickstart/tokens/valid
 
     Args:
-        tasks: The tasks of lm-evaluation-harness, such as a,b,c; paper means the seven of the
-            paper. By default none is run.
-        include_path: A folder of further tasks, such as remoe data cloze makes, by default none.
-        limit: The most documents of each task, by default all of them.
+        tasks: Tasks of lm-evaluation-harness, such as arc_easy,piqa, or paper for the seven tasks
+            of the paper. By default none is run.
+        include_path: A folder of more tasks, such as that of remoe data cloze, by default none.
+        limit: The number of documents of each task to use, by default all of them.
         perplexity: The token files whose loss is measured: a folder, or one of them without its
             suffix. By default no loss is measured.
         sequence_length: The length of the sequences of --perplexity, by default the run's.
         seed: The seed that orders the documents of --perplexity, by default the run's, or 1234.
         batch_size: The number of sequences that are evaluated at a time.
         dtype: The type of the weights: fp32, bf16 or fp16.
-        out: The JSON file for the results, in which other results stay. By default it is
-            evaluation.json in a run directory, and none elsewhere.
+        out: The JSON file to which the results are added. By default it is evaluation.json in a run
+            directory, and none for other models.
     """
     if tasks is None and perplexity is None:
         raise ValueError("nothing to evaluate; give --tasks, --perplexity, or both")

@@ -21,7 +21,7 @@ def describe(
     tflops: Throughput = None,
     tokens_per_second: Throughput = None,
 ) -> None:
-    """Print a run's parameters, FLOPs, tokens, memory per GPU and, at a throughput, its hours.
+    """Print a run's parameters, FLOPs, tokens and memory per GPU, and its hours at a throughput.
 
     Example: remoe describe examples/llama_182m/remoe.yaml --nodes 2 --tflops 100
 
@@ -55,7 +55,9 @@ def describe(
 def train(
     config: Path, overrides: Words = None, nproc: int | None = None, force: bool = False
 ) -> None:
-    """Train on this machine: check everything, start torchrun, show progress, draw curves.
+    """Check a config, train it on this machine, show the progress and draw the curves.
+
+    The same command continues an interrupted run from its last checkpoint.
 
     Example: remoe train examples/quickstart.yaml moe_granularity=4 lr=5e-4 --nproc 2
 
@@ -93,16 +95,18 @@ def launch(
     dry_run: bool = False,
     force: bool = False,
 ) -> None:
-    """Run a config on one or many machines: check everything, then start torchrun or submit a job.
+    """Check a config, and train it on one or many machines or submit it to Slurm.
 
-    With several machines the same command runs on each of them, or Slurm runs it there. SIGTERM or
-    SIGUSR1 lets the run save a checkpoint and end.
+    For several machines, run the same command on each of them, or once with --slurm. The command
+    stays until the run ends. When it receives SIGTERM or SIGUSR1, the run saves a checkpoint and
+    ends.
 
     Example: remoe launch examples/llama_978m/remoe.yaml --nodes 4 --slurm --dry-run
 
     Args:
         slurm: Submit the run to Slurm instead of starting it here.
-        dry_run: Only print the command. The data need not exist on this machine.
+        dry_run: Check the config and print the command, but do not run it. The data need not exist
+            on this machine.
         force: Continue the run in the run directory although its settings differ.
     """
     import signal
@@ -154,9 +158,10 @@ def sweep(
     gpus_per_node: AtLeastOne = 8,
     dry_run: bool = False,
 ) -> None:
-    """Train every run of a sweep that is not finished yet. Exits with 1 if a run failed.
+    """Train every run of a sweep that is not finished yet.
 
-    The numbers of machines and of their GPUs are only used with --slurm.
+    Exits with 1 if a run failed. The numbers of machines and of their GPUs are used with --slurm
+    only.
 
     Example: remoe sweep examples/ablations/routers.yaml --jobs 2 --only 'remoe-*'
 
@@ -202,7 +207,7 @@ def sweep(
 
 @command(app)
 def plot(run_dir: Path, out: Path | None = None) -> None:
-    """Draw loss, sparsity and coefficient of a run.
+    """Draw the loss, the sparsity and the coefficient of a run over its steps.
 
     Example: remoe plot runs/quickstart --out curves.png
 
@@ -220,7 +225,7 @@ def plot(run_dir: Path, out: Path | None = None) -> None:
 
 @command(app)
 def compare(runs: list[Path], out: Path | None = None, baseline: Path | None = None) -> None:
-    """Compare runs: a table, paired differences between routers, and figures as in the paper.
+    """Compare runs by a table, by paired differences between routers, and by the paper's figures.
 
     Example: remoe compare runs/routers --out docs/results/routers
 
@@ -228,8 +233,8 @@ def compare(runs: list[Path], out: Path | None = None, baseline: Path | None = N
         runs: The run directories, or folders of run directories.
         out: The folder to which table.md, table.csv and figures are written. By default the table
             is only printed.
-        baseline: The run whose settings are compared with others of its router. By default only
-            routers are compared with each other.
+        baseline: The run with which runs of the same router but other settings are compared. By
+            default only routers are compared with each other.
     """
     from megatron.remoe.analysis import compare as tables
     from megatron.remoe.analysis import figures

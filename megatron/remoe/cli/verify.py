@@ -11,7 +11,10 @@ from megatron.remoe.cli.common import AtLeastOne, AtLeastOneOrNone, Words, comma
 if TYPE_CHECKING:
     from rich.console import Console
 
-app = typer.Typer(help="Check what this project claims, on this machine.", no_args_is_help=True)
+app = typer.Typer(
+    help="Check that a run is the same in every parallel layout and after it is resumed.",
+    no_args_is_help=True,
+)
 
 
 class _Named(Protocol):
@@ -36,7 +39,7 @@ class _Verdict(_Named, Protocol):
 
 @command(app)
 def parallel(only: Words = None, steps: AtLeastOneOrNone = None, out: Path | None = None) -> None:
-    """Train the same run under every parallel layout, on CPU ranks, and compare with one rank.
+    """Train one run under every parallel layout, on CPU ranks, and compare each with one rank.
 
     Exits with 1 if a cell deviates more than its tolerance.
 
@@ -68,7 +71,7 @@ def resume(
     seed: int = 0,
     out: Path | None = None,
 ) -> None:
-    """Save, load and train on, in one layout and across layouts; compare with no interruption.
+    """Compare runs that were saved and resumed, also in another layout, with uninterrupted ones.
 
     Exits with 1 if a trajectory differs.
 
@@ -79,7 +82,7 @@ def resume(
         steps: The number of steps before the save, and again after it.
         kills: Instead of comparing layouts, kill a real run this many times. By default none is
             killed.
-        seed: The seed that chooses what --kills kills, and when.
+        seed: The seed that chooses which processes --kills kills, and when.
         out: The Markdown file to which the table is written, by default none.
     """
     from rich.console import Console

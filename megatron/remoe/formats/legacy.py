@@ -50,7 +50,7 @@ class LegacyReader:
             if isinstance(value, Tensor) and not name.endswith("_extra_state")
         }
         for name, tensor in self._tensors.items():
-            if tensor.layout != torch.strided or tensor.is_meta:
+            if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
                 raise ValueError(f"{file} has no values of {name}; save the model again")
         self.meta = {name: tensor.to("meta") for name, tensor in self._tensors.items()}
 

@@ -8,6 +8,7 @@ every tensor), and the tensors' bytes.
 import json
 import math
 import re
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_MOST_VALUES = 2**56  # of one tensor; PyTorch cannot count the bytes of a larger one
 Spec = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -179,7 +181,9 @@ class SafetensorsReader:
                     f"{path} has {name} as {kind}; only weights in {', '.join(sorted(_DTYPES))} "
                     f"can be converted"
                 )
-            self.meta[name] = torch.empty(view.get_shape(), dtype=_DTYPES[kind], device="meta")
+            if not is_possible(shape := view.get_shape()):
+                raise ValueError(f"{path} has {name} of the impossible shape {shape}")
+            self.meta[name] = torch.empty(shape, dtype=_DTYPES[kind], device="meta")
 
     def read(self, name: str) -> Tensor:
         """Return a tensor."""
@@ -202,6 +206,11 @@ def _read_index(path: Path) -> dict[str, str]:
                 f"{path} has {name} in {file!r}; it must be a file beside it, by its name alone"
             )
     return weight_map
+
+
+def is_possible(shape: Iterable[int]) -> bool:
+    """Return whether PyTorch can count the bytes of a tensor, even where a dimension is 0."""
+    return math.prod(max(1, size) for size in shape) <= _MOST_VALUES
 
 
 def is_plain_name(name: object) -> bool:

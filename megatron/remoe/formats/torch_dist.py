@@ -10,7 +10,6 @@ layer has its own name, `decoder.layers.3.mlp.router.weight`, as in models whose
 
 import io
 import json
-import math
 import os
 import pickle
 import re
@@ -27,7 +26,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from megatron.remoe.files import read_json_object, sha256_file
 from megatron.remoe.formats.pickles import MetadataUnpickler, load_allowed
-from megatron.remoe.formats.safetensors import is_plain_name
+from megatron.remoe.formats.safetensors import is_plain_name, is_possible
 
 _METADATA, _BACKEND = ".metadata", "metadata.json"
 _COMMON, _COMMON_FILE = "common_state/shard_0_1", "common.pt"  # the file is of versions before 0.19
@@ -38,7 +37,6 @@ _LAYERS = "decoder.layers."
 _TRAINING_STATE = re.compile(r"(chained_\d+\.)?optimizer[.\d]|rng_state|rerun_state_machine_state")
 
 MOST_LAYERS = 10_000  # the most layers that a model may have
-_MOST_VALUES = 2**56  # of one tensor; PyTorch cannot count the bytes of a larger one
 
 
 @dataclass(frozen=True)
@@ -259,7 +257,7 @@ def _check_metadata(whole: Any) -> None:
             continue
         if not isinstance(entry.properties.dtype, torch.dtype) or not _are_sizes(entry.size):
             raise ValueError(f"{key} has no dtype and shape")
-        if math.prod(entry.size) > _MOST_VALUES:
+        if not is_possible(entry.size):
             raise ValueError(f"{key} has the impossible shape {list(entry.size)}")
         for chunk in entry.chunks:
             box = list(zip(chunk.offsets, chunk.sizes, entry.size, strict=True))

@@ -1,13 +1,13 @@
 """Report what this machine has, what will be used of it, and what is disabled and why."""
 
 import importlib.metadata
-import importlib.util
 import platform
 from dataclasses import dataclass
 
 import torch
 
 from megatron.remoe import compat, cpu
+from megatron.remoe.unsupported import has_package
 from remoe.kernels.experts import uses_grouped_mm
 
 
@@ -87,7 +87,7 @@ def _device() -> list[Finding]:
 
 def _backends() -> list[Finding]:
     has_te = _version("transformer-engine") is not None
-    has_apex_fusion = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    has_apex_fusion = has_package("fused_weight_gradient_mlp_cuda")
     device = torch.device("cuda" if cpu.has_gpu() else "cpu")
     grouped_mm = uses_grouped_mm(device, torch.bfloat16)
     without_te = "Transformer Engine is not installed; torch's own kernels are used"

@@ -89,12 +89,12 @@ def train(config: RunConfig, argv: list[str], console: Console) -> int:
         own_log.seek(log.tell())
         process = start(config, argv, log)
         goes_on = partial(_goes_on, process, stop, config.flags)
-        try:
-            with stop.when(signal.SIGTERM):
+        with stop.when(signal.SIGTERM):
+            try:
                 rows = new_rows(Path(config.flags["metrics_file"]), goes_on)
                 follow(rows, own_log, train_iters(config.flags), console)
-        except KeyboardInterrupt:  # The terminal has sent it to torchrun too.
-            process.wait()
+            except KeyboardInterrupt:  # The terminal has sent it to torchrun too.
+                process.wait()
     if process.returncode != 0:
         tail = log_path.read_text(errors="replace").splitlines()[-_LAST_LINES:]
         console.print("\n".join(tail), markup=False, highlight=False)

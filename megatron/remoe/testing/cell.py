@@ -1,12 +1,16 @@
 """A cell of the grid: a golden run under one parallel layout."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron.remoe.testing.golden import Extreme, Padding
 from remoe.config import Recurrence
 
 RouterKind = Literal["relu", "topk", "dense"]
+
+# Changes that many cells share.
+FOUR_RANKS = (("nmb", 4),)  # of the golden run, so that every data-parallel rank has micro-batches
+DISTRIBUTED: dict[str, Any] = {"distributed_optimizer": True}
 
 
 @dataclass(frozen=True)
@@ -70,3 +74,11 @@ class Cell:
     def config(self, golden: dict[str, Any]) -> dict[str, Any]:
         """Return the configuration of a golden run with the changes of this cell."""
         return golden | dict(self.run)
+
+
+def variants(
+    cells: list[Cell], prefix: str, names: tuple[str, ...] = (), **changes: Any
+) -> list[Cell]:
+    """Return changed copies of the cells with these names, or of all cells."""
+    chosen = [cell for cell in cells if not names or cell.name in names]
+    return [replace(cell, name=f"{prefix}{cell.name}", **changes) for cell in chosen]

@@ -10,15 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron.remoe.testing.cell import Cell
+from megatron.remoe.testing.cell import DISTRIBUTED, FOUR_RANKS, Cell, variants
 from megatron.remoe.testing.cells import run_cell
 from megatron.remoe.testing.golden import CLOSED_LOOP, OPEN_LOOP_STEPS, PUBLISHED_COEFF_INIT
 from megatron.remoe.verify.runs import Runner, check_all, reference_of
 from megatron.remoe.verify.trajectories import TrajectoryComparison, TrajectoryResult, table
 from remoe.kernels.chunks import UNLIMITED
-
-_FOUR_RANKS = (("nmb", 4),)
-_DISTRIBUTED: dict[str, Any] = {"distributed_optimizer": True}
 
 
 @dataclass(frozen=True)
@@ -59,28 +56,20 @@ def _layouts() -> list[Cell]:
         Cell("one rank, MoE recompute", recompute="moe"),
         Cell("EP2, full recompute", 2, ep=2, recompute="full"),
         Cell("EP2, MoE recompute", 2, ep=2, recompute="moe"),
-        Cell("DP2, distributed optimizer", 2, **_DISTRIBUTED),
-        Cell("DP2, overlap", 2, overlap=True, **_DISTRIBUTED),
-        Cell("EP2, distributed optimizer", 2, ep=2, **_DISTRIBUTED),
-        Cell("EP2, overlap", 2, ep=2, overlap=True, **_DISTRIBUTED),
+        Cell("DP2, distributed optimizer", 2, **DISTRIBUTED),
+        Cell("DP2, overlap", 2, overlap=True, **DISTRIBUTED),
+        Cell("EP2, distributed optimizer", 2, ep=2, **DISTRIBUTED),
+        Cell("EP2, overlap", 2, ep=2, overlap=True, **DISTRIBUTED),
         Cell("EP2, overlapped reduction, plain optimizer", 2, ep=2, overlap=True),
-        Cell("TP2 x EP2, 4 ranks", 4, tp=2, ep=2, run=_FOUR_RANKS),
-        Cell("DP2 x EP2, 4 ranks", 4, ep=2, run=_FOUR_RANKS),
+        Cell("TP2 x EP2, 4 ranks", 4, tp=2, ep=2, run=FOUR_RANKS),
+        Cell("DP2 x EP2, 4 ranks", 4, ep=2, run=FOUR_RANKS),
         Cell(
             "TP2 x EP2, expert TP2, all-gather, 4 ranks",
-            4, tp=2, ep=2, expert_tp=2, dispatcher="allgather", run=_FOUR_RANKS,
+            4, tp=2, ep=2, expert_tp=2, dispatcher="allgather", run=FOUR_RANKS,
         ),
-        Cell("PP2 x EP2, 4 ranks", 4, pp=2, ep=2, run=_FOUR_RANKS),
-        Cell("TP2 x PP2, 4 ranks", 4, tp=2, pp=2, run=_FOUR_RANKS),
+        Cell("PP2 x EP2, 4 ranks", 4, pp=2, ep=2, run=FOUR_RANKS),
+        Cell("TP2 x PP2, 4 ranks", 4, tp=2, pp=2, run=FOUR_RANKS),
     ]  # fmt: skip
-
-
-def _variants(
-    layouts: list[Cell], prefix: str, names: tuple[str, ...] = (), **changes: Any
-) -> list[Cell]:
-    """Return changed copies of the layouts with these names, or of all layouts."""
-    chosen = [cell for cell in layouts if not names or cell.name in names]
-    return [replace(cell, name=f"{prefix}{cell.name}", **changes) for cell in chosen]
 
 
 def grid() -> list[Cell]:
@@ -101,17 +90,17 @@ def grid() -> list[Cell]:
     per_token = ("DP2", "TP2", "TP2 x EP2 all-to-all")
     return [
         *layouts,
-        *_variants(layouts, "sequential: ", experts="sequential"),
-        *_variants(layouts, "padded: ", padded, padding="ends"),
-        *_variants(
+        *variants(layouts, "sequential: ", experts="sequential"),
+        *variants(layouts, "padded: ", padded, padding="ends"),
+        *variants(
             layouts, "padded, loss per token: ", per_token, padding="ends", per_token_loss=True
         ),
-        *_variants(
+        *variants(
             layouts, "a micro-batch of padding: ", ("one rank", *dp2_ep2_tp2), padding="micro-batch"
         ),
-        *_variants(layouts, "TopK: ", router="topk"),
-        *_variants(layouts, "bf16: ", bf16, dtype="bf16"),
-        *_variants(layouts, "dense stage: ", dense_stage, run=dense_run),
+        *variants(layouts, "TopK: ", router="topk"),
+        *variants(layouts, "bf16: ", bf16, dtype="bf16"),
+        *variants(layouts, "dense stage: ", dense_stage, run=dense_run),
         *_chunked(layouts),
         *chunked_differently(),
         *extremes(),
@@ -129,10 +118,10 @@ def recurrent() -> list[Cell]:
             "PP2, layers without experts between", 2, pp=2,
             run=(("L", 4), ("moe_layer_freq", (1, 0, 0, 1))),
         ),
-        Cell("DP2, overlap, full recompute", 2, overlap=True, recompute="full", **_DISTRIBUTED),
-        Cell("PP2, distributed optimizer, MoE recompute", 2, pp=2, recompute="moe", **_DISTRIBUTED),
+        Cell("DP2, overlap, full recompute", 2, overlap=True, recompute="full", **DISTRIBUTED),
+        Cell("PP2, distributed optimizer, MoE recompute", 2, pp=2, recompute="moe", **DISTRIBUTED),
         Cell(
-            "DP2 x PP2, distributed optimizer, 4 ranks", 4, pp=2, run=_FOUR_RANKS, **_DISTRIBUTED
+            "DP2 x PP2, distributed optimizer, 4 ranks", 4, pp=2, run=FOUR_RANKS, **DISTRIBUTED
         ),
     ]  # fmt: skip
     bf16 = ("one rank", "TP2", "PP2", "EP2, distributed optimizer")
@@ -142,13 +131,13 @@ def recurrent() -> list[Cell]:
     deep = (("L", 4), ("seq", 16))
     gru: dict[str, Any] = {"recurrence": "gru"}
     return [
-        *_variants(layouts, "recurrent: ", **gru),
-        *_variants(layouts, "recurrent TopK: ", router="topk", **gru),
-        *_variants(layouts, "recurrent RNN: ", ("TP2", "PP2"), recurrence="rnn"),
-        *_variants(layouts, "recurrent, bf16: ", bf16, dtype="bf16", **gru),
-        *_variants(layouts, "recurrent, chunked: ", chunked, max_assignments=64, **gru),
-        *_variants(layouts, "recurrent, padded: ", padded, padding="ends", **gru),
-        *_variants(
+        *variants(layouts, "recurrent: ", **gru),
+        *variants(layouts, "recurrent TopK: ", router="topk", **gru),
+        *variants(layouts, "recurrent RNN: ", ("TP2", "PP2"), recurrence="rnn"),
+        *variants(layouts, "recurrent, bf16: ", bf16, dtype="bf16", **gru),
+        *variants(layouts, "recurrent, chunked: ", chunked, max_assignments=64, **gru),
+        *variants(layouts, "recurrent, padded: ", padded, padding="ends", **gru),
+        *variants(
             layouts, "recurrent, plain torch: ", plain_torch, plain=True, run=deep, **gru
         ),
     ]  # fmt: skip
@@ -166,8 +155,8 @@ def _chunked(layouts: list[Cell]) -> list[Cell]:
         "EP2, distributed optimizer", "EP2, overlap",
     )  # fmt: skip
     return [
-        *_variants(layouts, "chunked: ", names, max_assignments=64),
-        *_variants(
+        *variants(layouts, "chunked: ", names, max_assignments=64),
+        *variants(
             layouts, "chunked: sequential, ", all_to_all_and_gather,
             experts="sequential", max_assignments=64,
         ),
@@ -182,18 +171,18 @@ def chunked_differently() -> list[Cell]:
     """
     layouts = [
         Cell("DP2, overlapped reduction, plain optimizer", 2, overlap=True),
-        Cell("DP2, overlap", 2, overlap=True, **_DISTRIBUTED),
-        Cell("DP2 x EP2, overlap, 4 ranks", 4, ep=2, overlap=True, run=_FOUR_RANKS),
+        Cell("DP2, overlap", 2, overlap=True, **DISTRIBUTED),
+        Cell("DP2 x EP2, overlap, 4 ranks", 4, ep=2, overlap=True, run=FOUR_RANKS),
     ]
     limits = (64, UNLIMITED)
     return [
-        *_variants(layouts, "ranks chunk differently, grouped: ", max_assignments=limits),
-        *_variants(
+        *variants(layouts, "ranks chunk differently, grouped: ", max_assignments=limits),
+        *variants(
             layouts, "ranks chunk differently, sequential: ", max_assignments=limits,
             experts="sequential",
         ),
         # Where decisions are left to the automatic limit, ranks differ from step 8 on.
-        *_variants(layouts[:1], "sequential: ", experts="sequential"),
+        *variants(layouts[:1], "sequential: ", experts="sequential"),
     ]  # fmt: skip
 
 
@@ -202,7 +191,7 @@ def extremes() -> list[Cell]:
     layouts = [
         Cell("EP2 alltoall", 2, ep=2),
         Cell("EP2 allgather", 2, ep=2, dispatcher="allgather"),
-        Cell("EP2 alltoall, distributed optimizer, overlap", 2, ep=2, overlap=True, **_DISTRIBUTED),
+        Cell("EP2 alltoall, distributed optimizer, overlap", 2, ep=2, overlap=True, **DISTRIBUTED),
     ]
     cases: dict[str, dict[str, Any]] = {
         "all experts active": {"routing": "all active"},
@@ -212,9 +201,7 @@ def extremes() -> list[Cell]:
         "128 experts, k = 1": {"run": (("E", 128), ("F", 16))},
         "odd sizes": {"run": (("seq", 37), ("mbs", 3))},
     }
-    return [
-        cell for name, case in cases.items() for cell in _variants(layouts, f"{name}: ", **case)
-    ]
+    return [cell for name, case in cases.items() for cell in variants(layouts, f"{name}: ", **case)]
 
 
 def accumulation() -> list[Cell]:
@@ -250,7 +237,7 @@ def against_plain_torch() -> list[Cell]:
         Cell("EP2 all-to-all", 2, ep=2, experts="sequential"),
         Cell("TP2 x EP2 all-to-all", 2, tp=2, ep=2),
         Cell("PP2", 2, pp=2),
-        Cell("DP2 x EP2, 4 ranks", 4, ep=2, run=_FOUR_RANKS),
+        Cell("DP2 x EP2, 4 ranks", 4, ep=2, run=FOUR_RANKS),
         Cell("padded, loss per token: TP2", 2, tp=2, padding="ends", per_token_loss=True),
         Cell("a micro-batch of padding: DP2", 2, padding="micro-batch"),
     ]

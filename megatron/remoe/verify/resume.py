@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.remoe.testing import cells
-from megatron.remoe.testing.cell import Cell
+from megatron.remoe.testing.cell import DISTRIBUTED, FOUR_RANKS, Cell, variants
 from megatron.remoe.testing.golden import golden_tokens
 from megatron.remoe.verify.runs import Runner, check_all, reference_of
 from megatron.remoe.verify.trajectories import (
@@ -23,36 +23,34 @@ from megatron.remoe.verify.trajectories import (
     table,
 )
 
-_DISTRIBUTED: dict[str, Any] = {"distributed_optimizer": True}
-_FOUR_RANKS = (("nmb", 4),)
 _GRU: dict[str, Any] = {"recurrence": "gru"}
-_SHARDED_GRU = _DISTRIBUTED | _GRU
+_SHARDED_GRU = DISTRIBUTED | _GRU
 _LAYOUTS = [
     Cell("1"),
-    Cell("1, distributed optimizer", **_DISTRIBUTED),
+    Cell("1, distributed optimizer", **DISTRIBUTED),
     Cell("DP2", 2),
-    Cell("DP2, distributed optimizer", 2, **_DISTRIBUTED),
+    Cell("DP2, distributed optimizer", 2, **DISTRIBUTED),
     Cell("EP2", 2, ep=2),
-    Cell("EP2, distributed optimizer, overlap", 2, ep=2, overlap=True, **_DISTRIBUTED),
+    Cell("EP2, distributed optimizer, overlap", 2, ep=2, overlap=True, **DISTRIBUTED),
     Cell("TP2", 2, tp=2),
-    Cell("TP2, distributed optimizer", 2, tp=2, **_DISTRIBUTED),
+    Cell("TP2, distributed optimizer", 2, tp=2, **DISTRIBUTED),
     Cell("TP2, expert TP2", 2, tp=2, expert_tp=2, dispatcher="allgather"),
     Cell("PP2", 2, pp=2),
     Cell("PP2, 2 virtual stages", 2, pp=2, vp=2, run=(("L", 4),)),
     Cell("TopK EP2", 2, ep=2, router="topk"),
     Cell("dense TP2", 2, tp=2, router="dense"),
     Cell("TP2 x EP2", 2, tp=2, ep=2),
-    Cell("DP2 x EP2", 4, ep=2, run=_FOUR_RANKS),
-    Cell("DP2 x EP2, distributed optimizer", 4, ep=2, run=_FOUR_RANKS, **_DISTRIBUTED),
-    Cell("PP2 x EP2", 4, pp=2, ep=2, run=_FOUR_RANKS),
-    Cell("TP2 x PP2", 4, tp=2, pp=2, run=_FOUR_RANKS),
+    Cell("DP2 x EP2", 4, ep=2, run=FOUR_RANKS),
+    Cell("DP2 x EP2, distributed optimizer", 4, ep=2, run=FOUR_RANKS, **DISTRIBUTED),
+    Cell("PP2 x EP2", 4, pp=2, ep=2, run=FOUR_RANKS),
+    Cell("TP2 x PP2", 4, tp=2, pp=2, run=FOUR_RANKS),
     Cell("recurrent 1", **_GRU),
     Cell("recurrent EP2, distributed optimizer, overlap", 2, ep=2, overlap=True, **_SHARDED_GRU),
     Cell("recurrent TP2", 2, tp=2, **_GRU),
     Cell("recurrent PP2", 2, pp=2, **_GRU),
     Cell("recurrent PP2, distributed optimizer", 2, pp=2, **_SHARDED_GRU),
     Cell("recurrent TopK PP2", 2, pp=2, router="topk", **_GRU),
-    Cell("recurrent DP2 x PP2, distributed optimizer", 4, pp=2, run=_FOUR_RANKS, **_SHARDED_GRU),
+    Cell("recurrent DP2 x PP2, distributed optimizer", 4, pp=2, run=FOUR_RANKS, **_SHARDED_GRU),
 ]
 _ACROSS = {
     "1": ("DP2", "EP2", "TP2", "PP2", "DP2 x EP2"),
@@ -134,11 +132,8 @@ class PairResult(TrajectoryResult):
 
 def pairs() -> list[Pair]:
     """Return every layout paired with itself, and pairs of different layouts."""
-    layouts = {cell.name: cell for cell in _LAYOUTS}
-    layouts |= {
-        f"bf16: {name}": replace(layouts[name], name=f"bf16: {name}", dtype="bf16")
-        for name in _IN_BF16
-    }
+    cells = [*_LAYOUTS, *variants(_LAYOUTS, "bf16: ", _IN_BF16, dtype="bf16")]
+    layouts = {cell.name: cell for cell in cells}
     across = []
     for before in (layouts[name] for name in _ACROSS):
         for after in (layouts[name] for name in _ACROSS[before.name]):
