@@ -6,13 +6,14 @@ it. To add a router, add a subclass of `Routing` and its name in `ROUTINGS`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from remoe.settings import Settings, setting, settings_of
 
 LoadBalancing = Literal["aux_loss", "none"]
 Recurrence = Literal["none", "gru", "rnn"]
 RecurrentPassing = Literal["full", "detached", "none"]
+Activation = Literal["swiglu", "gelu"]
 
 
 @dataclass(frozen=True)
@@ -332,3 +333,81 @@ class ReMoELayerConfig(ReLURouting):
             router = self.recurrent_size * (self.hidden_size + shape.num_experts)
         expert = 3 * self.hidden_size * shape.ffn_hidden_size
         return router + num_experts * expert
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftRouting(Settings):
+    """The settings of a soft router (arXiv 2308.00951), for bidirectional models only."""
+
+    title: ClassVar[str] = "Soft MoE"
+
+    slots_per_expert: int = setting(
+        1,
+        flag="--moe-soft-slots-per-expert",
+        help="Number of slots of every expert. With (tokens of a sequence / experts) slots the "
+        "experts cost as much as a dense MLP.",
+        within="[1, inf)",
+        on_resume="refused",
+    )
+
+
+@dataclass(frozen=True)
+class SoftMoELayerConfig(SoftRouting):
+    """One Soft MoE layer: its sizes, and the settings of `SoftRouting`.
+
+    Attributes:
+        hidden_size: width of the tokens.
+        ffn_hidden_size: width of one expert.
+        num_experts: number of experts.
+        activation: "swiglu" without biases, as the experts of `ReMoELayer`, or "gelu" with biases,
+            as published.
+        init_std: standard deviation of the experts' initial weights.
+    """
+
+    hidden_size: int
+    ffn_hidden_size: int
+    num_experts: int = 8
+    activation: Activation = "swiglu"
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("hidden_size", "ffn_hidden_size", "num_experts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.activation not in get_args(Activation):
+            raise ValueError(
+                f"activation is {self.activation!r}; choose one of "
+                f"{', '.join(get_args(Activation))}"
+            )
+
+    @property
+    def num_slots(self) -> int:
+        """Number of slots of all experts."""
+        return self.num_experts * self.slots_per_expert
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters of the layer: slots, scale and experts."""
+        return self.num_slots * self.hidden_size + 1 + self.num_experts * self._per_expert
+
+    @property
+    def num_active_params(self) -> int:
+        """Number of parameters that a token uses: all, since every token is in every slot."""
+        return self.num_params
+
+    def flops(self, num_tokens: int) -> int:
+        """Return the multiplications and additions of a forward pass of one sequence.
+
+        They are those of the matrix products: logits, slots and outputs of 2TSH each, and the
+        experts on their slots.
+        """
+        matrices = 3 if self.activation == "swiglu" else 2
+        experts = 2 * self.num_slots * matrices * self.hidden_size * self.ffn_hidden_size
+        return 3 * 2 * num_tokens * self.num_slots * self.hidden_size + experts
+
+    @property
+    def _per_expert(self) -> int:
+        if self.activation == "swiglu":
+            return 3 * self.hidden_size * self.ffn_hidden_size
+        return 2 * self.hidden_size * self.ffn_hidden_size + self.hidden_size + self.ffn_hidden_size

@@ -3,8 +3,13 @@
 Shapes: T tokens, H hidden, E experts, F expert width. The loops are slow on purpose.
 """
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+
+Expert = Callable[[Tensor], Tensor]
 
 
 def reference_routing(x_TH: Tensor, router_EH: Tensor) -> Tensor:
@@ -96,3 +101,72 @@ def reference_recurrent_scores(
         states.append(step(projected, h, *weights))
     logits = [torch.stack([(row * h).sum() for row in router_Ep]) for h in states]
     return torch.stack(logits), torch.stack(states)
+
+
+def reference_soft_routing(
+    x_TH: Tensor, router_SH: Tensor, scale: Tensor, padding_T: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute Soft MoE's dispatch and combine weights of one sequence, both `[T, S]`.
+
+    Args:
+        x_TH: the tokens.
+        router_SH: parameters of the slots.
+        scale: factor of the logits.
+        padding_T: bool, True for padding tokens.
+    """
+
+    def unit(v: Tensor) -> Tensor:
+        return v / torch.sqrt((v * v).sum() + 1e-6)
+
+    def weight(t: int, s: int) -> Tensor:
+        padded = padding_T is not None and bool(padding_T[t])
+        exponential = torch.exp((unit(x_TH[t]) * unit(router_SH[s])).sum() * scale.sum())
+        return torch.zeros_like(exponential) if padded else exponential
+
+    tokens, slots = range(len(x_TH)), range(len(router_SH))
+    weights = [[weight(t, s) for s in slots] for t in tokens]
+    dispatch, combine = [], []
+    for t in tokens:
+        of_token = sum(weights[t], x_TH.new_zeros(()))
+        alone = of_token == 0  # a padding token
+        for s in slots:
+            of_slot = sum((weights[u][s] for u in tokens), x_TH.new_zeros(()))
+            dispatch.append(weights[t][s] / of_slot)
+            combine.append(weights[t][s] if alone else weights[t][s] / of_token)
+    shape = (len(tokens), len(slots))
+    return torch.stack(dispatch).view(shape), torch.stack(combine).view(shape)
+
+
+def reference_soft_moe(
+    x_TH: Tensor, dispatch_TS: Tensor, combine_TS: Tensor, experts: Sequence[Expert]
+) -> Tensor:
+    """Compute `y_t = sum_s C_ts f(sum_u D_us x_u)` of one sequence, `[T, H]`.
+
+    Args:
+        x_TH: the tokens.
+        dispatch_TS, combine_TS: the weights.
+        experts: functions of a vector `[H]`; each has as many neighboring slots as any other.
+    """
+    slots = range(dispatch_TS.shape[1])
+    per_expert = len(slots) // len(experts)
+    outputs = []
+    for s in slots:
+        mean = torch.stack([d * x for d, x in zip(dispatch_TS[:, s], x_TH, strict=True)]).sum(dim=0)
+        outputs.append(experts[s // per_expert](mean))
+    return torch.stack([sum(c[s] * outputs[s] for s in slots) for c in combine_TS])
+
+
+def reference_expert(up: Tensor, down: Tensor, *biases: Tensor) -> Expert:
+    """Return one expert as a function of a vector: SwiGLU without biases, GELU (tanh) with them."""
+    width = down.shape[1]
+
+    def swiglu(x: Tensor) -> Tensor:
+        gate, linear = up[:width] @ x, up[width:] @ x
+        return down @ (gate * torch.sigmoid(gate) * linear)
+
+    def gelu(x: Tensor) -> Tensor:
+        h = up @ x + biases[0]
+        inner = math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)
+        return down @ (0.5 * h * (1 + torch.tanh(inner))) + biases[1]
+
+    return gelu if biases else swiglu
