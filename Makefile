@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/python.sh
 	echo "setting up $(VENV) with $$python (a few minutes, 5 GB)"; \
 	"$$python" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[megatron,hf,analysis,eval,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[megatron,hf,analysis,eval,vision,dev]'
 	@touch $@
 
 quickstart: setup

@@ -119,6 +119,7 @@ class Routing(Settings):
     """
 
     title: ClassVar[str]
+    causal: ClassVar[bool] = True  # whether no token sees those after it
 
     max_assignments: int | None = setting(
         None,
@@ -340,6 +341,7 @@ class SoftRouting(Settings):
     """The settings of a soft router (arXiv 2308.00951), for bidirectional models only."""
 
     title: ClassVar[str] = "Soft MoE"
+    causal: ClassVar[bool] = False  # whether no token sees those after it
 
     slots_per_expert: int = setting(
         1,

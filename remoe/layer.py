@@ -174,6 +174,13 @@ class ReMoELayer(ExactBuffers):
             max_rows_per_chunk=limit or max(1, balanced // 3),
         )
 
+    def extra_repr(self) -> str:
+        """Return the sizes that a printed model shows."""
+        config = self.config
+        sizes = f"hidden_size={config.hidden_size}, ffn_hidden_size={config.ffn_hidden_size}"
+        experts = f"num_experts={config.num_experts}, topk={config.topk}"
+        return f"{sizes}, {experts}, granularity={config.granularity}"
+
     def _observe(self, probs_TE: Tensor, routing_map_TE: Tensor) -> None:
         counts = TokenCounts.of(routing_map_TE)
         self.l1_reg = router_regularization(

@@ -88,6 +88,39 @@ def topk_routing(
     )
 
 
+def expert_choice_routing(logits_TE: Tensor, *, tokens_per_expert: int) -> tuple[Tensor, Tensor]:
+    """Let every expert choose tokens, those of the largest softmax over experts.
+
+    This is Expert Choice (arXiv 2202.09368, Sec. 3.2). It is not causal: whether an expert takes a
+    token depends on all others. A token may get no expert, or several.
+
+    Args:
+        logits_TE: router logits `[..., T, E]`. Experts choose in every `[T, E]` by itself.
+        tokens_per_expert: the number of tokens that each expert takes, k T / E for k experts per
+            token on average.
+
+    Returns:
+        probs and routing_map as `relu_routing` returns them, `[..., T, E]`.
+
+    Raises:
+        ValueError: experts cannot choose so many tokens.
+    """
+    num_tokens = logits_TE.shape[-2]
+    if not 0 <= tokens_per_expert <= num_tokens:
+        raise ValueError(
+            f"tokens_per_expert is {tokens_per_expert}; choose it between 0 and the {num_tokens} "
+            f"tokens that there are"
+        )
+    dtype = torch.promote_types(logits_TE.dtype, torch.float32)
+    softmax_TE = torch.softmax(logits_TE.to(dtype), dim=-1)
+    chosen = softmax_TE.topk(tokens_per_expert, dim=-2)
+    empty = torch.zeros_like(softmax_TE)
+    return (
+        empty.scatter(-2, chosen.indices, chosen.values),
+        empty.bool().scatter(-2, chosen.indices, True),
+    )
+
+
 def active_experts(routing_map_TE: Tensor) -> Tensor:
     """Return the number of active experts of every token, int64 `[T]`."""
     return routing_map_TE.sum(dim=1)

@@ -21,6 +21,7 @@ from remoe import (
 )
 from remoe.controller import move_l1_coeff, register_l1_coeff
 from remoe.reference import reference_l1, reference_sparsity
+from remoe.routing import expert_choice_routing
 
 # Three tokens, four experts; the second token activates nobody, the fourth expert gets nothing.
 LOGITS = torch.tensor([[1.0, -2.0, 0.5, 0.0], [-1.0, -1.0, -0.1, -3.0], [2.0, 3.0, -1.0, -1.0]])
@@ -121,6 +122,21 @@ def test_bounded_routing_by_hand(module, bounds, active):
     probs.sum().backward()
     assert (logits.grad[kept] != 0).all()
     assert bool((logits.grad[1] != 0).any()) == ("at_least_one" in bounds)
+
+
+def test_experts_choose_their_tokens_by_hand():
+    """Expert 0 takes the first two tokens and expert 1 the last two; token 1 has both."""
+    logits = torch.log(torch.tensor([[3.0, 1.0], [1.0, 1.0], [1.0, 3.0]])).requires_grad_()
+    probs, routing_map = expert_choice_routing(logits, tokens_per_expert=2)
+    assert routing_map.tolist() == [[True, False], [True, True], [False, True]]
+    assert torch.allclose(probs, torch.tensor([[0.75, 0], [0.5, 0.5], [0, 0.75]]))
+    probs[0, 0].backward()
+    # The softmax's gradient, also for the expert that the token did not get.
+    assert torch.allclose(logits.grad[0], torch.tensor([0.1875, -0.1875]))
+    two = torch.stack([logits, logits.flip(0)])
+    assert torch.equal(expert_choice_routing(two, tokens_per_expert=2)[1][1], routing_map.flip(0))
+    with pytest.raises(ValueError, match="tokens_per_expert is 4; choose it between 0 and the 3"):
+        expert_choice_routing(logits, tokens_per_expert=4)
 
 
 def test_balanced_routing_at_the_target_has_unit_load():

@@ -10,10 +10,18 @@ from rich.console import Console
 from torch.nn import functional as F  # noqa: N812
 
 from megatron.remoe.bench import timing
-from megatron.remoe.bench.layer import Shape, inputs, remoe_layer
+from megatron.remoe.bench.layer import (
+    DENSE,
+    Shape,
+    inputs,
+    remoe_layer,
+    soft_alternatives,
+    soft_name,
+)
 
 SMALL = {
     "layer": "--tokens 64 --hidden 32 --ffn 32 --experts 4 --experts 8 --rounds 2",
+    "layer --soft": "--tokens 64 --hidden 32 --ffn 32 --sequence 32 --experts 4 8 32 --rounds 2",
     "router": "--tokens 64 --hidden 32 --rounds 2",
     "step": "--hidden 32 --ffn 32 --sequence 32 --experts 4 --experts 8 --granularity 2 --rounds 2",
 }
@@ -24,8 +32,8 @@ def results(tmp_path_factory):
     """Return the JSON of each benchmark at a small size, run as a user runs it."""
     folder, found = tmp_path_factory.mktemp("bench"), {}
     for name, flags in SMALL.items():
-        path = folder / f"{name}.json"
-        remoe = [sys.executable, "-m", "megatron.remoe", "bench", name]
+        path = folder / f"{name.replace(' ', '')}.json"
+        remoe = [sys.executable, "-m", "megatron.remoe", "bench", *name.split()]
         done = subprocess.run(
             [*remoe, *flags.split(), "--json", str(path)],
             capture_output=True,
@@ -55,6 +63,23 @@ def test_the_layer_is_compared_with_what_users_would_take_instead(results):
     for routing in results["layer"]["settings"]["routing"]:
         assert routing["assignments"] == 64
         assert routing["idlest_expert"] < routing["busiest_expert"]
+
+
+@pytest.mark.processes
+def test_soft_layers_cost_by_slots_and_not_by_experts(results):
+    rows = {row["name"]: row["facts"]["FLOPs / dense"] for row in results["layer --soft"]["rows"]}
+    # 6 T S H of logits, slots and outputs beside 6 T H F of a dense MLP.
+    assert rows == {DENSE: "1.000"} | {soft_name(e): "2.000" for e in (4, 8, 32)}
+
+
+@pytest.mark.parametrize(
+    ("sequence", "experts", "names"),
+    [(24, 4, "sequence is 24, which does not divide the 64 tokens"), (32, 5, "5 experts cannot")],
+)
+def test_soft_layers_that_cannot_be_compared_are_refused(sequence, experts, names):
+    shape = Shape(tokens=64, hidden_size=16, ffn_hidden_size=8, num_experts=experts, topk=1)
+    with pytest.raises(ValueError, match=names):
+        soft_alternatives([shape], sequence)
 
 
 @pytest.mark.processes

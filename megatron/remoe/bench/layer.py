@@ -5,7 +5,7 @@ Shapes: T tokens, H hidden, E experts, F expert width, k active experts per toke
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypedDict
 
@@ -15,8 +15,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from megatron.remoe.bench.timing import Alternative
 from megatron.remoe.testing.golden import transformer_config
-from remoe import ReMoELayer, ReMoELayerConfig, l1_penalty
+from remoe import ReMoELayer, ReMoELayerConfig, SoftMoELayer, SoftMoELayerConfig, l1_penalty
 from remoe.routing import tokens_per_expert
+from remoe.soft import slots_for_equal_flops
 
 DENSE = "dense SwiGLU of equal active FLOPs"
 
@@ -131,6 +132,52 @@ def remoe_layer(shape: Shape) -> Alternative:
         parameter.data = value
     name = f"ReMoE, E={shape.num_experts}"
     return _step(name, layer, x, layer, lambda: l1_penalty(layer))
+
+
+def soft_alternatives(shapes: list[Shape], sequence: int) -> list[Alternative]:
+    """Return the dense MLP and Soft MoE of every shape, whose experts cost what the MLP costs.
+
+    The column `FLOPs / dense` has those of logits, slots and outputs too, which grow with the
+    length of a sequence.
+
+    Args:
+        shapes: layers that differ in their number of experts; `topk` has no meaning.
+        sequence: tokens of a sequence, and slots of all experts.
+
+    Raises:
+        ValueError: sequences do not divide the tokens, or experts the slots.
+    """
+    first = shapes[0]
+    if sequence < 1 or first.tokens % sequence:
+        raise ValueError(
+            f"sequence is {sequence}, which does not divide the {first.tokens} tokens; choose a "
+            f"length that divides them"
+        )
+    generator = torch.Generator().manual_seed(0)
+    size = (first.tokens // sequence, sequence, first.hidden_size)
+    x = torch.randn(size, generator=generator).to(**first.like)
+    dense_flops = 6 * sequence * first.hidden_size * first.ffn_hidden_size
+    configs = [
+        SoftMoELayerConfig(
+            hidden_size=shape.hidden_size,
+            ffn_hidden_size=shape.ffn_hidden_size,
+            num_experts=shape.num_experts,
+            slots_per_expert=slots_for_equal_flops(sequence, shape.num_experts),
+        )
+        for shape in shapes
+    ]
+    found = [replace(_dense(x, weights(first)), facts={"FLOPs / dense": "1.000"})]
+    for config in configs:
+        layer = SoftMoELayer(config, **first.like)
+        facts = {"FLOPs / dense": f"{config.flops(sequence) / dense_flops:.3f}"}
+        name = soft_name(config.num_experts)
+        found.append(replace(_step(name, layer, x, layer), facts=facts))
+    return found
+
+
+def soft_name(num_experts: int) -> str:
+    """Return the name of a row of `soft_alternatives`."""
+    return f"Soft MoE, E={num_experts}"
 
 
 def _dense(x: Tensor, weights: ExpertWeights) -> Alternative:

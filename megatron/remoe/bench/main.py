@@ -91,6 +91,22 @@ def layer(sizes: LayerSizes, experts: list[int], dtype: str, timing: Timing) -> 
     _growth(rows, [f"ReMoE, E={e}" for e in experts], console)
 
 
+def soft_layer(
+    sizes: LayerSizes, sequence: int, experts: list[int], dtype: str, timing: Timing
+) -> None:
+    """Time Soft MoE at every number of experts against a dense MLP that costs as much."""
+    console = Console()
+    found = layers.soft_alternatives([sizes.shape(e, dtype) for e in experts], sequence)
+    rows = measure(found, rounds=timing.rounds, baseline=layers.DENSE, console=console)
+    settings = asdict(sizes) | {"sequence": sequence, "experts": experts, "dtype": dtype,
+                                "rounds": timing.rounds}  # fmt: skip
+    title = (f"Soft MoE with as many slots as tokens, forward + backward: T={sizes.tokens} "
+             f"sequence={sequence} H={sizes.hidden} F={sizes.ffn} {dtype}")  # fmt: skip
+    report(rows, title=title, baseline="dense", settings=settings, console=console,
+           json_path=timing.json_path)  # fmt: skip
+    _growth(rows, [layers.soft_name(e) for e in experts], console)
+
+
 def router(sizes: LayerSizes, experts: int, dtype: str, timing: Timing) -> None:
     """Time the parts around the experts."""
     console = Console()

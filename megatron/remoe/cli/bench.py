@@ -8,41 +8,58 @@ from typing import Annotated
 
 import typer
 
-from megatron.remoe.cli.common import AtLeastOne, command
+from megatron.remoe.cli.common import AtLeastOne, AtLeastOneOrNone, command
 
 app = typer.Typer(
     help="Measure the time and memory of a layer, its parts and a training step.",
     no_args_is_help=True,
 )
 
+Numbers = Annotated[list[int] | None, typer.Argument()]
 Json = Annotated[Path | None, typer.Option("--json")]
 
 
 @command(app)
 def layer(
+    more_experts: Numbers = None,
     tokens: int = 4096,
-    hidden: int = 512,
-    ffn: int = 2048,
+    hidden: AtLeastOneOrNone = None,
+    ffn: AtLeastOneOrNone = None,
     experts: list[int] | None = None,
     topk: int = 1,
+    soft: bool = False,
+    sequence: AtLeastOne = 512,
     dtype: str = "fp32",
     rounds: AtLeastOne = 10,
     json_path: Json = None,
 ) -> None:
     """Time one layer, forward and backward, at exactly tokens x topk assignments.
 
-    Example: remoe bench layer --experts 8 --experts 64 --rounds 10
+    With --soft, time Soft MoE with as many slots as tokens instead.
+
+    Example: remoe bench layer --experts 8 64 --rounds 10
 
     Args:
+        more_experts: Further numbers of experts, after the first one of --experts.
+        hidden: The hidden size, by default 512, or 128 with --soft.
+        ffn: The width of each expert, by default 2048, or 512 with --soft.
         experts: The numbers of experts, by default 8. All alternatives run at the first number, and
             ReMoE at the others.
+        soft: Time Soft MoE at every number of experts, and a dense MLP that costs as much.
+        sequence: The number of tokens of a sequence, and of the slots of all experts, with --soft.
         dtype: The type of weights and tokens: fp32 or bf16.
     """
     _prepare()
     from megatron.remoe.bench import main
 
+    hidden, ffn = hidden or (128 if soft else 512), ffn or (512 if soft else 2048)
     sizes = main.LayerSizes(tokens=tokens, hidden=hidden, ffn=ffn, topk=topk)
-    main.layer(sizes, experts or [8], dtype, main.Timing(rounds, json_path))
+    wanted = [*(experts or []), *(more_experts or [])] or [8]
+    timing = main.Timing(rounds, json_path)
+    if soft:
+        main.soft_layer(sizes, sequence, wanted, dtype, timing)
+    else:
+        main.layer(sizes, wanted, dtype, timing)
 
 
 @command(app)
