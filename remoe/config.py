@@ -108,8 +108,26 @@ class ControllerConfig(L1Coefficient):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Routing(Settings):
-    """The settings that every router has. A subclass adds those of one router.
+class AnyRouting(Settings):
+    """The base of the settings of every router, which selects experts for a token or does not."""
+
+    title: ClassVar[str]
+    causal: ClassVar[bool] = True  # whether no token sees those after it
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether routers read a state instead of the tokens."""
+        return False
+
+    @property
+    def varies(self) -> bool:
+        """Whether the number of assignments changes from batch to batch."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing(AnyRouting):
+    """The settings of every router that selects experts. A subclass adds those of one router.
 
     With a `recurrence`, routers read a state that tokens take from layer to layer, instead of the
     tokens themselves (RMoE, arXiv 2408.06793).
@@ -117,9 +135,6 @@ class Routing(Settings):
     Raises:
         ValueError: a setting of recurrence is given, and `recurrence` is "none".
     """
-
-    title: ClassVar[str]
-    causal: ClassVar[bool] = True  # whether no token sees those after it
 
     max_assignments: int | None = setting(
         None,
@@ -266,7 +281,28 @@ class TopKRouting(Routing):
         return self.warmup_topk or topk if iteration < self.warmup_steps else topk
 
 
-ROUTINGS: dict[str, type[Routing]] = {"relu": ReLURouting, "topk": TopKRouting}
+@dataclass(frozen=True, kw_only=True)
+class SoftRouting(AnyRouting):
+    """The settings of a soft router (arXiv 2308.00951), for bidirectional models only."""
+
+    title: ClassVar[str] = "Soft MoE"
+    causal: ClassVar[bool] = False  # a slot is a mean of all tokens
+
+    slots_per_expert: int = setting(
+        1,
+        flag="--moe-soft-slots-per-expert",
+        help="Number of slots of every expert. With (tokens of a sequence / experts) slots the "
+        "experts cost as much as a dense MLP.",
+        within="[1, inf)",
+        on_resume="refused",
+    )
+
+
+ROUTINGS: dict[str, type[AnyRouting]] = {
+    "relu": ReLURouting,
+    "topk": TopKRouting,
+    "soft": SoftRouting,
+}
 
 
 @dataclass(frozen=True)
@@ -334,23 +370,6 @@ class ReMoELayerConfig(ReLURouting):
             router = self.recurrent_size * (self.hidden_size + shape.num_experts)
         expert = 3 * self.hidden_size * shape.ffn_hidden_size
         return router + num_experts * expert
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoftRouting(Settings):
-    """The settings of a soft router (arXiv 2308.00951), for bidirectional models only."""
-
-    title: ClassVar[str] = "Soft MoE"
-    causal: ClassVar[bool] = False  # whether no token sees those after it
-
-    slots_per_expert: int = setting(
-        1,
-        flag="--moe-soft-slots-per-expert",
-        help="Number of slots of every expert. With (tokens of a sequence / experts) slots the "
-        "experts cost as much as a dense MLP.",
-        within="[1, inf)",
-        on_resume="refused",
-    )
 
 
 @dataclass(frozen=True)

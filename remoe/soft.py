@@ -70,6 +70,31 @@ def soft_routing(
     return dispatch_BTS.masked_fill(padding_BT1, 0), combine_BTS.masked_fill(padding_BT1, 0)
 
 
+def mass_of_slots(logits_BTS: Tensor, padding_mask_BT: Tensor | None = None) -> Tensor:
+    """Return the logarithm of the sum that a slot's weights are divided by, `[B, S]`.
+
+    It is minus infinity where all tokens are padding. Ranks that have parts of a sequence exchange
+    it (`share_of_part`).
+    """
+    if padding_mask_BT is not None:
+        logits_BTS = logits_BTS.masked_fill(padding_mask_BT.unsqueeze(2), -torch.inf)
+    return torch.logsumexp(logits_BTS, dim=1)
+
+
+def share_of_part(masses_RBS: Tensor, part: int) -> Tensor:
+    """Return the share that a part of the tokens has in every slot, `[B, S]`.
+
+    The softmax over all tokens is that over the part times this share, so that the slots are the
+    sum over parts of `share * D^T x`. A sequence that is padding only has a share of zero.
+
+    Args:
+        masses_RBS: `mass_of_slots` of all R parts.
+        part: index of the part.
+    """
+    nothing_BS = masses_RBS.isneginf().all(dim=0)
+    return torch.softmax(masses_RBS, dim=0)[part].masked_fill(nothing_BS, 0)
+
+
 def slots_of_tokens(dispatch_BTS: Tensor, x_BTH: Tensor) -> Tensor:
     """Return the experts' inputs, `D^T x` in the dtype of x, `[B, S, H]` (Eq. 1)."""
     return torch.bmm(dispatch_BTS.to(x_BTH.dtype).transpose(1, 2), x_BTH)

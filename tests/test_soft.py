@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from remoe import SoftMoELayer, SoftMoELayerConfig, soft_routing
 from remoe.reference import reference_expert, reference_soft_moe, reference_soft_routing
-from remoe.soft import by_expert, by_sequence, slots_for_equal_flops, soft_logits
+from remoe.soft import (
+    by_expert,
+    by_sequence,
+    mass_of_slots,
+    share_of_part,
+    slots_for_equal_flops,
+    slots_of_tokens,
+    soft_logits,
+)
 from tests.golden.soft import NAMES, TOLERANCES, GoldenSoftMoE, largest_deviations
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +150,38 @@ def test_a_batch_of_padding_only_has_neither_weights_nor_nan():
     assert not dispatch.any() and not combine.any()
     (dispatch.sum() + combine.sum()).backward()
     assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_parts_of_a_sequence_make_the_same_slots_with_all_gradients(padded):
+    """The second part is all padding in the first sequence, and the second sequence is nothing."""
+    x, router = some_tokens(batch=3).requires_grad_(), new_layer().router
+    padding = None
+    if padded:
+        padding = torch.zeros(3, TOKENS, dtype=torch.bool)
+        padding[0, 3:5], padding[1], padding[2, 0] = True, True, True
+    parts = [slice(0, 3), slice(3, 5), slice(5, TOKENS)]
+
+    def slots(part, scale=1.0):
+        mask = None if padding is None else padding[:, part]
+        logits = soft_logits(x[:, part], router, torch.tensor([5.0]))
+        return slots_of_tokens(soft_routing(logits, mask)[0] * scale, x[:, part])
+
+    def mass(part):
+        mask = None if padding is None else padding[:, part]
+        return mass_of_slots(soft_logits(x[:, part], router, torch.tensor([5.0])), mask)
+
+    masses = torch.stack([mass(part) for part in parts])
+    shares = [share_of_part(masses, i).unsqueeze(1) for i in range(len(parts))]
+    split = sum(slots(part, share) for part, share in zip(parts, shares, strict=True))
+    whole, direction = slots(slice(None)), torch.randn(3, 6, 6, dtype=torch.float64)
+    found = [
+        [y, *torch.autograd.grad((y * direction).sum(), (x, router), retain_graph=True)]
+        for y in (split, whole)
+    ]
+    for ours, theirs in zip(*found, strict=True):
+        assert theirs.abs().max() > 0
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_no_tokens_are_no_error():

@@ -16,6 +16,7 @@ from megatron.remoe import compat, cpu, options, ranges, unsupported
 from megatron.remoe.unsupported import has_package
 from remoe.config import (
     ROUTINGS,
+    AnyRouting,
     ExpertShape,
     Routing,
     apply_granularity,
@@ -25,6 +26,8 @@ from remoe.settings import settings_of
 
 if TYPE_CHECKING:
     from megatron.remoe.train.step import FinalizeStep
+
+_CHOSEN_BY = {"relu": "moe_relu_routing", "soft": "moe_soft_routing"}  # routers, and their flags
 
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -37,6 +40,12 @@ class Flags:
 
     moe_relu_routing: bool = False
     """Route with ReLU(x W) instead of TopK(Softmax(x W))."""
+
+    moe_soft_routing: bool = False
+    """Let experts work on means of all tokens of a sequence (Soft MoE); needs --masked-lm."""
+
+    masked_lm: bool = False
+    """Train a bidirectional encoder to find masked tokens, instead of a model of the next token."""
 
     moe_granularity: int = 1
     """G: multiplies --num-experts and --moe-router-topk, and divides the width of an expert."""
@@ -143,6 +152,7 @@ def check(args: argparse.Namespace) -> None:
     """
     unsupported.refuse(args)
     _check_intervals(args)
+    _check_router(args)
     if _is_dense(args):
         _refuse_flags_of_experts(args)
         return
@@ -154,10 +164,13 @@ def check(args: argparse.Namespace) -> None:
     _check_settings(args)
     if args.moe_relu_routing:
         _check_max_active_experts(args)
-    else:
+    elif not args.moe_soft_routing:
         _check_topk(args)
     if args.num_experts is not None:
         _experts(args)
+    if args.moe_soft_routing:
+        options.check_soft(args)
+        return
     _refuse_uneven_gather_on_gloo(args)
     if args.moe_relu_routing:
         options.check(args)
@@ -192,6 +205,8 @@ def derive(args: argparse.Namespace) -> None:
         os.environ["WANDB_MODE"] = args.wandb_mode
     if args.wandb_tags is not None:
         os.environ["WANDB_TAGS"] = ",".join(args.wandb_tags)
+    if args.masked_lm:
+        args.create_attention_mask_in_dataloader = False  # it would be a causal one
     if not _is_dense(args):
         _derive_experts(args)
 
@@ -216,6 +231,11 @@ def _derive_experts(args: argparse.Namespace) -> None:
         # The published scripts pass aux_loss, which their ReLU router ignores. Here it would make
         # Megatron report a loss that does not exist.
         args.moe_router_load_balancing_type = "none"
+    if args.moe_soft_routing:
+        # What Megatron demands of a TopK router, and would report of it.
+        args.moe_router_topk, args.moe_router_pre_softmax = 1, True
+        args.moe_router_load_balancing_type = "none"
+        args.expert_tensor_parallel_size = 1
 
 
 def _is_dense(args: argparse.Namespace) -> bool:
@@ -231,7 +251,7 @@ def _experts(args: argparse.Namespace) -> ExpertShape:
     """Return the experts after granularity, with any width if none is given."""
     return apply_granularity(
         num_experts=args.num_experts,
-        topk=args.moe_router_topk,
+        topk=1 if args.moe_soft_routing else args.moe_router_topk,
         ffn_hidden_size=_expert_width(args) or args.moe_granularity,
         granularity=args.moe_granularity,
     )
@@ -255,6 +275,13 @@ def _check_intervals(args: argparse.Namespace) -> None:
         )
 
 
+def _check_router(args: argparse.Namespace) -> None:
+    if args.moe_soft_routing and args.moe_relu_routing:
+        raise ValueError("moe_relu_routing and moe_soft_routing are both set; choose one router")
+    if args.moe_soft_routing and not args.masked_lm:
+        raise ValueError(options.NOT_CAUSAL)
+
+
 def _refuse_flags_of_experts(args: argparse.Namespace) -> None:
     off = {f.name: f.default for f in fields(Flags) if f.name.startswith("moe_")}
     for routing in ROUTINGS.values():
@@ -270,18 +297,21 @@ def _refuse_flags_of_experts(args: argparse.Namespace) -> None:
 def _check_settings(args: argparse.Namespace) -> None:
     """Check the settings of the chosen router, and that those of no other one are given."""
     own = {setting.dest: setting for setting in settings_of(routing_class(args))}
-    for routing in ROUTINGS.values():
+    chosen = _CHOSEN_BY.get(_router(args))
+    for router, routing in ROUTINGS.items():
         for setting in settings_of(routing):
             is_set = getattr(args, setting.dest) != setting.default
             if setting.dest not in own and is_set and not setting.may_idle:
-                subject = f"{setting.dest} is set {'with' if args.moe_relu_routing else 'without'}"
-                remedy = "leave one of them out" if args.moe_relu_routing else "set both, or none"
+                subject = f"{setting.dest} is set {'with' if chosen else 'without'}"
+                remedy = "leave one of them out" if chosen else "set both, or none"
                 raise ValueError(
-                    f"{subject} moe_relu_routing, but it is a setting of {routing.title}; {remedy}"
+                    f"{subject} {chosen or _CHOSEN_BY[router]}, but it is a setting of "
+                    f"{routing.title}; {remedy}"
                 )
     for name, setting in own.items():
         setting.check(getattr(args, name), name)
-    refuse_idle_recurrence(vars(args), by_flag=True)
+    if issubclass(routing_class(args), Routing):
+        refuse_idle_recurrence(vars(args), by_flag=True)
 
 
 def _check_topk(args: argparse.Namespace) -> None:
@@ -328,12 +358,17 @@ def _refuse_uneven_gather_on_gloo(args: argparse.Namespace) -> None:
         )
 
 
-def routing_class(args: argparse.Namespace) -> type[Routing]:
+def _router(args: argparse.Namespace) -> str:
+    """Return the name in `ROUTINGS` of the router that the arguments choose."""
+    return next((name for name, flag in _CHOSEN_BY.items() if getattr(args, flag)), "topk")
+
+
+def routing_class(args: argparse.Namespace) -> type[AnyRouting]:
     """Return the class of the settings of the router that the arguments choose."""
-    return ROUTINGS["relu" if args.moe_relu_routing else "topk"]
+    return ROUTINGS[_router(args)]
 
 
-def routing_from_args(args: argparse.Namespace) -> Routing:
+def routing_from_args(args: argparse.Namespace) -> AnyRouting:
     """Return the settings of the chosen router."""
     routing = routing_class(args)
     return routing(**{s.name: getattr(args, s.dest) for s in settings_of(routing)})
@@ -361,7 +396,7 @@ def configure(model_config: Any, args: argparse.Namespace) -> "FinalizeStep":
     unsupported.refuse(args)  # again, since --use-checkpoint-args brings some
     saved.check_before_start(args)
     routing = routing_from_args(args)
-    model_config.transformer_layer_spec = layer_spec(routing)
+    model_config.transformer_layer_spec = layer_spec(routing, bidirectional=args.masked_lm)
     cells = SharedCells.of(routing)
     hook = FinalizeStep(cells)
     model_config.finalize_model_grads_func = hook

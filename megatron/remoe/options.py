@@ -239,6 +239,63 @@ def check(
             raise ValueError(f"{name} is {value}, which {by} refuses: {option.why}")
 
 
+# Why a router that is not causal is refused in every model that is.
+NOT_CAUSAL = (
+    "moe_soft_routing is set, but the model is causal: a slot of Soft MoE is a mean of all tokens, "
+    "so that every token would see those after it; use moe_relu_routing, which is causal and as "
+    "differentiable, or train an encoder with masked_lm"
+)
+_NO_ROUTER = "Soft MoE selects no experts, and its router has no such option; leave it out"
+_NO_DISPATCH = "slots are exchanged with fixed sizes, which this does not do; leave it out"
+# What Soft MoE refuses beside `OPTIONS`: the reason, and the accepted values, by name.
+SOFT: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "moe_router_load_balancing_type": (
+        "nothing has to be balanced, since every expert has as many slots as any other; leave it "
+        "out",
+        ("none", "aux_loss"),  # the second is Megatron's default
+    ),
+    "moe_z_loss_coeff": (_NO_ROUTER, (None, 0)),
+    "moe_input_jitter_eps": (_NO_ROUTER, (None,)),
+    "moe_router_dtype": ("its router computes in fp32; leave it out", (None, "fp32")),
+    "moe_token_dispatcher_type": (_NO_DISPATCH, ("alltoall", "allgather")),
+    "moe_shared_expert_overlap": (_NO_DISPATCH, (None, False)),
+    "expert_tensor_parallel_size": (
+        "an expert of Soft MoE is on one rank; use 1, or leave it out",
+        (None, 1),
+    ),
+    "context_parallel_size": (
+        "a slot is a mean of a whole sequence, and its parts on the ranks are not summed; use 1",
+        (1,),
+    ),
+    "reset_attention_mask": (
+        "a slot would mix the documents of a sequence, which this keeps apart; leave it out",
+        (None, False),
+    ),
+    "reset_position_ids": (
+        "a slot would mix the documents of a sequence, which this keeps apart; leave it out",
+        (None, False),
+    ),
+}
+
+
+def check_soft(config: Any) -> None:
+    """Refuse what Soft MoE cannot do; the arguments and errors are those of `check`."""
+    check(config, names=NEEDS_OUR_LAYER, by="Soft MoE")
+    for name, (why, allowed) in SOFT.items():
+        value = getattr(config, name, allowed[0])
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if value not in allowed:
+            raise ValueError(f"{name} is {value}, which Soft MoE refuses: {why}")
+    experts = config.num_moe_experts if hasattr(config, "num_moe_experts") else config.num_experts
+    for name in ("expert_model_parallel_size", "tensor_model_parallel_size"):
+        ranks = getattr(config, name)
+        if experts is not None and experts % ranks:
+            raise ValueError(
+                f"{name} is {ranks}, and {experts} experts cannot be shared by so many ranks "
+                f"equally; choose one that divides the number of experts"
+            )
+
+
 def layers_with_experts(frequency: int | list[int] | None, num_layers: int) -> list[int]:
     """List the layers with experts for a `moe_layer_freq`: every n-th, or a pattern of 0 and 1."""
     if isinstance(frequency, list):

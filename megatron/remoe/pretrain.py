@@ -2,6 +2,8 @@
 
     torchrun --nproc-per-node 8 -m megatron.remoe.pretrain --moe-relu-routing <Megatron's flags>
 
+With `--masked-lm` the same model is a bidirectional encoder, which may be a Soft MoE as well.
+
 On a machine without a GPU the same command trains on the CPU over gloo.
 """
 
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron.remoe import cpu, processes, unsupported
+from megatron.remoe.data import masked
 
 Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]  # what `loss_func` returns
 
@@ -118,12 +121,18 @@ def forward_step(
 
 
 def dataset_config(args: Namespace) -> Any:
-    """Return Megatron's configuration of the datasets that the arguments name."""
+    """Return Megatron's configuration of the datasets that the arguments name.
+
+    Raises:
+        ValueError: the embedding has no row for the token that hides others.
+    """
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from megatron.training import get_tokenizer
     from megatron.training.utils import get_blend_and_blend_per_split
 
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    if args.masked_lm:
+        masked.mask_token(get_tokenizer().vocab_size, args.padded_vocab_size)
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -167,7 +176,24 @@ def datasets_provider(num_samples: Sequence[int | None], vp_stage: int | None = 
         return bool(ends and mpu.get_tensor_model_parallel_rank() == 0)
 
     dataset = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, config).build()
+    built = BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, config).build()
+    return [_masked(one, args) for one in built] if args.masked_lm else built
+
+
+def _masked(dataset: Any, args: Namespace) -> Any:
+    """Return a dataset with hidden tokens, or the same of every dataset in a list."""
+    from megatron.training import get_tokenizer
+
+    if dataset is None or isinstance(dataset, list):
+        return dataset and [_masked(one, args) for one in dataset]
+    tokenizer = get_tokenizer()
+    return masked.MaskedTokens(
+        dataset,
+        seed=args.seed,
+        mask=masked.mask_token(tokenizer.vocab_size, args.padded_vocab_size),
+        end_of_document=tokenizer.eod,
+        vocab_size=tokenizer.vocab_size,
+    )
 
 
 # Megatron then builds the datasets on every rank that needs them, and asks `is_built_here`.

@@ -23,6 +23,10 @@ def _is_local(args: argparse.Namespace) -> bool:
     return bool(args.transformer_impl == "local")
 
 
+def _is_masked_lm(args: argparse.Namespace) -> bool:
+    return bool(getattr(args, "masked_lm", False))
+
+
 class Refusal(NamedTuple):
     """A flag of which only some values are accepted.
 
@@ -68,7 +72,19 @@ REFUSALS = (
     Refusal("moe_routing_trace_path", "Megatron traces the k experts of a TopK router on a GPU "
             "only, and would write empty files; leave it out (metrics_file has the load of the "
             "experts)",
-            when=lambda args: args.moe_relu_routing or not args.num_experts or cpu.is_enabled()),
+            when=lambda args: args.moe_relu_routing or args.moe_soft_routing or not args.num_experts
+            or cpu.is_enabled()),
+    # encoders
+    Refusal("transformer_impl", "masked_lm has not been run with it; use transformer_impl local",
+            ("local",), when=_is_masked_lm),
+    Refusal("reset_attention_mask", "in masked_lm all tokens of a sequence see each other, and those "
+            "of other documents as well; leave it out", when=_is_masked_lm),
+    Refusal("eod_mask_loss", "masked_lm never hides the end of a document; leave it out",
+            when=_is_masked_lm),
+    Refusal("mtp_num_layers", "masked_lm has no next tokens to predict; leave it out",
+            when=_is_masked_lm),
+    Refusal("window_size", "masked_lm attends to whole sequences; leave it out",
+            when=_is_masked_lm),
     # the backend
     Refusal("transformer_impl", "it does not train; use local or transformer_engine",
             ("local", "transformer_engine")),

@@ -220,6 +220,16 @@ def test_relu_routing_needs_no_flags_of_the_softmax_router(call):
 
 
 WIDE = ["--ffn-hidden-size", "64"]
+SOFT = ["--num-experts", "4", "--moe-soft-routing", "--masked-lm"]
+
+
+def test_soft_routing_needs_no_flags_of_the_topk_router(call):
+    args, error = call(tiny.parse, *SOFT, "--tensor-model-parallel-size", "2")
+    assert not error
+    assert args["moe_router_pre_softmax"] and args["moe_router_load_balancing_type"] == "none"
+    assert args["expert_tensor_parallel_size"] == 1 and args["sequence_parallel"]
+    assert args["moe_soft_slots_per_expert"] == 1
+    assert not args["create_attention_mask_in_dataloader"]
 
 
 @pytest.mark.parametrize(
@@ -346,6 +356,62 @@ WIDE = ["--ffn-hidden-size", "64"]
         (
             ["--num-experts", "4", "--moe-router-recurrence", "rnn", "--mtp-num-layers", "1"],
             "mtp_num_layers is 1, which a recurrent router refuses: multi-token prediction",
+        ),
+        (
+            ["--num-experts", "4", "--moe-soft-routing"],
+            "moe_soft_routing is set, but the model is causal: a slot of Soft MoE is a mean of all",
+        ),
+        (
+            [*RELU, "--moe-soft-routing", "--masked-lm"],
+            "moe_relu_routing and moe_soft_routing are both set; choose one router",
+        ),
+        (
+            ["--moe-soft-routing", "--masked-lm"],
+            "moe_soft_routing is set but num_experts is not; pass --num-experts, or leave",
+        ),
+        (
+            [*SOFT, "--moe-soft-slots-per-expert", "0"],
+            "moe_soft_slots_per_expert is 0; it must be a whole number that is at least 1",
+        ),
+        (
+            ["--num-experts", "4", "--moe-soft-slots-per-expert", "2"],
+            "moe_soft_slots_per_expert is set without moe_soft_routing, but it is a setting of",
+        ),
+        (
+            [*SOFT, "--moe-router-recurrence", "gru"],
+            "moe_router_recurrence is set with moe_soft_routing, but it is a setting of ReLU",
+        ),
+        (
+            [*SOFT, "--expert-model-parallel-size", "8"],
+            "expert_model_parallel_size is 8, and 4 experts cannot be shared by so many ranks",
+        ),
+        (
+            [*SOFT, "--tensor-model-parallel-size", "2", "--expert-tensor-parallel-size", "2"],
+            "expert_tensor_parallel_size is 2, which Soft MoE refuses: an expert of Soft MoE is on",
+        ),
+        (
+            [*SOFT, "--moe-z-loss-coeff", "0.1"],
+            "moe_z_loss_coeff is 0.1, which Soft MoE refuses: Soft MoE selects no experts",
+        ),
+        (
+            [*SOFT, "--moe-router-load-balancing-type", "sinkhorn"],
+            "moe_router_load_balancing_type is sinkhorn, which Soft MoE refuses: nothing has to be",
+        ),
+        (
+            [*SOFT, "--moe-expert-capacity-factor", "1.5"],
+            "moe_expert_capacity_factor is 1.5, which Soft MoE refuses",
+        ),
+        (
+            [*SOFT, "--reset-attention-mask"],
+            "reset_attention_mask is set, but in masked_lm all tokens of a sequence see each other",
+        ),
+        (
+            [*SOFT, "--reset-position-ids"],
+            "reset_position_ids is True, which Soft MoE refuses: a slot would mix the documents",
+        ),
+        (
+            ["--masked-lm", "--eod-mask-loss"],
+            "eod_mask_loss is set, but masked_lm never hides the end of a document",
         ),
         (
             ["--moe-change-routing"],

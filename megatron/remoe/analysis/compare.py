@@ -25,7 +25,7 @@ from megatron.remoe.analysis.size import ModelSize
 _OSCILLATION_MEAN = 10  # rows of a block
 _DEFAULT_SEED = 1234
 # Routers in the order of a table; a difference is that of a later one minus an earlier one.
-ROUTERS = ("dense", "TopK", "TopK with warm-up", "ReMoE")
+ROUTERS = ("dense", "TopK", "TopK with warm-up", "Soft MoE", "ReMoE")
 # Settings in which runs may differ and still be the same experiment.
 _PLACES = {
     "run_dir", "nproc", "seed", "metrics_file", "save", "load", "save_interval", "data_cache_path",
@@ -35,6 +35,7 @@ _PLACES = {
 # Settings of a router; in all others, two routers must agree to be compared.
 _ROUTER_SETTINGS = (
     "moe_relu_",
+    "moe_soft_",
     "moe_topk_warmup_",
     "moe_router_load_balancing_type",
     "moe_router_pre_softmax",
@@ -73,6 +74,8 @@ def router_of(config: dict[str, Any]) -> str:
     """Return the router of a run, one of `ROUTERS`."""
     if not config.get("num_experts"):
         return "dense"
+    if config.get("moe_soft_routing"):
+        return "Soft MoE"
     if config.get("moe_relu_routing"):
         return "ReMoE"
     return "TopK with warm-up" if config.get("moe_topk_warmup_steps") else "TopK"

@@ -11,6 +11,7 @@ _COLORS = {
     "dense": "#7f7f7f",
     "TopK": "#1f4e79",
     "TopK with warm-up": "#5b8c5a",
+    "Soft MoE": "#8e6bb0",
     "ReMoE": "#c0392b",
 }
 _STYLES = ("-", "--", ":", "-.")

@@ -16,6 +16,7 @@ _NOT_COUNTED: dict[str, tuple[Any, ...]] = {
     "multi_latent_attention": (None, False),
     "mtp_num_layers": (None, 0),
     "moe_latent_size": (None,),
+    "moe_soft_routing": (None, False),
     "moe_shared_expert_gate": (None, False),
     "qk_layernorm": (None, False),
     "attention_output_gate": (None, False),

@@ -41,6 +41,8 @@ _REQUIRED: dict[str, Any] = {
     "hybrid_layer_pattern": None,
     "heterogeneous_layers_config_path": None,
     "mtp_num_layers": None,
+    "masked_lm": False,
+    "moe_soft_routing": False,
     "moe_shared_expert_intermediate_size": None,
     "moe_latent_size": None,
     "moe_apply_probs_on_input": False,

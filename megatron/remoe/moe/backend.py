@@ -43,7 +43,9 @@ def torch_norm(*, config: TransformerConfig, hidden_size: int, eps: float) -> to
 
 
 class SDPAttention(DotProductAttention):
-    """Causal attention by torch's scaled_dot_product_attention, without a `[sq, sk]` matrix.
+    """Attention by torch's scaled_dot_product_attention, without a `[sq, sk]` matrix.
+
+    It is causal, or bidirectional with a mask of padding that is not given.
 
     Megatron's implementation runs what SDPA does not cover: sliding windows, softmax offsets, layer
     scaling, dropout with the random state of its tensor-parallel rank, and a cache of keys.
@@ -69,10 +71,10 @@ class SDPAttention(DotProductAttention):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Attend: queries `[sq, b, n, d]`, keys and values `[sk, b, g, d]`, to `[sq, b, n * d]`."""
-        causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
+        mask_type = attn_mask_type or self.attn_mask_type
         if not (
             self.plain
-            and causal
+            and mask_type in (AttnMaskType.causal, AttnMaskType.padding)
             and attention_mask is None
             and attention_bias is None
             and packed_seq_params is None
@@ -86,7 +88,7 @@ class SDPAttention(DotProductAttention):
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
-            is_causal=True,
+            is_causal=mask_type == AttnMaskType.causal,
             enable_gqa=query.shape[2] != key.shape[2],
             scale=self.softmax_scale,
         )

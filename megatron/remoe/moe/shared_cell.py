@@ -14,7 +14,7 @@ from megatron.core.utils import get_model_config, make_sharded_tensor_for_checkp
 from torch import Tensor
 
 from megatron.remoe.moe.recurrent import Recurrent, columns
-from remoe.config import Routing
+from remoe.config import AnyRouting, Routing
 from remoe.recurrent import GATES, Cell, RecurrentCell
 
 
@@ -93,9 +93,9 @@ class SharedCells:
         self.num_weights = 2 * rows * (routing.recurrent_size + 1)
 
     @classmethod
-    def of(cls, routing: Routing | None) -> "SharedCells | None":
+    def of(cls, routing: AnyRouting | None) -> "SharedCells | None":
         """Return the cells of a model with these routers; None if they have no recurrence."""
-        return cls(routing) if routing is not None and routing.is_recurrent else None
+        return cls(routing) if isinstance(routing, Routing) and routing.is_recurrent else None
 
     def install(self, model_config: Any) -> None:
         """Let Megatron call `prepare` and `widen` when it builds a model of this configuration."""

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -27,8 +28,9 @@ from megatron.remoe.moe.recurrent import (
 )
 from megatron.remoe.moe.router import ReLURouter
 from megatron.remoe.moe.shared_cell import SharedCell
+from megatron.remoe.moe.soft import SoftMoELayer, SoftRouter
 from megatron.remoe.moe.topk_router import CountingTopKRouter
-from remoe.config import ReLURouting, Routing, TopKRouting
+from remoe.config import AnyRouting, ReLURouting, Routing, SoftRouting, TopKRouting
 from remoe.kernels.chunks import AssignmentBudget
 
 ROUTERS: dict[type[Routing], Any] = {ReLURouting: ReLURouter, TopKRouting: CountingTopKRouter}
@@ -38,23 +40,32 @@ RECURRENT_ROUTERS: dict[type[Routing], Any] = {
 }
 
 
-def layer_spec(routing: Routing | None) -> Callable[..., TransformerBlockSubmodules]:
+def layer_spec(
+    routing: AnyRouting | None, *, bidirectional: bool = False
+) -> Callable[..., TransformerBlockSubmodules]:
     """Return a value for `GPTModelConfig.transformer_layer_spec`.
 
     Args:
-        routing: settings of ReLU routing, or of TopK routing that counts and may warm up; None
-            keeps Megatron's TopK router. Without experts in the model config the layers are dense
-            either way.
+        routing: settings of ReLU routing, of TopK routing that counts and may warm up, or of Soft
+            MoE; None keeps Megatron's TopK router. Without experts in the model config the layers
+            are dense either way.
+        bidirectional: whether every token attends to all tokens that are no padding, as in BERT.
     """
 
     def build(model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-        return block_spec(model_config.transformer, routing, vp_stage=vp_stage)
+        return block_spec(
+            model_config.transformer, routing, vp_stage=vp_stage, bidirectional=bidirectional
+        )
 
     return build
 
 
 def block_spec(
-    config: TransformerConfig, routing: Routing | None, *, vp_stage: int | None = None
+    config: TransformerConfig,
+    routing: AnyRouting | None,
+    *,
+    vp_stage: int | None = None,
+    bidirectional: bool = False,
 ) -> TransformerBlockSubmodules:
     """Return the layers of this pipeline stage, for the local or the Transformer Engine backend.
 
@@ -62,11 +73,15 @@ def block_spec(
     we exchange modules in it.
 
     Raises:
-        ValueError: an option that ReLU routing refuses (`options`).
+        ValueError: an option that the router refuses (`options`), or Soft MoE in a causal model.
     """
-    if isinstance(routing, ReLURouting) and config.num_moe_experts is not None:
+    if routing is not None and not routing.causal and not bidirectional:
+        raise ValueError(options.NOT_CAUSAL)
+    if isinstance(routing, SoftRouting) and config.num_moe_experts is not None:
+        options.check_soft(config)
+    elif isinstance(routing, ReLURouting) and config.num_moe_experts is not None:
         options.check(config)
-    elif routing is not None and routing.is_recurrent:
+    elif isinstance(routing, Routing) and routing.is_recurrent:
         options.check(config, names=options.NEEDS_OUR_LAYER, by="a recurrent router")
     use_te = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(
@@ -79,7 +94,13 @@ def block_spec(
     if not use_te:
         block.layer_norm = TorchSpecProvider().layer_norm()
         block.layer_specs = [_with_torch_modules(spec, config) for spec in block.layer_specs]
-    if routing is not None:
+    if bidirectional:
+        block.layer_specs = [_bidirectional(spec) for spec in block.layer_specs]
+    if isinstance(routing, SoftRouting):
+        block.layer_specs = [
+            _with_slots(spec, routing) if _has_experts(spec) else spec for spec in block.layer_specs
+        ]
+    elif isinstance(routing, Routing):
         router = partial(ROUTERS[type(routing)], routing=routing)
         if routing.recurrence != "none":
             cell = SharedCell(config, routing.recurrence, routing.recurrent_size)
@@ -95,6 +116,21 @@ def block_spec(
         if routing.is_recurrent:
             block.layer_specs = _with_states(block.layer_specs, config, routing, vp_stage)
     return block
+
+
+def _bidirectional(layer: ModuleSpec) -> ModuleSpec:
+    """Return a layer whose attention masks what is padding, and nothing else."""
+    attention = layer.submodules.self_attention
+    params = attention.params | {"attn_mask_type": AttnMaskType.padding}
+    attention = replace(attention, params=params)
+    return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
+
+
+def _with_slots(layer: ModuleSpec, routing: SoftRouting) -> ModuleSpec:
+    given = layer.submodules.mlp.keywords["submodules"]
+    submodules = replace(given, router=partial(SoftRouter, routing=routing))
+    mlp = partial(SoftMoELayer, submodules=submodules)
+    return replace(layer, submodules=replace(layer.submodules, mlp=mlp))
 
 
 def _with_states(

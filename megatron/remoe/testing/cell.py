@@ -6,7 +6,7 @@ from typing import Any, Literal
 from megatron.remoe.testing.golden import Extreme, Padding
 from remoe.config import Recurrence
 
-RouterKind = Literal["relu", "topk", "dense"]
+RouterKind = Literal["relu", "topk", "soft", "dense"]
 
 # Changes that many cells share.
 FOUR_RANKS = (("nmb", 4),)  # of the golden run, so that every data-parallel rank has micro-batches
@@ -21,7 +21,8 @@ class Cell:
         world, tp, ep, expert_tp, pp, vp: number of ranks, and sizes of the parallel dimensions; the
             remaining dimension is data parallelism. Sequence parallelism is on whenever tp > 1.
         overlap: whether gradient reduction and parameter gathering overlap with computation.
-        router: "relu", "topk", or "dense" for a model without experts.
+        router: "relu", "topk", "soft" in a bidirectional model (which sees its labels), or "dense"
+            for a model without experts.
         recurrence: of the routers, whose state has `RECURRENT_SIZE` values.
         experts: our grouped experts, or Megatron's sequential ones.
         routing: an extreme of routing to start from, see `golden.make_extreme`.

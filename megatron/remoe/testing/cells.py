@@ -13,6 +13,7 @@ from megatron.remoe.ranks import initialize_layout
 from megatron.remoe.testing.cell import Cell
 from megatron.remoe.testing.golden import (
     RECURRENT_SIZE,
+    SLOTS_PER_EXPERT,
     Padding,
     fill_with_golden_weights,
     golden_tokens,
@@ -21,7 +22,7 @@ from megatron.remoe.testing.golden import (
     padding_mask,
     transformer_config,
 )
-from remoe.config import ReLURouting, Routing, TopKRouting
+from remoe.config import AnyRouting, ReLURouting, SoftRouting, TopKRouting
 
 if TYPE_CHECKING:
     from megatron.remoe.pretrain import Loss
@@ -38,10 +39,13 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
     },
     "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
 }
-_ON_ALL_TENSOR_RANKS = (".router.weight", ".projection", ".l1_coeff", "layernorm.weight")
+_ON_ALL_TENSOR_RANKS = (
+    ".router.weight", ".router.scale", ".projection", ".l1_coeff", "layernorm.weight",
+)  # fmt: skip
 _ROUTER: dict[str, dict[str, Any]] = {
     "relu": {},
     "topk": {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01},
+    "soft": {},
     "dense": {"num_moe_experts": None, "moe_ffn_hidden_size": None},
 }
 
@@ -207,7 +211,7 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any
         "calculate_per_token_loss": cell.per_token_loss,
     }
     changes |= _RECOMPUTE[cell.recompute] | _ROUTER[cell.router]
-    routing: Routing | None = None
+    routing: AnyRouting | None = None
     recurrence: dict[str, Any] = {}
     if cell.recurrence != "none":
         recurrence = {"recurrence": cell.recurrence, "recurrent_size": RECURRENT_SIZE}
@@ -218,6 +222,8 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any
             max_assignments=_max_assignments(cell),
             **recurrence,
         )
+    elif cell.router == "soft":
+        routing = SoftRouting(slots_per_expert=SLOTS_PER_EXPERT)
     elif recurrence:
         routing = TopKRouting(**recurrence)
     model_config = gpt_config(transformer_config(config, **changes), config, routing)

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from remoe.config import Recurrence, Routing
+from remoe.config import AnyRouting, Recurrence
 
 PUBLISHED_COEFF_INIT = 1e-8
 RECURRENT_SIZE = 16  # of the state, in runs with recurrence
+SLOTS_PER_EXPERT = 2  # in runs of Soft MoE
 # The router becomes sparse around step 90 of a run that starts at 1e-8. From there on a change of
 # 1e-6 grows to percents, so that only earlier steps are compared value by value.
 OPEN_LOOP_STEPS = 60
@@ -70,6 +71,8 @@ def golden_weight(name: str, shape: list[int], seed: int) -> torch.Tensor:
     """Return the initial value of a parameter, fp32."""
     if "norm" in name:
         return torch.ones(shape)
+    if name.endswith("router.scale"):  # of Soft MoE, whose weights would be nearly equal with 1
+        return torch.full(shape, 8.0)
     # In the published runs, which have no recurrence, nothing has these names. A state and its
     # logits would be tiny with the deviation of the other weights.
     std = 0.3 if "recurrent_cell" in name or "projection" in name else 0.02
@@ -208,7 +211,7 @@ def transformer_config(config: dict[str, Any], **changes: Any) -> Any:
     return TransformerConfig(**(fields | changes))
 
 
-def gpt_config(transformer: Any, config: dict[str, Any], routing: Routing | None) -> Any:
+def gpt_config(transformer: Any, config: dict[str, Any], routing: AnyRouting | None) -> Any:
     """Return Megatron's GPTModelConfig of a golden run, with our layers."""
     from megatron.training.models.gpt import GPTModelConfig
 
@@ -216,9 +219,10 @@ def gpt_config(transformer: Any, config: dict[str, Any], routing: Routing | None
     from megatron.remoe.moe.shared_cell import SharedCells
     from megatron.remoe.moe.spec import layer_spec
 
+    bidirectional = routing is not None and not routing.causal
     model_config = GPTModelConfig(
         transformer=transformer,
-        transformer_layer_spec=layer_spec(routing),
+        transformer_layer_spec=layer_spec(routing, bidirectional=bidirectional),
         vocab_size=256,
         seq_length=config["seq"],
         position_embedding_type="rope",

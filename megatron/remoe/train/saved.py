@@ -23,6 +23,7 @@ _REQUIRED = object()  # marks an argument that every checkpoint with arguments h
 # Arguments that change what a model computes from its weights, beside our settings: Megatron's, and
 # former ones of ours. The value is what a checkpoint without the argument was trained with.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
+    "soft": {},
     "relu": {"moe_router_topk": _REQUIRED, "moe_relu_l1_reg_coeff_rule": "sign"},
     "topk": {
         "moe_router_topk": _REQUIRED,
@@ -68,7 +69,7 @@ class Saved:
     Attributes:
         path: its `iter_*` or `release` directory.
         args: arguments of that run; empty if there are none.
-        router: "relu", "topk" or "dense".
+        router: "relu", "topk", "soft" or "dense".
     """
 
     path: Path
@@ -100,18 +101,22 @@ def read(path: Path) -> Saved:
 
 
 def router(args: argparse.Namespace) -> str:
-    """Return the router that the arguments ask for: "relu", "topk" or "dense"."""
+    """Return the router that the arguments ask for: "relu", "topk", "soft" or "dense"."""
     if getattr(args, "num_experts", None) is None:
         return "dense"
+    if getattr(args, "moe_soft_routing", False):
+        return "soft"
     return "relu" if getattr(args, "moe_relu_routing", False) else "topk"
 
 
 def _router_of_checkpoint(args: argparse.Namespace, path: Path) -> str:
     """Return the router by the arguments, or by the tensors if these do not say ReLU routing."""
     by_arguments = router(args)
-    if by_arguments == "relu":
+    if by_arguments in ("relu", "soft"):
         return by_arguments
     names = TorchDistReader(path).meta
+    if any(name.endswith(".router.scale") for name in names):
+        return "soft"
     if any(name.endswith(".router.l1_coeff") for name in names):
         return "relu"
     if not vars(args) and any(name.endswith(".router.weight") for name in names):
@@ -161,7 +166,8 @@ def check(args: argparse.Namespace, saved: Saved) -> None:
             f"exists: its routers have a bias that would be dropped; continue it with the version "
             f"of remoe that wrote it, or start a new run"
         )
-    if "dense" not in (saved.router, now):
+    _refuse_other_task(args, saved)
+    if not {"dense", "soft"} & {saved.router, now}:
         _refuse_other_recurrence(args, saved)
     if saved.router != now:
         _refuse_other_router(args, saved, now)
@@ -186,6 +192,11 @@ def _refuse_other_router(args: argparse.Namespace, saved: Saved, now: str) -> No
         raise ValueError(
             f"{subject}; pass{flag} --num-experts and the other flags that it was trained with"
         )
+    if "soft" in (before, now):
+        raise ValueError(
+            f"{subject}, whose routers have other weights; pass the flags that it was trained "
+            f"with, or start a new run"
+        )
     if not args.moe_change_routing:
         remedy = "leave --moe-relu-routing out" if now == "relu" else "pass --moe-relu-routing"
         raise ValueError(
@@ -195,6 +206,17 @@ def _refuse_other_router(args: argparse.Namespace, saved: Saved, now: str) -> No
         # The checkpoint has no coefficients, so they begin at their initial value. Megatron's log
         # names what it does not find.
         args.dist_ckpt_strictness = "log_unexpected"
+
+
+def _refuse_other_task(args: argparse.Namespace, saved: Saved) -> None:
+    """Refuse to go on with a causal model as an encoder, or the other way round."""
+    before, now = bool(saved.get("masked_lm", False)), bool(getattr(args, "masked_lm", False))
+    if vars(saved.args) and before != now:
+        raise ValueError(
+            f"checkpoint {saved.path} was trained with masked_lm {before}, and this run has {now}: "
+            f"one sees all tokens and the other those before; set masked_lm to {before}, or start "
+            f"a new run"
+        )
 
 
 def _refuse_other_recurrence(args: argparse.Namespace, saved: Saved) -> None:

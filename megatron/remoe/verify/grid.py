@@ -76,8 +76,8 @@ def grid() -> list[Cell]:
     """Return every cell of the grid.
 
     These are ReLU routing in fp32, with padding, in bf16, in the dense stage, in chunks and at its
-    extremes, TopK routing, gradient accumulation, cells that are compared with plain torch, and
-    recurrent routers.
+    extremes, TopK routing, gradient accumulation, cells that are compared with plain torch,
+    recurrent routers, and Soft MoE.
     Experts are grouped; the layouts of ReLU routing run with Megatron's sequential ones as well.
     """
     layouts = _layouts()
@@ -107,7 +107,39 @@ def grid() -> list[Cell]:
         *accumulation(),
         *against_plain_torch(),
         *recurrent(),
+        *soft(),
     ]
+
+
+def soft() -> list[Cell]:
+    """Return layouts of Soft MoE, whose slots cross the ranks of sequences and of experts."""
+    layouts = [
+        Cell("DP2", 2),
+        Cell("EP2", 2, ep=2),
+        Cell("TP2", 2, tp=2),
+        Cell("TP2 x EP2", 2, tp=2, ep=2),
+        Cell("PP2", 2, pp=2),
+        Cell("one rank"),
+        Cell("one rank, full recompute", recompute="full"),
+        Cell("one rank, MoE recompute", recompute="moe"),
+        Cell("TP2, MoE recompute", 2, tp=2, recompute="moe"),
+        Cell("EP2, overlap", 2, ep=2, overlap=True, **DISTRIBUTED),
+        Cell("TP2 x EP2, 4 ranks", 4, tp=2, ep=2, run=FOUR_RANKS),
+        Cell("TP2 x EP4, 4 ranks", 4, tp=2, ep=4, run=FOUR_RANKS),
+        Cell("TP4 x EP2, 4 ranks", 4, tp=4, ep=2, run=(("groups", 4),)),
+        Cell("half of the layers have experts, PP2", 2, pp=2, run=(("moe_layer_freq", (0, 1)),)),
+    ]
+    padded = ("DP2", "EP2", "TP2")
+    router: dict[str, Any] = {"router": "soft"}
+    return [
+        *variants(layouts, "soft: ", **router),
+        *variants(layouts, "soft, padded: ", padded, padding="ends", **router),
+        *variants(
+            layouts, "soft, a micro-batch of padding: ", ("DP2", "TP2"),
+            padding="micro-batch", **router,
+        ),
+        *variants(layouts, "soft, bf16: ", ("one rank", "EP2", "TP2"), dtype="bf16", **router),
+    ]  # fmt: skip
 
 
 def recurrent() -> list[Cell]:

@@ -1,0 +1,219 @@
+"""Soft MoE in Megatron: adapters of `remoe.soft`, for bidirectional models.
+
+Experts are split over ranks, which exchange slots: with R ranks, b sequences of T tokens on each,
+and S slots, a rank sends `2 b S H (R - 1) / R` numbers in forward. The other exchange, of tokens,
+would gather and scatter `2 b T H (R - 1)`, so that slots are cheaper where S < R T, and R times as
+cheap with as many slots as tokens. Their number is fixed, so that no rank waits for counts.
+
+With sequence parallelism a rank has a part of the tokens. The softmax over tokens is corrected by
+the share of the part (`share_of_part`), and the parts' sums are reduced and scattered over the
+slots: every rank of the group goes on with the slots of its share of the experts.
+
+Shapes: s tokens of a sequence on this rank, b sequences, H hidden, E experts, S slots.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    all_to_all,
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron.remoe.moe.layer import DroplessMoELayer
+from remoe.config import SoftRouting
+from remoe.soft import (
+    mass_of_slots,
+    normalize,
+    share_of_part,
+    slots_of_tokens,
+    soft_logits,
+    soft_routing,
+    tokens_of_slots,
+)
+
+
+class SoftRouter(MegatronModule):
+    """Computes the weights with which slots take tokens, and tokens take slots.
+
+    Parameters:
+        weight: `[S, H]`, of unit length at first; scale: `[1]`, 1 at first.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        is_mtp_layer: bool = False,
+        *,
+        routing: SoftRouting,
+    ) -> None:
+        super().__init__(config=config)
+        self.tp_group = pg_collection.tp
+        self.layer_number: int | None = None
+        device, dtype = torch.cuda.current_device(), config.params_dtype
+        size = (config.num_moe_experts * routing.slots_per_expert, config.hidden_size)
+        weight = torch.empty(size, device=device)
+        if config.perform_initialization:
+            config.init_method(weight)
+            weight = normalize(weight, eps=0.0)
+        self.weight = torch.nn.Parameter(weight.to(dtype))
+        self.scale = torch.nn.Parameter(torch.ones(1, device=device, dtype=dtype))
+        for parameter in (self.weight, self.scale):
+            # Every rank has the gradient of its own tokens, and Megatron sums them.
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Set the number of the layer, as Megatron's routers have one."""
+        self.layer_number = layer_number
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the dispatch and combine weights of the tokens of this rank, both `[b, s, S]`.
+
+        Args:
+            input: `[s, b, H]`.
+            padding_mask: bool `[s, b]`, True for padding tokens, or None.
+        """
+        logits = soft_logits(input.transpose(0, 1), self.weight, self.scale)
+        mask = None if padding_mask is None else padding_mask.transpose(0, 1)
+        dispatch, combine = soft_routing(logits, mask)
+        if self.tp_group.size() > 1:
+            masses = gather_from_sequence_parallel_region(
+                mass_of_slots(logits, mask).unsqueeze(0), group=self.tp_group
+            )
+            dispatch = dispatch * share_of_part(masses, self.tp_group.rank()).unsqueeze(1)
+        return dispatch, combine
+
+
+class SoftMoELayer(DroplessMoELayer):
+    """Megatron's MoE layer whose experts work on slots.
+
+    Raises:
+        ValueError: a parallel layout that cannot share the slots.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+    ) -> None:
+        pg_collection = pg_collection or get_default_pg_collection()
+        super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        self.exchange = Exchange.of(config.num_moe_experts, pg_collection.tp, pg_collection.ep)
+
+    def routed_experts_compute(self, hidden_states: Tensor, probs: Any) -> tuple[Tensor, None]:
+        """Compute the output, `[s, b, H]`, given the dispatch and combine weights."""
+        dispatch, combine = probs
+        slots = slots_of_tokens(dispatch, hidden_states.transpose(0, 1)).transpose(0, 1)
+        if self.attn_tp_group.size() > 1:
+            slots = reduce_scatter_to_sequence_parallel_region(
+                slots.contiguous(), group=self.attn_tp_group
+            )
+        # The rows of an expert are neighbors: its slots, each of all sequences.
+        rows = slots.reshape(-1, slots.shape[-1])
+        each = len(rows) // sum(self.exchange.sent)
+        rows = self.exchange.to_experts(rows, each)
+        counts = torch.tensor(self.exchange.counts) * each
+        output, _ = self.experts(rows, counts, rows.new_ones(len(rows)))
+        output = self.exchange.from_experts(output, each).view(slots.shape)
+        if self.attn_tp_group.size() > 1:
+            output = gather_from_sequence_parallel_region(output, group=self.attn_tp_group)
+        tokens = tokens_of_slots(combine, output.transpose(0, 1))
+        return tokens.transpose(0, 1).contiguous(), None
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The exchange of slots between the ranks of a group, with sizes that never change.
+
+    A rank starts with the rows of some experts in their order, equally many for each.
+
+    Attributes:
+        group: the ranks that share the experts.
+        sent: to every rank, the number of experts whose rows it gets from this one.
+        received: from every rank, likewise.
+        counts: the number of parts, one from a rank, of every expert of this rank.
+        order: of the parts as they arrive, those of an expert after those of the one before.
+    """
+
+    group: Any
+    sent: list[int]
+    received: list[int]
+    counts: list[int]
+    order: list[int]
+
+    @classmethod
+    def of(cls, num_experts: int, tp_group: Any, ep_group: Any) -> "Exchange":
+        """Plan the exchange; all ranks of `ep_group` call this.
+
+        Raises:
+            ValueError: the ranks of `tp_group` cannot share the experts equally.
+        """
+        ranks, parts = ep_group.size(), tp_group.size()
+        if num_experts % parts:
+            raise ValueError(
+                f"{num_experts} experts cannot be shared by {parts} tensor-parallel ranks, each of "
+                f"which has the slots of equally many; choose num_experts as a multiple of "
+                f"tensor_model_parallel_size"
+            )
+        part_of = [tp_group.rank()]
+        if ranks > 1:
+            part_of = [0] * ranks
+            torch.distributed.all_gather_object(part_of, tp_group.rank(), group=ep_group)
+        share, local = num_experts // parts, num_experts // ranks
+
+        def between(source: int, target: int) -> list[int]:
+            """Experts, as numbered by the target, whose rows the source has."""
+            first, begin = target * local, part_of[source] * share
+            both = range(max(first, begin), min(first + local, begin + share))
+            return [expert - first for expert in both]
+
+        me = ep_group.rank()
+        arriving = [between(source, me) for source in range(ranks)]
+        experts = [expert for one in arriving for expert in one]
+        return cls(
+            group=ep_group,
+            sent=[len(between(me, target)) for target in range(ranks)],
+            received=[len(one) for one in arriving],
+            counts=[experts.count(expert) for expert in range(local)],
+            order=sorted(range(len(experts)), key=lambda part: experts[part]),
+        )
+
+    def to_experts(self, rows: Tensor, each: int) -> Tensor:
+        """Return the rows of the experts of this rank, in their order.
+
+        Args:
+            rows: those that this rank starts with.
+            each: how many of them an expert has.
+        """
+        return self._reorder(self._send(rows, each, self.sent, self.received), self.order)
+
+    def from_experts(self, rows: Tensor, each: int) -> Tensor:
+        """Return what became of the rows that this rank gave to `to_experts`."""
+        back = sorted(range(len(self.order)), key=lambda part: self.order[part])
+        return self._send(self._reorder(rows, back), each, self.received, self.sent)
+
+    def _send(self, rows: Tensor, each: int, sent: list[int], received: list[int]) -> Tensor:
+        if self.group.size() == 1:
+            return rows
+        sizes = [[each * count for count in counts] for counts in (received, sent)]
+        moved: Tensor = all_to_all(self.group, rows, *sizes)
+        return moved
+
+    def _reorder(self, rows: Tensor, order: list[int]) -> Tensor:
+        if order == sorted(order):
+            return rows
+        index = torch.tensor(order, device=rows.device)
+        return rows.view(len(order), -1, rows.shape[-1])[index].flatten(end_dim=1)

@@ -1,0 +1,329 @@
+"""Soft MoE in Megatron: layers against loops on one and two ranks, whole models, and refusals."""
+
+import itertools
+from dataclasses import dataclass
+from typing import get_args
+
+import pytest
+import torch
+
+from megatron.remoe.ranks import Ranks
+from remoe.config import ROUTINGS, Recurrence, SoftRouting
+from remoe.reference import reference_expert, reference_soft_moe, reference_soft_routing
+from tests.mcore import moe_cases, tiny
+from tests.mcore.moe_cases import BATCH, EXPERTS, HIDDEN, SEQUENCE, Layout
+
+SLOTS = 2
+SCALE = 6.0
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Parts of a rank, and gradients of whole weights, summed over ranks."""
+
+    output: torch.Tensor
+    grad_input: torch.Tensor
+    grads: list[torch.Tensor]
+
+
+def weights():
+    generator = torch.Generator().manual_seed(5)
+    router = torch.randn(EXPERTS * SLOTS, HIDDEN, generator=generator)
+    return [router, torch.tensor([SCALE]), *moe_cases.weights(0.0)[1:]]
+
+
+def padding(index):
+    """Padding of a data-parallel rank, bool `[b, s]`: a different end of every sequence."""
+    return torch.arange(SEQUENCE) >= SEQUENCE - index - torch.arange(BATCH).unsqueeze(1)
+
+
+def build(layout, **changes):
+    from megatron.remoe.moe.spec import block_spec
+
+    moe_cases.initialize(layout)
+    config = moe_cases.transformer_config(layout, **changes)
+    routing = SoftRouting(slots_per_expert=SLOTS)
+    spec = block_spec(config, routing, bidirectional=True).layer_specs[0]
+    layer = spec.submodules.mlp(config=config, layer_number=1)
+    layer.set_layer_number(1)
+    return layer.train()
+
+
+def outcome(layout, padded, **changes):
+    layer = build(layout, **changes)
+    router, scale, fc1, fc2 = weights()
+    with torch.no_grad():
+        layer.router.weight.copy_(router)
+        layer.router.scale.copy_(scale)
+        for index, (ours1, ours2) in moe_cases.local_experts(layer):
+            ours1.copy_(fc1[index])
+            ours2.copy_(fc2[index])
+    index, part = divmod(torch.distributed.get_rank(), layout.tp)
+
+    def mine(whole, dim):
+        return whole.chunk(layout.tp, dim=dim)[part].contiguous()
+
+    x = mine(moe_cases.inputs(index), 0).requires_grad_()
+    mask = mine(padding(index), 1) if padded else None
+    output, bias = layer(x, padding_mask=mask)
+    assert bias is None
+    (output * mine(moe_cases.direction(index), 0)).sum().backward()
+    grads = [torch.zeros_like(w) for w in weights()]
+    grads[0] += layer.router.weight.grad
+    grads[1] += layer.router.scale.grad
+    for number, (grad1, grad2) in moe_cases.local_experts(layer, lambda weight: weight.grad):
+        assert grad1 is not None, f"expert {number} has no gradient"
+        grads[2][number] += grad1
+        grads[3][number] += grad2
+    for grad in grads:
+        torch.distributed.all_reduce(grad)
+    return Outcome(output.detach(), x.grad, grads)
+
+
+def expected(layout, world, padded):
+    """The same by loops, of every rank."""
+    parameters = [w.requires_grad_() for w in weights()]
+    router, scale, fc1, fc2 = parameters
+    experts = [reference_expert(*pair) for pair in zip(fc1, fc2, strict=True)]
+    found, total, inputs = [], 0.0, []
+    for index in range(world // layout.tp):
+        x = moe_cases.inputs(index).requires_grad_()
+        sequences = []
+        for b in range(BATCH):
+            mask = padding(index)[b] if padded else None
+            dispatch, combine = reference_soft_routing(x[:, b], router, scale, mask)
+            sequences.append(reference_soft_moe(x[:, b], dispatch, combine, experts))
+        y = torch.stack(sequences, dim=1)
+        total = total + (y * moe_cases.direction(index)).sum()
+        inputs.append(x)
+        found.append(y.detach())
+    grads = torch.autograd.grad(total, [*inputs, *parameters])
+    count = len(inputs)
+    return [
+        Outcome(y_part, grad_part, list(grads[count:]))
+        for y, grad in zip(found, grads[:count], strict=True)
+        for y_part, grad_part in zip(y.chunk(layout.tp), grad.chunk(layout.tp), strict=True)
+    ]
+
+
+def assert_equal(ours, theirs):
+    pairs = [(ours.output, theirs.output), (ours.grad_input, theirs.grad_input)]
+    for a, b in [*pairs, *zip(ours.grads, theirs.grads, strict=True)]:
+        assert b.abs().max() > 0
+        assert torch.allclose(a, b, rtol=1e-4, atol=2e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_layer_equals_the_loops_with_all_gradients(call, padded, grouped, recompute):
+    layout, changes = Layout(grouped=grouped), {}
+    if recompute:
+        changes = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    (theirs,) = expected(layout, 1, padded)
+    assert_equal(call(outcome, layout, padded, **changes), theirs)
+
+
+LAYOUTS = {
+    "DP2": Layout(),
+    "EP2": Layout(ep=2),
+    "TP2": Layout(tp=2),
+    "TP2 x EP2": Layout(tp=2, ep=2),
+    "EP2, sequential experts": Layout(ep=2, grouped=False),
+}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layers_of_two_ranks_equal_the_loops_with_all_gradients(ranks, name, padded):
+    layout = LAYOUTS[name]
+    for ours, theirs in zip(
+        ranks.run(outcome, layout, padded), expected(layout, 2, padded), strict=True
+    ):
+        assert_equal(ours, theirs)
+
+
+def exchanges(num_experts, tp, ep):
+    """Experts of the rows that every rank of a group gets, planned as if on many ranks."""
+    from megatron.remoe.moe.soft import Exchange
+
+    class Group:
+        def __init__(self, rank, size):
+            self._rank, self._size = rank, size
+
+        def rank(self):
+            return self._rank
+
+        def size(self):
+            return self._size
+
+    gathered = torch.distributed.all_gather_object
+    found = []
+    for first in range(0, max(tp, ep), ep):  # groups of experts, side by side
+        parts = [(first + r) % tp for r in range(ep)]
+        plans = []
+        for rank in range(ep):
+
+            def gather(into, _, group=None, parts=parts):
+                into[:] = parts
+
+            torch.distributed.all_gather_object = gather
+            try:
+                group = Group(rank, ep)
+                plans.append(Exchange.of(num_experts, Group(parts[rank], tp), group))
+            finally:
+                torch.distributed.all_gather_object = gathered
+        share, local = num_experts // tp, num_experts // ep
+        for rank, plan in enumerate(plans):
+            arriving = []
+            for source, part in enumerate(parts):
+                experts = range(part * share, (part + 1) * share)
+                sent = plans[source].sent
+                start = sum(sent[:rank])
+                arriving += list(experts)[start : start + sent[rank]]
+                assert sent[rank] == plan.received[source]
+            ordered = [arriving[i] for i in plan.order]
+            assert ordered == sorted(ordered)
+            mine = range(rank * local, (rank + 1) * local)
+            assert [ordered.count(expert) for expert in mine] == plan.counts
+            assert sum(plan.counts) == len(ordered)
+            found += ordered
+    return found
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 4), (2, 2), (2, 4), (4, 2), (4, 4), (2, 8)])
+def test_every_rank_gets_the_rows_of_its_experts_in_order(call, tp, ep):
+    """For layouts of more ranks than these tests start."""
+    experts = call(exchanges, 8, tp, ep)
+    copies = max(tp, ep) // tp  # sequences that the ranks of the group have
+    assert sorted(experts) == sorted(list(range(8)) * copies)
+
+
+def bidirectional_and_causal(router, recurrence):
+    """How much another last token changes the logits of every token, in a whole model."""
+    from megatron.remoe.testing.cell import Cell
+    from megatron.remoe.testing.cells import Training, initialize
+    from megatron.remoe.testing.golden import CLOSED_LOOP, fill_with_golden_weights
+
+    cell = Cell("one rank", router=router, recurrence=recurrence)
+    initialize(cell)
+    (chunk,) = Training(cell, CLOSED_LOOP | {"k": 2}, None).chunks
+    fill_with_golden_weights(chunk.module, 1)
+    model = chunk.module.eval()
+    torch.manual_seed(0)
+    tokens = torch.randint(256, (1, 16))
+    other = tokens.clone()
+    other[0, -1] = (tokens[0, -1] + 1) % 256
+    positions = torch.arange(16).unsqueeze(0)
+    with torch.no_grad():
+        logits = [model(given, positions, None) for given in (tokens, other)]
+    return (logits[0] - logits[1]).abs().amax(dim=-1)[0]
+
+
+CASES = [
+    (name, recurrence)
+    for name, recurrence in itertools.product(ROUTINGS, get_args(Recurrence))
+    if ROUTINGS[name].causal
+]
+
+
+@pytest.mark.parametrize(("router", "recurrence"), [*CASES, ("dense", "none")])
+def test_in_a_causal_model_no_token_sees_a_later_one(call, router, recurrence):
+    change = call(bidirectional_and_causal, router, recurrence)
+    assert change[-1] > 1e-3
+    assert change[:-1].max() < 1e-6
+
+
+def test_in_an_encoder_with_soft_experts_every_token_sees_the_last_one(call):
+    change = call(bidirectional_and_causal, "soft", "none")
+    assert change.min() > 1e-6 and change[0] > 1e-6
+
+
+def refusals():
+    from megatron.remoe.moe.spec import block_spec
+
+    found = []
+    for layout, changes, bidirectional in (
+        (Layout(), {}, False),
+        (Layout(), {"context_parallel_size": 2}, True),
+        (Layout(), {"num_moe_experts": 3, "tensor_model_parallel_size": 2}, True),
+        (Layout(), {"moe_expert_capacity_factor": 1.0}, True),
+    ):
+        config = moe_cases.transformer_config(layout)
+        for name, value in changes.items():
+            setattr(config, name, value)  # past Megatron's own validation
+        with pytest.raises(ValueError) as error:
+            block_spec(config, SoftRouting(), bidirectional=bidirectional)
+        found.append(str(error.value))
+    return found
+
+
+def test_what_cannot_be_right_is_refused(call):
+    causal, context, shared, capacity = call(refusals)
+    assert "the model is causal" in causal and "use moe_relu_routing, which is causal" in causal
+    assert context.startswith("context_parallel_size is 2, which Soft MoE refuses: a slot is")
+    assert shared.startswith("tensor_model_parallel_size is 2, and 3 experts cannot be shared")
+    assert capacity.startswith("moe_expert_capacity_factor is 1.0, which Soft MoE refuses")
+
+
+ENCODER = {
+    "masked_lm": True,
+    "padded_vocab_size": 256,
+    "moe_relu_routing": False,
+    "moe_soft_routing": True,
+    "moe_soft_slots_per_expert": 8,
+    "moe_layer_freq": "[0,1]",
+    "train_iters": 6,
+    "exit_interval": 4,
+    "eval_interval": 4,
+    "eval_iters": 1,
+    "save_interval": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A run of an encoder with Soft MoE on two ranks, which stopped after 4 of 6 steps."""
+    home = tmp_path_factory.mktemp("encoder")
+    changes = {"nproc": 2, "expert_model_parallel_size": 2, "run_dir": "soft"}
+    tiny.write_config(home / "soft.yaml", **(ENCODER | changes))
+    out, error = (process := tiny.start("train", "soft.yaml", cwd=home)).communicate(timeout=600)
+    assert process.returncode == 0, out + error
+    return home
+
+
+@pytest.mark.processes
+def test_a_run_trains_and_continues(home):
+    rows = [row for row in tiny.rows(home / "soft") if "grad_norm" in row]
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
+    assert "sparsity" not in rows[0] and "l1_coeff" not in rows[0]
+    process = tiny.start("train", "soft.yaml", cwd=home)
+    out, error = process.communicate(timeout=600)
+    assert process.returncode == 0, out + error
+    rows = [row for row in tiny.rows(home / "soft") if "grad_norm" in row]
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(0 < row["lm_loss"] < 10 for row in rows)
+
+
+@pytest.mark.processes
+def test_what_would_be_wrong_afterwards_is_refused(home, call):
+    code, _, error = call(tiny.remoe, home, "convert", "to-hf", "soft", "exported")
+    assert code == 2 and "masked_lm=True" in error and not (home / "exported").exists()
+    for override, message in (
+        ("masked_lm=false", "the model is causal"),
+        ("padded_vocab_size=128", "which leaves no row for the mask token"),
+    ):
+        code, _, error = call(tiny.remoe, home, "train", "soft.yaml", override, "run_dir=new")
+        assert code == 2 and message in error, error
+        assert not (home / "new").exists()
+    dense = ["moe_soft_routing=false", "moe_soft_slots_per_expert=1", "masked_lm=false"]
+    code, _, error = call(tiny.remoe, home, "train", "soft.yaml", *dense)
+    assert code == 2 and "was trained with masked_lm True" in error, error
+    code, _, error = call(tiny.remoe, home, "train", "soft.yaml", *dense[:2])
+    assert code == 2 and "has Soft MoE, and this run has TopK routing" in error, error
