@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_every_parameter_is_trained(digits, mixture):
 @pytest.mark.processes
 def test_one_command_writes_table_and_plot(tmp_path):
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--seeds", "1", "--epochs", "1"]
-    environment = {"PYTHONPATH": str(SCRIPT.parents[2]), "MPLCONFIGDIR": str(tmp_path)}
+    environment = dict(os.environ) | {"PYTHONPATH": str(SCRIPT.parents[2])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table.md").read_text()

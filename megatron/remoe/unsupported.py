@@ -77,8 +77,8 @@ REFUSALS = (
     # encoders
     Refusal("transformer_impl", "masked_lm has not been run with it; use transformer_impl local",
             ("local",), when=_is_masked_lm),
-    Refusal("reset_attention_mask", "in masked_lm all tokens of a sequence see each other, and those "
-            "of other documents as well; leave it out", when=_is_masked_lm),
+    Refusal("reset_attention_mask", "the tokens of masked_lm see the whole sequence, and other "
+            "documents in it as well; leave it out", when=_is_masked_lm),
     Refusal("eod_mask_loss", "masked_lm never hides the end of a document; leave it out",
             when=_is_masked_lm),
     Refusal("mtp_num_layers", "masked_lm has no next tokens to predict; leave it out",

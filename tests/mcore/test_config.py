@@ -403,7 +403,7 @@ def test_soft_routing_needs_no_flags_of_the_topk_router(call):
         ),
         (
             [*SOFT, "--reset-attention-mask"],
-            "reset_attention_mask is set, but in masked_lm all tokens of a sequence see each other",
+            "reset_attention_mask is set, but the tokens of masked_lm see the whole sequence",
         ),
         (
             [*SOFT, "--reset-position-ids"],
