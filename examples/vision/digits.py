@@ -15,9 +15,11 @@ This is plain torch with the layers of `remoe`. Megatron has the encoder of a vi
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
-import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -129,6 +131,7 @@ def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def train(mixture: str, seed: int, epochs: int) -> list[float]:
     """Train one model, and return its accuracy on the test images after every epoch."""
+    torch.set_num_threads(1)  # the products are too small to share
     x, labels, x_test, labels_test = digits(seed)
     torch.manual_seed(seed)
     model = VisionTransformer(mixture)
@@ -213,21 +216,20 @@ def main() -> int:
     add("--out", type=Path, default=Path("runs/vision"), help="The folder for table and plot.")
     add("--seeds", type=int, default=5, help="The number of seeds of every model.")
     add("--epochs", type=int, default=20, help="The number of passes over the images.")
+    add("--jobs", type=int, default=2, help="The number of models that are trained at once.")
     args = parser.parse_args()
-    for name in ("seeds", "epochs"):
+    for name in ("seeds", "epochs", "jobs"):
         if getattr(args, name) < 1:
             print(f"error: {name} is {getattr(args, name)}; choose at least 1", file=sys.stderr)
             return 2
     args.out.mkdir(parents=True, exist_ok=True)
+    runs = [(mixture, seed) for seed in range(1, args.seeds + 1) for mixture in MIXTURES]
     curves: dict[str, list[list[float]]] = {mixture: [] for mixture in MIXTURES}
-    for seed in range(1, args.seeds + 1):
-        for mixture in MIXTURES:
-            start = time.perf_counter()
-            curves[mixture].append(train(mixture, seed, args.epochs))
-            seconds = time.perf_counter() - start
-            print(
-                f"seed {seed}, {TITLES[mixture]}: {curves[mixture][-1][-1]:.2f}% in {seconds:.0f} s"
-            )
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        found = pool.map(partial(train, epochs=args.epochs), *zip(*runs, strict=True))
+        for (mixture, seed), curve in zip(runs, found, strict=True):
+            curves[mixture].append(curve)
+            print(f"seed {seed}, {TITLES[mixture]}: {curve[-1]:.2f}%", flush=True)
     (args.out / "accuracies.json").write_text(json.dumps(curves) + "\n")
     (args.out / "table.md").write_text(table(curves))
     plot(curves, args.out / "accuracy.png")
