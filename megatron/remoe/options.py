@@ -257,7 +257,6 @@ SOFT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "moe_z_loss_coeff": (_NO_ROUTER, (None, 0)),
     "moe_input_jitter_eps": (_NO_ROUTER, (None,)),
     "moe_router_dtype": ("its router computes in fp32; leave it out", (None, "fp32")),
-    "moe_token_dispatcher_type": (_NO_DISPATCH, ("alltoall", "allgather")),
     "moe_shared_expert_overlap": (_NO_DISPATCH, (None, False)),
     "expert_tensor_parallel_size": (
         "an expert of Soft MoE is on one rank; use 1, or leave it out",

@@ -153,32 +153,13 @@ def exchanges(num_experts, tp, ep):
     """Experts of the rows that every rank of a group gets, planned as if on many ranks."""
     from megatron.remoe.moe.soft import Exchange
 
-    class Group:
-        def __init__(self, rank, size):
-            self._rank, self._size = rank, size
-
-        def rank(self):
-            return self._rank
-
-        def size(self):
-            return self._size
-
-    gathered = torch.distributed.all_gather_object
     found = []
     for first in range(0, max(tp, ep), ep):  # groups of experts, side by side
-        parts = [(first + r) % tp for r in range(ep)]
-        plans = []
-        for rank in range(ep):
-
-            def gather(into, _, group=None, parts=parts):
-                into[:] = parts
-
-            torch.distributed.all_gather_object = gather
-            try:
-                group = Group(rank, ep)
-                plans.append(Exchange.of(num_experts, Group(parts[rank], tp), group))
-            finally:
-                torch.distributed.all_gather_object = gathered
+        parts = [(first + rank) % tp for rank in range(ep)]
+        plans = [
+            Exchange.of(num_experts, num_parts=tp, part_of=parts, rank=rank, group=None)
+            for rank in range(ep)
+        ]
         share, local = num_experts // tp, num_experts // ep
         for rank, plan in enumerate(plans):
             arriving = []

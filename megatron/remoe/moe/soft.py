@@ -110,8 +110,22 @@ class SoftMoELayer(DroplessMoELayer):
         name: str | None = None,
     ) -> None:
         pg_collection = pg_collection or get_default_pg_collection()
+        if pg_collection.tp.size() > 1 and not config.sequence_parallel:
+            raise ValueError(
+                "sequence_parallel is false with tensor parallelism: every rank would add all "
+                "tokens to the slots; set sequence_parallel"
+            )
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
-        self.exchange = Exchange.of(config.num_moe_experts, pg_collection.tp, pg_collection.ep)
+        tensor_ranks = pg_collection.tp.size()
+        # Megatron numbers the ranks of tensor parallelism first.
+        ranks = torch.distributed.get_process_group_ranks(pg_collection.ep)
+        self.exchange = Exchange.of(
+            config.num_moe_experts,
+            num_parts=tensor_ranks,
+            part_of=[rank % tensor_ranks for rank in ranks],
+            rank=pg_collection.ep.rank(),
+            group=pg_collection.ep,
+        )
 
     def routed_experts_compute(self, hidden_states: Tensor, probs: Any) -> tuple[Tensor, None]:
         """Compute the output, `[s, b, H]`, given the dispatch and combine weights."""
@@ -127,7 +141,7 @@ class SoftMoELayer(DroplessMoELayer):
         rows = self.exchange.to_experts(rows, each)
         counts = torch.tensor(self.exchange.counts) * each
         output, _ = self.experts(rows, counts, rows.new_ones(len(rows)))
-        output = self.exchange.from_experts(output, each).view(slots.shape)
+        output = self.exchange.from_experts(output, each).reshape(slots.shape)
         if self.attn_tp_group.size() > 1:
             output = gather_from_sequence_parallel_region(output, group=self.attn_tp_group)
         tokens = tokens_of_slots(combine, output.transpose(0, 1))
@@ -155,24 +169,30 @@ class Exchange:
     order: list[int]
 
     @classmethod
-    def of(cls, num_experts: int, tp_group: Any, ep_group: Any) -> "Exchange":
-        """Plan the exchange; all ranks of `ep_group` call this.
+    def of(
+        cls, num_experts: int, *, num_parts: int, part_of: list[int], rank: int, group: Any
+    ) -> "Exchange":
+        """Plan the exchange of a rank.
+
+        Args:
+            num_experts: E.
+            num_parts: the number of parts in which experts are divided before the exchange, which
+                is that of tensor-parallel ranks.
+            part_of: the part that each rank of the group starts with.
+            rank: the rank in the group.
+            group: the ranks that share the experts after the exchange.
 
         Raises:
-            ValueError: the ranks of `tp_group` cannot share the experts equally.
+            ValueError: the experts cannot be divided equally.
         """
-        ranks, parts = ep_group.size(), tp_group.size()
-        if num_experts % parts:
+        ranks = len(part_of)
+        if num_experts % num_parts:
             raise ValueError(
-                f"{num_experts} experts cannot be shared by {parts} tensor-parallel ranks, each of "
-                f"which has the slots of equally many; choose num_experts as a multiple of "
+                f"{num_experts} experts cannot be shared by {num_parts} tensor-parallel ranks, "
+                f"each of which has the slots of equally many; choose num_experts as a multiple of "
                 f"tensor_model_parallel_size"
             )
-        part_of = [tp_group.rank()]
-        if ranks > 1:
-            part_of = [0] * ranks
-            torch.distributed.all_gather_object(part_of, tp_group.rank(), group=ep_group)
-        share, local = num_experts // parts, num_experts // ranks
+        share, local = num_experts // num_parts, num_experts // ranks
 
         def between(source: int, target: int) -> list[int]:
             """Experts, as numbered by the target, whose rows the source has."""
@@ -180,12 +200,11 @@ class Exchange:
             both = range(max(first, begin), min(first + local, begin + share))
             return [expert - first for expert in both]
 
-        me = ep_group.rank()
-        arriving = [between(source, me) for source in range(ranks)]
+        arriving = [between(source, rank) for source in range(ranks)]
         experts = [expert for one in arriving for expert in one]
         return cls(
-            group=ep_group,
-            sent=[len(between(me, target)) for target in range(ranks)],
+            group=group,
+            sent=[len(between(rank, target)) for target in range(ranks)],
             received=[len(one) for one in arriving],
             counts=[experts.count(expert) for expert in range(local)],
             order=sorted(range(len(experts)), key=lambda part: experts[part]),
@@ -216,4 +235,4 @@ class Exchange:
         if order == sorted(order):
             return rows
         index = torch.tensor(order, device=rows.device)
-        return rows.view(len(order), -1, rows.shape[-1])[index].flatten(end_dim=1)
+        return rows.reshape(len(order), -1, rows.shape[-1])[index].flatten(end_dim=1)
