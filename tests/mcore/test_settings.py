@@ -108,6 +108,7 @@ def test_the_published_flags_and_exported_names_stay():
         ("--moe-router-recurrence", "recurrence", True),
         ("--moe-router-recurrent-size", "recurrent_size", True),
         ("--moe-router-recurrent-passing", "recurrent_passing", True),
+        ("--moe-soft-slots-per-expert", "slots_per_expert", False),
     }
 
 

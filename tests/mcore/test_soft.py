@@ -226,6 +226,47 @@ def test_in_an_encoder_with_soft_experts_every_token_sees_the_last_one(call):
     assert change.min() > 1e-6 and change[0] > 1e-6
 
 
+def dense_encoder():
+    """Logits of a dense encoder: without a mask, with one that hides nothing, and with padding.
+
+    The last token of the second sequence is another one, and padding in the last case.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    from megatron.remoe.moe.spec import layer_spec
+    from megatron.remoe.testing.golden import (
+        CLOSED_LOOP,
+        fill_with_golden_weights,
+        gpt_config,
+        transformer_config,
+    )
+
+    moe_cases.initialize(Layout())
+    dense = {"num_moe_experts": None, "moe_ffn_hidden_size": None}
+    config = gpt_config(transformer_config(CLOSED_LOOP, **dense), CLOSED_LOOP, None)
+    config.transformer_layer_spec = layer_spec(None, bidirectional=True)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = GPTModelBuilder(config).build_model(groups).eval()
+    fill_with_golden_weights(model, 1)
+    torch.manual_seed(0)
+    tokens = torch.randint(256, (1, 16)).repeat(2, 1)
+    tokens[1, -1] = (tokens[0, -1] + 1) % 256
+    positions = torch.arange(16).expand(2, -1)
+    nothing = torch.zeros(2, 1, 16, 16, dtype=torch.bool)
+    last = nothing.clone()
+    last[..., -1] = True
+    with torch.no_grad():
+        return [model(tokens, positions, mask) for mask in (None, nothing, last)]
+
+
+def test_attention_of_an_encoder_sees_all_tokens_but_padding(call):
+    without, nothing, padded = call(dense_encoder)
+    assert torch.allclose(without, nothing, atol=1e-6)
+    assert (without[0] - without[1]).abs().amax(dim=-1).min() > 1e-6
+    assert (padded[0] - padded[1])[:-1].abs().max() < 1e-7
+
+
 def refusals():
     from megatron.remoe.moe.spec import block_spec
 
