@@ -339,7 +339,7 @@ def test_what_would_be_wrong_afterwards_is_refused(home, call):
     assert code == 2 and "masked_lm=True" in error and not (home / "exported").exists()
     for override, message in (
         ("masked_lm=false", "the model is causal"),
-        ("padded_vocab_size=128", "which leaves no row for the mask token"),
+        ("vocab_size=256", "which leaves no row for the mask token"),
     ):
         code, _, error = call(tiny.remoe, home, "train", "soft.yaml", override, "run_dir=new")
         assert code == 2 and message in error, error
