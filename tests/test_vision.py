@@ -56,15 +56,15 @@ def test_every_parameter_is_trained(digits, mixture):
 
 @pytest.mark.processes
 def test_one_command_writes_table_and_plot(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--seeds", "1", "--epochs", "1"]
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--seeds", "1", "--epochs", "4"]
     environment = dict(os.environ) | {"PYTHONPATH": str(SCRIPT.parents[2])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table.md").read_text()
     assert all(name in table for name in ("Dense", "TopK", "Expert Choice", "Soft MoE"))
     curves = json.loads((tmp_path / "accuracies.json").read_text())
-    assert all(runs[0][-1] > 30 for runs in curves.values()), "an epoch teaches more than chance"
+    assert all(runs[0][-1] > 30 for runs in curves.values()), curves
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
-    command[-3] = "0"
+    command[-3] = "0"  # the number of seeds
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2 and done.stderr == "error: seeds is 0; choose at least 1\n"

@@ -22,7 +22,7 @@ Json = Annotated[Path | None, typer.Option("--json")]
 @command(app)
 def layer(
     more_experts: Numbers = None,
-    tokens: int = 4096,
+    tokens: AtLeastOneOrNone = None,
     hidden: AtLeastOneOrNone = None,
     ffn: AtLeastOneOrNone = None,
     experts: list[int] | None = None,
@@ -40,8 +40,9 @@ def layer(
     Example: remoe bench layer --experts 8 64 --rounds 10
 
     Args:
-        more_experts: Further numbers of experts, after the first one of --experts.
-        hidden: The hidden size, by default 512, or 128 with --soft.
+        more_experts: Further numbers of experts after the first one of --experts, by default none.
+        tokens: The number of tokens of a batch, by default 4096, or 32768 with --soft.
+        hidden: The hidden size, by default 512, or 64 with --soft.
         ffn: The width of each expert, by default 2048, or 512 with --soft.
         experts: The numbers of experts, by default 8. All alternatives run at the first number, and
             ReMoE at the others.
@@ -52,7 +53,13 @@ def layer(
     _prepare()
     from megatron.remoe.bench import main
 
-    hidden, ffn = hidden or (128 if soft else 512), ffn or (512 if soft else 2048)
+    # Soft MoE needs many tokens for every expert to have some rows, and room for many experts.
+    tokens, hidden, ffn = (
+        given or default
+        for given, default in zip(
+            (tokens, hidden, ffn), (32768, 64, 512) if soft else (4096, 512, 2048), strict=True
+        )
+    )
     sizes = main.LayerSizes(tokens=tokens, hidden=hidden, ffn=ffn, topk=topk)
     wanted = [*(experts or []), *(more_experts or [])] or [8]
     timing = main.Timing(rounds, json_path)
