@@ -37,6 +37,7 @@ PATCHES, PIXELS, HIDDEN, WIDTH, HEADS, BLOCKS, EXPERTS = 16, 4, 64, 256, 4, 4, 1
 MIXTURES = ("dense", "topk", "expert_choice", "soft")
 TITLES = {"dense": "Dense", "topk": "TopK, k = 1", "expert_choice": "Expert Choice",
           "soft": "Soft MoE"}  # fmt: skip
+LEARNING_RATE = 3e-3
 BALANCE = 0.01  # weight of the Switch loss, which TopK alone has
 
 
@@ -135,9 +136,11 @@ def train(mixture: str, seed: int, epochs: int) -> list[float]:
     x, labels, x_test, labels_test = digits(seed)
     torch.manual_seed(seed)
     model = VisionTransformer(mixture)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     batches = len(x) // 64
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=epochs * batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=epochs * batches
+    )
     accuracies = []
     for _ in range(epochs):
         model.train()

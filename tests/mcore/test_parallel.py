@@ -23,6 +23,7 @@ RECURRENT = (
     " TopK: TP2", " RNN: TP2", ", bf16: PP2", ", chunked: PP2", ", padded: TP2",
     ", plain torch: TP2 x EP2 all-to-all", ", plain torch: PP2",
 )  # fmt: skip
+SOFT = (": DP2", ": TP2 x EP2", ": PP2", ": TP2, MoE recompute", ": EP2, overlap", ", padded: TP2")
 SUBSET = [
     *[c for c in grid.grid() if c.world <= 2 and re.match(r"(DP|EP|TP|PP|one rank)", c.name)],
     *[c for c in grid.grid() if c.name in ("TopK: EP2 all-to-all", "TopK: TP2", "bf16: TP2")],
@@ -38,6 +39,7 @@ SUBSET = [
     *[c for c in grid.against_plain_torch() if c.world <= 2],
     *[c for c in grid.chunked_differently() if c.world <= 2 and "differently" in c.name],
     *[c for c in grid.recurrent() if c.name.removeprefix("recurrent") in RECURRENT],
+    *[c for c in grid.soft() if c.name.removeprefix("soft") in SOFT],
 ]
 
 
@@ -239,7 +241,15 @@ def test_the_grid_covers_what_it_claims():
     cells = {cell.name: cell for cell in grid.grid()}
     assert len(cells) == len(grid.grid())
     assert {cell.world for cell in cells.values()} == {1, 2, 4}
-    for part in ("TopK: ", "bf16: ", "dense stage: ", "virtual stages", "recompute", "overlap"):
+    for part in (
+        "TopK: ",
+        "soft: ",
+        "bf16: ",
+        "dense stage: ",
+        "virtual stages",
+        "recompute",
+        "overlap",
+    ):
         assert any(part in name for name in cells), part
     assert {c.routing for c in cells.values()} >= {"all active", "silent layer", "silent rank"}
 

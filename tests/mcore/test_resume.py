@@ -15,7 +15,10 @@ from megatron.remoe.verify import kills, resume
 from megatron.remoe.verify.trajectories import FP32, TrajectoryComparison, deviations
 
 SAME = "EP2, distributed optimizer, overlap"
-NAMES = [f"{SAME} -> {SAME}", "EP2 -> TP2", f"1, distributed optimizer -> {SAME}"]
+NAMES = [
+    f"{SAME} -> {SAME}", "EP2 -> TP2", f"1, distributed optimizer -> {SAME}",
+    "soft TP2 x EP2 -> soft 1",
+]  # fmt: skip
 STEPS = 2
 
 
