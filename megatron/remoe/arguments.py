@@ -374,18 +374,26 @@ def routing_from_args(args: argparse.Namespace) -> AnyRouting:
     return routing(**{s.name: getattr(args, s.dest) for s in settings_of(routing)})
 
 
-def configure(model_config: Any, args: argparse.Namespace) -> "FinalizeStep":
+def configure(
+    model_config: Any, args: argparse.Namespace, *, hides_tokens: bool = False
+) -> "FinalizeStep":
     """Put our layers and our once-per-step hook into Megatron's `GPTModelConfig`.
 
     Without `--moe-relu-routing` the model is Megatron's TopK mixture, or dense without experts, on
     the same backend.
 
+    Args:
+        model_config: of the model to train.
+        args: Megatron's arguments and ours.
+        hides_tokens: whether the samples are those of a masked language model.
+
     Returns:
         The hook, a `FinalizeStep`, for `running`.
 
     Raises:
-        ValueError: another kind of model, layers of the script's own, or a checkpoint to load that
-            was trained with another router.
+        ValueError: an encoder whose samples have the next tokens as labels, another kind of model,
+            layers of the script's own, or a checkpoint to load that was trained with another
+            router.
     """
     from megatron.remoe.moe.shared_cell import SharedCells
     from megatron.remoe.moe.spec import layer_spec
@@ -394,6 +402,11 @@ def configure(model_config: Any, args: argparse.Namespace) -> "FinalizeStep":
 
     _check_model(model_config)
     unsupported.refuse(args)  # again, since --use-checkpoint-args brings some
+    if args.masked_lm and not hides_tokens:
+        raise ValueError(
+            "masked_lm is set, and this script reads samples of its own, in which an encoder would "
+            "see the next token that it has to predict; use remoe train"
+        )
     saved.check_before_start(args)
     routing = routing_from_args(args)
     model_config.transformer_layer_spec = layer_spec(routing, bidirectional=args.masked_lm)

@@ -245,10 +245,16 @@ NOT_CAUSAL = (
     "so that every token would see those after it; use moe_relu_routing, which is causal and as "
     "differentiable, or train an encoder with masked_lm"
 )
-_NO_ROUTER = "Soft MoE selects no experts, and its router has no such option; leave it out"
-_NO_DISPATCH = "slots are exchanged with fixed sizes, which this does not do; leave it out"
-# What Soft MoE refuses beside `OPTIONS`: the reason, and the accepted values, by name.
+_NO_ROUTER = "the router of Soft MoE selects no experts, and has no such option; leave it out"
+_NOT_RUN = "it has not been run with slots; leave it out"
+_APART = "a slot would mix the documents of a sequence, which this keeps apart; leave it out"
+# What Soft MoE refuses beside what ReLU routing does, or for other reasons: the reason, and the
+# accepted values, of which the first is that of a config without the option.
 SOFT: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "moe_router_topk": (
+        "every token is in every slot, so that there is no k; leave it out",
+        (1, 2),  # the second is Megatron's default
+    ),
     "moe_router_load_balancing_type": (
         "nothing has to be balanced, since every expert has as many slots as any other; leave it "
         "out",
@@ -257,7 +263,14 @@ SOFT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "moe_z_loss_coeff": (_NO_ROUTER, (None, 0)),
     "moe_input_jitter_eps": (_NO_ROUTER, (None,)),
     "moe_router_dtype": ("its router computes in fp32; leave it out", (None, "fp32")),
-    "moe_shared_expert_overlap": (_NO_DISPATCH, (None, False)),
+    "moe_shared_expert_overlap": (
+        "slots are exchanged without a dispatcher to overlap with; leave it out",
+        (None, False),
+    ),
+    "moe_token_dispatcher_type": (
+        "slots are exchanged by all-to-all; leave it out",
+        ("alltoall", "allgather"),  # the second is Megatron's default
+    ),
     "expert_tensor_parallel_size": (
         "an expert of Soft MoE is on one rank; use 1, or leave it out",
         (None, 1),
@@ -266,25 +279,23 @@ SOFT: dict[str, tuple[str, tuple[Any, ...]]] = {
         "a slot is a mean of a whole sequence, and its parts on the ranks are not summed; use 1",
         (1,),
     ),
-    "reset_attention_mask": (
-        "a slot would mix the documents of a sequence, which this keeps apart; leave it out",
-        (None, False),
-    ),
-    "reset_position_ids": (
-        "a slot would mix the documents of a sequence, which this keeps apart; leave it out",
-        (None, False),
-    ),
+    "reset_attention_mask": (_APART, (None, False)),
+    "reset_position_ids": (_APART, (None, False)),
 }
 
 
 def check_soft(config: Any) -> None:
-    """Refuse what Soft MoE cannot do; the arguments and errors are those of `check`."""
-    check(config, names=NEEDS_OUR_LAYER, by="Soft MoE")
-    for name, (why, allowed) in SOFT.items():
+    """Refuse what Soft MoE cannot do; the argument and errors are those of `check`."""
+    defaults = moe_fields()
+    refused = dict(SOFT)
+    for name, option in OPTIONS.items():
+        if option.answer == "refused":
+            why = _NO_ROUTER if name.startswith("moe_router_") else _NOT_RUN
+            refused.setdefault(name, (why, option.allowed or (defaults.get(name), None)))
+    for name, (why, allowed) in refused.items():
         value = getattr(config, name, allowed[0])
-        value = value[0] if isinstance(value, list) and len(value) == 1 else value
-        if value not in allowed:
-            raise ValueError(f"{name} is {value}, which Soft MoE refuses: {why}")
+        if not all(v in allowed for v in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"{name} is {_said(value)}, which Soft MoE refuses: {why}")
     experts = config.num_moe_experts if hasattr(config, "num_moe_experts") else config.num_experts
     for name in ("expert_model_parallel_size", "tensor_model_parallel_size"):
         ranks = getattr(config, name)
@@ -293,6 +304,10 @@ def check_soft(config: Any) -> None:
                 f"{name} is {ranks}, and {experts} experts cannot be shared by so many ranks "
                 f"equally; choose one that divides the number of experts"
             )
+
+
+def _said(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def layers_with_experts(frequency: int | list[int] | None, num_layers: int) -> list[int]:
@@ -306,6 +321,9 @@ _SETTINGS_TITLE = """## The settings of the routers
 
 Each is a field of a class in `remoe/config.py`. A YAML config has the flag's name with underscores.
 The last column says what happens to a run whose checkpoint was trained with another value."""
+_SOFT_TITLE = """## What Soft MoE refuses
+
+Beside these it refuses the options that ReLU routing refuses."""
 _LOGS_TITLE = """## Megatron's logs under ReLU routing
 
 Megatron counts k experts per token wherever it counts experts."""
@@ -325,11 +343,17 @@ def to_markdown() -> str:
         )
         for s in settings.values()
     ]
+    soft = [
+        (f"`{name}`", ", ".join(str(value).lower() for value in allowed if value is not None), why)
+        for name, (why, allowed) in SOFT.items()
+    ]
     logs = [(f"`{name}`", text) for name, text in LOGS.items()]
     parts = (
         _table(("option", "ReLU routing", "reason"), options),
         _SETTINGS_TITLE,
         _table(("flag", "exported `config.json`", "default", "meaning", "on resume"), routers),
+        _SOFT_TITLE,
+        _table(("option", "accepted, beside leaving it out", "reason"), soft),
         _LOGS_TITLE,
         _table(("flag", "what to know"), logs),
     )

@@ -227,7 +227,7 @@ def _pretrain() -> None:
     model_config = gpt_config_from_args(args)
     with processes.mistakes_in_one_line():
         unsupported.refuse_unused(args)
-        hook = configure(model_config, args)
+        hook = configure(model_config, args, hides_tokens=args.masked_lm)
     with running(args, hook):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),

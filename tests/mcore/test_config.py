@@ -391,11 +391,19 @@ def test_soft_routing_needs_no_flags_of_the_topk_router(call):
         ),
         (
             [*SOFT, "--moe-z-loss-coeff", "0.1"],
-            "moe_z_loss_coeff is 0.1, which Soft MoE refuses: Soft MoE selects no experts",
+            "moe_z_loss_coeff is 0.1, which Soft MoE refuses: the router of Soft MoE selects",
         ),
         (
             [*SOFT, "--moe-router-load-balancing-type", "sinkhorn"],
             "moe_router_load_balancing_type is sinkhorn, which Soft MoE refuses: nothing has to be",
+        ),
+        (
+            [*SOFT, "--moe-router-topk", "3"],
+            "moe_router_topk is 3, which Soft MoE refuses: every token is in every slot",
+        ),
+        (
+            [*SOFT, "--moe-router-score-function", "sigmoid"],
+            "moe_router_score_function is sigmoid, which Soft MoE refuses: the router of Soft",
         ),
         (
             [*SOFT, "--moe-expert-capacity-factor", "1.5"],

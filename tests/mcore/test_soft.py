@@ -294,6 +294,24 @@ def test_what_cannot_be_right_is_refused(call):
     assert capacity.startswith("moe_expert_capacity_factor is 1.0, which Soft MoE refuses")
 
 
+def in_a_script_of_one_s_own():
+    from megatron.remoe.arguments import configure, megatron_parser
+    from megatron.remoe.testing.golden import CLOSED_LOOP, gpt_config, transformer_config
+
+    config = gpt_config(transformer_config(CLOSED_LOOP), CLOSED_LOOP, None)
+    config.transformer_layer_spec = None
+    args = megatron_parser().parse_args(["--masked-lm"])
+    with pytest.raises(ValueError) as error:
+        configure(config, args)
+    return str(error.value)
+
+
+def test_a_script_with_samples_of_its_own_trains_no_encoder(call):
+    """It would see its labels, and the loss would be excellent."""
+    message = call(in_a_script_of_one_s_own)
+    assert message.startswith("masked_lm is set, and this script reads samples of its own")
+
+
 ENCODER = {
     "masked_lm": True,
     "padded_vocab_size": 256,

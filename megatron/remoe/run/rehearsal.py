@@ -189,7 +189,7 @@ def _build(args: argparse.Namespace, tokenizer: bool) -> None:
         dataset_config(args)
     initialize_megatron()
     model_config = gpt_config_from_args(args)
-    configure(model_config, args)
+    configure(model_config, args, hides_tokens=args.masked_lm)
     container = pretrain_cfg_container_from_args(args, model_config)
     if args.transformer_impl == "transformer_engine":
         return  # Its modules can only be built on a GPU.
