@@ -15,10 +15,7 @@ from megatron.remoe.verify import kills, resume
 from megatron.remoe.verify.trajectories import FP32, TrajectoryComparison, deviations
 
 SAME = "EP2, distributed optimizer, overlap"
-NAMES = [
-    f"{SAME} -> {SAME}", "EP2 -> TP2", f"1, distributed optimizer -> {SAME}",
-    "soft TP2 x EP2 -> soft 1",
-]  # fmt: skip
+NAMES = [f"{SAME} -> {SAME}", "EP2 -> TP2", f"1, distributed optimizer -> {SAME}"]
 STEPS = 2
 
 
