@@ -52,7 +52,7 @@ class ReMoELayer(ExactBuffers):
 
     Parameters:
         router: `[E, H]`, or `[E, p]` with recurrence; gate_up: `[E, 2F, H]` (gate first); down:
-            `[E, H, F]`; projection: `[p, H]`, with recurrence only.
+            `[E, H, F]`; projection: `[p, H]`, with recurrence and unless all layers share one.
 
     Args:
         config: sizes and settings.
@@ -86,9 +86,8 @@ class ReMoELayer(ExactBuffers):
 
         width = config.recurrent_size if config.is_recurrent else hidden
         self.router = weight(shape.num_experts, width)
-        self.register_parameter(
-            "projection", weight(width, hidden) if config.is_recurrent else None
-        )
+        own_projection = config.is_recurrent and config.recurrent_projection == "layer"
+        self.register_parameter("projection", weight(width, hidden) if own_projection else None)
         self.gate_up = weight(shape.num_experts, 2 * shape.ffn_hidden_size, hidden)
         self.down = weight(shape.num_experts, hidden, shape.ffn_hidden_size)
         register_l1_coeff(self, config.controller, device)
@@ -100,7 +99,11 @@ class ReMoELayer(ExactBuffers):
         self._cell = (cell,)  # not a module of this layer
         if config.recurrence != "none" and cell is None:
             self.cell = RecurrentCell(
-                config.recurrence, config.recurrent_size, init_std=config.init_std, device=device
+                config.recurrence,
+                config.recurrent_size,
+                hidden_size=None if own_projection else hidden,
+                init_std=config.init_std,
+                device=device,
             )
             self._cell = (self.cell,)
 
@@ -140,7 +143,6 @@ class ReMoELayer(ExactBuffers):
         x_TH = hidden_states.reshape(-1, self.config.hidden_size)
         if not self.config.is_recurrent:
             return self._experts(x_TH, x_TH).view_as(hidden_states)
-        assert self.projection is not None
         if state is not None:
             state = state.reshape(-1, self.config.recurrent_size)
             state = passed_on(state, self.config.recurrent_passing)
@@ -187,12 +189,17 @@ class ReMoELayer(ExactBuffers):
 
 
 def _check_cell(cell: RecurrentCell, config: ReMoELayerConfig) -> None:
-    if (cell.cell, cell.size) != (config.recurrence, config.recurrent_size):
-        raise ValueError(
-            f"the cell is a {cell.cell} of size {cell.size}, and the layer's config has recurrence "
-            f"{config.recurrence} and recurrent_size {config.recurrent_size}; give all layers of a "
-            f"model the same config"
-        )
+    found = {
+        "recurrence": cell.cell,
+        "recurrent_size": cell.size,
+        "recurrent_projection": "layer" if cell.projection is None else "shared",
+    }
+    for name, value in found.items():
+        if value != getattr(config, name):
+            raise ValueError(
+                f"the cell has {name} {value}, and the layer's config has {getattr(config, name)}; "
+                f"give all layers of a model the same config"
+            )
 
 
 def routed_experts(

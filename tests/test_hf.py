@@ -94,10 +94,14 @@ def gradients(model, ids):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("cell", ["gru", "rnn"])
-def test_a_recurrent_model_generates_with_a_cache_and_checkpoints_gradients(router, cell):
+@pytest.mark.parametrize(("cell", "projection"), [("gru", "layer"), ("rnn", "shared")])
+def test_a_recurrent_model_generates_with_a_cache_and_checkpoints_gradients(
+    router, cell, projection
+):
     """The state runs over depth, so that decoding keeps nothing of it."""
-    model = build(router_type=router, recurrence=cell, recurrent_size=8)
+    model = build(
+        router_type=router, recurrence=cell, recurrent_size=8, recurrent_projection=projection
+    )
     ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         whole = model(ids).logits

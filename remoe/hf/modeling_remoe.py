@@ -136,8 +136,16 @@ class ReMoECell(nn.Module):
         self.bias_ih = nn.Parameter(torch.empty(gates * size, dtype=dtype))
         self.bias_hh = nn.Parameter(torch.empty(gates * size, dtype=dtype))
 
-    def forward(self, x_TH: Tensor, state_Tp: Tensor | None, projection_pH: Tensor) -> Tensor:
+        self.projection = None
+        if config.recurrent_projection == "shared":
+            self.projection = nn.Parameter(torch.empty(size, config.hidden_size, dtype=dtype))
+
+    def forward(
+        self, x_TH: Tensor, state_Tp: Tensor | None, projection_pH: Tensor | None
+    ) -> Tensor:
         """Return the state after a layer, `[T, p]`, given that of the layer before, or None."""
+        projection_pH = self.projection if projection_pH is None else projection_pH
+        assert projection_pH is not None
         x_Tp = F.linear(x_TH.float(), projection_pH.float())
         if state_Tp is None or self.passing == "none":
             state_Tp = torch.zeros_like(x_Tp)
@@ -164,9 +172,10 @@ class ReMoERouter(nn.Module):
 
     def __init__(self, config: ReMoEConfig) -> None:
         super().__init__()
-        width = config.hidden_size
+        width, self.projection = config.hidden_size, None
         if config.recurrence != "none":
             width = config.recurrent_size
+        if config.recurrence != "none" and config.recurrent_projection == "layer":
             self.projection = nn.Parameter(torch.empty(width, config.hidden_size))
         self.weight = nn.Parameter(torch.empty(config.num_experts, width))
         self.max_active, self.at_least_one = config.max_active_experts, config.at_least_one_expert
@@ -353,10 +362,11 @@ class ReMoEPreTrainedModel(PreTrainedModel):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, ReMoECell):
-            for parameter in (module.weight_ih, module.weight_hh):
-                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
-            for parameter in (module.bias_ih, module.bias_hh):
-                init.zeros_(parameter)
+            for parameter in module.parameters(recurse=False):
+                if parameter.ndim == 1:
+                    init.zeros_(parameter)
+                else:
+                    init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
 
 
 class ReMoEModel(ReMoEPreTrainedModel):

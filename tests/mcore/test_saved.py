@@ -80,6 +80,11 @@ def run(folder: Path, **changes: Any) -> Namespace:
         ),
         (
             RELU | GRU,
+            RELU | GRU | {"moe_router_recurrent_projection": "shared"},
+            "with moe_router_recurrent_projection layer, and this run has shared, with which its",
+        ),
+        (
+            RELU | GRU,
             RELU | GRU | {"moe_router_recurrent_passing": "none"},
             "was trained with moe_router_recurrent_passing full, and this run has none; set moe",
         ),

@@ -108,6 +108,7 @@ def test_the_published_flags_and_exported_names_stay():
         ("--moe-router-recurrence", "recurrence", True),
         ("--moe-router-recurrent-size", "recurrent_size", True),
         ("--moe-router-recurrent-passing", "recurrent_passing", True),
+        ("--moe-router-recurrent-projection", "recurrent_projection", True),
     }
 
 
@@ -147,6 +148,11 @@ def test_the_layer_for_torch_has_the_settings_of_relu_routing():
             TopKRouting,
             {"recurrent_passing": "none"},
             "recurrent_passing is none, but recurrence is none; choose gru or rnn, or leave",
+        ),
+        (
+            TopKRouting,
+            {"recurrent_projection": "shared"},
+            "recurrent_projection is shared, but recurrence is none; choose gru or rnn, or leave",
         ),
         (TopKRouting, {"warmup_steps": -1}, "warmup_steps is -1; .* that is at least 0"),
     ],

@@ -17,7 +17,7 @@ class CountsRouting(ExactBuffers):
     """Mixin for Megatron routers that adds up what they route over the micro-batches of a step.
 
     Buffers, none of them persistent:
-        stats: fp64 `[3 + E]`, and most_active: int64, 0-d; see `RoutingStatistics`.
+        stats: fp64 `[4 + E]`, and most_active: int64, 0-d; see `RoutingStatistics`.
     """
 
     stats: Tensor

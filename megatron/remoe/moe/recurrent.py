@@ -23,6 +23,7 @@ from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron.remoe.moe.counting import CountsRouting
 from megatron.remoe.moe.layer import DroplessMoELayer
 from megatron.remoe.moe.router import ReLURouter
 from megatron.remoe.moe.topk_router import CountingTopKRouter
@@ -52,14 +53,16 @@ def split(wide: Tensor, hidden_size: int) -> tuple[Tensor, Tensor | None]:
     return x, rounded + remainder
 
 
-class Recurrent(Router):
+class Recurrent(CountsRouting, Router):
     """Mixin for a router that reads the state of the tokens, and not the tokens.
 
     The base router routes by the state as it would route by hidden states, with a weight `[E, p]`.
 
     Parameters beside the weight:
-        projection: `[p, h]`.
+        projection: `[p, h]`, unless all layers share that of the cell.
     """
+
+    projection: torch.nn.Parameter | None
 
     def __init__(
         self,
@@ -74,7 +77,11 @@ class Recurrent(Router):
         self.passing: RecurrentPassing = routing.recurrent_passing
         self._cell = (cell,)  # a module of the model, and not of its routers
         self.weight = self._parameter(config.num_moe_experts, cell.size)
-        self.projection = self._parameter(cell.size, config.hidden_size)
+        own_projection = routing.recurrent_projection == "layer"
+        self.register_parameter(
+            "projection",
+            self._parameter(cell.size, config.hidden_size) if own_projection else None,
+        )
 
     @property
     def cell(self) -> RecurrentCell:
@@ -97,7 +104,12 @@ class Recurrent(Router):
         x, before = split(input, self.config.hidden_size)
         if before is not None:
             before = passed_on(before.flatten(end_dim=-2), self.passing)
-        state = self.cell(x.flatten(end_dim=-2), before, self.projection).view(*x.shape[:-1], -1)
+        state = self.cell(x.flatten(end_dim=-2), before, self.projection)
+        # With activation recompute the router runs twice: first without gradients, then with.
+        if self.training and torch.is_grad_enabled():
+            mask = None if padding_mask is None else padding_mask.reshape(-1)
+            self.statistics.add_states(state, mask)
+        state = state.view(*x.shape[:-1], -1)
         probs, routing_map = super().forward(state, padding_mask)
         return probs.to(input.dtype), routing_map, state
 

@@ -82,7 +82,7 @@ def block_spec(
     if routing is not None:
         router = partial(ROUTERS[type(routing)], routing=routing)
         if routing.recurrence != "none":
-            cell = SharedCell(config, routing.recurrence, routing.recurrent_size)
+            cell = SharedCell(config, routing)
             router = partial(RECURRENT_ROUTERS[type(routing)], routing=routing, cell=cell)
         budget = {}
         if routing.varies and is_dropless(config):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron.remoe.testing.golden import Extreme, Padding
-from remoe.config import Recurrence
+from remoe.config import Recurrence, RecurrentProjection
 
 RouterKind = Literal["relu", "topk", "dense"]
 
@@ -23,6 +23,7 @@ class Cell:
         overlap: whether gradient reduction and parameter gathering overlap with computation.
         router: "relu", "topk", or "dense" for a model without experts.
         recurrence: of the routers, whose state has `RECURRENT_SIZE` values.
+        recurrent_projection: whether every layer projects to the state, or all share a matrix.
         experts: our grouped experts, or Megatron's sequential ones.
         routing: an extreme of routing to start from, see `golden.make_extreme`.
         max_assignments: largest number of assignments of a layer that are computed at once. None is
@@ -50,6 +51,7 @@ class Cell:
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     router: RouterKind = "relu"
     recurrence: Recurrence = "none"
+    recurrent_projection: RecurrentProjection = "layer"
     load_balancing: Literal["aux_loss", "none"] = "aux_loss"
     experts: Literal["grouped", "sequential"] = "grouped"
     routing: Extreme | None = None
