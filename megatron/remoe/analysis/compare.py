@@ -25,7 +25,9 @@ from megatron.remoe.analysis.size import ModelSize
 _OSCILLATION_MEAN = 10  # rows of a block
 _DEFAULT_SEED = 1234
 # Routers in the order of a table; a difference is that of a later one minus an earlier one.
-ROUTERS = ("dense", "TopK", "TopK with warm-up", "ReMoE")
+ROUTERS = (
+    "dense", "TopK", "TopK with warm-up", "RMoE", "RMoE with warm-up", "ReMoE", "recurrent ReMoE",
+)  # fmt: skip
 # Settings in which runs may differ and still be the same experiment.
 _PLACES = {
     "run_dir", "nproc", "seed", "metrics_file", "save", "load", "save_interval", "data_cache_path",
@@ -36,6 +38,7 @@ _PLACES = {
 _ROUTER_SETTINGS = (
     "moe_relu_",
     "moe_topk_warmup_",
+    "moe_router_recurren",
     "moe_router_load_balancing_type",
     "moe_router_pre_softmax",
     "moe_aux_loss_coeff",
@@ -73,9 +76,11 @@ def router_of(config: dict[str, Any]) -> str:
     """Return the router of a run, one of `ROUTERS`."""
     if not config.get("num_experts"):
         return "dense"
+    recurrent = config.get("moe_router_recurrence") not in (None, "none")
     if config.get("moe_relu_routing"):
-        return "ReMoE"
-    return "TopK with warm-up" if config.get("moe_topk_warmup_steps") else "TopK"
+        return "recurrent ReMoE" if recurrent else "ReMoE"
+    warm_up = " with warm-up" if config.get("moe_topk_warmup_steps") else ""
+    return ("RMoE" if recurrent else "TopK") + warm_up
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class Group:
             "valid_loss_mean": statistics.fmean(losses),
             "valid_loss_std": _stdev(losses),
             "sparsity": last("sparsity"),
-            "settled_runs": len(steps) if self.router == "ReMoE" else None,
+            "settled_runs": len(steps) if any(run.has_relu_routing for run in runs) else None,
             "steps_to_settle": _mean(steps),
             "deviation": _mean(map(sparsity_deviation, runs)),
             "oscillation": _mean(map(partial(sparsity_deviation, rows=_OSCILLATION_MEAN), runs)),

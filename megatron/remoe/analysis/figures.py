@@ -11,7 +11,10 @@ _COLORS = {
     "dense": "#7f7f7f",
     "TopK": "#1f4e79",
     "TopK with warm-up": "#5b8c5a",
+    "RMoE": "#7d5ba6",
+    "RMoE with warm-up": "#b39ac8",
     "ReMoE": "#c0392b",
+    "recurrent ReMoE": "#e08e0b",
 }
 _STYLES = ("-", "--", ":", "-.")
 _SMOOTHING = 20  # rows
