@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from megatron.remoe.testing.golden import Extreme, Padding
+from megatron.remoe.testing.golden import RECURRENT_SIZE, Extreme, Padding
 from remoe.config import Recurrence, RecurrentProjection
 
 RouterKind = Literal["relu", "topk", "dense"]
@@ -22,7 +22,8 @@ class Cell:
             remaining dimension is data parallelism. Sequence parallelism is on whenever tp > 1.
         overlap: whether gradient reduction and parameter gathering overlap with computation.
         router: "relu", "topk", or "dense" for a model without experts.
-        recurrence: of the routers, whose state has `RECURRENT_SIZE` values.
+        recurrence: of the routers.
+        recurrent_size: number of values of their state.
         recurrent_projection: whether every layer projects to the state, or all share a matrix.
         experts: our grouped experts, or Megatron's sequential ones.
         routing: an extreme of routing to start from, see `golden.make_extreme`.
@@ -51,6 +52,7 @@ class Cell:
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     router: RouterKind = "relu"
     recurrence: Recurrence = "none"
+    recurrent_size: int = RECURRENT_SIZE
     recurrent_projection: RecurrentProjection = "layer"
     load_balancing: Literal["aux_loss", "none"] = "aux_loss"
     experts: Literal["grouped", "sequential"] = "grouped"

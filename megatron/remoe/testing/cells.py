@@ -12,7 +12,6 @@ from torch import Tensor
 from megatron.remoe.ranks import initialize_layout
 from megatron.remoe.testing.cell import Cell
 from megatron.remoe.testing.golden import (
-    RECURRENT_SIZE,
     Padding,
     fill_with_golden_weights,
     golden_tokens,
@@ -210,7 +209,7 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any
     if cell.recurrence != "none":
         recurrence = {
             "recurrence": cell.recurrence,
-            "recurrent_size": RECURRENT_SIZE,
+            "recurrent_size": cell.recurrent_size,
             "recurrent_projection": cell.recurrent_projection,
         }
     if cell.router == "relu":
