@@ -65,8 +65,8 @@ class RoutingStatistics:
     Over ranks and layers the sums are reduced by addition, and `most_active` by the maximum.
 
     Attributes:
-        sums: `[..., 4 + E]`: regularizer, micro-batches, norms of the tokens' states, tokens, and
-            tokens per expert.
+        sums: `[..., 4 + E]`: regularizer, micro-batches, tokens, tokens per expert, and norms of
+            the tokens' states.
         most_active: `[...]`, the largest number of experts that one token activated.
     """
 
@@ -94,12 +94,12 @@ class RoutingStatistics:
     @property
     def state_norm(self) -> Tensor:
         """Sum over tokens of the norm of their state, zero for a router without recurrence."""
-        return self.sums[..., 2]
+        return self.sums[..., -1]
 
     @property
     def counts(self) -> TokenCounts:
         """Tokens, and tokens per expert."""
-        return TokenCounts(self.sums[..., 3:])
+        return TokenCounts(self.sums[..., 2:-1])
 
     @torch.no_grad()
     def add(

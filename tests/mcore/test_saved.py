@@ -81,7 +81,7 @@ def run(folder: Path, **changes: Any) -> Namespace:
         (
             RELU | GRU,
             RELU | GRU | {"moe_router_recurrent_projection": "shared"},
-            "with moe_router_recurrent_projection layer, and this run has shared, with which its",
+            "was trained with moe_router_recurrent_projection layer, and this run has shared, with",
         ),
         (
             RELU | GRU,
