@@ -25,7 +25,7 @@ from megatron.remoe.verify.trajectories import (
 
 _GRU: dict[str, Any] = {"recurrence": "gru"}
 _SHARDED_GRU = DISTRIBUTED | _GRU
-_PADDED = {"overlap": True, "run": ODD_SIZES} | DISTRIBUTED
+_PADDED: dict[str, Any] = {"overlap": True, "run": ODD_SIZES} | DISTRIBUTED
 _LAYOUTS = [
     Cell("1"),
     Cell("1, distributed optimizer", **DISTRIBUTED),
