@@ -97,10 +97,9 @@ def expert_information(first_TE: Tensor, second_TE: Tensor) -> Tensor:
         first_TE: scores of a layer, `[T, E]`, which are divided by their sum over experts.
         second_TE: scores of another layer for the same tokens.
     """
-    bins = (_bins(first_TE), _bins(second_TE))
     tokens = max(1, _COMPARED // first_TE.shape[1] ** 2)
-    parts = [_within_tokens(a, b) for a, b in zip(*(torch.split(x, tokens) for x in bins), strict=True)]
-    return torch.cat(parts)
+    bins = (torch.split(_bins(scores_TE), tokens) for scores_TE in (first_TE, second_TE))
+    return torch.cat([_within_tokens(*part) for part in zip(*bins, strict=True)])
 
 
 def _bins(scores_TE: Tensor) -> Tensor:
