@@ -91,13 +91,13 @@ ROUTING = {
 GATES: Columns = {
     "active": _mean("active_experts", ".3f"),
     "two or more": _mean("two_active", ".3f"),
-    "top1 / top2": _mean("inner_balance", ".4g"),
+    "top1 / top2": _mean("inner_balance", "#.4g"),
     "top-k mass": _mean("outer_balance", ".3f"),
     "mean mass": _mean("outer_balance_mean", ".3f"),
     "MI": _mean("information", ".3f"),
-    "MI shuffled": _mean("information_shuffled", ".3f"),
+    "MI control": _mean("information_shuffled", ".3f"),
     "token MI": _mean("expert_information", ".3f"),
-    "token MI shuffled": _mean("expert_information_shuffled", ".3f"),
+    "token MI control": _mean("expert_information_shuffled", ".3f"),
 }
 GATES_OF_LAYERS: Columns = {"layer": lambda row: str(row["layer"])} | GATES
 GATES_OF_RUNS: Columns = {"run": _run, "seeds": _number("seeds", "d")} | GATES
