@@ -195,5 +195,5 @@ def test_runs_that_differ_in_their_seed_are_one_row(tmp_path):
     assert rows[str(other)]["inner_balance"] == reports[4].summary["inner_balance"]
     assert rows[str(other)]["inner_balance_std"] is None
     text = routing.to_markdown(list(rows.values()))
-    assert f"| {rows['TopK']['inner_balance']:#.4g} ± {deviation:#.4g} |" in text
+    assert f"| {rows['TopK']['inner_balance']:.3f} ± {deviation:.3f} |" in text
     assert len(text.splitlines()) == 6

@@ -38,14 +38,14 @@ def _loss(row: Row) -> str:
     return text if deviation is None else f"{text} ± {deviation:.4f}"
 
 
-def _mean(key: str, form: str) -> Callable[[Row], str]:
+def _mean(key: str) -> Callable[[Row], str]:
     """Return the text of a mean over seeds, with the deviation if there is one."""
 
     def text(row: Row) -> str:
         if row[key] is None:
             return ""
         deviation = row.get(f"{key}_std")
-        return format(row[key], form) + ("" if deviation is None else f" ± {deviation:{form}}")
+        return f"{row[key]:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
 
     return text
 
@@ -89,15 +89,15 @@ ROUTING = {
     "variation of load": _number("expert_load_cv", ".3f"),
 }
 GATES: Columns = {
-    "active": _mean("active_experts", ".3f"),
-    "two or more": _mean("two_active", ".3f"),
-    "top1 / top2": _mean("inner_balance", "#.4g"),
-    "top-k mass": _mean("outer_balance", ".3f"),
-    "mean mass": _mean("outer_balance_mean", ".3f"),
-    "MI": _mean("information", ".3f"),
-    "MI control": _mean("information_shuffled", ".3f"),
-    "token MI": _mean("expert_information", ".3f"),
-    "token MI control": _mean("expert_information_shuffled", ".3f"),
+    "active": _mean("active_experts"),
+    "two or more": _mean("two_active"),
+    "top1 / top2": _mean("inner_balance"),
+    "top-k mass": _mean("outer_balance"),
+    "mean mass": _mean("outer_balance_mean"),
+    "MI": _mean("information"),
+    "MI control": _mean("information_shuffled"),
+    "token MI": _mean("expert_information"),
+    "token MI control": _mean("expert_information_shuffled"),
 }
 GATES_OF_LAYERS: Columns = {"layer": lambda row: str(row["layer"])} | GATES
 GATES_OF_RUNS: Columns = {"run": _run, "seeds": _number("seeds", "d")} | GATES
