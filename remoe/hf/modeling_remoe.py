@@ -188,17 +188,23 @@ class ReMoERouter(nn.Module):
         """Return the gates, the map of active experts, and the state if there is a cell."""
         # A cast is not enough under autocast, which would cast it back.
         with torch.autocast(x_TH.device.type, enabled=False):
-            read = x_TH
-            if cell is not None:
-                read = state_Tp = cell(x_TH, state_Tp, self.projection)
-            dtype = self.dtype or read.dtype
-            logits_TE = F.linear(read.to(dtype), self.weight.to(dtype))
+            logits_TE, state_Tp = self.score(x_TH, state_Tp, cell)
             probs_TE, active_TE = route(logits_TE, self.router_type, self.topk)
             if self.max_active is not None or self.at_least_one:
                 probs_TE, active_TE = bounded_routing(
                     logits_TE, probs_TE, max_active=self.max_active, at_least_one=self.at_least_one
                 )
             return probs_TE, active_TE, state_Tp
+
+    def score(
+        self, x_TH: Tensor, state_Tp: Tensor | None = None, cell: ReMoECell | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the logits `[T, E]` from which experts are selected, and the state."""
+        read = x_TH
+        if cell is not None:
+            read = state_Tp = cell(x_TH, state_Tp, self.projection)
+        dtype = self.dtype or read.dtype
+        return F.linear(read.to(dtype), self.weight.to(dtype)), state_Tp
 
 
 class ReMoEExperts(nn.Module):
