@@ -66,8 +66,8 @@ def block_spec(
     """
     if isinstance(routing, ReLURouting) and config.num_moe_experts is not None:
         options.check(config)
-    elif routing is not None and routing.is_recurrent:
-        options.check(config, names=options.NEEDS_OUR_LAYER, by="a recurrent router")
+    if routing is not None and routing.is_recurrent:
+        options.check_recurrent(config)
     use_te = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(
         config,
