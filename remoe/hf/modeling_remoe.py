@@ -181,7 +181,8 @@ class ReMoERouter(nn.Module):
         with torch.autocast(x_TH.device.type, enabled=False):
             read = x_TH
             if cell is not None:
-                read = state_Tp = cell(x_TH, state_Tp, self.projection)
+                # The cell may be on another device than the layer.
+                read = state_Tp = cell(x_TH, state_Tp, self.projection).to(x_TH.device)
             dtype = self.dtype or read.dtype
             logits_TE = F.linear(read.to(dtype), self.weight.to(dtype))
             probs_TE, active_TE = route(logits_TE, self.router_type, self.topk)
@@ -339,7 +340,8 @@ class ReMoEPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ReMoEDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    # Accelerate would move the cell, which is a module, from layer to layer.
+    _skip_keys_device_placement = ["past_key_values", "cell"]
     _keep_in_fp32_modules_strict = {"recurrent_cell"}
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -452,7 +454,7 @@ class ReMoEModel(ReMoEPreTrainedModel):
         for layer in self.layers:
             all_hidden += [hidden_states] if with_hidden else []
             hidden_states, weights, probs, active, state = layer(
-                hidden_states, state, self.recurrent_cell, **common, **kwargs
+                hidden_states, state, cell=self.recurrent_cell, **common, **kwargs
             )
             all_attentions += [weights] if with_attentions and weights is not None else []
             if probs is not None and (output_routing or self.training):
