@@ -278,8 +278,8 @@ Each is a field of a class in `remoe/config.py`. A YAML config has the flag's na
 The last column says what happens to a run whose checkpoint was trained with another value."""
 _RECURRENT_TITLE = """## What a recurrent router refuses
 
-TopK routing with `--moe-router-recurrence` refuses these options. ReLU routing with it refuses them,
-and those above."""
+TopK routing with `--moe-router-recurrence` refuses these options, and ReLU routing with it refuses
+them and those above."""
 _LOGS_TITLE = """## Megatron's logs under ReLU routing
 
 Megatron counts k experts per token wherever it counts experts."""
