@@ -176,7 +176,9 @@ def specs(**changes):
     from megatron.remoe.moe.spec import block_spec
 
     moe_cases.initialize(Layout())
-    config = moe_cases.transformer_config(Layout(), num_layers=2, **changes)
+    config = moe_cases.transformer_config(Layout(), num_layers=2)
+    for name, value in changes.items():
+        setattr(config, name, value)  # past Megatron's own validation
     try:
         block_spec(config, routing_of("topk"))
     except ValueError as error:

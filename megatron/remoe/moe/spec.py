@@ -156,7 +156,8 @@ def _with_states(
 
 def _layers_of_stages(config: TransformerConfig) -> list[int]:
     """Return the number of layers of every pipeline stage, virtual ones one by one."""
-    layout, chunks = config.pipeline_model_parallel_layout, [None]
+    layout: Any = config.pipeline_model_parallel_layout
+    chunks: list[int | None] = [None]
     if config.virtual_pipeline_model_parallel_size is not None:
         chunks = list(range(config.virtual_pipeline_model_parallel_size))
     return [
