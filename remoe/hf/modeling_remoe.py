@@ -241,7 +241,7 @@ class ReMoEBlock(nn.Module):
         The last is the state of a recurrent router, if there is a cell.
         """
         x_TH = hidden_states.flatten(0, 1)
-        probs_TE, active_TE, state_Tp = self.router(x_TH, state_Tp, cell)
+        probs_TE, active_TE, state_Tp = self.router(x_TH, state_Tp, cell=cell)
         y_TH = self.experts(x_TH, probs_TE.to(x_TH.dtype), active_TE)
         shape = (*hidden_states.shape[:2], -1)
         return y_TH.view_as(hidden_states), probs_TE.view(shape), active_TE.view(shape), state_Tp
@@ -290,7 +290,7 @@ class ReMoEDecoderLayer(GradientCheckpointingLayer):
         normed = self.post_attention_layernorm(hidden_states)
         if self.is_dense:
             return hidden_states + self.mlp(normed), weights, None, None, state_Tp
-        output, probs, active, state_Tp = self.mlp(normed, state_Tp, cell)
+        output, probs, active, state_Tp = self.mlp(normed, state_Tp, cell=cell)
         return hidden_states + output, weights, probs, active, state_Tp
 
 
