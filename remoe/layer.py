@@ -139,7 +139,12 @@ class ReMoELayer(ExactBuffers):
 
         Returns:
             The sums; with recurrence also the state to hand on, fp32 `[..., p]`.
+
+        Raises:
+            ValueError: the state is not of these tokens, or the layer has no recurrence.
         """
+        if state is not None:
+            _check_state(state, hidden_states, self.config)
         x_TH = hidden_states.reshape(-1, self.config.hidden_size)
         if not self.config.is_recurrent:
             return self._experts(x_TH, x_TH).view_as(hidden_states)
@@ -200,6 +205,20 @@ def _check_cell(cell: RecurrentCell, config: ReMoELayerConfig) -> None:
                 f"the cell has {name} {value}, and the layer's config has {getattr(config, name)}; "
                 f"give all layers of a model the same config"
             )
+
+
+def _check_state(state: Tensor, hidden_states: Tensor, config: ReMoELayerConfig) -> None:
+    if not config.is_recurrent:
+        raise ValueError(
+            "a state is given to a layer without recurrence; set recurrence in its config to gru "
+            "or rnn, or leave the state out"
+        )
+    expected = (*hidden_states.shape[:-1], config.recurrent_size)
+    if state.shape != expected:
+        raise ValueError(
+            f"the state has the shape {tuple(state.shape)}, and that of these tokens has "
+            f"{expected}; pass what the layer before returned for the same tokens"
+        )
 
 
 def routed_experts(

@@ -1,5 +1,7 @@
 """The recurrent router: against loops, number by number, and against a recorded published run."""
 
+import copy
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,6 +167,30 @@ def test_a_cell_that_does_not_fit_is_refused():
         ReMoELayer(replace(CONFIG, recurrent_projection="shared"), cell=cell)
     with pytest.raises(ValueError, match="the layer has no cell; set recurrence in its config"):
         _ = ReMoELayer(ReMoELayerConfig(hidden_size=8, ffn_hidden_size=12)).recurrent_cell
+
+
+def test_a_state_of_other_tokens_or_for_a_layer_without_one_is_refused():
+    """All but the last would fit after a reshape, and give tokens the state of others."""
+    first, second = torch_stack(CONFIG, layers=2)
+    x = torch.randn(2, 5, 8)
+    _, state = first(x)
+    message = r"the state has the shape .* these tokens has \(2, 5, 3\); pass what the layer before"
+    for other in (state.transpose(0, 1), state.view(5, 2, 3), state.view(10, 3), state[:, :4]):
+        with pytest.raises(ValueError, match=message):
+            second(x, other)
+    plain = ReMoELayer(ReMoELayerConfig(hidden_size=8, ffn_hidden_size=12))
+    with pytest.raises(ValueError, match="a state is given to a layer without recurrence; set"):
+        plain(x, state)
+
+
+def test_copies_of_a_stack_share_their_own_cell():
+    model = torch_stack(CONFIG, layers=2)
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    for copied in (copy.deepcopy(model), torch.load(saved, weights_only=False)):
+        assert copied[1].recurrent_cell is copied[0].cell
+        assert copied[0].cell is not model[0].cell
 
 
 def test_a_first_layer_starts_from_zero_and_half_precision_keeps_an_fp32_state():

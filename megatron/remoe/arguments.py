@@ -161,8 +161,8 @@ def check(args: argparse.Namespace) -> None:
     _refuse_uneven_gather_on_gloo(args)
     if args.moe_relu_routing:
         options.check(args)
-    elif args.moe_router_recurrence != "none":
-        options.check(args, names=options.NEEDS_OUR_LAYER, by="a recurrent router")
+    if args.moe_router_recurrence != "none":
+        options.check_recurrent(args)
 
 
 def derive(args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ ignored: a test fails on a field that is not here, `check` refuses at the start,
 `docs/options.md` are printed from this module.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from typing import Any, Literal
@@ -211,12 +211,31 @@ NEEDS_KNOWN_COUNT = (
     "cuda_graph_impl",
 )  # fmt: skip
 
-# Options that take the place of our layer, which hands on the state of a recurrent router.
-NEEDS_OUR_LAYER = (*NEEDS_KNOWN_COUNT, "mtp_num_layers", "mtp_standalone", "moe_latent_size")
+# What a recurrent router refuses with every selection of experts, and why.
+RECURRENT: dict[str, str] = {
+    **dict.fromkeys(
+        (*NEEDS_KNOWN_COUNT, "moe_latent_size"),
+        "our MoE layer, which hands the state on, does not have it; leave it out",
+    ),
+    "moe_token_dispatcher_type": "our MoE layer, which hands the state on, has other dispatchers; "
+    "use alltoall or allgather",
+    **dict.fromkeys(
+        ("mtp_num_layers", "mtp_standalone"),
+        "layers of multi-token prediction get no state; leave it out",
+    ),
+    "fp32_residual_connection": "the state has columns for the dtype of the weights; leave it out",
+    "fused_residual_rmsnorm": "the fused norm hands on residuals without the state; leave it out",
+    "fine_grained_activation_offloading": "it has not been run with hidden states that carry a "
+    "state; leave it out",
+}
 
 
 def check(
-    config: Any, *, names: Collection[str] = tuple(OPTIONS), by: str = "ReLU routing"
+    config: Any,
+    *,
+    names: Collection[str] = tuple(OPTIONS),
+    by: str = "ReLU routing",
+    reasons: Mapping[str, str] | None = None,
 ) -> None:
     """Refuse what a varying number of assignments cannot do.
 
@@ -224,19 +243,26 @@ def check(
         config: a TransformerConfig, or Megatron's arguments, which have the same names.
         names: the options that matter.
         by: who refuses, for the message.
+        reasons: why they are refused, where that differs from `OPTIONS`.
 
     Raises:
         ValueError: naming the option, its value, the reason and the remedy.
     """
     defaults = moe_fields()
     for name in names:
-        option = OPTIONS[name]
+        option = OPTIONS.get(name, _refused(""))
         if option.answer != "refused":
             continue
-        allowed = option.allowed or (defaults.get(name), None)
+        allowed = option.allowed or (defaults.get(name, False), None)
         value = getattr(config, name, allowed[0])
         if not all(v in allowed for v in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"{name} is {value}, which {by} refuses: {option.why}")
+            why = (reasons or {}).get(name, option.why)
+            raise ValueError(f"{name} is {value}, which {by} refuses: {why}")
+
+
+def check_recurrent(config: Any) -> None:
+    """Refuse what would take the state of a recurrent router away, as `check` does."""
+    check(config, names=RECURRENT, by="a recurrent router", reasons=RECURRENT)
 
 
 def layers_with_experts(frequency: int | list[int] | None, num_layers: int) -> list[int]:
@@ -250,6 +276,10 @@ _SETTINGS_TITLE = """## The settings of the routers
 
 Each is a field of a class in `remoe/config.py`. A YAML config has the flag's name with underscores.
 The last column says what happens to a run whose checkpoint was trained with another value."""
+_RECURRENT_TITLE = """## What a recurrent router refuses
+
+TopK routing with `--moe-router-recurrence` refuses these options, and ReLU routing with it refuses
+them and those above."""
 _LOGS_TITLE = """## Megatron's logs under ReLU routing
 
 Megatron counts k experts per token wherever it counts experts."""
@@ -272,6 +302,8 @@ def to_markdown() -> str:
     logs = [(f"`{name}`", text) for name, text in LOGS.items()]
     parts = (
         _table(("option", "ReLU routing", "reason"), options),
+        _RECURRENT_TITLE,
+        _table(("option", "reason"), [(f"`{name}`", why) for name, why in RECURRENT.items()]),
         _SETTINGS_TITLE,
         _table(("flag", "exported `config.json`", "default", "meaning", "on resume"), routers),
         _LOGS_TITLE,

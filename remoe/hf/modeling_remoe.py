@@ -202,7 +202,8 @@ class ReMoERouter(nn.Module):
         """Return the logits `[T, E]` from which experts are selected, and the state."""
         read = x_TH
         if cell is not None:
-            read = state_Tp = cell(x_TH, state_Tp, self.projection)
+            # The cell may be on another device than the layer.
+            read = state_Tp = cell(x_TH, state_Tp, self.projection).to(x_TH.device)
         dtype = self.dtype or read.dtype
         return F.linear(read.to(dtype), self.weight.to(dtype)), state_Tp
 
@@ -255,7 +256,7 @@ class ReMoEBlock(nn.Module):
         The last is the state of a recurrent router, if there is a cell.
         """
         x_TH = hidden_states.flatten(0, 1)
-        probs_TE, active_TE, state_Tp = self.router(x_TH, state_Tp, cell)
+        probs_TE, active_TE, state_Tp = self.router(x_TH, state_Tp, cell=cell)
         y_TH = self.experts(x_TH, probs_TE.to(x_TH.dtype), active_TE)
         shape = (*hidden_states.shape[:2], -1)
         return y_TH.view_as(hidden_states), probs_TE.view(shape), active_TE.view(shape), state_Tp
@@ -304,7 +305,7 @@ class ReMoEDecoderLayer(GradientCheckpointingLayer):
         normed = self.post_attention_layernorm(hidden_states)
         if self.is_dense:
             return hidden_states + self.mlp(normed), weights, None, None, state_Tp
-        output, probs, active, state_Tp = self.mlp(normed, state_Tp, cell)
+        output, probs, active, state_Tp = self.mlp(normed, state_Tp, cell=cell)
         return hidden_states + output, weights, probs, active, state_Tp
 
 
@@ -354,7 +355,8 @@ class ReMoEPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ReMoEDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    # Accelerate would move the cell, which is a module, from layer to layer.
+    _skip_keys_device_placement = ["past_key_values", "cell"]
     _keep_in_fp32_modules_strict = {"recurrent_cell"}
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -468,7 +470,7 @@ class ReMoEModel(ReMoEPreTrainedModel):
         for layer in self.layers:
             all_hidden += [hidden_states] if with_hidden else []
             hidden_states, weights, probs, active, state = layer(
-                hidden_states, state, self.recurrent_cell, **common, **kwargs
+                hidden_states, state, cell=self.recurrent_cell, **common, **kwargs
             )
             all_attentions += [weights] if with_attentions and weights is not None else []
             if probs is not None and (output_routing or self.training):

@@ -345,7 +345,19 @@ WIDE = ["--ffn-hidden-size", "64"]
         ),
         (
             ["--num-experts", "4", "--moe-router-recurrence", "rnn", "--mtp-num-layers", "1"],
-            "mtp_num_layers is 1, which a recurrent router refuses: multi-token prediction",
+            "mtp_num_layers is 1, which a recurrent router refuses: layers of multi-token",
+        ),
+        *(
+            (
+                ["--num-experts", "4", *relu, "--moe-router-recurrence", "gru", f"--{flag}"],
+                f"{flag.replace('-', '_')} is True, which a recurrent router refuses: {why}",
+            )
+            for relu in ([], ["--moe-relu-routing"])
+            for flag, why in (
+                ("fp32-residual-connection", "the state has columns for the dtype of the weights"),
+                ("fused-residual-rmsnorm", "the fused norm hands on residuals without the state"),
+                ("fine-grained-activation-offloading", "it has not been run with hidden states"),
+            )
         ),
         (
             ["--moe-change-routing"],

@@ -194,6 +194,80 @@ def test_metrics_have_the_norm_of_the_states_of_real_tokens(call):
         assert found == pytest.approx(real.mean().item(), rel=1e-5)
 
 
+def uninstalled():
+    from megatron.remoe.moe.shared_cell import SharedCells
+    from megatron.remoe.train.step import FinalizeStep
+
+    routing = routing_of("relu")
+    layers, cell = layers_and_cell(routing)
+    model = torch.nn.ModuleList(layers)
+    said = []
+    for cells in (SharedCells.of(routing), None):
+        try:
+            FinalizeStep(cells)([model])
+        except ValueError as error:
+            said.append(str(error))
+        model.recurrent_cell = cell
+    return said
+
+
+def test_a_cell_that_would_not_be_trained_is_refused(call):
+    """A script may use our layers without `configure`, which makes the cell a module."""
+    said = call(uninstalled)
+    assert len(said) == 2
+    assert all("the cell of recurrent routers is no module of the model, or Fin" in s for s in said)
+
+
+def specs(**changes):
+    from megatron.remoe.moe.spec import block_spec
+
+    moe_cases.initialize(Layout())
+    config = moe_cases.transformer_config(Layout(), num_layers=2)
+    for name, value in changes.items():
+        setattr(config, name, value)  # past Megatron's own validation
+    try:
+        block_spec(config, routing_of("topk"))
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # A checkpoint's arguments, which say so after the flags are checked.
+        ({"num_moe_experts": None}, "moe_router_recurrence is gru, but the model has no experts"),
+        ({"moe_layer_freq": [0, 0]}, "moe_layer_freq is [0, 0], with which no layer has a router"),
+        ({"fused_residual_rmsnorm": True}, "fused_residual_rmsnorm is True, which a recurrent ro"),
+        ({"moe_layer_freq": [0, 1]}, "accepted"),
+    ],
+)
+def test_what_cannot_carry_a_state_is_refused_where_layers_are_built(call, changes, message):
+    assert call(specs, **changes).startswith(message)
+
+
+def norm_without_the_state():
+    from megatron.remoe.moe.spec import block_spec
+
+    moe_cases.initialize(Layout())
+    config = moe_cases.transformer_config(Layout(), num_layers=2)
+    spec = block_spec(config, routing_of("relu")).layer_specs[1].submodules
+    norm = spec.input_layernorm(config=config, hidden_size=HIDDEN, eps=1e-5)
+    assert norm(torch.randn(2, 1, HIDDEN + SIZE)).shape == (2, 1, HIDDEN)
+    for columns in (0, 2 * SIZE):
+        try:
+            norm(torch.randn(2, 1, HIDDEN + columns))
+        except AssertionError as error:
+            assert str(error) == f"{HIDDEN + columns} columns, not {HIDDEN + SIZE}"
+        else:
+            return "accepted"
+    return "refused"
+
+
+def test_hidden_states_that_have_lost_the_state_do_not_start_from_zero(call):
+    assert call(norm_without_the_state) == "refused"
+
+
 def gradients_of_a_model(cell):
     """Gradients of a whole model, by Megatron and by plain torch with loops over experts."""
     initialize(cell)

@@ -183,13 +183,14 @@ class RecurrentMoELayer(DroplessMoELayer):
         return hidden_states[..., : self.config.hidden_size].contiguous()
 
 
-def norm_of_tokens(norm: Any, *, keeps_state: bool) -> Any:
+def norm_of_tokens(norm: Any, state_size: int, *, keeps_state: bool) -> Any:
     """Return a builder of the norm, for an input with the columns of a state.
 
     The names of parameters stay, because the norm itself is not wrapped.
 
     Args:
         norm: a builder of Megatron's.
+        state_size: of the state. An input without its columns would start it from zero again.
         keeps_state: whether the output has the columns too.
     """
 
@@ -197,8 +198,11 @@ def norm_of_tokens(norm: Any, *, keeps_state: bool) -> Any:
         module: torch.nn.Module = norm(config=config, **kwargs)
 
         def take(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            x = args[0][..., : config.hidden_size].contiguous()
-            x.state_columns = args[0][..., config.hidden_size :]  # type: ignore[attr-defined]
+            (wide,) = args
+            width = config.hidden_size + columns(state_size, wide.dtype)
+            assert wide.shape[-1] == width, f"{wide.shape[-1]} columns, not {width}"
+            x = wide[..., : config.hidden_size].contiguous()
+            x.state_columns = wide[..., config.hidden_size :]  # type: ignore[attr-defined]
             return (x,)
 
         def give(_: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -178,6 +178,21 @@ class SharedCells:
         return torch.zeros(self._num_weights, device=device)
 
 
+def check_installed(models: list[Any], cells: SharedCells | None) -> None:
+    """Refuse recurrent routers whose cell would be neither trained nor saved.
+
+    Raises:
+        ValueError: the cell is no module of the model, or nothing sums its gradients.
+    """
+    for i, cell in _cells(models).items():
+        if cells is None or not any(module is cell for module in models[i].modules()):
+            raise ValueError(
+                "the cell of recurrent routers is no module of the model, or FinalizeStep does "
+                "not know it, so that it would be neither trained nor saved; let "
+                "megatron.remoe.configure build the model"
+            )
+
+
 def _reduced_part(model: Any, weight: Any) -> Tensor:
     """Return the gradient of a weight where this rank has it summed over data parallelism.
 

@@ -200,6 +200,7 @@ def _refuse_other_router(args: argparse.Namespace, saved: Saved, now: str) -> No
 def _refuse_other_recurrence(args: argparse.Namespace, saved: Saved) -> None:
     """Refuse another cell, size of the state or projection, whose weights have other shapes."""
     if not vars(saved.args):
+        _refuse_other_recurrence_by_tensors(args, saved)
         return
     sizes = {s.dest: s.default for s in settings_of(Routing) if s.name in _RECURRENT_SHAPE}
     for name, default in sizes.items():
@@ -210,6 +211,18 @@ def _refuse_other_recurrence(args: argparse.Namespace, saved: Saved) -> None:
                 f"{now}, with which its routers have other weights; set {name} to "
                 f"{before}, or start a new run"
             )
+
+
+def _refuse_other_recurrence_by_tensors(args: argparse.Namespace, saved: Saved) -> None:
+    """Refuse a checkpoint without arguments by whether it has a cell, which would be dropped."""
+    has_cell = any(".recurrent_cell." in name for name in TorchDistReader(saved.path).meta)
+    now = getattr(args, "moe_router_recurrence", "none")
+    if has_cell != (now != "none"):
+        raise ValueError(
+            f"checkpoint {saved.path} has {'the' if has_cell else 'no'} cell of recurrent routers, "
+            f"and this run has moe_router_recurrence {now}; "
+            + ("choose gru or rnn" if has_cell else "leave it out, or start a new run")
+        )
 
 
 def _refuse_other_shape(args: argparse.Namespace, saved: Saved) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron.remoe import compat
 from megatron.remoe.moe.counting import CountsRouting
 from megatron.remoe.moe.router import ReLURouter
-from megatron.remoe.moe.shared_cell import SharedCells
+from megatron.remoe.moe.shared_cell import SharedCells, check_installed
 from remoe.controller import move_l1_coeff
 from remoe.statistics import RoutingStatistics, StepReport
 
@@ -116,7 +116,13 @@ class FinalizeStep:
         pg_collection: ProcessGroupCollection | None = None,
         force_all_reduce: bool = False,
     ) -> None:
-        """Finalize the gradients of a step, and update its routers."""
+        """Finalize the gradients of a step, and update its routers.
+
+        Raises:
+            ValueError: the cell of recurrent routers would not be trained.
+        """
+        if self._kinds is None:
+            check_installed(model, self.cells)
         megatron_finalize_model_grads(
             model, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce
         )
