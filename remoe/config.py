@@ -144,6 +144,13 @@ class Routing(Settings):
         on_resume="refused",
         exported=True,
     )
+    recurrent_init_std: float = setting(
+        0.02,
+        flag="--moe-router-recurrent-init-std",
+        help="Standard deviation of the initial matrices of recurrent routers and of their cell. "
+        "The default is the paper's, whose model is ten times as wide as the quickstart's.",
+        within="(0, inf)",
+    )
     recurrent_passing: RecurrentPassing = setting(
         "full",
         flag="--moe-router-recurrent-passing",
@@ -190,7 +197,12 @@ def refuse_idle_recurrence(values: Mapping[str, Any], *, by_flag: bool = False) 
     name_of = {n: s.dest if by_flag else n for n, s in named.items()}
     if values[name_of["recurrence"]] != "none":
         return
-    for name in ("recurrent_size", "recurrent_passing", "recurrent_projection"):
+    for name in (
+        "recurrent_size",
+        "recurrent_init_std",
+        "recurrent_passing",
+        "recurrent_projection",
+    ):
         value = values[name_of[name]]
         if value != named[name].default:
             raise ValueError(

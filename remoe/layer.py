@@ -102,7 +102,7 @@ class ReMoELayer(ExactBuffers):
                 config.recurrence,
                 config.recurrent_size,
                 hidden_size=None if own_projection else hidden,
-                init_std=config.init_std,
+                init_std=config.recurrent_init_std,
                 device=device,
             )
             self._cell = (self.cell,)
@@ -120,9 +120,15 @@ class ReMoELayer(ExactBuffers):
         return cell
 
     def reset_parameters(self) -> None:
-        """Draw the layer's own weights from a normal distribution with `init_std`."""
-        for parameter in self.parameters(recurse=False):
-            nn.init.normal_(parameter, std=self.config.init_std)
+        """Draw the layer's own weights from a normal distribution with mean zero.
+
+        Its standard deviation is `init_std`, or `recurrent_init_std` for a recurrent router.
+        """
+        config = self.config
+        router_std = config.recurrent_init_std if config.is_recurrent else config.init_std
+        for name, parameter in self.named_parameters(recurse=False):
+            is_router = name in ("router", "projection")
+            nn.init.normal_(parameter, std=router_std if is_router else config.init_std)
 
     @overload
     def forward(self, hidden_states: Tensor) -> Tensor: ...

@@ -63,7 +63,7 @@ def test_layers_equal_the_loops_with_all_gradients(cell):
 
 CONFIG = ReMoELayerConfig(
     hidden_size=8, ffn_hidden_size=12, num_experts=4, init_std=0.3, recurrence="gru",
-    recurrent_size=SIZE,
+    recurrent_size=SIZE, recurrent_init_std=0.3,
 )  # fmt: skip
 
 

@@ -107,6 +107,7 @@ def test_the_published_flags_and_exported_names_stay():
         ("--moe-topk-warmup-topk", "warmup_topk", False),
         ("--moe-router-recurrence", "recurrence", True),
         ("--moe-router-recurrent-size", "recurrent_size", True),
+        ("--moe-router-recurrent-init-std", "recurrent_init_std", False),
         ("--moe-router-recurrent-passing", "recurrent_passing", True),
         ("--moe-router-recurrent-projection", "recurrent_projection", True),
     }

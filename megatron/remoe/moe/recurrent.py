@@ -75,6 +75,7 @@ class Recurrent(CountsRouting, Router):
     ) -> None:
         super().__init__(config, pg_collection, is_mtp_layer, routing=routing)
         self.passing: RecurrentPassing = routing.recurrent_passing
+        self._init_std = routing.recurrent_init_std
         self._cell = (cell,)  # a module of the model, and not of its routers
         self.weight = self._parameter(config.num_moe_experts, cell.size)
         own_projection = routing.recurrent_projection == "layer"
@@ -114,10 +115,10 @@ class Recurrent(CountsRouting, Router):
         return probs.to(input.dtype), routing_map, state
 
     def _parameter(self, *shape: int) -> torch.nn.Parameter:
-        """Return a weight as Megatron makes that of its router."""
+        """Return a weight as Megatron makes that of its router, with another deviation."""
         weight = torch.nn.Parameter(torch.empty(shape, dtype=torch.float32))
         if self.config.perform_initialization:
-            self.config.init_method(weight)
+            torch.nn.init.normal_(weight, std=self._init_std)
         weight.data = weight.data.to(self.config.params_dtype)
         weight.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
         return weight

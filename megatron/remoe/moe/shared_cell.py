@@ -31,7 +31,7 @@ class SharedCell(RecurrentCell):
             routing.recurrence,
             routing.recurrent_size,
             hidden_size=config.hidden_size if routing.recurrent_projection == "shared" else None,
-            init_std=config.init_method_std,
+            init_std=routing.recurrent_init_std,
             device=torch.cuda.current_device(),
         )
         self.copy = 0
