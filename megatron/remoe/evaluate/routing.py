@@ -67,7 +67,9 @@ def collect(
     }
     found: dict[int, list[LayerGates]] = {number: [] for number in routers}
     for number, router in routers.items():
-        router.register_forward_hook(lambda *call, found=found[number]: found.append(_gates(*call)))
+        router.register_forward_hook(
+            lambda *call, found=found[number]: found.append(_gates(*call)), with_kwargs=True
+        )
     done = 0
     for batch in torch.split(inputs, _BATCH):
         model.model(batch.to(model.device), use_cache=False)
@@ -82,13 +84,15 @@ def collect(
     return ModelGates(path, model.config.router_type, model.config.num_experts_per_tok, layers)
 
 
-def _gates(router: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> LayerGates:
+def _gates(
+    router: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: tuple[Any, ...]
+) -> LayerGates:
     """Return the gates of a call; fp64 keeps scores of a softmax apart from zero."""
     probs_TE, active_TE, _ = output
     if router.router_type == "relu":
         scores_TE = probs_TE.double()
     else:  # what a TopK router returns is zero for the experts that it has not selected
-        scores_TE = torch.softmax(router.score(*inputs)[0].double(), dim=1)
+        scores_TE = torch.softmax(router.score(*inputs, **named)[0].double(), dim=1)
     return LayerGates(scores_TE.cpu(), active_TE.cpu())
 
 
