@@ -304,7 +304,8 @@ def _check_topk(args: argparse.Namespace) -> None:
             f"moe_topk_warmup_topk is {topk} of {args.num_experts} experts; choose it between 1 "
             f"and num_experts"
         )
-    options.check(args, names=options.NEEDS_KNOWN_COUNT, by="TopK with near-dense warm-up")
+    needed = {name: options.OPTIONS[name] for name in options.NEEDS_KNOWN_COUNT}
+    options.check(args, answers=needed, by="TopK with near-dense warm-up")
 
 
 def _check_max_active_experts(args: argparse.Namespace) -> None:

@@ -5,8 +5,8 @@ ignored: a test fails on a field that is not here, `check` refuses at the start,
 `docs/options.md` are printed from this module.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -211,8 +211,7 @@ NEEDS_KNOWN_COUNT = (
     "cuda_graph_impl",
 )  # fmt: skip
 
-# What a recurrent router refuses with every selection of experts, and why.
-RECURRENT: dict[str, str] = {
+_WHY_NOT_RECURRENT: dict[str, str] = {
     **dict.fromkeys(
         (*NEEDS_KNOWN_COUNT, "moe_latent_size"),
         "our MoE layer, which hands the state on, does not have it; leave it out",
@@ -228,41 +227,39 @@ RECURRENT: dict[str, str] = {
     "fine_grained_activation_offloading": "it has not been run with hidden states that carry a "
     "state; leave it out",
 }
+# What a recurrent router refuses with every selection of experts, for reasons of its own.
+RECURRENT: dict[str, Option] = {
+    name: replace(OPTIONS.get(name, _refused(why)), why=why)
+    for name, why in _WHY_NOT_RECURRENT.items()
+}
 
 
 def check(
-    config: Any,
-    *,
-    names: Collection[str] = tuple(OPTIONS),
-    by: str = "ReLU routing",
-    reasons: Mapping[str, str] | None = None,
+    config: Any, *, answers: Mapping[str, Option] = OPTIONS, by: str = "ReLU routing"
 ) -> None:
     """Refuse what a varying number of assignments cannot do.
 
     Args:
         config: a TransformerConfig, or Megatron's arguments, which have the same names.
-        names: the options that matter.
+        answers: the options that matter, with their answers.
         by: who refuses, for the message.
-        reasons: why they are refused, where that differs from `OPTIONS`.
 
     Raises:
         ValueError: naming the option, its value, the reason and the remedy.
     """
     defaults = moe_fields()
-    for name in names:
-        option = OPTIONS.get(name, _refused(""))
+    for name, option in answers.items():
         if option.answer != "refused":
             continue
         allowed = option.allowed or (defaults.get(name, False), None)
         value = getattr(config, name, allowed[0])
         if not all(v in allowed for v in (value if isinstance(value, list) else [value])):
-            why = (reasons or {}).get(name, option.why)
-            raise ValueError(f"{name} is {value}, which {by} refuses: {why}")
+            raise ValueError(f"{name} is {value}, which {by} refuses: {option.why}")
 
 
 def check_recurrent(config: Any) -> None:
     """Refuse what would take the state of a recurrent router away, as `check` does."""
-    check(config, names=RECURRENT, by="a recurrent router", reasons=RECURRENT)
+    check(config, answers=RECURRENT, by="a recurrent router")
 
 
 def layers_with_experts(frequency: int | list[int] | None, num_layers: int) -> list[int]:
@@ -303,7 +300,9 @@ def to_markdown() -> str:
     parts = (
         _table(("option", "ReLU routing", "reason"), options),
         _RECURRENT_TITLE,
-        _table(("option", "reason"), [(f"`{name}`", why) for name, why in RECURRENT.items()]),
+        _table(
+            ("option", "reason"), [(f"`{name}`", option.why) for name, option in RECURRENT.items()]
+        ),
         _SETTINGS_TITLE,
         _table(("flag", "exported `config.json`", "default", "meaning", "on resume"), routers),
         _LOGS_TITLE,

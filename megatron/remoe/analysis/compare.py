@@ -14,7 +14,9 @@ from typing import Any
 from megatron.remoe.analysis import markdown
 from megatron.remoe.analysis.measures import (
     accuracy,
+    deviation_of,
     last_mean,
+    mean_of,
     sparsity_deviation,
     steps_to_settle,
     validation_loss,
@@ -133,7 +135,7 @@ class Group:
         coeffs = [[row["l1_coeff"] for row in run.train if "l1_coeff" in row] for run in runs]
 
         def last(key: str) -> float | None:
-            return _mean(last_mean(run, key) for run in runs)
+            return mean_of(last_mean(run, key) for run in runs)
 
         return {
             "run": self.name,
@@ -142,32 +144,20 @@ class Group:
             "active_params": self.size.active_params if self.size else None,
             "total_params": self.size.total_params if self.size else None,
             "valid_loss_mean": statistics.fmean(losses),
-            "valid_loss_std": _stdev(losses),
+            "valid_loss_std": deviation_of(losses),
             "sparsity": last("sparsity"),
             "settled_runs": len(steps) if any(run.has_relu_routing for run in runs) else None,
-            "steps_to_settle": _mean(steps),
-            "deviation": _mean(map(sparsity_deviation, runs)),
-            "oscillation": _mean(map(partial(sparsity_deviation, rows=_OSCILLATION_MEAN), runs)),
+            "steps_to_settle": mean_of(steps),
+            "deviation": mean_of(map(sparsity_deviation, runs)),
+            "oscillation": mean_of(map(partial(sparsity_deviation, rows=_OSCILLATION_MEAN), runs)),
             "coeff_peak": _geometric_mean(max(c) for c in coeffs if c),
             "coeff_last": _geometric_mean(c[-1] for c in coeffs if c),
             "dead_experts": last("dead_experts"),
             "expert_load_max": last("expert_load_max"),
             "expert_load_cv": last("expert_load_cv"),
             "tokens_per_second": last("tokens_per_second"),
-            "accuracy": _mean(map(accuracy, runs)),
+            "accuracy": mean_of(map(accuracy, runs)),
         }
-
-
-def _stdev(values: list[float]) -> float | None:
-    """Return None for one value, and NaN if a value is not finite, on which `statistics` fails."""
-    if len(values) < 2:
-        return None
-    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
 
 
 def _geometric_mean(values: Iterable[float]) -> float | None:
@@ -199,7 +189,7 @@ def paired_difference(first: Group, second: Group) -> Difference | None:
     deltas = [a[seed] - b[seed] for seed in a if seed in b]
     if not deltas:
         return None
-    deviation, half = _stdev(deltas), None
+    deviation, half = deviation_of(deltas), None
     if deviation is not None:
         t = _T95[min(len(deltas) - 1, len(_T95)) - 1]
         half = t * deviation / math.sqrt(len(deltas))

@@ -3,7 +3,6 @@
 Where the gates come from is not decided here. The measures are those of `remoe.analysis`.
 """
 
-import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from megatron.remoe.analysis import markdown
 from megatron.remoe.analysis.compare import compare, load_runs
+from megatron.remoe.analysis.measures import deviation_of, mean_of
 from remoe import analysis
 from remoe.routing import active_experts
 
@@ -143,8 +143,7 @@ def _between(first: LayerGates, second: LayerGates, seed: int) -> Row:
 
 def _mean_rows(rows: list[Row], keys: Iterable[str]) -> Row:
     """Return the mean of each key over the rows that have it; None if none has."""
-    known = {key: [row[key] for row in rows if row[key] is not None] for key in keys}
-    return {key: statistics.fmean(values) if values else None for key, values in known.items()}
+    return {key: mean_of(row[key] for row in rows) for key in keys}
 
 
 def group_models(models: Iterable[Path]) -> dict[str, list[Path]]:
@@ -176,7 +175,7 @@ def summarize(groups: Mapping[str, list[Path]], reports: list[RoutingReport]) ->
         row = {"run": name, "seeds": len(models)} | _mean_rows(summaries, keys)
         for key in keys:
             values = [s[key] for s in summaries if s[key] is not None]
-            row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
+            row[f"{key}_std"] = deviation_of(values)
         rows.append(row)
     return rows
 

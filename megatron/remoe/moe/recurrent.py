@@ -106,8 +106,7 @@ class Recurrent(CountsRouting, Router):
         if before is not None:
             before = passed_on(before.flatten(end_dim=-2), self.passing)
         state = self.cell(x.flatten(end_dim=-2), before, self.projection)
-        # With activation recompute the router runs twice: first without gradients, then with.
-        if self.training and torch.is_grad_enabled():
+        if self.counts_now:
             mask = None if padding_mask is None else padding_mask.reshape(-1)
             self.statistics.add_states(state, mask)
         state = state.view(*x.shape[:-1], -1)
