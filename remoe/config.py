@@ -13,6 +13,7 @@ from remoe.settings import Settings, setting, settings_of
 LoadBalancing = Literal["aux_loss", "none"]
 Recurrence = Literal["none", "gru", "rnn"]
 RecurrentPassing = Literal["full", "detached", "none"]
+RecurrentProjection = Literal["layer", "shared"]
 Activation = Literal["swiglu", "gelu"]
 
 
@@ -160,11 +161,26 @@ class Routing(AnyRouting):
         on_resume="refused",
         exported=True,
     )
+    recurrent_init_std: float = setting(
+        0.02,
+        flag="--moe-router-recurrent-init-std",
+        help="Standard deviation of the initial matrices of recurrent routers and of their cell. "
+        "The default is the paper's, whose model is ten times as wide as the quickstart's.",
+        within="(0, inf)",
+    )
     recurrent_passing: RecurrentPassing = setting(
         "full",
         flag="--moe-router-recurrent-passing",
         help="Ablation: hand the state on to the next layer without its gradient (detached), or "
         "start every layer from zero (none).",
+        on_resume="refused",
+        exported=True,
+    )
+    recurrent_projection: RecurrentProjection = setting(
+        "layer",
+        flag="--moe-router-recurrent-projection",
+        help="Ablation: project tokens to the size of the state by one matrix that all layers "
+        "share (shared), instead of one of every layer (layer).",
         on_resume="refused",
         exported=True,
     )
@@ -198,7 +214,12 @@ def refuse_idle_recurrence(values: Mapping[str, Any], *, by_flag: bool = False) 
     name_of = {n: s.dest if by_flag else n for n, s in named.items()}
     if values[name_of["recurrence"]] != "none":
         return
-    for name in ("recurrent_size", "recurrent_passing"):
+    for name in (
+        "recurrent_size",
+        "recurrent_init_std",
+        "recurrent_passing",
+        "recurrent_projection",
+    ):
         value = values[name_of[name]]
         if value != named[name].default:
             raise ValueError(
@@ -367,7 +388,9 @@ class ReMoELayerConfig(ReLURouting):
         shape = self.experts
         router = shape.num_experts * self.hidden_size
         if self.is_recurrent:
-            router = self.recurrent_size * (self.hidden_size + shape.num_experts)
+            router = self.recurrent_size * shape.num_experts
+            if self.recurrent_projection == "layer":
+                router += self.recurrent_size * self.hidden_size
         expert = 3 * self.hidden_size * shape.ffn_hidden_size
         return router + num_experts * expert
 

@@ -52,7 +52,7 @@ class ReMoELayer(ExactBuffers):
 
     Parameters:
         router: `[E, H]`, or `[E, p]` with recurrence; gate_up: `[E, 2F, H]` (gate first); down:
-            `[E, H, F]`; projection: `[p, H]`, with recurrence only.
+            `[E, H, F]`; projection: `[p, H]`, with recurrence and unless all layers share one.
 
     Args:
         config: sizes and settings.
@@ -86,9 +86,8 @@ class ReMoELayer(ExactBuffers):
 
         width = config.recurrent_size if config.is_recurrent else hidden
         self.router = weight(shape.num_experts, width)
-        self.register_parameter(
-            "projection", weight(width, hidden) if config.is_recurrent else None
-        )
+        own_projection = config.is_recurrent and config.recurrent_projection == "layer"
+        self.register_parameter("projection", weight(width, hidden) if own_projection else None)
         self.gate_up = weight(shape.num_experts, 2 * shape.ffn_hidden_size, hidden)
         self.down = weight(shape.num_experts, hidden, shape.ffn_hidden_size)
         register_l1_coeff(self, config.controller, device)
@@ -100,7 +99,11 @@ class ReMoELayer(ExactBuffers):
         self._cell = (cell,)  # not a module of this layer
         if config.recurrence != "none" and cell is None:
             self.cell = RecurrentCell(
-                config.recurrence, config.recurrent_size, init_std=config.init_std, device=device
+                config.recurrence,
+                config.recurrent_size,
+                hidden_size=None if own_projection else hidden,
+                init_std=config.recurrent_init_std,
+                device=device,
             )
             self._cell = (self.cell,)
 
@@ -117,9 +120,15 @@ class ReMoELayer(ExactBuffers):
         return cell
 
     def reset_parameters(self) -> None:
-        """Draw the layer's own weights from a normal distribution with `init_std`."""
-        for parameter in self.parameters(recurse=False):
-            nn.init.normal_(parameter, std=self.config.init_std)
+        """Draw the layer's own weights from a normal distribution with mean zero.
+
+        Its standard deviation is `init_std`, or `recurrent_init_std` for a recurrent router.
+        """
+        config = self.config
+        router_std = config.recurrent_init_std if config.is_recurrent else config.init_std
+        for name, parameter in self.named_parameters(recurse=False):
+            is_router = name in ("router", "projection")
+            nn.init.normal_(parameter, std=router_std if is_router else config.init_std)
 
     @overload
     def forward(self, hidden_states: Tensor) -> Tensor: ...
@@ -136,11 +145,15 @@ class ReMoELayer(ExactBuffers):
 
         Returns:
             The sums; with recurrence also the state to hand on, fp32 `[..., p]`.
+
+        Raises:
+            ValueError: the state is not of these tokens, or the layer has no recurrence.
         """
+        if state is not None:
+            _check_state(state, hidden_states, self.config)
         x_TH = hidden_states.reshape(-1, self.config.hidden_size)
         if not self.config.is_recurrent:
             return self._experts(x_TH, x_TH).view_as(hidden_states)
-        assert self.projection is not None
         if state is not None:
             state = state.reshape(-1, self.config.recurrent_size)
             state = passed_on(state, self.config.recurrent_passing)
@@ -194,11 +207,30 @@ class ReMoELayer(ExactBuffers):
 
 
 def _check_cell(cell: RecurrentCell, config: ReMoELayerConfig) -> None:
-    if (cell.cell, cell.size) != (config.recurrence, config.recurrent_size):
+    found = {
+        "recurrence": cell.cell,
+        "recurrent_size": cell.size,
+        "recurrent_projection": "layer" if cell.projection is None else "shared",
+    }
+    for name, value in found.items():
+        if value != getattr(config, name):
+            raise ValueError(
+                f"the cell has {name} {value}, and the layer's config has {getattr(config, name)}; "
+                f"give all layers of a model the same config"
+            )
+
+
+def _check_state(state: Tensor, hidden_states: Tensor, config: ReMoELayerConfig) -> None:
+    if not config.is_recurrent:
         raise ValueError(
-            f"the cell is a {cell.cell} of size {cell.size}, and the layer's config has recurrence "
-            f"{config.recurrence} and recurrent_size {config.recurrent_size}; give all layers of a "
-            f"model the same config"
+            "a state is given to a layer without recurrence; set recurrence in its config to gru "
+            "or rnn, or leave the state out"
+        )
+    expected = (*hidden_states.shape[:-1], config.recurrent_size)
+    if state.shape != expected:
+        raise ValueError(
+            f"the state has the shape {tuple(state.shape)}, and that of these tokens has "
+            f"{expected}; pass what the layer before returned for the same tokens"
         )
 
 

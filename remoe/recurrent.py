@@ -100,18 +100,29 @@ class RecurrentCell(nn.Module):
     The published code initializes every parameter of it, biases included, with a function that its
     configuration lacks. Here matrices have the paper's standard deviation, and biases are zero.
 
+    Args:
+        cell: "gru" or "rnn".
+        size: p.
+        hidden_size: H, for a projection that all layers share too; None if every layer has its own.
+        init_std: standard deviation of the matrices.
+        device: of the parameters.
+
     Parameters:
-        weight_ih, weight_hh: `[g * p, p]`; bias_ih, bias_hh: `[g * p]`.
+        weight_ih, weight_hh: `[g * p, p]`; bias_ih, bias_hh: `[g * p]`; projection: `[p, H]`, if it
+            is shared.
 
     Raises:
         ValueError: an unknown cell, or a size below 1.
     """
+
+    projection: nn.Parameter | None
 
     def __init__(
         self,
         cell: Cell,
         size: int,
         *,
+        hidden_size: int | None = None,
         init_std: float = 0.02,
         device: torch.device | str | int | None = None,
     ) -> None:
@@ -128,17 +139,28 @@ class RecurrentCell(nn.Module):
 
         self.weight_ih, self.weight_hh = weight(rows, size), weight(rows, size)
         self.bias_ih, self.bias_hh = weight(rows), weight(rows)
+        self.register_parameter(
+            "projection", None if hidden_size is None else weight(size, hidden_size)
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the matrices, and set the biases to zero."""
-        for weight in (self.weight_ih, self.weight_hh):
-            nn.init.normal_(weight, std=self.init_std)
-        for bias in (self.bias_ih, self.bias_hh):
-            nn.init.zeros_(bias)
+        for weight in self.parameters():
+            if weight.ndim == 1:
+                nn.init.zeros_(weight)
+            else:
+                nn.init.normal_(weight, std=self.init_std)
 
-    def forward(self, x_TH: Tensor, state_Tp: Tensor | None, projection_pH: Tensor) -> Tensor:
-        """Return the state after a layer; see `recurrent_state`."""
+    def forward(
+        self, x_TH: Tensor, state_Tp: Tensor | None, projection_pH: Tensor | None
+    ) -> Tensor:
+        """Return the state after a layer; see `recurrent_state`.
+
+        The projection is that of the layer, or None if all layers share that of the cell.
+        """
+        projection_pH = self.projection if projection_pH is None else projection_pH
+        assert projection_pH is not None
         return recurrent_state(
             x_TH, state_Tp, cell=self.cell, weights=self.weights, projection_pH=projection_pH
         )

@@ -65,7 +65,8 @@ class RoutingStatistics:
     Over ranks and layers the sums are reduced by addition, and `most_active` by the maximum.
 
     Attributes:
-        sums: `[..., 3 + E]`: regularizer, micro-batches, tokens, and tokens per expert.
+        sums: `[..., 4 + E]`: regularizer, micro-batches, tokens, tokens per expert, and norms of
+            the tokens' states.
         most_active: `[...]`, the largest number of experts that one token activated.
     """
 
@@ -76,7 +77,7 @@ class RoutingStatistics:
     def zeros(cls, num_experts: int, device: torch.device | str | int) -> "RoutingStatistics":
         """Return the statistics of one router before the first micro-batch, in fp64 and int64."""
         return cls(
-            torch.zeros(3 + num_experts, dtype=torch.float64, device=device),
+            torch.zeros(4 + num_experts, dtype=torch.float64, device=device),
             torch.zeros((), dtype=torch.int64, device=device),
         )
 
@@ -91,9 +92,14 @@ class RoutingStatistics:
         return self.sums[..., 1]
 
     @property
+    def state_norm(self) -> Tensor:
+        """Sum over tokens of the norm of their state, zero for a router without recurrence."""
+        return self.sums[..., -1]
+
+    @property
     def counts(self) -> TokenCounts:
         """Tokens, and tokens per expert."""
-        return TokenCounts(self.sums[..., 2:])
+        return TokenCounts(self.sums[..., 2:-1])
 
     @torch.no_grad()
     def add(
@@ -118,6 +124,14 @@ class RoutingStatistics:
         self.most_active.copy_(torch.maximum(self.most_active, active_T.max()))
         return counts
 
+    @torch.no_grad()
+    def add_states(self, state_Tp: Tensor, padding_mask_T: Tensor | None = None) -> None:
+        """Add the Euclidean norms of states, without those of padding (True)."""
+        norm_T = state_Tp.norm(dim=1)
+        if padding_mask_T is not None:
+            norm_T = norm_T.masked_fill(padding_mask_T, 0)
+        self.state_norm.add_(norm_T.sum())
+
     def clear(self) -> None:
         """Set all statistics to zero."""
         self.sums.zero_()
@@ -140,6 +154,7 @@ class StepReport:
             without ReLU routing.
         l1_coeff: 0-d, the coefficient of this step, which all layers share; None without ReLU
             routing.
+        state_norm_L: `[L]`, mean Euclidean norm of the tokens' states; None without recurrence.
     """
 
     has_router: Tensor
@@ -151,18 +166,25 @@ class StepReport:
     topk: int
     l1_reg_L: Tensor | None = None
     l1_coeff: Tensor | None = None
+    state_norm_L: Tensor | None = None
 
     @classmethod
     def of(
-        cls, statistics: RoutingStatistics, *, topk: int, l1_coeff_L: Tensor | None
+        cls,
+        statistics: RoutingStatistics,
+        *,
+        topk: int,
+        l1_coeff_L: Tensor | None,
+        has_state: bool = False,
     ) -> "StepReport":
         """Derive the report from the reduced statistics of all layers, on their device.
 
         Args:
-            statistics: of all layers, `[L, 3 + E]` and `[L]`; zeros for a layer without a router.
+            statistics: of all layers, `[L, 4 + E]` and `[L]`; zeros for a layer without a router.
             topk: k of the model, after granularity.
             l1_coeff_L: coefficient of every layer, `[L]`, of which the first layer with a router
                 counts; None without ReLU routing.
+            has_state: whether routers have a state.
         """
         has_router = statistics.micro_batches > 0
         counts, l1_reg_L, l1_coeff = statistics.counts, None, None
@@ -181,6 +203,7 @@ class StepReport:
             topk=topk,
             l1_reg_L=l1_reg_L,
             l1_coeff=l1_coeff,
+            state_norm_L=statistics.state_norm / counts.num_tokens if has_state else None,
         )
 
 
@@ -194,7 +217,8 @@ def routing_metrics(report: StepReport) -> dict[str, Any]:
     - `expert_load_*` and `dead_experts`: see `load_metrics`;
     - `silent_layers`, in which no token activates an expert, and `dense_layers`, in which every
       token activates every expert, as numbers that begin with 1;
-    - with ReLU routing `l1_coeff`, and `l1_reg`, the sum over layers before the coefficient.
+    - with ReLU routing `l1_coeff`, and `l1_reg`, the sum over layers before the coefficient;
+    - with recurrence `state_norm_per_layer`, the mean Euclidean norm of the tokens' states.
     """
     has_router = report.has_router.tolist()
 
@@ -220,6 +244,8 @@ def routing_metrics(report: StepReport) -> dict[str, Any]:
     if report.l1_coeff is not None and report.l1_reg_L is not None:
         row["l1_coeff"] = report.l1_coeff.item()
         row["l1_reg"] = sum(per_layer(report.l1_reg_L))
+    if report.state_norm_L is not None:
+        row["state_norm_per_layer"] = per_layer(report.state_norm_L)
     return row
 
 

@@ -146,6 +146,29 @@ def test_routers_are_paired_at_equal_settings_only(tmp_path):
     assert pairs == expected | {frozenset(("dense", name)) for name in names}
 
 
+def test_recurrent_routers_are_routers_of_their_own_and_paired_at_every_size(tmp_path):
+    gru = {"moe_router_recurrence": "gru", "moe_router_recurrent_size": 4}
+    for layers, offset in ((2, 0.0), (4, -0.5)):
+        topk(tmp_path, f"topk{layers}", 5.0 + offset, num_layers=layers)
+        topk(tmp_path, f"rmoe{layers}", 4.9 + offset, num_layers=layers, **gru)
+        remoe(
+            tmp_path,
+            f"remoe{layers}",
+            4.5 + offset,
+            num_layers=layers,
+            moe_router_recurrence="none",
+        )
+        remoe(tmp_path, f"both{layers}", 4.2 + offset, num_layers=layers, **gru)
+    compared = tables.compare(tables.load_runs([tmp_path]))
+    routers = ("TopK", "RMoE", "ReMoE", "recurrent ReMoE")
+    assert [group.router for group in compared.groups] == [r for r in routers for _ in range(2)]
+    assert len(compared.differences) == 12  # 6 pairs of routers at 2 sizes
+    found = {(d.first, d.second): d.mean for d in compared.differences}
+    assert found["RMoE, num_layers 4", "TopK, num_layers 4"] == pytest.approx(-0.1)
+    assert found["recurrent ReMoE, num_layers 2", "ReMoE, num_layers 2"] == pytest.approx(-0.3)
+    assert dict.fromkeys(tables.ROUTERS).keys() == figures._COLORS.keys()
+
+
 def test_settings_of_a_router_are_compared_with_a_baseline(tmp_path):
     for value, loss in ((1e-4, 2.5), (1e-12, 2.25), (1e-8, 2.0)):
         for seed in (1, 2):

@@ -94,10 +94,14 @@ def gradients(model, ids):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("cell", ["gru", "rnn"])
-def test_a_recurrent_model_generates_with_a_cache_and_checkpoints_gradients(router, cell):
+@pytest.mark.parametrize(("cell", "projection"), [("gru", "layer"), ("rnn", "shared")])
+def test_a_recurrent_model_generates_with_a_cache_and_checkpoints_gradients(
+    router, cell, projection
+):
     """The state runs over depth, so that decoding keeps nothing of it."""
-    model = build(router_type=router, recurrence=cell, recurrent_size=8)
+    model = build(
+        router_type=router, recurrence=cell, recurrent_size=8, recurrent_projection=projection
+    )
     ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         whole = model(ids).logits
@@ -139,6 +143,35 @@ def test_a_recurrent_model_is_the_layers_for_torch(tmp_path):
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
         assert parameter.dtype == (torch.float32 if "cell" in name else torch.bfloat16)
+
+
+def test_the_cell_of_a_recurrent_model_may_be_on_another_device_than_its_layers(tmp_path):
+    """Accelerate moves what a layer is given, and a module on the disk cannot be moved."""
+    model = build(recurrence="gru", recurrent_size=8)
+    model.save_pretrained(tmp_path / "model")
+    parts = ["model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"]
+    loaded = ReMoEForCausalLM.from_pretrained(
+        tmp_path / "model",
+        device_map=dict.fromkeys(parts, "cpu") | {"model.recurrent_cell": "disk"},
+        offload_folder=tmp_path / "offloaded",
+    )
+    assert loaded.model.recurrent_cell.weight_hh.is_meta
+    ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_recurrent_model_generates_alike_with_padding_and_beams(router):
+    model = build(router_type=router, recurrence="gru", recurrent_size=8)
+    ids = torch.randint(1, 64, (1, 6), generator=torch.Generator().manual_seed(2))
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1)
+    mask = (padded != 0).long()
+    ask = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    for beams in (1, 3):
+        plain = model.generate(ids, num_beams=beams, use_cache=False, **ask)
+        left = model.generate(padded, attention_mask=mask, num_beams=beams, **ask)
+        assert torch.equal(left[:, 3:], plain)
 
 
 def test_registered_with_the_auto_classes():

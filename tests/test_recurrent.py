@@ -1,5 +1,7 @@
 """The recurrent router: against loops, number by number, and against a recorded published run."""
 
+import copy
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,7 +63,7 @@ def test_layers_equal_the_loops_with_all_gradients(cell):
 
 CONFIG = ReMoELayerConfig(
     hidden_size=8, ffn_hidden_size=12, num_experts=4, init_std=0.3, recurrence="gru",
-    recurrent_size=SIZE,
+    recurrent_size=SIZE, recurrent_init_std=0.3,
 )  # fmt: skip
 
 
@@ -83,8 +85,9 @@ def loops(model, x, config):
             state = torch.zeros(len(x), SIZE)
         elif config.recurrent_passing == "detached":
             state = state.detach()
+        projection = cell.projection if layer.projection is None else layer.projection
         logits, state = reference_recurrent_scores(
-            x, state, layer.projection, layer.router, cell.cell, cell.weights
+            x, state, projection, layer.router, cell.cell, cell.weights
         )
         probs = logits.clamp(min=0)
         x = x + reference_moe(x, probs, layer.gate_up, layer.down)
@@ -92,10 +95,13 @@ def loops(model, x, config):
     return x, total
 
 
+@pytest.mark.parametrize("projection", ["layer", "shared"])
 @pytest.mark.parametrize("passing", ["full", "detached", "none"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_stack_of_layers_equals_the_loops_with_all_gradients(cell, passing):
-    config = replace(CONFIG, recurrence=cell, recurrent_passing=passing)
+def test_a_stack_of_layers_equals_the_loops_with_all_gradients(cell, passing, projection):
+    config = replace(
+        CONFIG, recurrence=cell, recurrent_passing=passing, recurrent_projection=projection
+    )
     model = torch_stack(config)
     x = torch.randn(TOKENS, 8, requires_grad=True)
     direction = torch.randn(TOKENS, 8)
@@ -130,6 +136,16 @@ def test_a_cell_is_trained_and_saved_once_and_counted_in_no_layer():
     assert torch.equal(model[0].recurrent_cell.weight_ih, before), "the cell is never cast"
 
 
+def test_a_shared_projection_is_part_of_the_cell():
+    config = replace(CONFIG, recurrent_projection="shared")
+    model = torch_stack(config)
+    assert [n for n in model.state_dict() if "projection" in n] == ["0.cell.projection"]
+    assert CONFIG.num_params - config.num_params == SIZE * CONFIG.hidden_size
+    params = sum(p.numel() for p in model.parameters())
+    cell = sum(p.numel() for p in model[0].recurrent_cell.parameters())
+    assert params == LAYERS * config.num_params + cell
+
+
 def test_layers_of_half_precision_hand_on_an_fp32_state_of_the_input_s_shape():
     first, second = torch_stack(CONFIG, layers=2).bfloat16()
     x = torch.randn(2, 3, 8, dtype=torch.bfloat16)
@@ -141,10 +157,40 @@ def test_layers_of_half_precision_hand_on_an_fp32_state_of_the_input_s_shape():
 
 def test_a_cell_that_does_not_fit_is_refused():
     cell = ReMoELayer(CONFIG).recurrent_cell
-    with pytest.raises(ValueError, match="the cell is a gru of size 3, and the layer's config has"):
+    with pytest.raises(
+        ValueError, match="cell has recurrent_size 3, and the layer's config has 4; give"
+    ):
         ReMoELayer(replace(CONFIG, recurrent_size=4), cell=cell)
+    with pytest.raises(
+        ValueError, match="has recurrent_projection layer, and the layer's config has shared"
+    ):
+        ReMoELayer(replace(CONFIG, recurrent_projection="shared"), cell=cell)
     with pytest.raises(ValueError, match="the layer has no cell; set recurrence in its config"):
         _ = ReMoELayer(ReMoELayerConfig(hidden_size=8, ffn_hidden_size=12)).recurrent_cell
+
+
+def test_a_state_of_other_tokens_or_for_a_layer_without_one_is_refused():
+    """All but the last would fit after a reshape, and give tokens the state of others."""
+    first, second = torch_stack(CONFIG, layers=2)
+    x = torch.randn(2, 5, 8)
+    _, state = first(x)
+    message = r"the state has the shape .* these tokens has \(2, 5, 3\); pass what the layer before"
+    for other in (state.transpose(0, 1), state.view(5, 2, 3), state.view(10, 3), state[:, :4]):
+        with pytest.raises(ValueError, match=message):
+            second(x, other)
+    plain = ReMoELayer(ReMoELayerConfig(hidden_size=8, ffn_hidden_size=12))
+    with pytest.raises(ValueError, match="a state is given to a layer without recurrence; set"):
+        plain(x, state)
+
+
+def test_copies_of_a_stack_share_their_own_cell():
+    model = torch_stack(CONFIG, layers=2)
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    for copied in (copy.deepcopy(model), torch.load(saved, weights_only=False)):
+        assert copied[1].recurrent_cell is copied[0].cell
+        assert copied[0].cell is not model[0].cell
 
 
 def test_a_first_layer_starts_from_zero_and_half_precision_keeps_an_fp32_state():

@@ -24,12 +24,14 @@ def test_tokens_are_counted_without_padding(padding, tokens, per_expert):
 
 
 def test_micro_batches_add_up_in_the_buffers_that_are_given():
-    sums, most_active = torch.zeros(7, dtype=torch.float64), torch.tensor(0)
+    sums, most_active = torch.zeros(8, dtype=torch.float64), torch.tensor(0)
     statistics = RoutingStatistics(sums, most_active)
     local = statistics.add(ROUTING, num_ranks=2)
     statistics.add(ROUTING, PADDING, num_ranks=2)
     statistics.l1_reg.add_(0.5)
-    assert sums.tolist() == [0.5, 1, 5, 3, 2, 1, 1] and most_active.item() == 3
+    states = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 2.0]])
+    statistics.add_states(states, torch.tensor([False, False, True]))
+    assert sums.tolist() == [0.5, 1, 5, 3, 2, 1, 1, 6] and most_active.item() == 3
     assert statistics.micro_batches.item() == 1 and statistics.counts.num_tokens.item() == 5
     local.flat.zero_()  # a buffer of its own, which may be reduced
     assert sums[2] == 5
@@ -46,7 +48,8 @@ def test_padding_does_not_set_the_largest_number_of_active_experts():
 
 def test_a_report_is_of_the_layers_that_have_a_router():
     """Two micro-batches; the first layer has no router, and its coefficient does not count."""
-    sums = torch.tensor([[0.0] * 5, [3, 2, 8, 4, 0], [1, 2, 8, 16, 0]], dtype=torch.float64)
+    rows = [[0.0] * 6, [3, 2, 8, 4, 0, 4], [1, 2, 8, 16, 0, 16]]
+    sums = torch.tensor(rows, dtype=torch.float64)
     statistics = RoutingStatistics(sums, torch.tensor([0.0, 1.0, 2.0]).double())
     report = StepReport.of(statistics, topk=1, l1_coeff_L=torch.tensor([0.0, 0.25, 0.25]).double())
     assert report.has_router.tolist() == [False, True, True]
@@ -54,11 +57,13 @@ def test_a_report_is_of_the_layers_that_have_a_router():
     assert report.l1_reg_L[1:].tolist() == [1.5, 0.5] and report.l1_coeff.item() == 0.25
     assert report.l1_coeff.dtype == torch.float32 and report.most_active_L.tolist() == [0, 1, 2]
     topk = StepReport.of(statistics, topk=1, l1_coeff_L=None)
-    assert topk.l1_reg_L is topk.l1_coeff is None
+    assert topk.l1_reg_L is topk.l1_coeff is topk.state_norm_L is None
+    recurrent = StepReport.of(statistics, topk=1, l1_coeff_L=None, has_state=True)
+    assert recurrent.state_norm_L[1:].tolist() == [0.5, 2]
 
 
 def test_a_step_of_padding_alone_has_no_sparsity():
-    sums = torch.tensor([[0.0, 2, 0, 0, 0]], dtype=torch.float64)
+    sums = torch.tensor([[0.0, 2, 0, 0, 0, 0]], dtype=torch.float64)
     report = StepReport.of(RoutingStatistics(sums, torch.zeros(1)), topk=1, l1_coeff_L=None)
     assert math.isnan(report.sparsity.item())
 

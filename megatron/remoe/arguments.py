@@ -174,8 +174,8 @@ def check(args: argparse.Namespace) -> None:
     _refuse_uneven_gather_on_gloo(args)
     if args.moe_relu_routing:
         options.check(args)
-    elif args.moe_router_recurrence != "none":
-        options.check(args, names=options.NEEDS_OUR_LAYER, by="a recurrent router")
+    if args.moe_router_recurrence != "none":
+        options.check_recurrent(args)
 
 
 def derive(args: argparse.Namespace) -> None:
@@ -334,7 +334,8 @@ def _check_topk(args: argparse.Namespace) -> None:
             f"moe_topk_warmup_topk is {topk} of {args.num_experts} experts; choose it between 1 "
             f"and num_experts"
         )
-    options.check(args, names=options.NEEDS_KNOWN_COUNT, by="TopK with near-dense warm-up")
+    needed = {name: options.OPTIONS[name] for name in options.NEEDS_KNOWN_COUNT}
+    options.check(args, answers=needed, by="TopK with near-dense warm-up")
 
 
 def _check_max_active_experts(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -69,30 +70,35 @@ def _skip_compiling_dataset_helpers() -> None:
 
 
 def _resume_distributed_optimizer() -> None:
-    """Let the distributed optimizer resume over torch's Adam, and bf16 models with fp32 weights.
+    """Let the distributed optimizer resume in cases that 0.19.2 cannot.
 
-    0.19.2 can do neither. It uses torch's Adam without Transformer Engine and apex.
+    These are torch's Adam, which it uses without Transformer Engine and apex; bf16 models with fp32
+    weights; and models whose buckets are padded.
     """
     import megatron.core.optimizer as optimizers
     from megatron.core.optimizer import distrib_optimizer
 
     optimizers.DistributedOptimizer = (
-        _ordered_distributed_optimizer()
+        _mended_distributed_optimizer()
         if distrib_optimizer.HAVE_APEX_OR_TE
         else _resumable_distributed_optimizer()
     )
 
 
 @functools.cache
-def _ordered_distributed_optimizer() -> Any:
+def _mended_distributed_optimizer() -> Any:
     import torch
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    class OrderedDistributedOptimizer(DistributedOptimizer):
-        """Megatron's optimizer for models of half precision with fp32 weights.
+    class MendedDistributedOptimizer(DistributedOptimizer):
+        """Megatron's optimizer without two faults of 0.19.2, which mix up the states of weights.
 
-        0.19.2 gives the fp32 weights of a group to Adam first, but numbers all weights in the order
-        of their buffers, and then saves and loads the state of other weights.
+        It gives the fp32 weights of a group of half precision to Adam first, but numbers all
+        weights in the order of their buffers, and then saves and loads the state of other weights.
+
+        Its fully reshardable save joins the buckets of a buffer without their padding, and then
+        looks for the weights at their places in the padded buffer. After a padded bucket, it saves
+        the states of other weights. 0.20 subtracts the padding.
         """
 
         @classmethod
@@ -103,14 +109,69 @@ def _ordered_distributed_optimizer() -> Any:
                 places |= {weight: (number, i) for i, weight in enumerate(group["params"])}
             return places, ranges
 
-    return OrderedDistributedOptimizer
+        def sharded_param_state_fully_reshardable(
+            self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
+        ) -> Any:
+            make = super().sharded_param_state_fully_reshardable
+            if not any(any(_padding_before_buckets(buffer)) for buffer in self.buffers):
+                return make(model_sharded_state_dict, is_loading, metadata)
+            # Only a method that looks at the buckets can know their padding.
+            is_mended = "buckets" in make.__code__.co_names
+            with contextlib.nullcontext() if is_mended else _unpadded_places(self.buffers):
+                states = make(model_sharded_state_dict, is_loading, metadata)
+            if states is not None and not is_loading:
+                self._check_own_shards(states)
+            return states
+
+        def _check_own_shards(self, states: dict[int, dict[str, Any]]) -> None:
+            """Raise if a state that is about to be saved is not that of its weight."""
+            weights = (weight for buffer in self.buffers for weight in buffer.param_index_map)
+            for number, weight in enumerate(weights):
+                if weight not in self.model_param_gbuf_map:
+                    continue  # this rank has no part of it
+                own = self._get_model_param_range_map(weight)["param"]
+                expected = self._get_main_param_and_optimizer_states(weight)
+                for name, saved in states[number].items():
+                    shard = saved.data.flatten()[own.start : own.end]
+                    ours = expected[name].detach().to(shard)
+                    if not torch.allclose(shard, ours, rtol=0, atol=0, equal_nan=True):
+                        raise RuntimeError(
+                            f"megatron-core {imported_version()[0]} would save {saved.key} with "
+                            f"values of another weight; leave out overlap_grad_reduce, or run: "
+                            f"pip install megatron-core=={TESTED_VERSION}"
+                        )
+
+    return MendedDistributedOptimizer
+
+
+def _padding_before_buckets(buffer: Any) -> list[int]:
+    """Return for every bucket of a buffer how many padding elements the buckets before it have."""
+    paddings = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+    return list(itertools.accumulate(paddings[:-1], initial=0))
+
+
+@contextlib.contextmanager
+def _unpadded_places(buffers: list[Any]) -> Iterator[None]:
+    """Let `param_index_map` say where weights are in a buffer whose buckets have no padding."""
+    padded = [buffer.param_index_map for buffer in buffers]
+    try:
+        for buffer in buffers:
+            before = _padding_before_buckets(buffer)
+            buffer.param_index_map = {
+                weight: (start - before[bucket], end - before[bucket], bucket)
+                for weight, (start, end, bucket) in buffer.param_index_map.items()
+            }
+        yield
+    finally:
+        for buffer, places in zip(buffers, padded, strict=True):
+            buffer.param_index_map = places
 
 
 @functools.cache
 def _resumable_distributed_optimizer() -> type:
     import torch
 
-    base: Any = _ordered_distributed_optimizer()
+    base: Any = _mended_distributed_optimizer()
 
     class ResumableDistributedOptimizer(base):
         """Megatron's optimizer for torch's Adam, which keeps a `step` tensor per parameter."""

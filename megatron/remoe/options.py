@@ -5,8 +5,8 @@ ignored: a test fails on a field that is not here, `check` refuses at the start,
 `docs/options.md` are printed from this module.
 """
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -211,32 +211,56 @@ NEEDS_KNOWN_COUNT = (
     "cuda_graph_impl",
 )  # fmt: skip
 
-# Options that take the place of our layer, which hands on the state of a recurrent router.
-NEEDS_OUR_LAYER = (*NEEDS_KNOWN_COUNT, "mtp_num_layers", "mtp_standalone", "moe_latent_size")
+_WHY_NOT_RECURRENT: dict[str, str] = {
+    **dict.fromkeys(
+        (*NEEDS_KNOWN_COUNT, "moe_latent_size"),
+        "our MoE layer, which hands the state on, does not have it; leave it out",
+    ),
+    "moe_token_dispatcher_type": "our MoE layer, which hands the state on, has other dispatchers; "
+    "use alltoall or allgather",
+    **dict.fromkeys(
+        ("mtp_num_layers", "mtp_standalone"),
+        "layers of multi-token prediction get no state; leave it out",
+    ),
+    "fp32_residual_connection": "the state has columns for the dtype of the weights; leave it out",
+    "fused_residual_rmsnorm": "the fused norm hands on residuals without the state; leave it out",
+    "fine_grained_activation_offloading": "it has not been run with hidden states that carry a "
+    "state; leave it out",
+}
+# What a recurrent router refuses with every selection of experts, for reasons of its own.
+RECURRENT: dict[str, Option] = {
+    name: replace(OPTIONS.get(name, _refused(why)), why=why)
+    for name, why in _WHY_NOT_RECURRENT.items()
+}
 
 
 def check(
-    config: Any, *, names: Collection[str] = tuple(OPTIONS), by: str = "ReLU routing"
+    config: Any, *, answers: Mapping[str, Option] = OPTIONS, by: str = "ReLU routing"
 ) -> None:
     """Refuse what a varying number of assignments cannot do.
 
     Args:
         config: a TransformerConfig, or Megatron's arguments, which have the same names.
-        names: the options that matter.
+        answers: the options that matter, with their answers.
         by: who refuses, for the message.
 
     Raises:
         ValueError: naming the option, its value, the reason and the remedy.
     """
     defaults = moe_fields()
-    for name in names:
-        option = OPTIONS[name]
+    for name, option in answers.items():
         if option.answer != "refused":
             continue
-        allowed = option.allowed or (defaults.get(name), None)
+        allowed = option.allowed or (defaults.get(name, False), None)
         value = getattr(config, name, allowed[0])
         if not all(v in allowed for v in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"{name} is {value}, which {by} refuses: {option.why}")
+            said = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise ValueError(f"{name} is {said}, which {by} refuses: {option.why}")
+
+
+def check_recurrent(config: Any) -> None:
+    """Refuse what would take the state of a recurrent router away, as `check` does."""
+    check(config, answers=RECURRENT, by="a recurrent router")
 
 
 # Why a router that is not causal is refused in every model that is.
@@ -248,54 +272,47 @@ NOT_CAUSAL = (
 _NO_ROUTER = "the router of Soft MoE selects no experts, and has no such option; leave it out"
 _NOT_RUN = "it has not been run with slots; leave it out"
 _APART = "a slot would mix the documents of a sequence, which this keeps apart; leave it out"
-# What Soft MoE refuses beside what ReLU routing does, or for other reasons: the reason, and the
-# accepted values, of which the first is that of a config without the option.
-SOFT: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "moe_router_topk": (
-        "every token is in every slot, so that there is no k; leave it out",
-        (1, 2),  # the second is Megatron's default
+# What Soft MoE refuses for reasons of its own.
+OWN_OF_SOFT: dict[str, Option] = {
+    "moe_router_topk": _refused(
+        "every token is in every slot, so that there is no k; leave it out", (1, 2)
     ),
-    "moe_router_load_balancing_type": (
+    "moe_router_load_balancing_type": _refused(
         "nothing has to be balanced, since every expert has as many slots as any other; leave it "
         "out",
         ("none", "aux_loss"),  # the second is Megatron's default
     ),
-    "moe_z_loss_coeff": (_NO_ROUTER, (None, 0)),
-    "moe_input_jitter_eps": (_NO_ROUTER, (None,)),
-    "moe_router_dtype": ("its router computes in fp32; leave it out", (None, "fp32")),
-    "moe_shared_expert_overlap": (
-        "slots are exchanged without a dispatcher to overlap with; leave it out",
-        (None, False),
+    "moe_z_loss_coeff": _refused(_NO_ROUTER, (None, 0)),
+    "moe_input_jitter_eps": _refused(_NO_ROUTER, (None,)),
+    "moe_router_dtype": _refused("its router computes in fp32; leave it out", (None, "fp32")),
+    "moe_shared_expert_overlap": _refused(
+        "slots are exchanged without a dispatcher to overlap with; leave it out", (None, False)
     ),
-    "moe_token_dispatcher_type": (
+    "moe_token_dispatcher_type": _refused(
         "slots are exchanged by all-to-all; leave it out",
         ("alltoall", "allgather"),  # the second is Megatron's default
     ),
-    "expert_tensor_parallel_size": (
-        "an expert of Soft MoE is on one rank; use 1, or leave it out",
-        (None, 1),
+    "expert_tensor_parallel_size": _refused(
+        "an expert of Soft MoE is on one rank; use 1, or leave it out", (None, 1)
     ),
-    "context_parallel_size": (
+    "context_parallel_size": _refused(
         "a slot is a mean of a whole sequence, and its parts on the ranks are not summed; use 1",
         (1,),
     ),
-    "reset_attention_mask": (_APART, (None, False)),
-    "reset_position_ids": (_APART, (None, False)),
+    "reset_attention_mask": _refused(_APART, (None, False)),
+    "reset_position_ids": _refused(_APART, (None, False)),
 }
+# All that Soft MoE refuses: these, and what a varying number of assignments cannot do.
+SOFT: dict[str, Option] = {
+    name: replace(option, why=_NO_ROUTER if name.startswith("moe_router_") else _NOT_RUN)
+    for name, option in OPTIONS.items()
+    if option.answer == "refused"
+} | OWN_OF_SOFT
 
 
 def check_soft(config: Any) -> None:
     """Refuse what Soft MoE cannot do; the argument and errors are those of `check`."""
-    defaults = moe_fields()
-    refused = dict(SOFT)
-    for name, option in OPTIONS.items():
-        if option.answer == "refused":
-            why = _NO_ROUTER if name.startswith("moe_router_") else _NOT_RUN
-            refused.setdefault(name, (why, option.allowed or (defaults.get(name), None)))
-    for name, (why, allowed) in refused.items():
-        value = getattr(config, name, allowed[0])
-        if not all(v in allowed for v in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"{name} is {_said(value)}, which Soft MoE refuses: {why}")
+    check(config, answers=SOFT, by="Soft MoE")
     experts = config.num_moe_experts if hasattr(config, "num_moe_experts") else config.num_experts
     for name in ("expert_model_parallel_size", "tensor_model_parallel_size"):
         ranks = getattr(config, name)
@@ -304,10 +321,6 @@ def check_soft(config: Any) -> None:
                 f"{name} is {ranks}, and {experts} experts cannot be shared by so many ranks "
                 f"equally; choose one that divides the number of experts"
             )
-
-
-def _said(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def layers_with_experts(frequency: int | list[int] | None, num_layers: int) -> list[int]:
@@ -321,6 +334,10 @@ _SETTINGS_TITLE = """## The settings of the routers
 
 Each is a field of a class in `remoe/config.py`. A YAML config has the flag's name with underscores.
 The last column says what happens to a run whose checkpoint was trained with another value."""
+_RECURRENT_TITLE = """## What a recurrent router refuses
+
+TopK routing with `--moe-router-recurrence` refuses these options, and ReLU routing with it refuses
+them and those above."""
 _SOFT_TITLE = """## What Soft MoE refuses
 
 Beside these it refuses the options that ReLU routing refuses."""
@@ -344,12 +361,16 @@ def to_markdown() -> str:
         for s in settings.values()
     ]
     soft = [
-        (f"`{name}`", ", ".join(str(value).lower() for value in allowed if value is not None), why)
-        for name, (why, allowed) in SOFT.items()
+        (f"`{name}`", ", ".join(str(v).lower() for v in o.allowed if v is not None), o.why)
+        for name, o in OWN_OF_SOFT.items()
     ]
     logs = [(f"`{name}`", text) for name, text in LOGS.items()]
     parts = (
         _table(("option", "ReLU routing", "reason"), options),
+        _RECURRENT_TITLE,
+        _table(
+            ("option", "reason"), [(f"`{name}`", option.why) for name, option in RECURRENT.items()]
+        ),
         _SETTINGS_TITLE,
         _table(("flag", "exported `config.json`", "default", "meaning", "on resume"), routers),
         _SOFT_TITLE,

@@ -47,6 +47,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "recurrent_passing": (
         lambda x: x in ("full", "detached", "none"), "one of full, detached, none",
     ),
+    "recurrent_projection": (lambda x: x in ("layer", "shared"), "layer or shared"),
     "rms_norm_eps": (lambda x: _is_number(x) and x > 0, "a positive number"),
     "l1_coeff": (_is_coefficients, "a list of numbers that are not negative"),
     "l1_coeff_init": (lambda x: _is_number(x) and x > 0, "a positive number"),
@@ -90,6 +91,8 @@ class ReMoEConfig(LlamaConfig):
         recurrent_size: number of values of their state.
         recurrent_passing: what a layer takes of the state of the layer before it: "full",
             "detached" (without its gradient) or "none".
+        recurrent_projection: whether every "layer" projects tokens by a matrix of its own, or all
+            by one that is "shared".
         load_balancing: "aux_loss" weights the penalty by load (Eq. 10), "none" does not (Eq. 9).
         training_facts: what is known about the training: iteration, tokens, losses, sparsity.
         format_version: version of the exported files.
@@ -119,6 +122,7 @@ class ReMoEConfig(LlamaConfig):
     recurrence: str = "none"
     recurrent_size: int = 128
     recurrent_passing: str = "full"
+    recurrent_projection: str = "layer"
     training_facts: dict[str, Any] | None = None
     format_version: int = 1
 

@@ -136,8 +136,16 @@ class ReMoECell(nn.Module):
         self.bias_ih = nn.Parameter(torch.empty(gates * size, dtype=dtype))
         self.bias_hh = nn.Parameter(torch.empty(gates * size, dtype=dtype))
 
-    def forward(self, x_TH: Tensor, state_Tp: Tensor | None, projection_pH: Tensor) -> Tensor:
+        self.projection = None
+        if config.recurrent_projection == "shared":
+            self.projection = nn.Parameter(torch.empty(size, config.hidden_size, dtype=dtype))
+
+    def forward(
+        self, x_TH: Tensor, state_Tp: Tensor | None, projection_pH: Tensor | None
+    ) -> Tensor:
         """Return the state after a layer, `[T, p]`, given that of the layer before, or None."""
+        projection_pH = self.projection if projection_pH is None else projection_pH
+        assert projection_pH is not None
         x_Tp = F.linear(x_TH.float(), projection_pH.float())
         if state_Tp is None or self.passing == "none":
             state_Tp = torch.zeros_like(x_Tp)
@@ -164,9 +172,10 @@ class ReMoERouter(nn.Module):
 
     def __init__(self, config: ReMoEConfig) -> None:
         super().__init__()
-        width = config.hidden_size
+        width, self.projection = config.hidden_size, None
         if config.recurrence != "none":
             width = config.recurrent_size
+        if config.recurrence != "none" and config.recurrent_projection == "layer":
             self.projection = nn.Parameter(torch.empty(width, config.hidden_size))
         self.weight = nn.Parameter(torch.empty(config.num_experts, width))
         self.max_active, self.at_least_one = config.max_active_experts, config.at_least_one_expert
@@ -179,17 +188,24 @@ class ReMoERouter(nn.Module):
         """Return the gates, the map of active experts, and the state if there is a cell."""
         # A cast is not enough under autocast, which would cast it back.
         with torch.autocast(x_TH.device.type, enabled=False):
-            read = x_TH
-            if cell is not None:
-                read = state_Tp = cell(x_TH, state_Tp, self.projection)
-            dtype = self.dtype or read.dtype
-            logits_TE = F.linear(read.to(dtype), self.weight.to(dtype))
+            logits_TE, state_Tp = self.score(x_TH, state_Tp, cell)
             probs_TE, active_TE = route(logits_TE, self.router_type, self.topk)
             if self.max_active is not None or self.at_least_one:
                 probs_TE, active_TE = bounded_routing(
                     logits_TE, probs_TE, max_active=self.max_active, at_least_one=self.at_least_one
                 )
             return probs_TE, active_TE, state_Tp
+
+    def score(
+        self, x_TH: Tensor, state_Tp: Tensor | None = None, cell: ReMoECell | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the logits `[T, E]` from which experts are selected, and the state."""
+        read = x_TH
+        if cell is not None:
+            # The cell may be on another device than the layer.
+            read = state_Tp = cell(x_TH, state_Tp, self.projection).to(x_TH.device)
+        dtype = self.dtype or read.dtype
+        return F.linear(read.to(dtype), self.weight.to(dtype)), state_Tp
 
 
 class ReMoEExperts(nn.Module):
@@ -240,7 +256,7 @@ class ReMoEBlock(nn.Module):
         The last is the state of a recurrent router, if there is a cell.
         """
         x_TH = hidden_states.flatten(0, 1)
-        probs_TE, active_TE, state_Tp = self.router(x_TH, state_Tp, cell)
+        probs_TE, active_TE, state_Tp = self.router(x_TH, state_Tp, cell=cell)
         y_TH = self.experts(x_TH, probs_TE.to(x_TH.dtype), active_TE)
         shape = (*hidden_states.shape[:2], -1)
         return y_TH.view_as(hidden_states), probs_TE.view(shape), active_TE.view(shape), state_Tp
@@ -289,7 +305,7 @@ class ReMoEDecoderLayer(GradientCheckpointingLayer):
         normed = self.post_attention_layernorm(hidden_states)
         if self.is_dense:
             return hidden_states + self.mlp(normed), weights, None, None, state_Tp
-        output, probs, active, state_Tp = self.mlp(normed, state_Tp, cell)
+        output, probs, active, state_Tp = self.mlp(normed, state_Tp, cell=cell)
         return hidden_states + output, weights, probs, active, state_Tp
 
 
@@ -339,7 +355,8 @@ class ReMoEPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ReMoEDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    # Accelerate would move the cell, which is a module, from layer to layer.
+    _skip_keys_device_placement = ["past_key_values", "cell"]
     _keep_in_fp32_modules_strict = {"recurrent_cell"}
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -353,10 +370,11 @@ class ReMoEPreTrainedModel(PreTrainedModel):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, ReMoECell):
-            for parameter in (module.weight_ih, module.weight_hh):
-                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
-            for parameter in (module.bias_ih, module.bias_hh):
-                init.zeros_(parameter)
+            for parameter in module.parameters(recurse=False):
+                if parameter.ndim == 1:
+                    init.zeros_(parameter)
+                else:
+                    init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
 
 
 class ReMoEModel(ReMoEPreTrainedModel):
@@ -452,7 +470,7 @@ class ReMoEModel(ReMoEPreTrainedModel):
         for layer in self.layers:
             all_hidden += [hidden_states] if with_hidden else []
             hidden_states, weights, probs, active, state = layer(
-                hidden_states, state, self.recurrent_cell, **common, **kwargs
+                hidden_states, state, cell=self.recurrent_cell, **common, **kwargs
             )
             all_attentions += [weights] if with_attentions and weights is not None else []
             if probs is not None and (output_routing or self.training):

@@ -191,7 +191,7 @@ def expected(
             outputs[rank],
             grads[rank],
             *grads[world:],
-            torch.cat([l1.view(1), torch.tensor([1.0, len(active)]), active.sum(dim=0)]).double(),
+            torch.tensor([l1, 1, len(active), *active.sum(dim=0), 0], dtype=torch.float64),
         )
         for rank, (l1, active) in enumerate(counts)
     ]

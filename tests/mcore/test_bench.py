@@ -23,7 +23,8 @@ SMALL = {
     "layer": "--tokens 64 --hidden 32 --ffn 32 --experts 4 --experts 8 --rounds 2",
     "layer --soft": "--tokens 64 --hidden 32 --ffn 32 --sequence 32 --experts 4 8 32 --rounds 2",
     "router": "--tokens 64 --hidden 32 --rounds 2",
-    "step": "--hidden 32 --ffn 32 --sequence 32 --experts 4 --experts 8 --granularity 2 --rounds 2",
+    "step": "--hidden 32 --ffn 32 --sequence 32 --experts 4 --experts 8 --granularity 2 --rounds 2 "
+    "--recurrence gru --recurrent-size 8",
 }
 
 
@@ -89,7 +90,10 @@ def test_steps_route_exactly_k_assignments_per_token(results):
         for row in results["step"]["rows"]
         if row["name"].startswith("ReMoE")
     }
-    assert sparsity == {"ReMoE E=4": "0.75000", "ReMoE E=8": "0.87500", "ReMoE E=4 G=2": "0.75000"}
+    expected = {"E=4": "0.75000", "E=8": "0.87500", "E=4 G=2": "0.75000"}
+    assert sparsity == {
+        f"ReMoE {cell}{name}": value for name, value in expected.items() for cell in ("", "gru ")
+    }
 
 
 @pytest.mark.processes

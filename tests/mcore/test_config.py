@@ -355,7 +355,19 @@ def test_soft_routing_needs_no_flags_of_the_topk_router(call):
         ),
         (
             ["--num-experts", "4", "--moe-router-recurrence", "rnn", "--mtp-num-layers", "1"],
-            "mtp_num_layers is 1, which a recurrent router refuses: multi-token prediction",
+            "mtp_num_layers is 1, which a recurrent router refuses: layers of multi-token",
+        ),
+        *(
+            (
+                ["--num-experts", "4", *relu, "--moe-router-recurrence", "gru", f"--{flag}"],
+                f"{flag.replace('-', '_')} is True, which a recurrent router refuses: {why}",
+            )
+            for relu in ([], ["--moe-relu-routing"])
+            for flag, why in (
+                ("fp32-residual-connection", "the state has columns for the dtype of the weights"),
+                ("fused-residual-rmsnorm", "the fused norm hands on residuals without the state"),
+                ("fine-grained-activation-offloading", "it has not been run with hidden states"),
+            )
         ),
         (
             ["--num-experts", "4", "--moe-soft-routing"],

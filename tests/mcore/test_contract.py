@@ -95,6 +95,20 @@ VALUES = {
         "use_checkpoint_args is set, but there is no load",
     ),
     "no data": (["mock_data=false"], "no data is named; set train_data_path"),
+    "a last stage without layers": (
+        ["moe_router_recurrence=gru", "nproc=2", "num_layers=3", "pipeline_model_parallel_size=2",
+         "pipeline_model_parallel_layout='Ettt|L'"],
+        "a pipeline stage has no layers, and the state of recurrent routers needs one to pass",
+    ),
+    "recurrence without a router": (
+        ["moe_router_recurrence=gru", "moe_layer_freq='[0,0]'"],
+        "moe_layer_freq is [0, 0], with which no layer has a router for moe_router_recurrence",
+    ),
+    "recurrence by an unknown cell": (["moe_router_recurrence=lstm"], "invalid choice: 'lstm' (ch"),
+    "recurrence of size zero": (
+        ["moe_router_recurrence=gru", "moe_router_recurrent_size=0"],
+        "moe_router_recurrent_size is 0; it must be a whole number that is at least 1",
+    ),
     # what would have run and meant nothing
     "NaN as a limit": (["clip_grad=.nan"], "clip_grad is nan; it must be a finite number"),
     "infinity as a limit": (["clip_grad=.inf"], "clip_grad is inf; it must be a finite number"),

@@ -44,6 +44,7 @@ CASES = {
     | GRU
     | {"num_layers": 3, "moe_layer_freq": "[1,0,1]"},
     "recurrent relu, nothing passed": RELU | GRU | {"moe_router_recurrent_passing": "none"},
+    "recurrent relu, shared projection": RELU | GRU | {"moe_router_recurrent_projection": "shared"},
     "recurrent topk, rnn": TOPK | {"moe_router_recurrence": "rnn", "moe_router_recurrent_size": 8},
     "dense, untied": UNTIED,
     "dense, tied": {},

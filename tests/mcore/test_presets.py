@@ -232,11 +232,12 @@ RECURRENT = ["moe_router_recurrence=gru", "moe_router_recurrent_size=24"]
 
 
 @pytest.mark.parametrize("granularity", [1, 2])
-@pytest.mark.parametrize("router", ["dense", "remoe", "recurrent"])
+@pytest.mark.parametrize("router", ["dense", "remoe", "recurrent", "shared projection"])
 def test_parameters_are_those_of_the_module(call, router, granularity):
     more = [] if router == "dense" else [f"moe_granularity={granularity}"]
-    if router == "recurrent":
-        router, more = "remoe", [*more, *RECURRENT]
+    if router in ("recurrent", "shared projection"):
+        shared = ["moe_router_recurrent_projection=shared"] * (router == "shared projection")
+        router, more = "remoe", [*more, *RECURRENT, *shared]
     flags = preset("469m", router, *SHRUNK, "padded_vocab_size=512", *more)
     size = ModelSize.from_flags(flags)
     assert call(counted, flags) == (size.router_params, size.total_params)

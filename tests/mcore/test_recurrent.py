@@ -17,6 +17,7 @@ from megatron.remoe.verify import plain
 from remoe.config import ReLURouting, TopKRouting
 from remoe.reference import reference_moe, reference_recurrent_scores
 from remoe.routing import topk_routing
+from remoe.statistics import routing_metrics
 from tests.mcore import moe_cases
 from tests.mcore.moe_cases import EXPERTS, HIDDEN, WIDTH, Layout
 
@@ -54,9 +55,14 @@ def test_hidden_states_of_half_precision_carry_a_state_in_two_columns_per_value(
     assert (carried - exact).abs().max() < 1e-6
 
 
-def routing_of(router, cell="gru", passing="full"):
+def routing_of(router, cell="gru", passing="full", projection="layer"):
     cls = {"relu": ReLURouting, "topk": TopKRouting}[router]
-    return cls(recurrence=cell, recurrent_size=SIZE, recurrent_passing=passing)
+    return cls(
+        recurrence=cell,
+        recurrent_size=SIZE,
+        recurrent_passing=passing,
+        recurrent_projection=projection,
+    )
 
 
 def layers_and_cell(routing, **changes):
@@ -80,7 +86,7 @@ def layers_and_cell(routing, **changes):
 def parameters_of(layers):
     found = list(layers[0].router.cell.parameters())
     for layer in layers:
-        found += [layer.router.projection, layer.router.weight]
+        found += [*layer.router.parameters()]
         found += [layer.experts.linear_fc1, layer.experts.linear_fc2]
     return found
 
@@ -103,9 +109,18 @@ def by_loops(layers, x, routing):
             state = torch.zeros_like(state)
         elif routing.recurrent_passing == "detached":
             state = state.detach()
+        own = layer.router.projection
         logits, state = reference_recurrent_scores(
-            flat, state, layer.router.projection, layer.router.weight, cell.cell, cell.weights
+            flat,
+            state,
+            cell.projection if own is None else own,
+            layer.router.weight,
+            cell.cell,
+            cell.weights,
         )
+        with torch.no_grad():
+            expected = state.norm(dim=1).sum().double()
+            assert torch.allclose(layer.router.statistics.state_norm, expected, rtol=1e-4)
         if isinstance(routing, ReLURouting):
             probs = logits.clamp(min=0)
         else:
@@ -143,9 +158,114 @@ def test_layers_equal_the_loops_with_all_gradients(call, router, cell, passing, 
     if recompute == "moe":
         changes = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
     ours, theirs = call(compared_with_loops, routing_of(router, cell, passing), changes)
+    assert_close(ours, theirs)
+
+
+def assert_close(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
         a = torch.zeros_like(b) if a is None else a
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("router", ["relu", "topk"])
+def test_layers_with_a_shared_projection_equal_the_loops(call, router):
+    assert_close(*call(compared_with_loops, routing_of(router, projection="shared"), {}))
+
+
+def norms_of_states(padding_mask):
+    """Mean norms that a step reports, and those of the states that the layer hands on."""
+    from megatron.remoe.train.step import update_routers
+
+    layers, _ = layers_and_cell(routing_of("relu"))
+    x = moe_cases.inputs(0)
+    wide, _ = layers[0](x, padding_mask=padding_mask)
+    state = wide[..., HIDDEN:].detach()
+    config = layers[0].router.config
+    report = update_routers([layers[0].router], config, is_relu=True, has_state=True)
+    return routing_metrics(report)["state_norm_per_layer"], state.norm(dim=-1)
+
+
+def test_metrics_have_the_norm_of_the_states_of_real_tokens(call):
+    # Megatron's layer takes the mask as [b, s].
+    for mask in (None, torch.arange(moe_cases.inputs(0).shape[0]) > 2):
+        padding = None if mask is None else mask.expand(moe_cases.inputs(0).shape[1], -1)
+        (found,), norms = call(norms_of_states, padding)
+        real = norms if mask is None else norms[~mask]
+        assert found == pytest.approx(real.mean().item(), rel=1e-5)
+
+
+def uninstalled():
+    from megatron.remoe.moe.shared_cell import SharedCells
+    from megatron.remoe.train.step import FinalizeStep
+
+    routing = routing_of("relu")
+    layers, cell = layers_and_cell(routing)
+    model = torch.nn.ModuleList(layers)
+    said = []
+    for cells in (SharedCells.of(routing), None):
+        try:
+            FinalizeStep(cells)([model])
+        except ValueError as error:
+            said.append(str(error))
+        model.recurrent_cell = cell
+    return said
+
+
+def test_a_cell_that_would_not_be_trained_is_refused(call):
+    """A script may use our layers without `configure`, which makes the cell a module."""
+    said = call(uninstalled)
+    assert len(said) == 2
+    assert all("the cell of recurrent routers is no module of the model, or Fin" in s for s in said)
+
+
+def specs(**changes):
+    from megatron.remoe.moe.spec import block_spec
+
+    moe_cases.initialize(Layout())
+    config = moe_cases.transformer_config(Layout(), num_layers=2)
+    for name, value in changes.items():
+        setattr(config, name, value)  # past Megatron's own validation
+    try:
+        block_spec(config, routing_of("topk"))
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # A checkpoint's arguments, which say so after the flags are checked.
+        ({"num_moe_experts": None}, "moe_router_recurrence is gru, but the model has no experts"),
+        ({"moe_layer_freq": [0, 0]}, "moe_layer_freq is [0, 0], with which no layer has a router"),
+        ({"fused_residual_rmsnorm": True}, "fused_residual_rmsnorm is True, which a recurrent ro"),
+        ({"moe_layer_freq": [0, 1]}, "accepted"),
+    ],
+)
+def test_what_cannot_carry_a_state_is_refused_where_layers_are_built(call, changes, message):
+    assert call(specs, **changes).startswith(message)
+
+
+def norm_without_the_state():
+    from megatron.remoe.moe.spec import block_spec
+
+    moe_cases.initialize(Layout())
+    config = moe_cases.transformer_config(Layout(), num_layers=2)
+    spec = block_spec(config, routing_of("relu")).layer_specs[1].submodules
+    norm = spec.input_layernorm(config=config, hidden_size=HIDDEN, eps=1e-5)
+    assert norm(torch.randn(2, 1, HIDDEN + SIZE)).shape == (2, 1, HIDDEN)
+    for columns in (0, 2 * SIZE):
+        try:
+            norm(torch.randn(2, 1, HIDDEN + columns))
+        except AssertionError as error:
+            assert str(error) == f"{HIDDEN + columns} columns, not {HIDDEN + SIZE}"
+        else:
+            return "accepted"
+    return "refused"
+
+
+def test_hidden_states_that_have_lost_the_state_do_not_start_from_zero(call):
+    assert call(norm_without_the_state) == "refused"
 
 
 def gradients_of_a_model(cell):

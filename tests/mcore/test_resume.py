@@ -15,7 +15,12 @@ from megatron.remoe.verify import kills, resume
 from megatron.remoe.verify.trajectories import FP32, TrajectoryComparison, deviations
 
 SAME = "EP2, distributed optimizer, overlap"
-NAMES = [f"{SAME} -> {SAME}", "EP2 -> TP2", f"1, distributed optimizer -> {SAME}"]
+NAMES = [
+    f"{SAME} -> {SAME}",
+    "EP2 -> TP2",
+    f"1, distributed optimizer -> {SAME}",
+    "DP2, distributed optimizer, padded buckets -> 1, distributed optimizer",
+]
 STEPS = 2
 
 

@@ -17,6 +17,7 @@ RELU = BOTH | {"moe_relu_routing": True, "moe_relu_load_balancing": "aux_loss"}
 TOPK = BOTH | {"moe_relu_routing": False, "moe_router_pre_softmax": True}
 GRU = {"moe_router_recurrence": "gru", "moe_router_recurrent_size": 8}
 DENSE: dict[str, Any] = {"num_experts": None, "ffn_hidden_size": 64}
+ROUTER, CELL = "decoder.layers.0.mlp.router.weight", "decoder.recurrent_cell.weight_hh"
 PURPOSE = "pass --moe-change-routing to change"
 
 
@@ -80,6 +81,11 @@ def run(folder: Path, **changes: Any) -> Namespace:
         ),
         (
             RELU | GRU,
+            RELU | GRU | {"moe_router_recurrent_projection": "shared"},
+            "was trained with moe_router_recurrent_projection layer, and this run has shared, with",
+        ),
+        (
+            RELU | GRU,
             RELU | GRU | {"moe_router_recurrent_passing": "none"},
             "was trained with moe_router_recurrent_passing full, and this run has none; set moe",
         ),
@@ -138,9 +144,22 @@ def test_a_checkpoint_of_something_else_is_refused_with_the_remedy(
         ({}, ("decoder.layers.0.mlp.router.l1_coeff",), TOPK, "has ReLU routing"),
         (BOTH, ("decoder.layers.0.mlp.router.l1_coeff",), TOPK, "has ReLU routing"),
         ({}, ("decoder.layers.0.mlp.router.l1_coeff",), RELU, None),
-        ({}, ("decoder.layers.0.mlp.router.weight",), RELU, "has TopK routing"),
-        ({}, ("decoder.layers.0.mlp.router.weight",), TOPK, None),
+        ({}, (ROUTER,), RELU, "has TopK routing"),
+        ({}, (ROUTER,), TOPK, None),
         ({}, (), DENSE, None),
+        (
+            {},
+            (ROUTER, CELL),
+            TOPK,
+            "has the cell of recurrent routers, and this run has",
+        ),
+        (
+            {},
+            (ROUTER,),
+            TOPK | GRU,
+            "has no cell of recurrent routers, and this run has",
+        ),
+        ({}, (ROUTER, CELL), TOPK | GRU, None),
         # Arguments of Megatron's own, and of the first of our runs.
         (BOTH, (), BOTH | {"moe_relu_routing": False}, None),
         (BOTH | {"moe_relu_routing": True}, (), RELU, None),

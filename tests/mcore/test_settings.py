@@ -107,7 +107,9 @@ def test_the_published_flags_and_exported_names_stay():
         ("--moe-topk-warmup-topk", "warmup_topk", False),
         ("--moe-router-recurrence", "recurrence", True),
         ("--moe-router-recurrent-size", "recurrent_size", True),
+        ("--moe-router-recurrent-init-std", "recurrent_init_std", False),
         ("--moe-router-recurrent-passing", "recurrent_passing", True),
+        ("--moe-router-recurrent-projection", "recurrent_projection", True),
         ("--moe-soft-slots-per-expert", "slots_per_expert", False),
     }
 
@@ -148,6 +150,11 @@ def test_the_layer_for_torch_has_the_settings_of_relu_routing():
             TopKRouting,
             {"recurrent_passing": "none"},
             "recurrent_passing is none, but recurrence is none; choose gru or rnn, or leave",
+        ),
+        (
+            TopKRouting,
+            {"recurrent_projection": "shared"},
+            "recurrent_projection is shared, but recurrence is none; choose gru or rnn, or leave",
         ),
         (TopKRouting, {"warmup_steps": -1}, "warmup_steps is -1; .* that is at least 0"),
     ],

@@ -14,7 +14,9 @@ from typing import Any
 from megatron.remoe.analysis import markdown
 from megatron.remoe.analysis.measures import (
     accuracy,
+    deviation_of,
     last_mean,
+    mean_of,
     sparsity_deviation,
     steps_to_settle,
     validation_loss,
@@ -25,7 +27,10 @@ from megatron.remoe.analysis.size import ModelSize
 _OSCILLATION_MEAN = 10  # rows of a block
 _DEFAULT_SEED = 1234
 # Routers in the order of a table; a difference is that of a later one minus an earlier one.
-ROUTERS = ("dense", "TopK", "TopK with warm-up", "Soft MoE", "ReMoE")
+ROUTERS = (
+    "dense", "TopK", "TopK with warm-up", "RMoE", "RMoE with warm-up", "Soft MoE", "ReMoE",
+    "recurrent ReMoE",
+)  # fmt: skip
 # Settings in which runs may differ and still be the same experiment.
 _PLACES = {
     "run_dir", "nproc", "seed", "metrics_file", "save", "load", "save_interval", "data_cache_path",
@@ -37,6 +42,7 @@ _ROUTER_SETTINGS = (
     "moe_relu_",
     "moe_soft_",
     "moe_topk_warmup_",
+    "moe_router_recurren",
     "moe_router_load_balancing_type",
     "moe_router_pre_softmax",
     "moe_aux_loss_coeff",
@@ -76,9 +82,11 @@ def router_of(config: dict[str, Any]) -> str:
         return "dense"
     if config.get("moe_soft_routing"):
         return "Soft MoE"
+    recurrent = config.get("moe_router_recurrence") not in (None, "none")
     if config.get("moe_relu_routing"):
-        return "ReMoE"
-    return "TopK with warm-up" if config.get("moe_topk_warmup_steps") else "TopK"
+        return "recurrent ReMoE" if recurrent else "ReMoE"
+    warm_up = " with warm-up" if config.get("moe_topk_warmup_steps") else ""
+    return ("RMoE" if recurrent else "TopK") + warm_up
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ class Group:
         coeffs = [[row["l1_coeff"] for row in run.train if "l1_coeff" in row] for run in runs]
 
         def last(key: str) -> float | None:
-            return _mean(last_mean(run, key) for run in runs)
+            return mean_of(last_mean(run, key) for run in runs)
 
         return {
             "run": self.name,
@@ -140,32 +148,20 @@ class Group:
             "active_params": self.size.active_params if self.size else None,
             "total_params": self.size.total_params if self.size else None,
             "valid_loss_mean": statistics.fmean(losses),
-            "valid_loss_std": _stdev(losses),
+            "valid_loss_std": deviation_of(losses),
             "sparsity": last("sparsity"),
-            "settled_runs": len(steps) if self.router == "ReMoE" else None,
-            "steps_to_settle": _mean(steps),
-            "deviation": _mean(map(sparsity_deviation, runs)),
-            "oscillation": _mean(map(partial(sparsity_deviation, rows=_OSCILLATION_MEAN), runs)),
+            "settled_runs": len(steps) if any(run.has_relu_routing for run in runs) else None,
+            "steps_to_settle": mean_of(steps),
+            "deviation": mean_of(map(sparsity_deviation, runs)),
+            "oscillation": mean_of(map(partial(sparsity_deviation, rows=_OSCILLATION_MEAN), runs)),
             "coeff_peak": _geometric_mean(max(c) for c in coeffs if c),
             "coeff_last": _geometric_mean(c[-1] for c in coeffs if c),
             "dead_experts": last("dead_experts"),
             "expert_load_max": last("expert_load_max"),
             "expert_load_cv": last("expert_load_cv"),
             "tokens_per_second": last("tokens_per_second"),
-            "accuracy": _mean(map(accuracy, runs)),
+            "accuracy": mean_of(map(accuracy, runs)),
         }
-
-
-def _stdev(values: list[float]) -> float | None:
-    """Return None for one value, and NaN if a value is not finite, on which `statistics` fails."""
-    if len(values) < 2:
-        return None
-    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
 
 
 def _geometric_mean(values: Iterable[float]) -> float | None:
@@ -197,7 +193,7 @@ def paired_difference(first: Group, second: Group) -> Difference | None:
     deltas = [a[seed] - b[seed] for seed in a if seed in b]
     if not deltas:
         return None
-    deviation, half = _stdev(deltas), None
+    deviation, half = deviation_of(deltas), None
     if deviation is not None:
         t = _T95[min(len(deltas) - 1, len(_T95)) - 1]
         half = t * deviation / math.sqrt(len(deltas))

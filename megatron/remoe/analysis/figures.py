@@ -11,8 +11,11 @@ _COLORS = {
     "dense": "#7f7f7f",
     "TopK": "#1f4e79",
     "TopK with warm-up": "#5b8c5a",
-    "Soft MoE": "#8e6bb0",
+    "RMoE": "#7d5ba6",
+    "RMoE with warm-up": "#b39ac8",
+    "Soft MoE": "#8c6d46",
     "ReMoE": "#c0392b",
+    "recurrent ReMoE": "#e08e0b",
 }
 _STYLES = ("-", "--", ":", "-.")
 _SMOOTHING = 20  # rows

@@ -1,16 +1,22 @@
-"""Tables of a comparison of runs, in Markdown."""
+"""Tables of runs and of their comparison, in Markdown."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 Row = dict[str, Any]
+Columns = dict[str, Callable[[Row], str]]
 
 
-def table(rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> list[str]:
+def table(rows: list[Row], columns: Columns) -> list[str]:
     """Return the lines of a table, without the columns in which no row has a text."""
-    cells = {title: [text(row) for row in rows] for title, text in columns.items()}
-    shown = {title: texts for title, texts in cells.items() if any(texts)}
+    shown = texts(rows, columns)
     return lines(shown, zip(*shown.values(), strict=True))
+
+
+def texts(rows: list[Row], columns: Columns) -> dict[str, list[str]]:
+    """Return the texts of each column by its title, without the columns in which no row has one."""
+    cells = {title: [text(row) for row in rows] for title, text in columns.items()}
+    return {title: column for title, column in cells.items() if any(column)}
 
 
 def lines(titles: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
@@ -30,6 +36,18 @@ def _loss(row: Row) -> str:
     deviation = row["valid_loss_std"]
     text = f"{row['valid_loss_mean']:.4f}"
     return text if deviation is None else f"{text} ± {deviation:.4f}"
+
+
+def _mean(key: str) -> Callable[[Row], str]:
+    """Return the text of a mean over seeds, with the deviation if there is one."""
+
+    def text(row: Row) -> str:
+        if row[key] is None:
+            return ""
+        deviation = row.get(f"{key}_std")
+        return f"{row[key]:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
+
+    return text
 
 
 def _settled(row: Row) -> str:
@@ -70,3 +88,16 @@ ROUTING = {
     "most loaded / mean": _number("expert_load_max", ".2f"),
     "variation of load": _number("expert_load_cv", ".3f"),
 }
+GATES: Columns = {
+    "active": _mean("active_experts"),
+    "two or more": _mean("two_active"),
+    "top1 / top2": _mean("inner_balance"),
+    "top-k mass": _mean("outer_balance"),
+    "mean mass": _mean("outer_balance_mean"),
+    "MI": _mean("information"),
+    "MI control": _mean("information_shuffled"),
+    "token MI": _mean("expert_information"),
+    "token MI control": _mean("expert_information_shuffled"),
+}
+GATES_OF_LAYERS: Columns = {"layer": lambda row: str(row["layer"])} | GATES
+GATES_OF_RUNS: Columns = {"run": _run, "seeds": _number("seeds", "d")} | GATES

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 from megatron.remoe.analysis.runs import Run
@@ -59,3 +60,17 @@ def last_mean(run: Run, key: str) -> float | None:
     """Return the mean of a quantity over the last 20 rows; None if no row has it."""
     values: list[Any] = [row[key] for row in run.train[-_LAST_ROWS:] if row.get(key) is not None]
     return statistics.fmean(values) if values else None
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def deviation_of(values: list[float]) -> float | None:
+    """Return the standard deviation of values; None for one, and NaN if one is not finite."""
+    if len(values) < 2:
+        return None
+    # `statistics` fails on values that are not finite.
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan

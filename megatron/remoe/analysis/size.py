@@ -37,6 +37,8 @@ class ModelSize:
         norm_weights: the weights of a norm per hidden unit: 1, or 2 with a bias.
         state_size, cell_gates: of recurrent routers, with 3 gates for a GRU and 1 for an RNN; both
             are 0 without recurrence.
+        projections: the number of matrices that project tokens to the size of the state: one per
+            layer with experts, or one.
     """
 
     num_layers: int
@@ -56,6 +58,7 @@ class ModelSize:
     norm_weights: int = 1
     state_size: int = 0
     cell_gates: int = 0
+    projections: int = 0
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> "ModelSize":
@@ -85,6 +88,7 @@ class ModelSize:
         ffn = _int(flags, "ffn_hidden_size")
         recurrence = flags.get("moe_router_recurrence") or "none"
         gates = {"gru": 3, "rnn": 1, "none": 0}[recurrence] if experts else 0
+        shared = flags.get("moe_router_recurrent_projection") == "shared"
         moe_layers = layers_with_experts(flags.get("moe_layer_freq"), layers)
         return cls(
             num_layers=layers,
@@ -104,6 +108,7 @@ class ModelSize:
             norm_weights=1 if flags.get("normalization") == "RMSNorm" else 2,
             state_size=(_int(flags, "moe_router_recurrent_size") or 128) if gates else 0,
             cell_gates=gates,
+            projections=1 if shared else len(moe_layers),
         )
 
     @property
@@ -116,9 +121,9 @@ class ModelSize:
         """The number of the routers' parameters, with the cell that recurrent routers share."""
         if not self.cell_gates:
             return self.num_moe_layers * self.num_experts * self.hidden
-        per_layer = self.state_size * (self.hidden + self.num_experts)
-        cell = 2 * self.cell_gates * self.state_size * (self.state_size + 1)
-        return self.num_moe_layers * per_layer + cell
+        weights = self.projections * self.hidden + self.num_moe_layers * self.num_experts
+        cell = 2 * self.cell_gates * (self.state_size + 1)
+        return self.state_size * (weights + cell)
 
     @property
     def active_params(self) -> int:

@@ -136,6 +136,9 @@ def step(model: steps.Model, experts: list[int], granularities: list[int], timin
         if name.startswith("ReMoE"):
             relative = ratio / times[name.replace("ReMoE", "TopK")]
             console.print(f"{name}: {relative:.3f} of the time of TopK", highlight=False)
+        if f" {model.recurrence} " in name:
+            relative = ratio / times[name.replace(f" {model.recurrence} ", " ")]
+            console.print(f"{name}: {relative:.3f} of the time without it", highlight=False)
     _growth(rows, [f"ReMoE E={e}" for e in experts], console)
 
 

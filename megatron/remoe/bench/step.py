@@ -1,4 +1,7 @@
-"""A whole training step of a small model: ReMoE, TopK and dense, by experts and granularity."""
+"""A whole training step of a small model: ReMoE, TopK and dense, by experts and granularity.
+
+With a recurrence, both routers are also timed with it.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,8 +14,10 @@ from megatron.remoe.bench.timing import Alternative
 from megatron.remoe.testing.cell import Cell, RouterKind
 from megatron.remoe.testing.cells import Training
 from megatron.remoe.testing.golden import golden_tokens
+from remoe.config import Recurrence
 
 DENSE = "dense of equal active FLOPs"
+ROUTERS: dict[str, RouterKind] = {"TopK": "topk", "ReMoE": "relu"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class Model:
     topk: int
     num_experts: int = 8
     granularity: int = 1
+    recurrence: Recurrence = "none"
+    recurrent_size: int = 128
 
     def config(self) -> dict[str, Any]:
         """Return the sizes in the terms of the golden runs."""
@@ -47,18 +54,23 @@ def alternatives(model: Model, experts: list[int], granularities: list[int]) -> 
     models = [replace(model, num_experts=e) for e in experts]
     models += [replace(models[0], granularity=g) for g in granularities if g != 1]
     dense = replace(model, ffn_hidden_size=model.ffn_hidden_size * model.topk)
-    found = [_alternative(DENSE, "dense", dense)]
+    found = [_alternative(DENSE, "dense", replace(dense, recurrence="none"))]
     for each in models:
         granularity = f" G={each.granularity}" if each.granularity > 1 else ""
         name = f"E={each.num_experts}{granularity}"
-        found.append(_alternative(f"TopK {name}", "topk", each))
-        found.append(_alternative(f"ReMoE {name}", "relu", each))
+        for router, kind in ROUTERS.items():
+            found.append(_alternative(f"{router} {name}", kind, replace(each, recurrence="none")))
+            if each.recurrence != "none":
+                found.append(_alternative(f"{router} {each.recurrence} {name}", kind, each))
     return found
 
 
 def _alternative(name: str, router: RouterKind, model: Model) -> Alternative:
     config = model.config()
-    training = Training(Cell(name, router=router), config, None)
+    cell = Cell(
+        name, router=router, recurrence=model.recurrence, recurrent_size=model.recurrent_size
+    )
+    training = Training(cell, config, None)
     batch = golden_tokens(config)[0].to(torch.cuda.current_device())
     facts = {}
     if router == "relu":
@@ -84,7 +96,10 @@ def route_exactly(training: Training, batch: Tensor) -> None:
     routers: list[Any] = relu_routers([model])
     for router in routers:
         seen: list[Tensor] = []
-        hook = router.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        # A recurrent router also returns what it reads, its state.
+        hook = router.register_forward_hook(
+            lambda _, args, out, seen=seen: seen.append(out[2] if len(out) == 3 else args[0])
+        )
         model(tokens, positions, None)
         hook.remove()
         x = seen[0].flatten(end_dim=-2).float()

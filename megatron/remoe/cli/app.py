@@ -16,7 +16,7 @@ from megatron.remoe.cli import bench, checkpoint, convert, data, model, run, ver
 PANELS = {
     "Data": ("data",),
     "Train": ("describe", "train", "launch", "sweep", "plot", "compare", "checkpoint"),
-    "Models": ("convert", "generate", "evaluate"),
+    "Models": ("convert", "generate", "evaluate", "analyze"),
     "Check": ("doctor", "verify", "bench"),
 }
 

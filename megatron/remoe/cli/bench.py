@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -104,6 +104,8 @@ def step(
     experts: list[int] | None = None,
     granularity: list[int] | None = None,
     topk: int = 1,
+    recurrence: Literal["none", "gru", "rnn"] = "none",
+    recurrent_size: AtLeastOne = 128,
     rounds: AtLeastOne = 10,
     json_path: Json = None,
 ) -> None:
@@ -117,6 +119,8 @@ def step(
         micro_batch: The number of sequences of a batch.
         experts: The numbers of experts to time, by default 8.
         granularity: The granularities to time at the first number of experts, by default only 1.
+        recurrence: The cell of recurrent routers, which are timed as well, or none.
+        recurrent_size: The number of values of their state.
     """
     _prepare()
     from megatron.remoe.bench import main
@@ -129,6 +133,8 @@ def step(
         sequence=sequence,
         micro_batch=micro_batch,
         topk=topk,
+        recurrence=recurrence,
+        recurrent_size=recurrent_size,
     )
     main.step(model, experts or [8], granularity or [], main.Timing(rounds, json_path))
 

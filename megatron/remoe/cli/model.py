@@ -1,10 +1,10 @@
-"""The commands that use a model: `remoe generate` and `remoe evaluate`."""
+"""The commands that use a model: `remoe generate`, `remoe evaluate` and `remoe analyze`."""
 
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -151,3 +151,77 @@ def _merge(file: Path, found: dict[str, Any]) -> None:
             found[key] = before[key] | found[key]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(before | found, indent=2) + "\n")
+
+
+@command(app)
+def analyze(
+    models: list[Path],
+    data: Annotated[Path, typer.Option()],
+    tokens: AtLeastOne = 32768,
+    sequence_length: AtLeastOneOrNone = None,
+    seed: AtLeastOne = 1234,
+    out: Path | None = None,
+) -> None:
+    """Measure how models route: the balance of their gates, and what layers know of each other.
+
+    Every layer has a row, and so has every model. Runs that differ in their seed only are one row
+    of the summary.
+
+    Example: remoe analyze runs/quickstart --data data/quickstart/tokens/valid --tokens 65536
+
+    Args:
+        models: The run directories, checkpoints or Hugging Face folders.
+        data: The token files that are routed: a folder, or one of them without its suffix.
+        tokens: The largest number of tokens to route, taken from all files in turn.
+        sequence_length: The length of the sequences, by default the run's.
+        seed: The seed that orders the documents, and the shuffled tokens of the control.
+        out: The folder to which routing.md, a table of the summary, and routing.json, with all
+            numbers, are written. By default they are only printed.
+    """
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; name a folder (--out)")
+    prepare()
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron.remoe.analysis import markdown
+    from megatron.remoe.analysis import routing as measures
+    from megatron.remoe.evaluate import routing
+
+    sources = {path: routing.open_routed(path) for path in models}
+    groups = measures.group_models(sources)
+    reports = []
+    for path, source in sources.items():
+        with progress(f"sequences of {path.name}") as shown:
+            gates = routing.collect(
+                path,
+                source,
+                data,
+                tokens=tokens,
+                seed=seed,
+                sequence_length=sequence_length,
+                progress=shown,
+            )
+        found = measures.report(gates, seed)
+        reports.append(found)
+        rows = [*found.layers, found.summary]
+        columns = markdown.texts(rows, markdown.GATES_OF_LAYERS)
+        title = f"{path}: {found.router}, k {found.topk}, {found.tokens} tokens"
+        table = Table(*columns, title=title, box=None, pad_edge=False)
+        for cells in zip(*columns.values(), strict=True):
+            table.add_row(*cells)
+        Console().print(table)
+    summary = measures.summarize(groups, reports)
+    text = measures.to_markdown(summary)
+    typer.echo(text)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        every = {
+            "data": str(data),
+            "seed": seed,
+            "models": [found.to_json() for found in reports],
+            "summary": summary,
+        }
+        for name, content in (("routing.md", text), ("routing.json", json.dumps(every, indent=2))):
+            (out / name).write_text(content + "\n")
+            typer.echo(out / name)

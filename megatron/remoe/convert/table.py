@@ -76,8 +76,9 @@ class Rule:
         hf: the names on the other side, each with its dimensions, one letter per dimension.
         to_hf, to_megatron: split the tensor into its parts, in the order of `hf`, and join them.
         when: which models or layers have the tensor: "always", "untied" (models with a separate
-            output layer), "recurrent" (the model, and its layers with experts), or the kind of
-            layer: "moe", "relu" (moe with a ReLU router), "dense".
+            output layer), "recurrent", "shared projection" (models with recurrent routers), or the
+            kind of layer: "moe", "relu" (moe with a ReLU router), "projection" (moe with a
+            recurrent router and a projection of its own), "dense".
     """
 
     megatron: str
@@ -116,7 +117,7 @@ TABLE: tuple[Rule, ...] = (
         when="moe",
     ),
     Rule(_M + "mlp.router.weight", {_H + "mlp.router.weight": "ER"}, when="moe"),
-    Rule(_M + "mlp.router.projection", {_H + "mlp.router.projection": "RH"}, when="recurrent"),
+    Rule(_M + "mlp.router.projection", {_H + "mlp.router.projection": "RH"}, when="projection"),
     Rule(_M + "mlp.router.l1_coeff", {"config.l1_coeff.*": ""}, when="relu"),
     Rule(
         _M + "mlp.experts.experts.linear_fc1.weight",
@@ -151,6 +152,9 @@ TABLE: tuple[Rule, ...] = (
             ("bias_ih", "S"),
             ("bias_hh", "S"),
         )
+    ),
+    Rule(
+        "decoder.recurrent_cell.projection", {f"{CELL}projection": "RH"}, when="shared projection"
     ),
     Rule("decoder.final_layernorm.weight", {"model.norm.weight": "H"}),
     Rule(
@@ -248,7 +252,8 @@ def plan(config: Config, padded_vocab_size: int) -> list[Item]:
         kinds = _kinds(config, layer)
         items += [_item(r, dims, layer) for r in rest if "*" in r.megatron and r.when in kinds]
     kinds = {"always"} if config["tie_word_embeddings"] else {"always", "untied"}
-    kinds |= {"recurrent"} if config.get("recurrence", "none") != "none" else set()
+    if (projection := _projection(config)) is not None:
+        kinds |= {"recurrent", f"{projection} projection"}
     items += [_item(r, dims, None) for r in rest if "*" not in r.megatron and r.when in kinds]
     for side in ([i.megatron for i in items], [name for i in items for name in i.hf]):
         repeated = sorted(name for name, count in Counter(side).items() if count > 1)
@@ -261,7 +266,14 @@ def _kinds(config: Config, layer: int) -> set[str]:
     if config["model_type"] != "remoe" or layer in (config.get("mlp_only_layers") or ()):
         return {"always", "dense"}
     kinds = {"always", "moe"} | ({"relu"} if config["router_type"] == "relu" else set())
-    return kinds | ({"recurrent"} if config.get("recurrence", "none") != "none" else set())
+    return kinds | ({"projection"} if _projection(config) == "layer" else set())
+
+
+def _projection(config: Config) -> str | None:
+    """Return which projection recurrent routers have, "layer" or "shared"; None for others."""
+    if config.get("recurrence", "none") == "none":
+        return None
+    return str(config.get("recurrent_projection", "layer"))
 
 
 def _item(rule: Rule, dims: Dims, layer: int | None) -> Item:

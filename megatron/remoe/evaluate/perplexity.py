@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from megatron.remoe.convert.export import Progress
 from megatron.remoe.convert.exported import check_vocabulary, exported, load
 from megatron.remoe.convert.source import MegatronSource, open_source
+from megatron.remoe.convert.table import Config
 from megatron.remoe.data.pairs import check_pair
 
 DEFAULT_SEED = 1234  # Megatron's
@@ -92,13 +93,12 @@ def perplexity(
     config = source.config
     if seed is None:
         seed = getattr(source.args, "seed", None) if isinstance(source, MegatronSource) else None
-    facts = config.get("training_facts") or {}
-    length = sequence_length or facts.get("sequence_length") or config["max_position_embeddings"]
+    length = sequence_length or default_length(config)
     with exported(source) as folder:
         model = load(folder, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as scratch:
         sets = {
-            name: _dataset(prefix, length, seed or DEFAULT_SEED, Path(scratch))
+            name: sequences(prefix, length, seed or DEFAULT_SEED, Path(scratch))
             for name, prefix in domains.items()
         }
         done, total = 0, sum(map(len, sets.values()))
@@ -113,8 +113,24 @@ def perplexity(
     return losses | {"all": Loss(mean, tokens)}
 
 
-def _dataset(prefix: Path, length: int, seed: int, cache: Path) -> Any:
-    """Return Megatron's dataset over all documents, once."""
+def default_length(config: Config) -> int:
+    """Return the length of a run's sequences, or else the number of positions of the model."""
+    facts = config.get("training_facts") or {}
+    return int(facts.get("sequence_length") or config["max_position_embeddings"])
+
+
+def sequences(prefix: Path, length: int, seed: int, cache: Path) -> Any:
+    """Return Megatron's dataset over all documents, once.
+
+    Args:
+        prefix: a token file without its suffix.
+        length: the number of tokens of a sequence.
+        seed: the seed of the order of documents.
+        cache: a folder for the dataset's own files.
+
+    Raises:
+        ValueError: the file has too few tokens for one sequence.
+    """
     import numpy as np
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset

@@ -17,7 +17,7 @@ class CountsRouting(ExactBuffers):
     """Mixin for Megatron routers that adds up what they route over the micro-batches of a step.
 
     Buffers, none of them persistent:
-        stats: fp64 `[3 + E]`, and most_active: int64, 0-d; see `RoutingStatistics`.
+        stats: fp64 `[4 + E]`, and most_active: int64, 0-d; see `RoutingStatistics`.
     """
 
     stats: Tensor
@@ -40,6 +40,14 @@ class CountsRouting(ExactBuffers):
     def statistics(self) -> RoutingStatistics:
         """The statistics of this rank since the last step, as views of the buffers."""
         return RoutingStatistics(self.stats, self.most_active)
+
+    @property
+    def counts_now(self) -> bool:
+        """Whether this forward pass is counted: in training, and once.
+
+        With activation recompute the router runs twice, first without gradients and then with.
+        """
+        return self.training and torch.is_grad_enabled()
 
     def count(self, routing_map: Tensor, padding_mask: Tensor | None) -> TokenCounts:
         """Add a micro-batch, bool `[T, E]`, without its padding (True), bool `[T]`.

@@ -23,6 +23,7 @@ from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron.remoe.moe.counting import CountsRouting
 from megatron.remoe.moe.layer import DroplessMoELayer
 from megatron.remoe.moe.router import ReLURouter
 from megatron.remoe.moe.topk_router import CountingTopKRouter
@@ -52,14 +53,16 @@ def split(wide: Tensor, hidden_size: int) -> tuple[Tensor, Tensor | None]:
     return x, rounded + remainder
 
 
-class Recurrent(Router):
+class Recurrent(CountsRouting, Router):
     """Mixin for a router that reads the state of the tokens, and not the tokens.
 
     The base router routes by the state as it would route by hidden states, with a weight `[E, p]`.
 
     Parameters beside the weight:
-        projection: `[p, h]`.
+        projection: `[p, h]`, unless all layers share that of the cell.
     """
+
+    projection: torch.nn.Parameter | None
 
     def __init__(
         self,
@@ -72,9 +75,14 @@ class Recurrent(Router):
     ) -> None:
         super().__init__(config, pg_collection, is_mtp_layer, routing=routing)
         self.passing: RecurrentPassing = routing.recurrent_passing
+        self._init_std = routing.recurrent_init_std
         self._cell = (cell,)  # a module of the model, and not of its routers
         self.weight = self._parameter(config.num_moe_experts, cell.size)
-        self.projection = self._parameter(cell.size, config.hidden_size)
+        own_projection = routing.recurrent_projection == "layer"
+        self.register_parameter(
+            "projection",
+            self._parameter(cell.size, config.hidden_size) if own_projection else None,
+        )
 
     @property
     def cell(self) -> RecurrentCell:
@@ -97,15 +105,19 @@ class Recurrent(Router):
         x, before = split(input, self.config.hidden_size)
         if before is not None:
             before = passed_on(before.flatten(end_dim=-2), self.passing)
-        state = self.cell(x.flatten(end_dim=-2), before, self.projection).view(*x.shape[:-1], -1)
+        state = self.cell(x.flatten(end_dim=-2), before, self.projection)
+        if self.counts_now:
+            mask = None if padding_mask is None else padding_mask.reshape(-1)
+            self.statistics.add_states(state, mask)
+        state = state.view(*x.shape[:-1], -1)
         probs, routing_map = super().forward(state, padding_mask)
         return probs.to(input.dtype), routing_map, state
 
     def _parameter(self, *shape: int) -> torch.nn.Parameter:
-        """Return a weight as Megatron makes that of its router."""
+        """Return a weight as Megatron makes that of its router, with another deviation."""
         weight = torch.nn.Parameter(torch.empty(shape, dtype=torch.float32))
         if self.config.perform_initialization:
-            self.config.init_method(weight)
+            torch.nn.init.normal_(weight, std=self._init_std)
         weight.data = weight.data.to(self.config.params_dtype)
         weight.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
         return weight
@@ -171,13 +183,14 @@ class RecurrentMoELayer(DroplessMoELayer):
         return hidden_states[..., : self.config.hidden_size].contiguous()
 
 
-def norm_of_tokens(norm: Any, *, keeps_state: bool) -> Any:
+def norm_of_tokens(norm: Any, state_size: int, *, keeps_state: bool) -> Any:
     """Return a builder of the norm, for an input with the columns of a state.
 
     The names of parameters stay, because the norm itself is not wrapped.
 
     Args:
         norm: a builder of Megatron's.
+        state_size: of the state. An input without its columns would start it from zero again.
         keeps_state: whether the output has the columns too.
     """
 
@@ -185,8 +198,11 @@ def norm_of_tokens(norm: Any, *, keeps_state: bool) -> Any:
         module: torch.nn.Module = norm(config=config, **kwargs)
 
         def take(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            x = args[0][..., : config.hidden_size].contiguous()
-            x.state_columns = args[0][..., config.hidden_size :]  # type: ignore[attr-defined]
+            (wide,) = args
+            width = config.hidden_size + columns(state_size, wide.dtype)
+            assert wide.shape[-1] == width, f"{wide.shape[-1]} columns, not {width}"
+            x = wide[..., : config.hidden_size].contiguous()
+            x.state_columns = wide[..., config.hidden_size :]  # type: ignore[attr-defined]
             return (x,)
 
         def give(_: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -76,8 +76,7 @@ class ReLURouter(CountsRouting, Router):
         """
         logits = self.apply_z_loss(logits, padding_mask=padding_mask)
         probs, routing_map = relu_routing(logits)
-        # With activation recompute the router runs twice: first without gradients, then with.
-        if self.training and torch.is_grad_enabled():
+        if self.counts_now:
             probs = self._penalize(probs, routing_map, padding_mask)
         bounds = self.relu_routing
         if bounds.max_active_experts is None and not bounds.at_least_one_expert:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron.remoe.moe.recurrent import Recurrent, columns
 from remoe.config import AnyRouting, Routing
-from remoe.recurrent import GATES, Cell, RecurrentCell
+from remoe.recurrent import RecurrentCell
 
 
 class SharedCell(RecurrentCell):
@@ -25,9 +25,14 @@ class SharedCell(RecurrentCell):
         copy: how many copies are on earlier model chunks; `SharedCells` sets it.
     """
 
-    def __init__(self, config: TransformerConfig, cell: Cell, size: int) -> None:
+    def __init__(self, config: TransformerConfig, routing: Routing) -> None:
+        assert routing.recurrence != "none"
         super().__init__(
-            cell, size, init_std=config.init_method_std, device=torch.cuda.current_device()
+            routing.recurrence,
+            routing.recurrent_size,
+            hidden_size=config.hidden_size if routing.recurrent_projection == "shared" else None,
+            init_std=routing.recurrent_init_std,
+            device=torch.cuda.current_device(),
         )
         self.copy = 0
         for parameter in self.parameters():
@@ -87,10 +92,8 @@ class SharedCells:
     """
 
     def __init__(self, routing: Routing) -> None:
-        assert routing.recurrence != "none"
         self.routing = routing
-        rows = GATES[routing.recurrence] * routing.recurrent_size
-        self.num_weights = 2 * rows * (routing.recurrent_size + 1)
+        self._num_weights: int | None = None
 
     @classmethod
     def of(cls, routing: AnyRouting | None) -> "SharedCells | None":
@@ -123,7 +126,7 @@ class SharedCells:
         first, last = -int(ends[0]), int(ends[1])
         if first == last:
             return models
-        weights = torch.zeros(self.num_weights, device=torch.cuda.current_device())
+        weights = self._zeros(list(position.values()), group)
         if first in position:
             weights = _flat([p.detach() for p in position[first].parameters()])
         torch.distributed.broadcast(weights, group=group, group_src=first % group.size())
@@ -152,9 +155,9 @@ class SharedCells:
         group = parallel_state.get_pipeline_model_parallel_group()
         if group.size() == 1:
             return
-        total = torch.zeros(self.num_weights, device=torch.cuda.current_device())
-        copies = []
-        for i, cell in _cells(unwrap_model(models)).items():
+        cells, copies = _cells(unwrap_model(models)), []
+        total = self._zeros(list(cells.values()), group)
+        for i, cell in cells.items():
             weights: list[Any] = list(cell.parameters())
             copies.append([weight.main_grad for weight in weights])
             total += _flat([_reduced_part(models[i], weight) for weight in weights])
@@ -163,6 +166,31 @@ class SharedCells:
         torch.distributed.all_reduce(total, group=group)
         for gradients in copies:
             _fill(gradients, total)
+
+    def _zeros(self, cells: list[SharedCell], group: Any) -> Tensor:
+        """Return a zero for every weight of a cell, also on a stage without a copy."""
+        device = torch.cuda.current_device()
+        if self._num_weights is None:
+            num_weights = max((sum(p.numel() for p in c.parameters()) for c in cells), default=0)
+            most = torch.tensor(num_weights, device=device)
+            torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=group)
+            self._num_weights = int(most)
+        return torch.zeros(self._num_weights, device=device)
+
+
+def check_installed(models: list[Any], cells: SharedCells | None) -> None:
+    """Refuse recurrent routers whose cell would be neither trained nor saved.
+
+    Raises:
+        ValueError: the cell is no module of the model, or nothing sums its gradients.
+    """
+    for i, cell in _cells(models).items():
+        if cells is None or not any(module is cell for module in models[i].modules()):
+            raise ValueError(
+                "the cell of recurrent routers is no module of the model, or FinalizeStep does "
+                "not know it, so that it would be neither trained nor saved; let "
+                "megatron.remoe.configure build the model"
+            )
 
 
 def _reduced_part(model: Any, weight: Any) -> Tensor:

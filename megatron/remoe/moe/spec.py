@@ -9,7 +9,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -73,7 +76,8 @@ def block_spec(
     we exchange modules in it.
 
     Raises:
-        ValueError: an option that the router refuses (`options`), or Soft MoE in a causal model.
+        ValueError: an option that the router refuses (`options`), Soft MoE in a causal model, or
+            recurrence without a layer that has experts, or with a pipeline stage without layers.
     """
     if routing is not None and not routing.causal and not bidirectional:
         raise ValueError(options.NOT_CAUSAL)
@@ -81,8 +85,8 @@ def block_spec(
         options.check_soft(config)
     elif isinstance(routing, ReLURouting) and config.num_moe_experts is not None:
         options.check(config)
-    elif isinstance(routing, Routing) and routing.is_recurrent:
-        options.check(config, names=options.NEEDS_OUR_LAYER, by="a recurrent router")
+    if isinstance(routing, Routing) and routing.is_recurrent:
+        options.check_recurrent(config)
     use_te = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(
         config,
@@ -102,8 +106,8 @@ def block_spec(
         ]
     elif isinstance(routing, Routing):
         router = partial(ROUTERS[type(routing)], routing=routing)
-        if routing.recurrence != "none":
-            cell = SharedCell(config, routing.recurrence, routing.recurrent_size)
+        if routing.is_recurrent:
+            cell = SharedCell(config, routing)
             router = partial(RECURRENT_ROUTERS[type(routing)], routing=routing, cell=cell)
         budget = {}
         if routing.varies and is_dropless(config):
@@ -142,11 +146,22 @@ def _with_states(
     pipeline stages, they have them between the first and the last layer of the model, because
     Megatron sends tensors of one shape.
     """
+    if config.num_moe_experts is None:
+        raise ValueError(
+            f"moe_router_recurrence is {routing.recurrence}, but the model has no experts; set "
+            f"num_experts, or leave moe_router_recurrence out"
+        )
     with_experts = options.layers_with_experts(config.moe_layer_freq, config.num_layers)
+    if not with_experts:
+        raise ValueError(
+            f"moe_layer_freq is {config.moe_layer_freq}, with which no layer has a router for "
+            f"moe_router_recurrence; give a layer experts, or leave num_experts out"
+        )
     first, last = with_experts[0], with_experts[-1]
     if config.pipeline_model_parallel_size > 1:
         first, last = 0, config.num_layers - 1
-        if not layers:
+        # Every rank looks at all stages, so that all of them end.
+        if min(_layers_of_stages(config)) == 0:
             raise ValueError(
                 "a pipeline stage has no layers, and the state of recurrent routers needs one to "
                 "pass; give every stage a layer, or leave moe_router_recurrence out"
@@ -160,10 +175,10 @@ def _with_states(
         changes: dict[str, Any] = {}
         if takes:
             changes = {
-                "input_layernorm": norm_of_tokens(given.input_layernorm, keeps_state=False),
+                "input_layernorm": norm_of_tokens(given.input_layernorm, size, keeps_state=False),
                 "self_attn_bda": add_to_tokens(given.self_attn_bda, hidden, size),
                 "pre_mlp_layernorm": norm_of_tokens(
-                    given.pre_mlp_layernorm, keeps_state=has_experts
+                    given.pre_mlp_layernorm, size, keeps_state=has_experts
                 ),
             }
         if has_experts:
@@ -173,6 +188,21 @@ def _with_states(
             changes["mlp_bda"] = add_to_tokens(given.mlp_bda, hidden, size if hands_on else None)
         changed.append(replace(layer, submodules=replace(given, **changes)))
     return changed
+
+
+def _layers_of_stages(config: TransformerConfig) -> list[int]:
+    """Return the number of layers of every pipeline stage, virtual ones one by one."""
+    layout: Any = config.pipeline_model_parallel_layout
+    chunks: list[int | None] = [None]
+    if config.virtual_pipeline_model_parallel_size is not None:
+        chunks = list(range(config.virtual_pipeline_model_parallel_size))
+    return [
+        get_num_layers_to_build(config, chunk, stage)
+        if layout is None
+        else layout.get_num_layers_to_build(vp_stage=chunk, pp_rank=stage)
+        for stage in range(config.pipeline_model_parallel_size)
+        for chunk in chunks
+    ]
 
 
 def _has_experts(layer: ModuleSpec) -> bool:

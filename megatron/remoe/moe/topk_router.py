@@ -7,7 +7,6 @@ so a resumed run goes on with the right k. The routing map determines the size o
 
 from collections.abc import Callable
 
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -50,7 +49,6 @@ class CountingTopKRouter(CountsRouting, TopKRouter):
         if self.warmup.warmup_steps:
             self.topk = self.warmup.topk_at(self._iteration(), self.config.moe_router_topk)
         probs, routing_map = super().routing(logits, padding_mask)
-        # With activation recompute the router runs twice: first without gradients, then with.
-        if self.training and torch.is_grad_enabled():
+        if self.counts_now:
             self.count(routing_map, None if padding_mask is None else padding_mask.reshape(-1))
         return probs, routing_map

@@ -100,6 +100,11 @@ def _backends() -> list[Finding]:
             "experts", "ok",
             "Transformer Engine grouped GEMM" if has_te else "grouped, in torch (moe_grouped_gemm)",
         ),
+        Finding(
+            "recurrent routers", "ok",
+            f"torch's cells in fp32 ({'GRU fused' if cpu.has_gpu() else 'not fused on a CPU'}); "
+            "what they refuse is in docs/options.md",
+        ),
         _fused("torch grouped_mm", grouped_mm, "experts run one after another: it needs bf16 on a "
                "GPU of compute capability 9"),
         _fused("rope fusion", has_te, without_te),

@@ -3,14 +3,17 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from megatron.remoe.testing.golden import Extreme, Padding
-from remoe.config import Recurrence
+from megatron.remoe.testing.golden import RECURRENT_SIZE, Extreme, Padding
+from remoe.config import Recurrence, RecurrentProjection
 
 RouterKind = Literal["relu", "topk", "soft", "dense"]
 
 # Changes that many cells share.
 FOUR_RANKS = (("nmb", 4),)  # of the golden run, so that every data-parallel rank has micro-batches
 DISTRIBUTED: dict[str, Any] = {"distributed_optimizer": True}
+# Few weights of the golden run then have a multiple of 128 values. Megatron pads the buckets of the
+# distributed optimizer to such multiples.
+ODD_SIZES = (("H", 56), ("F", 25))
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,9 @@ class Cell:
         overlap: whether gradient reduction and parameter gathering overlap with computation.
         router: "relu", "topk", "soft" in a bidirectional model (which sees its labels), or "dense"
             for a model without experts.
-        recurrence: of the routers, whose state has `RECURRENT_SIZE` values.
+        recurrence: of the routers.
+        recurrent_size: number of values of their state.
+        recurrent_projection: whether every layer projects to the state, or all share a matrix.
         experts: our grouped experts, or Megatron's sequential ones.
         routing: an extreme of routing to start from, see `golden.make_extreme`.
         max_assignments: largest number of assignments of a layer that are computed at once. None is
@@ -51,6 +56,8 @@ class Cell:
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     router: RouterKind = "relu"
     recurrence: Recurrence = "none"
+    recurrent_size: int = RECURRENT_SIZE
+    recurrent_projection: RecurrentProjection = "layer"
     load_balancing: Literal["aux_loss", "none"] = "aux_loss"
     experts: Literal["grouped", "sequential"] = "grouped"
     routing: Extreme | None = None

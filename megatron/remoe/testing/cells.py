@@ -12,7 +12,6 @@ from torch import Tensor
 from megatron.remoe.ranks import initialize_layout
 from megatron.remoe.testing.cell import Cell
 from megatron.remoe.testing.golden import (
-    RECURRENT_SIZE,
     SLOTS_PER_EXPERT,
     Padding,
     fill_with_golden_weights,
@@ -135,15 +134,13 @@ class Training:
                     if not torch.equal(first, value):
                         differing.append(name)
         # A stage may have no copy of the cell, or several.
-        ours = [value for name, value in self._parameters() if ".recurrent_cell." in name]
-        copies: list[list[Tensor]] = [[] for _ in range(pipeline.size())]
+        ours = [item for item in self._parameters() if ".recurrent_cell." in item[0]]
+        copies: list[list[tuple[str, Tensor]]] = [[] for _ in range(pipeline.size())]
         torch.distributed.all_gather_object(copies, ours, group=pipeline)
-        flat = [value for stage in copies for value in stage]
-        differing += [
-            f"parameter {i % 4} of the cell"
-            for i, value in enumerate(flat)
-            if not torch.equal(value, flat[i % 4])
-        ]
+        of_cell: dict[str, Tensor] = {}
+        for name, value in (item for stage in copies for item in stage):
+            if not torch.equal(value, of_cell.setdefault(name, value)):
+                differing.append(name)
         return differing
 
     def _parameters(self) -> list[tuple[str, Tensor]]:
@@ -214,7 +211,11 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any
     routing: AnyRouting | None = None
     recurrence: dict[str, Any] = {}
     if cell.recurrence != "none":
-        recurrence = {"recurrence": cell.recurrence, "recurrent_size": RECURRENT_SIZE}
+        recurrence = {
+            "recurrence": cell.recurrence,
+            "recurrent_size": cell.recurrent_size,
+            "recurrent_projection": cell.recurrent_projection,
+        }
     if cell.router == "relu":
         routing = ReLURouting(
             l1_coeff_init=config["coeff_init"],

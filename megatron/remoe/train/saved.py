@@ -18,7 +18,7 @@ from remoe.settings import settings_of
 
 _ROUTERS = {name: routing.title for name, routing in ROUTINGS.items()} | {"dense": "no experts"}
 
-_RECURRENT_SHAPE = ("recurrence", "recurrent_size")
+_RECURRENT_SHAPE = ("recurrence", "recurrent_size", "recurrent_projection")
 _REQUIRED = object()  # marks an argument that every checkpoint with arguments has
 # Arguments that change what a model computes from its weights, beside our settings: Megatron's, and
 # former ones of ours. The value is what a checkpoint without the argument was trained with.
@@ -220,8 +220,9 @@ def _refuse_other_task(args: argparse.Namespace, saved: Saved) -> None:
 
 
 def _refuse_other_recurrence(args: argparse.Namespace, saved: Saved) -> None:
-    """Refuse another cell or size of the state, with which the weights have other shapes."""
+    """Refuse another cell, size of the state or projection, whose weights have other shapes."""
     if not vars(saved.args):
+        _refuse_other_recurrence_by_tensors(args, saved)
         return
     sizes = {s.dest: s.default for s in settings_of(Routing) if s.name in _RECURRENT_SHAPE}
     for name, default in sizes.items():
@@ -229,9 +230,21 @@ def _refuse_other_recurrence(args: argparse.Namespace, saved: Saved) -> None:
         if before != now:
             raise ValueError(
                 f"checkpoint {saved.path} was trained with {name} {before}, and this run has "
-                f"{now}, with which its routers have weights of another shape; set {name} to "
+                f"{now}, with which its routers have other weights; set {name} to "
                 f"{before}, or start a new run"
             )
+
+
+def _refuse_other_recurrence_by_tensors(args: argparse.Namespace, saved: Saved) -> None:
+    """Refuse a checkpoint without arguments by whether it has a cell, which would be dropped."""
+    has_cell = any(".recurrent_cell." in name for name in TorchDistReader(saved.path).meta)
+    now = getattr(args, "moe_router_recurrence", "none")
+    if has_cell != (now != "none"):
+        raise ValueError(
+            f"checkpoint {saved.path} has {'the' if has_cell else 'no'} cell of recurrent routers, "
+            f"and this run has moe_router_recurrence {now}; "
+            + ("choose gru or rnn" if has_cell else "leave it out, or start a new run")
+        )
 
 
 def _refuse_other_shape(args: argparse.Namespace, saved: Saved) -> None:

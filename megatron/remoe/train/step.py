@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron.remoe import compat
 from megatron.remoe.moe.counting import CountsRouting
 from megatron.remoe.moe.router import ReLURouter
-from megatron.remoe.moe.shared_cell import SharedCells
+from megatron.remoe.moe.shared_cell import SharedCells, check_installed
 from remoe.controller import move_l1_coeff
 from remoe.statistics import RoutingStatistics, StepReport
 
@@ -40,6 +40,7 @@ def update_routers(
     config: TransformerConfig,
     *,
     is_relu: bool,
+    has_state: bool = False,
     move_coeff: bool = True,
 ) -> StepReport:
     """Reduce and clear the statistics, and move every ReLU router's coefficient in place.
@@ -48,10 +49,12 @@ def update_routers(
         routers: routers of this rank; none on a pipeline stage without experts.
         config: configuration of the model.
         is_relu: whether the model's routers are `ReLURouter`s.
+        has_state: whether they are recurrent.
         move_coeff: False only measures, for a step that will be repeated.
     """
     num_layers, device = config.num_layers, torch.cuda.current_device()
-    sums = torch.zeros(num_layers, 3 + config.num_moe_experts, dtype=torch.float64, device=device)
+    one = RoutingStatistics.zeros(config.num_moe_experts, device).sums
+    sums = one.expand(num_layers, -1).clone()
     maxima = sums.new_zeros(num_layers, 2)
     most_active_L, l1_coeff_L = maxima.unbind(dim=1)
     for router in routers:
@@ -73,6 +76,7 @@ def update_routers(
         RoutingStatistics(sums, most_active_L),
         topk=config.moe_router_topk,
         l1_coeff_L=l1_coeff_L if is_relu else None,
+        has_state=has_state,
     )
     relu = [router for router in routers if isinstance(router, ReLURouter)]
     if relu and move_coeff:
@@ -112,7 +116,13 @@ class FinalizeStep:
         pg_collection: ProcessGroupCollection | None = None,
         force_all_reduce: bool = False,
     ) -> None:
-        """Finalize the gradients of a step, and update its routers."""
+        """Finalize the gradients of a step, and update its routers.
+
+        Raises:
+            ValueError: the cell of recurrent routers would not be trained.
+        """
+        if self._kinds is None:
+            check_installed(model, self.cells)
         megatron_finalize_model_grads(
             model, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce
         )
@@ -128,6 +138,7 @@ class FinalizeStep:
             routers,
             get_model_config(model[0]),
             is_relu=is_relu,
+            has_state=self.cells is not None,
             move_coeff=is_relu and not compat.step_will_be_repeated(),
         )
 

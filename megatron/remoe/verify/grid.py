@@ -159,13 +159,18 @@ def recurrent() -> list[Cell]:
     bf16 = ("one rank", "TP2", "PP2", "EP2, distributed optimizer")
     chunked = ("EP2 all-to-all", "PP2", "one rank, MoE recompute")
     padded = ("TP2", "PP2")
+    shared = ("EP2, distributed optimizer", "TP2", "PP2, 2 virtual stages")
     plain_torch = ("one rank", "TP2 x EP2 all-to-all", "PP2")
-    deep = (("L", 4), ("seq", 16))
+    # A logit of step 38 is within rounding of zero.
+    deep = (("L", 4), ("seq", 16), ("steps", 36))
     gru: dict[str, Any] = {"recurrence": "gru"}
     return [
         *variants(layouts, "recurrent: ", **gru),
         *variants(layouts, "recurrent TopK: ", router="topk", **gru),
         *variants(layouts, "recurrent RNN: ", ("TP2", "PP2"), recurrence="rnn"),
+        *variants(
+            layouts, "recurrent, shared projection: ", shared, recurrent_projection="shared", **gru
+        ),
         *variants(layouts, "recurrent, bf16: ", bf16, dtype="bf16", **gru),
         *variants(layouts, "recurrent, chunked: ", chunked, max_assignments=64, **gru),
         *variants(layouts, "recurrent, padded: ", padded, padding="ends", **gru),

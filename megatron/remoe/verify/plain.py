@@ -72,6 +72,9 @@ def train(
             measured.append(layers)
         optimizer.zero_grad()
         total.backward()  # type: ignore[no-untyped-call]
+        for weight in weights.values():
+            if weight.grad is None:  # of a layer in which no expert was active
+                weight.grad = torch.zeros_like(weight)  # so that momentum and decay go on
         grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         optimizer.step()
         step = _measure(config, measured)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.remoe.testing import cells
-from megatron.remoe.testing.cell import DISTRIBUTED, FOUR_RANKS, Cell, variants
+from megatron.remoe.testing.cell import DISTRIBUTED, FOUR_RANKS, ODD_SIZES, Cell, variants
 from megatron.remoe.testing.golden import golden_tokens
 from megatron.remoe.verify.runs import Runner, check_all, reference_of
 from megatron.remoe.verify.trajectories import (
@@ -25,11 +25,13 @@ from megatron.remoe.verify.trajectories import (
 
 _GRU: dict[str, Any] = {"recurrence": "gru"}
 _SHARDED_GRU = DISTRIBUTED | _GRU
+_PADDED: dict[str, Any] = {"overlap": True, "run": ODD_SIZES} | DISTRIBUTED
 _LAYOUTS = [
     Cell("1"),
     Cell("1, distributed optimizer", **DISTRIBUTED),
     Cell("DP2", 2),
     Cell("DP2, distributed optimizer", 2, **DISTRIBUTED),
+    Cell("DP2, distributed optimizer, padded buckets", 2, **_PADDED),
     Cell("EP2", 2, ep=2),
     Cell("EP2, distributed optimizer, overlap", 2, ep=2, overlap=True, **DISTRIBUTED),
     Cell("TP2", 2, tp=2),
@@ -68,6 +70,7 @@ _ACROSS = {
         "EP2, distributed optimizer, overlap",
         "DP2 x EP2, distributed optimizer",
     ),
+    "DP2, distributed optimizer, padded buckets": ("1, distributed optimizer",),
     "EP2, distributed optimizer, overlap": (
         "1, distributed optimizer",
         "TP2, distributed optimizer",
@@ -205,7 +208,7 @@ def load_and_train(
 class ResumableTraining(cells.Training):
     """A cell whose training can be saved and continued."""
 
-    def __init__(self, cell: Cell, golden: dict[str, Any], weights: Path) -> None:
+    def __init__(self, cell: Cell, golden: dict[str, Any], weights: Path | None) -> None:
         from megatron.remoe import compat
 
         compat.apply()

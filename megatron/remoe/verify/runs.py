@@ -28,6 +28,7 @@ def reference_of(cell: Cell) -> Cell:
         dtype=cell.dtype,
         router=cell.router,
         recurrence=cell.recurrence,
+        recurrent_projection=cell.recurrent_projection,
         load_balancing=cell.load_balancing,
         routing=cell.routing,
         padding=cell.padding,

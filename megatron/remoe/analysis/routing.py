@@ -1,0 +1,185 @@
+"""How trained models route: rows of measures by layer, by model, and by runs of several seeds.
+
+Where the gates come from is not decided here. The measures are those of `remoe.analysis`.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.remoe.analysis import markdown
+from megatron.remoe.analysis.compare import compare, load_runs
+from megatron.remoe.analysis.measures import deviation_of, mean_of
+from remoe import analysis
+from remoe.routing import active_experts
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerGates:
+    """The gates of one layer for some tokens.
+
+    Attributes:
+        scores: fp64 `[T, E]`; the softmax over all experts before selection, or the gates of ReLU
+            routing (see `remoe.analysis`).
+        active: bool `[T, E]`, the map of active experts.
+    """
+
+    scores: Tensor
+    active: Tensor
+
+
+@dataclass(frozen=True)
+class ModelGates:
+    """The gates of one model for some tokens.
+
+    Attributes:
+        model: the model as it was named.
+        router: the router's type, as in the config for transformers.
+        topk: k of the model.
+        layers: the gates of every layer with experts, by the layer's number, which begins with 1.
+    """
+
+    model: Path
+    router: str
+    topk: int
+    layers: dict[int, LayerGates]
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """The measures of one model.
+
+    Attributes:
+        model, router, topk: those of `ModelGates`.
+        tokens: the number of tokens, each of which every layer routes.
+        layers: a row for each layer with experts.
+        summary: the row of the whole model.
+    """
+
+    model: Path
+    router: str
+    topk: int
+    tokens: int
+    layers: list[Row]
+    summary: Row
+
+    def to_json(self) -> Row:
+        """Return all of it in types that JSON has."""
+        return vars(self) | {"model": str(self.model)}
+
+
+def report(gates: ModelGates, seed: int) -> RoutingReport:
+    """Measure a model.
+
+    A row has these numbers, which are None where they have no meaning:
+
+    - `active_experts`, the mean per token, and `two_active`, the share of tokens with two or more;
+    - `inner_balance`, the median of the largest score divided by the second largest, over the
+      tokens that have two; `outer_balance` and `outer_balance_mean`, the median and the mean of the
+      share that the k largest scores have;
+    - `information`, the mutual information between the leading experts of this layer and of the
+      next one with experts, and `expert_information`, the mean over tokens of the published
+      number, both in nats; with `_shuffled`, the same after the next layer's tokens are shuffled.
+
+    In the summary, medians and means are over the tokens of all layers, and both kinds of mutual
+    information are means over pairs of layers.
+
+    Args:
+        gates: the gates of the model.
+        seed: the seed of the shuffled order.
+    """
+    layers = list(gates.layers.values())
+    between = [_between(first, second, seed) for first, second in pairwise(layers)]
+    rows = [
+        {"layer": number} | _balance([layer], gates.topk) | information
+        for (number, layer), information in zip(
+            gates.layers.items(), [*between, dict.fromkeys(_BETWEEN)], strict=True
+        )
+    ]
+    summary = {"layer": "all"} | _balance(layers, gates.topk) | _mean_rows(between, _BETWEEN)
+    tokens = len(layers[0].scores)
+    return RoutingReport(gates.model, gates.router, gates.topk, tokens, rows, summary)
+
+
+def _balance(layers: list[LayerGates], topk: int) -> Row:
+    """Return the numbers about the tokens of some layers."""
+    active_T = torch.cat([active_experts(layer.active) for layer in layers]).double()
+    inner = torch.cat([analysis.inner_balance(layer.scores) for layer in layers])
+    outer = torch.cat([analysis.outer_balance(layer.scores, topk) for layer in layers])
+    return {
+        "active_experts": active_T.mean().item(),
+        "two_active": (active_T >= 2).double().mean().item(),
+        "inner_balance": inner.median().item() if len(inner) else None,
+        "outer_balance": outer.median().item() if len(outer) else None,
+        "outer_balance_mean": outer.mean().item() if len(outer) else None,
+    }
+
+
+_BETWEEN = (
+    "information", "information_shuffled", "expert_information", "expert_information_shuffled"
+)  # fmt: skip
+
+
+def _between(first: LayerGates, second: LayerGates, seed: int) -> Row:
+    """Return the numbers about two layers, whose keys are `_BETWEEN`."""
+    choices = first.scores.shape[1] + 1
+    leading = analysis.leading_expert(first.scores)
+    row = {}
+    shuffled = analysis.shuffle(second.scores, seed)
+    for end, scores in (("", second.scores), ("_shuffled", shuffled)):
+        counts = analysis.joint_counts(leading, analysis.leading_expert(scores), choices)
+        row[f"information{end}"] = analysis.mutual_information(counts)
+        within = analysis.expert_information(first.scores, scores)
+        row[f"expert_information{end}"] = within.mean().item()
+    return row
+
+
+def _mean_rows(rows: list[Row], keys: Iterable[str]) -> Row:
+    """Return the mean of each key over the rows that have it; None if none has."""
+    return {key: mean_of(row[key] for row in rows) for key in keys}
+
+
+def group_models(models: Iterable[Path]) -> dict[str, list[Path]]:
+    """Return the models by the name of their row: runs that differ in their seed only are one row.
+
+    Names of runs are those of `remoe compare`; other models are named as they are given.
+
+    Raises:
+        ValueError: two runs have the same settings and seed, or a run has a damaged file.
+    """
+    runs = [path for path in models if (path / "metrics.jsonl").is_file()]
+    groups = compare(load_runs(runs)).groups if runs else []
+    rows = {group.name: [run.path for run in group.runs.values()] for group in groups}
+    return rows | {str(path): [path] for path in models if path not in runs}
+
+
+def summarize(groups: Mapping[str, list[Path]], reports: list[RoutingReport]) -> list[Row]:
+    """Return a row for each group: means over its models, and their deviations (`_std`).
+
+    Args:
+        groups: the models by the name of their row.
+        reports: the reports of all of them.
+    """
+    by_model = {found.model: found.summary for found in reports}
+    rows = []
+    for name, models in groups.items():
+        summaries = [by_model[model] for model in models]
+        keys = [key for key in summaries[0] if key != "layer"]
+        row = {"run": name, "seeds": len(models)} | _mean_rows(summaries, keys)
+        for key in keys:
+            values = [s[key] for s in summaries if s[key] is not None]
+            row[f"{key}_std"] = deviation_of(values)
+        rows.append(row)
+    return rows
+
+
+def to_markdown(rows: list[Row]) -> str:
+    """Return the table of the rows of `summarize`."""
+    return "\n".join(markdown.table(rows, markdown.GATES_OF_RUNS))

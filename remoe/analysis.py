@@ -1,0 +1,131 @@
+"""What the gates of a trained model say: how balanced they are, and what layers know of each other.
+
+The measures are those of RMoE (arXiv 2408.06793, section 6). Its mutual information is computed
+within each token, over its experts (`expert_information`); that over tokens is
+`mutual_information`, which says whether one layer's choice tells the next one's.
+
+Scores are what a router ranks experts by, and none is negative: the softmax over all experts of a
+TopK router, before it selects, or the gates of ReLU routing, which are zero for inactive experts.
+
+Shapes: T tokens, E experts.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+# The published code cuts [0, 1] at so many equidistant edges (appendix A.4.2).
+BIN_EDGES = 100
+# Entries of one comparison of all experts of a token with each other, `[tokens, E, E]`.
+_COMPARED = 2**24
+
+
+def inner_balance(scores_TE: Tensor) -> Tensor:
+    """Return the largest score of a token divided by its second largest (RMoE, section 6).
+
+    Args:
+        scores_TE: `[T, E]`.
+
+    Returns:
+        One ratio for each token that has two positive scores, `[t]` with t <= T. Without a second
+        one there is no ratio, which is common in ReLU routing.
+    """
+    if scores_TE.shape[1] < 2:
+        return scores_TE.new_empty(0)
+    first_T, second_T = scores_TE.topk(2, dim=1).values.unbind(1)
+    has_two_T = second_T > 0
+    return first_T[has_two_T] / second_T[has_two_T]
+
+
+def outer_balance(scores_TE: Tensor, topk: int) -> Tensor:
+    """Return the share that the `topk` largest scores of a token have in all (RMoE, section 6).
+
+    Args:
+        scores_TE: `[T, E]`.
+        topk: k of the model.
+
+    Returns:
+        One share for each token that has a positive score, `[t]` with t <= T. It is 1 for a token
+        of ReLU routing that activates at most k experts.
+    """
+    scores_tE = scores_TE[(scores_TE > 0).any(dim=1)]
+    return scores_tE.topk(topk, dim=1).values.sum(dim=1) / scores_tE.sum(dim=1)
+
+
+def leading_expert(scores_TE: Tensor) -> Tensor:
+    """Return the expert of the largest score, int64 `[T]`; E for a token without a positive one.
+
+    That no expert is active is thereby a choice of its own, so that there are E + 1 of them.
+    """
+    largest_T, expert_T = scores_TE.max(dim=1)
+    return expert_T.masked_fill(largest_T <= 0, scores_TE.shape[1])
+
+
+def joint_counts(first_T: Tensor, second_T: Tensor, num_choices: int) -> Tensor:
+    """Return how many tokens made each pair of choices, int64 `[num_choices, num_choices]`."""
+    pairs_T = first_T * num_choices + second_T
+    counts = torch.bincount(pairs_T, minlength=num_choices * num_choices)
+    return counts.view(num_choices, num_choices)
+
+
+def mutual_information(counts_AB: Tensor) -> float:
+    """Return `sum p(a, b) ln(p(a, b) / (p(a) p(b)))` in nats, with the frequencies as p.
+
+    Frequencies of few tokens overstate it, by about `(A - 1) (B - 1) / (2 T)` where the choices are
+    independent. The same number after `shuffle` shows by how much.
+
+    Args:
+        counts_AB: number of tokens with choices a and b, `[A, B]`; NaN is returned without tokens.
+    """
+    joint_AB = counts_AB.double() / counts_AB.sum()
+    independent_AB = joint_AB.sum(dim=1, keepdim=True) * joint_AB.sum(dim=0, keepdim=True)
+    ratio_AB = torch.where(counts_AB > 0, joint_AB / independent_AB, 1.0)
+    return float((joint_AB * ratio_AB.log()).sum())
+
+
+def expert_information(first_TE: Tensor, second_TE: Tensor) -> Tensor:
+    """Return the mutual information within each token, over experts, in nats `[T]`.
+
+    This is the number of the RMoE paper's figure 3: the scores of a token in two layers are rounded
+    to bins, and the E pairs of bins are the sample. It is at most `ln E`, small where scores are
+    almost one-hot, since nearly all of them are then in the lowest bin, and large where they are
+    spread, whether or not the layers have to do with each other: compare it with the same number
+    after `shuffle`.
+
+    Args:
+        first_TE: scores of a layer, `[T, E]`, which are divided by their sum over experts.
+        second_TE: scores of another layer for the same tokens.
+    """
+    tokens = max(1, _COMPARED // first_TE.shape[1] ** 2)
+    bins = (torch.split(_bins(scores_TE), tokens) for scores_TE in (first_TE, second_TE))
+    return torch.cat([_within_tokens(*part) for part in zip(*bins, strict=True)])
+
+
+def _bins(scores_TE: Tensor) -> Tensor:
+    """Return the bin of each score's share in its token; all scores of a silent token share one."""
+    total_T1 = scores_TE.sum(dim=1, keepdim=True)
+    shares_TE = torch.where(total_T1 > 0, scores_TE / total_T1, 0.0)
+    edges = torch.linspace(0, 1, BIN_EDGES, dtype=scores_TE.dtype, device=scores_TE.device)
+    return torch.bucketize(shares_TE, edges, right=True)
+
+
+def _within_tokens(first_TE: Tensor, second_TE: Tensor) -> Tensor:
+    equal_TEE = [bins[:, :, None] == bins[:, None, :] for bins in (first_TE, second_TE)]
+    first, second, joint = (
+        equal.sum(dim=2).double().log()
+        for equal in (equal_TEE[0], equal_TEE[1], equal_TEE[0] & equal_TEE[1])
+    )
+    # mean of ln(p(a, b) / (p(a) p(b))) over the E pairs, where p is a count divided by E
+    information_T = (joint - first - second).mean(dim=1) + math.log(first_TE.shape[1])
+    return information_T.clamp(min=0)
+
+
+def shuffle(values_T: Tensor, seed: int) -> Tensor:
+    """Return the tokens' values, `[T, ...]`, in a random order that the seed gives.
+
+    What is left of a relation between two layers after one is shuffled is no relation: it comes
+    from the number of tokens, and from how often each choice is made.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return values_T[torch.randperm(len(values_T), generator=generator).to(values_T.device)]
