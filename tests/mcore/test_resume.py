@@ -20,6 +20,7 @@ NAMES = [
     "EP2 -> TP2",
     f"1, distributed optimizer -> {SAME}",
     "DP2, distributed optimizer, padded buckets -> 1, distributed optimizer",
+    "soft TP2 x EP2 -> soft 1",
 ]
 STEPS = 2
 

@@ -53,6 +53,8 @@ _LAYOUTS = [
     Cell("recurrent PP2, distributed optimizer", 2, pp=2, **_SHARDED_GRU),
     Cell("recurrent TopK PP2", 2, pp=2, router="topk", **_GRU),
     Cell("recurrent DP2 x PP2, distributed optimizer", 4, pp=2, run=FOUR_RANKS, **_SHARDED_GRU),
+    Cell("soft 1", router="soft"),
+    Cell("soft TP2 x EP2", 2, tp=2, ep=2, router="soft"),
 ]
 _ACROSS = {
     "1": ("DP2", "EP2", "TP2", "PP2", "DP2 x EP2"),
@@ -82,6 +84,8 @@ _ACROSS = {
     "recurrent PP2, distributed optimizer": ("recurrent EP2, distributed optimizer, overlap",),
     "recurrent EP2, distributed optimizer, overlap": ("recurrent PP2, distributed optimizer",),
     "recurrent DP2 x PP2, distributed optimizer": ("recurrent PP2, distributed optimizer",),
+    "soft 1": ("soft TP2 x EP2",),
+    "soft TP2 x EP2": ("soft 1",),
     "bf16: EP2": ("TP2",),
     "bf16: EP2, distributed optimizer, overlap": ("1, distributed optimizer",),
 }
