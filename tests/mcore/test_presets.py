@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron.remoe.analysis.memory import RankLoad, activation_bytes
 from megatron.remoe.analysis.size import ModelSize
 from megatron.remoe.ranks import Ranks, initialize_layout
 from megatron.remoe.run.argv import to_argv
 from megatron.remoe.run.config import load_config
+from remoe import SoftMoELayer, SoftMoELayerConfig
 from tests.mcore import tiny
 from tests.mcore.test_metrics import ROUTING
 from tests.mcore.test_train import finish, training
@@ -144,7 +146,7 @@ def build(flags: dict, *, split: bool = True):
         expert_tensor=args.expert_tensor_parallel_size,
     )
     config = gpt_config_from_args(args)
-    configure(config, args)
+    configure(config, args, hides_tokens=args.masked_lm)
     if "moe_topk_warmup_steps" in flags:
         from megatron.training import global_vars
 
@@ -229,6 +231,10 @@ def counted(flags: dict) -> tuple[int, int]:
 
 
 RECURRENT = ["moe_router_recurrence=gru", "moe_router_recurrent_size=24"]
+SOFT = [
+    "moe_relu_routing=false", "moe_soft_routing=true", "moe_soft_slots_per_expert=3",
+    "masked_lm=true",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("granularity", [1, 2])
@@ -270,15 +276,37 @@ def saved_bytes(flags: dict, tokens: int) -> tuple[int, float]:
     return total, active
 
 
-@pytest.mark.parametrize("router", ["dense", "moe", "remoe"])
+def test_parameters_and_operations_of_soft_moe(call):
+    flags = preset("469m", "remoe", *SHRUNK, "padded_vocab_size=512", *SOFT)
+    size = ModelSize.from_flags(flags)
+    assert call(counted, flags) == (size.router_params, size.total_params)
+    assert size.active_params == size.total_params
+    # Operations are those that torch counts in the layer, forward and backward.
+    layer = SoftMoELayer(
+        SoftMoELayerConfig(size.hidden, size.expert_width, size.num_experts, slots_per_expert=3)
+    )
+    counter = FlopCounterMode(display=False)
+    with counter:
+        layer(torch.randn(1, size.seq_length, size.hidden, requires_grad=True)).sum().backward()
+    dense = ModelSize.from_flags(preset("469m", "dense", *SHRUNK, "padded_vocab_size=512"))
+    mlp = 3 * 2 * size.seq_length * size.matrices * dense.hidden * dense.ffn_width
+    others = dense.flops_per_sequence - size.num_layers * mlp
+    assert size.flops_per_sequence - others == size.num_layers * counter.get_total_flops()
+
+
+@pytest.mark.parametrize("router", ["dense", "moe", "remoe", "soft"])
 def test_activations_are_about_what_autograd_keeps(call, router):
     overrides = [o for o in SHRUNK if not o.startswith(("hidden", "ffn", "seq", "max_"))]
     overrides += ["hidden_size=256", "ffn_hidden_size=1024", "seq_length=256"]
     overrides += ["max_position_embeddings=256", "padded_vocab_size=512"]
     overrides += ["recompute_granularity=null", "recompute_modules=null"]
+    if router == "soft":
+        router, overrides = "remoe", [*overrides, *SOFT]
     flags = preset("182m", router, *overrides)
     kept, active = call(saved_bytes, flags, 256)
     size = ModelSize.from_flags(flags)
+    if size.slots:
+        active = size.rows_per_token
     estimate = activation_bytes(size, RankLoad(), active)
     # routing, masks, casts of norms and rope are not counted
     assert 0.5 < estimate / kept < 1.1, (estimate, kept)

@@ -88,6 +88,14 @@ def routing_bytes(tokens: float, num_experts: int, bytes_per_value: int) -> floa
     return tokens * num_experts * (4 + 1 + bytes_per_value)
 
 
+def slot_bytes(tokens: float, slots: int, hidden: int, bytes_per_value: int) -> float:
+    """Return the bytes of a layer's soft routing: both weights, and the normalized tokens in fp32.
+
+    The tokens are kept twice, before and after they are normalized.
+    """
+    return tokens * (2 * slots * (4 + bytes_per_value) + 2 * hidden * 4)
+
+
 def layers_at_once(
     num_layers: int, rows: float, balanced: float, max_assignments: int | None
 ) -> tuple[int, float | None]:
@@ -117,7 +125,8 @@ def activation_bytes(size: ModelSize, layout: RankLoad, active_experts: float) -
     Args:
         size: the model.
         layout: how the run is split over ranks.
-        active_experts: the number per token, k in the stable stage and up to E in the dense one.
+        active_experts: the number per token, k in the stable stage and up to E in the dense one; in
+            Soft MoE `rows_per_token`.
     """
     tokens = size.seq_length * layout.micro_batch / layout.cp
     outside = tokens / layout.tp if layout.sequence_parallel else tokens
@@ -159,9 +168,10 @@ def _experts(
     at_once, chunk = layers_at_once(together, rows, balanced, layout.max_assignments)
     kept = size.num_moe_layers * at_once / together * memory.kept(rows)
     if layout.recompute == "none":
-        kept += size.num_moe_layers * routing_bytes(
-            tokens, size.num_experts, layout.bytes_per_value
-        )
+        routing = routing_bytes(tokens, size.num_experts, layout.bytes_per_value)
+        if size.slots:
+            routing = slot_bytes(tokens, size.slots, size.hidden, layout.bytes_per_value)
+        kept += size.num_moe_layers * routing
     passing = memory.peak(rows, busiest, None) if at_once and layout.recompute != "none" else 0.0
     if at_once and layout.recompute == "none":
         passing = memory.passing(rows, busiest)

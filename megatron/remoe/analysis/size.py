@@ -16,7 +16,6 @@ _NOT_COUNTED: dict[str, tuple[Any, ...]] = {
     "multi_latent_attention": (None, False),
     "mtp_num_layers": (None, 0),
     "moe_latent_size": (None,),
-    "moe_soft_routing": (None, False),
     "moe_shared_expert_gate": (None, False),
     "qk_layernorm": (None, False),
     "attention_output_gate": (None, False),
@@ -33,7 +32,9 @@ class ModelSize:
         ffn_width: the width of the MLP in dense layers.
         matrices: the number of matrices of an MLP: 3 with a gate (SwiGLU), else 2.
         num_moe_layers: the number of layers with experts.
-        num_experts, topk, expert_width, shared_width: the shape of these layers.
+        num_experts, topk, expert_width, shared_width: the shape of these layers. In Soft MoE topk
+            is the number of all experts, since every token is in the slots of all.
+        slots: the number of slots of a sequence in Soft MoE, else 0.
         norm_weights: the weights of a norm per hidden unit: 1, or 2 with a bias.
         state_size, cell_gates: of recurrent routers, with 3 gates for a GRU and 1 for an RNN; both
             are 0 without recurrence.
@@ -59,6 +60,7 @@ class ModelSize:
     state_size: int = 0
     cell_gates: int = 0
     projections: int = 0
+    slots: int = 0
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> "ModelSize":
@@ -90,6 +92,9 @@ class ModelSize:
         gates = {"gru": 3, "rnn": 1, "none": 0}[recurrence] if experts else 0
         shared = flags.get("moe_router_recurrent_projection") == "shared"
         moe_layers = layers_with_experts(flags.get("moe_layer_freq"), layers)
+        topk, slots = (_int(flags, "moe_router_topk") or 2) * granularity if experts else 0, 0
+        if flags.get("moe_soft_routing"):
+            topk, slots = experts, experts * (_int(flags, "moe_soft_slots_per_expert") or 1)
         return cls(
             num_layers=layers,
             hidden=hidden,
@@ -101,7 +106,7 @@ class ModelSize:
             matrices=3 if flags.get("swiglu") else 2,
             num_moe_layers=len(moe_layers) if experts else 0,
             num_experts=experts,
-            topk=(_int(flags, "moe_router_topk") or 2) * granularity if experts else 0,
+            topk=topk,
             expert_width=(_int(flags, "moe_ffn_hidden_size") or ffn) // granularity,
             shared_width=_int(flags, "moe_shared_expert_intermediate_size"),
             tied=not flags.get("untie_embeddings_and_output_weights", False),
@@ -109,6 +114,7 @@ class ModelSize:
             state_size=(_int(flags, "moe_router_recurrent_size") or 128) if gates else 0,
             cell_gates=gates,
             projections=1 if shared else len(moe_layers),
+            slots=slots,
         )
 
     @property
@@ -119,6 +125,8 @@ class ModelSize:
     @property
     def router_params(self) -> int:
         """The number of the routers' parameters, with the cell that recurrent routers share."""
+        if self.slots:
+            return self.num_moe_layers * (self.slots * self.hidden + 1)
         if not self.cell_gates:
             return self.num_moe_layers * self.num_experts * self.hidden
         weights = self.projections * self.hidden + self.num_moe_layers * self.num_experts
@@ -130,17 +138,22 @@ class ModelSize:
         """The number of parameters that an average token uses, without the routers'."""
         return self._params(self.topk)
 
+    @property
+    def rows_per_token(self) -> float:
+        """The number of rows that a layer's experts compute, per token: k, or slots by tokens."""
+        return self.slots / self.seq_length if self.slots else self.topk
+
     def _params(self, experts: int) -> int:
         norms = (2 * self.num_layers + 1) * self.hidden * self.norm_weights
         embeddings = (1 if self.tied else 2) * self.vocab * self.hidden
         return embeddings + norms + self._layer_weights(experts)
 
-    def _layer_weights(self, experts: int) -> int:
+    def _layer_weights(self, experts: float) -> int:
         """Count the matrices of attention and MLPs, with this number of experts per layer."""
         attention = self.num_layers * 2 * (self.query_width + self.key_width)
-        mlps = (self.num_layers - self.num_moe_layers) * self.ffn_width
+        mlps: float = (self.num_layers - self.num_moe_layers) * self.ffn_width
         mlps += self.num_moe_layers * (experts * self.expert_width + self.shared_width)
-        return self.hidden * (attention + mlps * self.matrices)
+        return round(self.hidden * (attention + mlps * self.matrices))
 
     @property
     def flops_per_sequence(self) -> int:
@@ -148,9 +161,11 @@ class ModelSize:
 
         The backward pass counts twice as much as the forward pass, which has two operations per
         weight and token. The router, a thousandth of the whole, is left out as in the paper, but a
-        recurrent one is counted: every layer applies the cell.
+        recurrent one is counted: every layer applies the cell. So are the three products of slots
+        and tokens in Soft MoE (`remoe.soft`).
         """
-        weights = self._layer_weights(self.topk) + self.vocab * self.hidden
+        weights = self._layer_weights(self.rows_per_token) + self.vocab * self.hidden
+        weights += self.num_moe_layers * 3 * self.slots * self.hidden
         if self.cell_gates:
             read = self.hidden + self.num_experts + 2 * self.cell_gates * self.state_size
             weights += self.num_moe_layers * self.state_size * read

@@ -60,7 +60,10 @@ class Description:
         size = self.size
         experts = "none"
         if size.num_experts:
-            experts = f"{size.topk} of {size.num_experts} active, width {size.expert_width}"
+            active = f"{size.topk} of {size.num_experts} active"
+            if size.slots:
+                active = f"{size.num_experts}, which share {size.slots} slots of a sequence"
+            experts = f"{active}, width {size.expert_width}"
         return [
             ("active parameters", _count(size.active_params)),
             ("total parameters", _count(size.total_params)),
@@ -96,7 +99,8 @@ def describe(config: RunConfig, world: int) -> Description:
     size = ModelSize.from_flags(vars(args) | {"moe_granularity": 1})  # `args` has it applied.
     sequences = args.train_samples or args.train_iters * args.global_batch_size
     layout = _rank_load(args)
-    most = args.moe_topk_warmup_topk or (size.num_experts if args.moe_relu_routing else size.topk)
+    stable = size.rows_per_token
+    most = args.moe_topk_warmup_topk or (size.num_experts if args.moe_relu_routing else stable)
     return Description(
         size=size,
         world=world,
@@ -104,7 +108,7 @@ def describe(config: RunConfig, world: int) -> Description:
         tokens=sequences * size.seq_length,
         weights_gb=compute_weight_and_optimizer_memory(args) / _GB,
         dense_gb=activation_bytes(size, layout, most) / _GB,
-        stable_gb=activation_bytes(size, layout, size.topk) / _GB,
+        stable_gb=activation_bytes(size, layout, stable) / _GB,
         at_once_gb=activation_bytes(size, replace(layout, max_assignments=UNLIMITED), most) / _GB,
         layout=_in_words(args, layout),
     )
