@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from remoe.settings import Settings, setting, settings_of
 
-LoadBalancing = Literal["aux_loss", "none"]
+LoadBalancing = Literal["aux_loss", "squared", "global_batch", "none"]
 Recurrence = Literal["none", "gru", "rnn"]
 RecurrentPassing = Literal["full", "detached", "none"]
 RecurrentProjection = Literal["layer", "shared"]

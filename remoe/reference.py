@@ -18,6 +18,64 @@ def reference_routing(x_TH: Tensor, router_EH: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def reference_relu_rms(logits_TE: Tensor, scale_E: Tensor, eps: float) -> Tensor:
+    """Compute `w_e ReLU(z_e) / sqrt(mean_e ReLU(z_e)^2 + eps)`, `[T, E]` (BlockFFN)."""
+    rows = []
+    for z in logits_TE:
+        relu = [value.clamp(min=0) for value in z]
+        mean = sum((value * value for value in relu), z.new_zeros(())) / len(relu)
+        root = torch.sqrt(mean + eps)
+        rows.append(torch.stack([w * value / root for w, value in zip(scale_E, relu, strict=True)]))
+    return torch.stack(rows)
+
+
+def reference_relu_l2(logits_TE: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Compute `scale max(0, z_e / (|z| + eps))`, `[T, E]` (UniPool, Eq. 7)."""
+    rows = []
+    for z in logits_TE:
+        norm = torch.sqrt(sum((value * value for value in z), z.new_zeros(())))
+        rows.append(torch.stack([scale.sum() * (v / (norm + eps)).clamp(min=0) for v in z]))
+    return torch.stack(rows)
+
+
+def reference_top_p(logits_TE: Tensor, p: float) -> Tensor:
+    """Compute the softmax of the fewest experts that reach p, and zeros, `[T, E]`."""
+    rows = []
+    for z in logits_TE:
+        exponentials = [torch.exp(value - z.max()) for value in z]
+        total = sum(exponentials, z.new_zeros(()))
+        softmax = [value / total for value in exponentials]
+        chosen: set[int] = set()
+        while not chosen or sum(float(softmax[e]) for e in chosen) < p and len(chosen) < len(z):
+            rest = [e for e in range(len(z)) if e not in chosen]
+            chosen.add(max(rest, key=lambda e, values=softmax: float(values[e])))
+        zero = z.new_zeros(())
+        rows.append(torch.stack([s if e in chosen else zero for e, s in enumerate(softmax)]))
+    return torch.stack(rows)
+
+
+def reference_expert_threshold(logits_TE: Tensor, thresholds_E: Tensor) -> Tensor:
+    """Compute the sigmoid of the logits that reach their expert's threshold, `[T, E]`."""
+    rows = []
+    for z in logits_TE:
+        pairs = zip(z, thresholds_E, strict=True)
+        gates = [1 / (1 + torch.exp(-v)) if v >= c else torch.zeros_like(v) for v, c in pairs]
+        rows.append(torch.stack(gates))
+    return torch.stack(rows)
+
+
+def reference_null_experts(logits_TN: Tensor, num_experts: int, topk_of_all: int) -> Tensor:
+    """Compute the gates of the chosen experts that are not null, `[T, E]` (AdaMoE)."""
+    rows = []
+    for z in logits_TN:
+        first = sorted(range(len(z)), key=lambda e, values=z: -float(values[e]))[:topk_of_all]
+        total = sum((torch.exp(z[e]) for e in first if e < num_experts), z.new_zeros(()))
+        zero = z.new_zeros(())
+        gates = [torch.exp(z[e]) / total if e in first else zero for e in range(num_experts)]
+        rows.append(torch.stack(gates))
+    return torch.stack(rows)
+
+
 def reference_moe(x_TH: Tensor, probs_TE: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Compute `y_t = sum_e R(x_t)_e FFN_e(x_t)` over active experts, `[T, H]` (Eq. 1).
 
@@ -39,15 +97,18 @@ def reference_moe(x_TH: Tensor, probs_TE: Tensor, gate_up: Tensor, down: Tensor)
     return torch.stack(rows)
 
 
-def reference_l1(probs_TE: Tensor, *, topk: int, load_balancing: bool) -> Tensor:
-    """Compute the regularizer of one layer and micro-batch, 0-d (Eq. 9-11 without 1/L)."""
+def reference_l1(probs_TE: Tensor, *, topk: int, load_balancing: bool, power: int = 1) -> Tensor:
+    """Compute the regularizer of one layer and micro-batch, 0-d (Eq. 9-11 without 1/L).
+
+    The load f is raised to `power`.
+    """
     num_tokens, num_experts = probs_TE.shape
     total = probs_TE.new_zeros(())
     for e in range(num_experts):
         count = sum(int(probs_TE[t, e] > 0) for t in range(num_tokens))
         f = num_experts * count / (topk * num_tokens) if load_balancing else 1.0
         for t in range(num_tokens):
-            total = total + f * probs_TE[t, e]
+            total = total + f**power * probs_TE[t, e]
     return total / num_tokens
 
 

@@ -61,6 +61,40 @@ def l1_regularization(
     return l1_E.sum() / at_least_one(num_tokens)
 
 
+def balancing_weights(
+    load_balancing: LoadBalancing,
+    tokens_per_expert_E: Tensor,
+    *,
+    num_tokens: Tensor | int,
+    topk: int,
+    last_load_E: Tensor | None = None,
+) -> Tensor | None:
+    """Return the weights of the experts in the penalty, `[E]`; None is a weight of one.
+
+    "aux_loss" is f of the micro-batch (Eq. 11) and "squared" its square, which the paper suggests
+    and does not try. "global_batch" is f of all tokens of the step before: all layouts and
+    micro-batches of a step have the same weights, without communication.
+
+    Args:
+        load_balancing: which weights.
+        tokens_per_expert_E: counts `[E]` of the micro-batch, without padding.
+        num_tokens: T of the micro-batch, without padding.
+        topk: k, the target number of active experts per token.
+        last_load_E: `load_weights` of the step before, `[E]`, and ones in the first step.
+
+    Raises:
+        ValueError: "global_batch" without the load of the step before.
+    """
+    if load_balancing == "none":
+        return None
+    if load_balancing == "global_batch":
+        if last_load_E is None:
+            raise ValueError("load_balancing is global_batch; give last_load_E, ones at first")
+        return last_load_E
+    weights_E = load_weights(tokens_per_expert_E, num_tokens=num_tokens, topk=topk)
+    return weights_E.square() if load_balancing == "squared" else weights_E
+
+
 def router_regularization(
     probs_TE: Tensor,
     *,
@@ -69,22 +103,28 @@ def router_regularization(
     topk: int,
     load_balancing: LoadBalancing,
     padding_mask_T: Tensor | None = None,
+    last_load_E: Tensor | None = None,
 ) -> Tensor:
-    """Return the regularizer of a router: Eq. 10 with "aux_loss", and Eq. 9 with "none", 0-d.
+    """Return the regularizer of a router, 0-d: Eq. 10, or Eq. 9 with "none".
 
     Args:
         probs_TE: non-negative router outputs `[T, E]` of the local tokens.
         tokens_per_expert_E: counts `[E]` of the whole micro-batch, without padding.
         num_tokens: T of the whole micro-batch, without padding.
         topk: k, the target number of active experts per token.
-        load_balancing: whether experts are weighted with their load (Eq. 11).
+        load_balancing: how experts are weighted with their load; see `balancing_weights`.
         padding_mask_T: bool `[T]`, True for padding tokens, which are not penalized.
+        last_load_E: load of the step before, for "global_batch".
     """
     if padding_mask_T is not None:
         probs_TE = probs_TE.masked_fill(padding_mask_T.unsqueeze(1), 0)
-    weights_E = None
-    if load_balancing == "aux_loss":
-        weights_E = load_weights(tokens_per_expert_E, num_tokens=num_tokens, topk=topk)
+    weights_E = balancing_weights(
+        load_balancing,
+        tokens_per_expert_E,
+        num_tokens=num_tokens,
+        topk=topk,
+        last_load_E=last_load_E,
+    )
     return l1_regularization(probs_TE, num_tokens=num_tokens, load_weights_E=weights_E)
 
 

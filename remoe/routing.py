@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 
+def at_least_fp32(logits: Tensor) -> Tensor:
+    """Return the logits in fp32, or as they are where they are wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def relu_routing(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     """Route every token to the experts whose logit is positive: `R(x) = ReLU(x W)` (Eq. 5).
 

@@ -1,0 +1,65 @@
+"""ReLU routing of L2-normalized logits with one learned scale (UniPool's NormRouter).
+
+UniPool (arXiv 2605.06665, Eq. 7) computes `s = sigma c max(0, z / (|z| + eps))`, where sigma is
+learned and starts at one, and c is a constant (App. H). It keeps the k largest scores afterwards
+and balances them by an auxiliary loss. Here nothing follows the ReLU, as in ReMoE (arXiv
+2412.14711), whose controller moves an L1 penalty so that k experts are active on average; and c is
+the initial value of the learned scale, not a factor beside it.
+
+The penalty acts on `max(0, z / (|z| + eps))`, without the scale. It does not depend on the length
+of z, so that shrinking all logits is no way out, and it can fall to zero, since z may turn until
+all of its values are negative: it reaches every sparsity. A penalty on the scores would shrink the
+scale instead.
+
+Shapes: T tokens, E experts.
+"""
+
+import torch
+from torch import Tensor
+
+from remoe.routing import at_least_fp32
+
+EPS = 1e-8  # of the published code (github.com/Centaurus-Alpha/UniPool)
+
+
+def relu_l2_routing(logits_TE: Tensor, scale: Tensor, *, eps: float = EPS) -> tuple[Tensor, Tensor]:
+    """Multiply the scale by the ReLU of the logits, which are divided by their norm (Eq. 7).
+
+    A token whose logits are all zero has gates of zero, and no gradient.
+
+    Args:
+        logits_TE: router logits `[T, E]`.
+        scale: learned, with one value.
+        eps: constant that is added to the norm.
+
+    Returns:
+        probs: `[T, E]`, at least fp32, zero where inactive, negative where the scale is.
+        routing_map: bool `[T, E]`, True where the logit is positive.
+    """
+    unit_TE = relu_l2_penalized(logits_TE, eps=eps)
+    return unit_TE * scale.to(unit_TE.dtype), unit_TE > 0
+
+
+def relu_l2_penalized(logits_TE: Tensor, *, eps: float = EPS) -> Tensor:
+    """Return what the L1 penalty acts on, `[T, E]`: the scores before the scale."""
+    logits_TE = at_least_fp32(logits_TE)
+    norm_T1 = torch.linalg.vector_norm(logits_TE, dim=1, keepdim=True)
+    return torch.relu(logits_TE / (norm_T1 + eps))
+
+
+def relu_l2_initial_scale(num_experts: int, topk: int, *, num_samples: int = 20_000) -> float:
+    """Return c, with which the k largest scores of normal logits have a norm of about one (App. H).
+
+    We take the inverse of the mean norm of samples. The published constant is the mean of the
+    inverse, which a sample with hardly a positive logit moves at will: its expectation is infinite.
+    Over many experts, as in that paper, the two are close to each other.
+
+    Args:
+        num_experts: E.
+        topk: k, the target number of active experts per token.
+        num_samples: number of logits that are drawn, always the same ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(num_samples, num_experts, generator=generator, dtype=torch.float64)
+    largest = relu_l2_penalized(samples, eps=0).topk(topk, dim=1).values
+    return 1 / float(torch.linalg.vector_norm(largest, dim=1).mean())

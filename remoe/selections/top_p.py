@@ -1,0 +1,51 @@
+"""Top-p routing: the fewest experts whose softmax reaches p (arXiv 2403.07652).
+
+A token is routed to its experts in descending order of the softmax, until their sum reaches p. The
+gates are the softmax, which is not renormalized over the chosen experts, as in the published code
+(github.com/ZhenweiAn/Dynamic_MoE). That paper keeps p fixed and adds an entropy loss. DTop-p
+(arXiv 2512.13996) moves p by a PI controller, so that the mean number of active experts is k, and
+normalizes logits per layer; we have seen its abstract only. Here p is moved by the rule of ReMoE's
+coefficient (arXiv 2412.14711, Eq. 7), by way of the odds against it, `u = (1 - p) / p`: a model
+that is too dense has u multiplied by alpha, so that p falls and never leaves (0, 1). Neither the
+entropy loss nor the normalization of logits is here.
+
+Shapes: T tokens, E experts.
+"""
+
+import torch
+from torch import Tensor
+
+from remoe.routing import at_least_fp32
+
+
+def top_p_routing(logits_TE: Tensor, p: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Route every token to the fewest experts whose softmax adds up to p, and to at least one.
+
+    Of experts with equal logits, those of lower number come first.
+
+    Args:
+        logits_TE: router logits `[T, E]`.
+        p: the sum to reach, in (0, 1]; a number or 0-d.
+
+    Returns:
+        probs: `[T, E]`, at least fp32: the softmax over all experts, zero where inactive.
+        routing_map: bool `[T, E]`, True where the expert is active.
+    """
+    softmax_TE = torch.softmax(at_least_fp32(logits_TE), dim=1)
+    ordered = softmax_TE.detach().sort(dim=1, descending=True, stable=True)
+    reached_TE = ordered.values.cumsum(dim=1)
+    # An expert is needed if those before it do not reach p; before the first there are none.
+    needed_TE = torch.ones_like(reached_TE, dtype=torch.bool)
+    needed_TE[:, 1:] = reached_TE[:, :-1] < p
+    routing_map = torch.zeros_like(needed_TE).scatter(1, ordered.indices, needed_TE)
+    return softmax_TE * routing_map, routing_map
+
+
+def odds_against(p: float) -> float:
+    """Return the coefficient of a probability, `u = (1 - p) / p`."""
+    return (1 - p) / p
+
+
+def probability(odds: Tensor) -> Tensor:
+    """Return the probability of a coefficient, `p = 1 / (1 + u)`, with its shape and dtype."""
+    return 1 / (1 + odds)
