@@ -15,7 +15,7 @@ Shapes: T tokens, E experts.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -83,8 +83,9 @@ def next_thresholds(
         num_updates: number of steps before it, whose cutoffs `thresholds_E` is an average of.
         decay: in [0, 1).
     """
-    share = (1 - decay) / (1 - decay ** (num_updates + 1))
-    return thresholds_E + share * (cutoffs_E - thresholds_E)
+    updates = torch.as_tensor(num_updates, dtype=torch.float64, device=thresholds_E.device)
+    share = (1 - decay) / (1 - decay ** (updates + 1))
+    return torch.lerp(thresholds_E, cutoffs_E, share.to(thresholds_E.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

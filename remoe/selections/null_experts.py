@@ -12,7 +12,7 @@ Shapes: T tokens, E experts, N = E + n.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor

@@ -15,7 +15,7 @@ Shapes: T tokens, E experts.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor

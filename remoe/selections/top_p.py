@@ -13,13 +13,13 @@ Shapes: T tokens, E experts.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from remoe.routing import at_least_fp32
 from remoe.controller import ControllerConfig, next_l1_coeff
+from remoe.routing import at_least_fp32
 from remoe.selections.base import Budget, Routing, Tensors, scalar
 from remoe.settings import setting
 from remoe.statistics import StepReport

@@ -351,5 +351,7 @@ def _measure(
         step["l1_reg"] = report.l1_reg_L[has_router].tolist()
     if report.level_L is not None:
         name = "l1_coeff_used" if report.l1_coeff is not None else "level"
-        step[name] = report.level_L[has_router].tolist() if report.per_layer else report.level.item()
+        step[name] = (
+            report.level_L[has_router].tolist() if report.per_layer else report.level.item()
+        )
     return step
