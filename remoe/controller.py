@@ -1,11 +1,63 @@
 """The adaptive coefficient of the L1 penalty (arXiv 2412.14711, Eq. 7)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from remoe.config import ControllerConfig
+from remoe.settings import Settings, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class L1Coefficient(Settings):
+    """Start and step of the coefficient of the L1 penalty (arXiv 2412.14711, Eq. 7)."""
+
+    l1_coeff_init: float = setting(
+        1e-8,
+        flag="--moe-relu-l1-reg-coeff-init",
+        help="Initial coefficient of the L1 penalty on the router's outputs.",
+        within="(0, inf)",
+        exported=True,
+        may_idle=True,
+    )
+    l1_coeff_multiplier: float = setting(
+        1.2,
+        flag="--moe-relu-l1-reg-coeff-multiplier",
+        help="Factor by which every step multiplies or divides the coefficient.",
+        within="(1, inf)",
+        on_resume="warned",
+        exported=True,
+        may_idle=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerConfig(L1Coefficient):
+    """The rule that moves the L1 coefficient (arXiv 2412.14711, Eq. 7).
+
+    Attributes:
+        target_sparsity: fraction of inactive (token, expert) pairs to reach, `1 - k/E`, in [0, 1).
+        floor, ceiling: bounds on the coefficient; None is unbounded, as published.
+    """
+
+    target_sparsity: float
+    floor: float | None = None
+    ceiling: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.target_sparsity < 1:
+            raise ValueError(
+                f"target_sparsity is {self.target_sparsity}; it must be in [0, 1), usually 1 - k/E"
+            )
+        low = 0.0 if self.floor is None else self.floor
+        high = float("inf") if self.ceiling is None else self.ceiling
+        if not low <= self.l1_coeff_init <= high:
+            raise ValueError(
+                f"l1_coeff_init is {self.l1_coeff_init}, which is outside its bounds [{low}, "
+                f"{high}]; move the bounds or the initial value"
+            )
 
 
 def next_l1_coeff(l1_coeff: Tensor, sparsity: Tensor, config: ControllerConfig) -> Tensor:

@@ -5,10 +5,12 @@ summed, where the paper divides by their number. A micro-batch without real toke
 nor penalty: both are zero. Shapes: T tokens, E experts.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from remoe.config import LoadBalancing
+LoadBalancing = Literal["aux_loss", "squared", "global_batch", "none"]
 
 
 def switch_loss(logits_TE: Tensor, routing_map_TE: Tensor) -> Tensor:

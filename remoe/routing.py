@@ -93,7 +93,9 @@ def topk_routing(
     )
 
 
-def expert_choice_routing(logits_TE: Tensor, *, tokens_per_expert: int) -> tuple[Tensor, Tensor]:
+def expert_choice_routing(
+    logits_TE: Tensor, *, tokens_per_expert: int, padding_mask_T: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Let every expert choose tokens, those of the largest softmax over experts.
 
     This is Expert Choice (arXiv 2202.09368, Sec. 3.2). It is not causal: whether an expert takes a
@@ -103,6 +105,8 @@ def expert_choice_routing(logits_TE: Tensor, *, tokens_per_expert: int) -> tuple
         logits_TE: router logits `[..., T, E]`. Experts choose in every `[T, E]` by itself.
         tokens_per_expert: the number of tokens that each expert takes, k T / E for k experts per
             token on average.
+        padding_mask_T: bool `[..., T]`, True for padding tokens. No expert takes them, so that it
+            takes fewer tokens if there are too few others.
 
     Returns:
         probs and routing_map as `relu_routing` returns them, `[..., T, E]`.
@@ -118,12 +122,13 @@ def expert_choice_routing(logits_TE: Tensor, *, tokens_per_expert: int) -> tuple
         )
     dtype = torch.promote_types(logits_TE.dtype, torch.float32)
     softmax_TE = torch.softmax(logits_TE.to(dtype), dim=-1)
-    chosen = softmax_TE.topk(tokens_per_expert, dim=-2)
-    empty = torch.zeros_like(softmax_TE)
-    return (
-        empty.scatter(-2, chosen.indices, chosen.values),
-        empty.bool().scatter(-2, chosen.indices, True),
-    )
+    if padding_mask_T is not None:
+        softmax_TE = softmax_TE.masked_fill(padding_mask_T.unsqueeze(-1), 0)
+    chosen = softmax_TE.topk(tokens_per_expert, dim=-2).indices
+    routing_map = torch.zeros_like(softmax_TE, dtype=torch.bool).scatter(-2, chosen, True)
+    if padding_mask_T is not None:
+        routing_map = routing_map & ~padding_mask_T.unsqueeze(-1)
+    return softmax_TE * routing_map, routing_map
 
 
 def active_experts(routing_map_TE: Tensor) -> Tensor:

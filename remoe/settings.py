@@ -86,15 +86,19 @@ class Setting:
             return value in get_args(self.type)
         if self.type is bool or isinstance(value, bool):
             return self.type is bool and isinstance(value, bool)
-        is_number = isinstance(value, int | float if self.type is float else int)
+        is_number = isinstance(value, int | float if self._is_float else int)
         return is_number and math.isfinite(value)
+
+    @property
+    def _is_float(self) -> bool:
+        return float in (self.type, *get_args(self.type))
 
     def _allowed(self) -> str:
         if self.type is bool:
             return "true or false"
         if self.within is None:
             return f"one of {', '.join(get_args(self.type))}"
-        number = "a finite number" if self.type is float else "a whole number"
+        number = "a finite number" if self._is_float else "a whole number"
         default = "it can be left out" if self.default is None else f"the default is {self.default}"
         return f"{number} that is {Interval(self.within)} ({default})"
 

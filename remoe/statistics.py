@@ -7,7 +7,7 @@ Shapes: T tokens, E experts, L layers; `...` stands for any leading dimensions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -151,9 +151,13 @@ class StepReport:
         most_active_L: `[L]`, the largest number of experts that one token activated.
         topk: k of the model, after granularity.
         l1_reg_L: `[L]`, the regularizer before its coefficient, as a mean over micro-batches; None
-            without ReLU routing.
-        l1_coeff: 0-d, the coefficient of this step, which all layers share; None without ReLU
-            routing.
+            without an L1 penalty.
+        level_L: `[L]`, the number that stands for the state of each router in this step, as the
+            coefficient of the penalty; None without a state that moves.
+        level_name: what that number is; "l1_coeff" is the coefficient of the L1 penalty.
+        per_layer: whether each layer has a number of its own; otherwise all share one.
+        observed_LE: `[L, E]`, what the selection observed, as a mean over the micro-batches that
+            have real tokens; NaN without any. None if it observes nothing.
         state_norm_L: `[L]`, mean Euclidean norm of the tokens' states; None without recurrence.
     """
 
@@ -165,7 +169,10 @@ class StepReport:
     most_active_L: Tensor
     topk: int
     l1_reg_L: Tensor | None = None
-    l1_coeff: Tensor | None = None
+    level_L: Tensor | None = None
+    level_name: str | None = None
+    per_layer: bool = False
+    observed_LE: Tensor | None = None
     state_norm_L: Tensor | None = None
 
     @classmethod
@@ -174,7 +181,11 @@ class StepReport:
         statistics: RoutingStatistics,
         *,
         topk: int,
-        l1_coeff_L: Tensor | None,
+        penalizes: bool = False,
+        level_L: Tensor | None = None,
+        level_name: str | None = None,
+        per_layer: bool = False,
+        observed: Tensor | None = None,
         has_state: bool = False,
     ) -> "StepReport":
         """Derive the report from the reduced statistics of all layers, on their device.
@@ -182,17 +193,15 @@ class StepReport:
         Args:
             statistics: of all layers, `[L, 4 + E]` and `[L]`; zeros for a layer without a router.
             topk: k of the model, after granularity.
-            l1_coeff_L: coefficient of every layer, `[L]`, of which the first layer with a router
-                counts; None without ReLU routing.
-            has_state: whether routers have a state.
+            penalizes: whether there is an L1 penalty.
+            level_L, level_name, per_layer: as the attributes.
+            observed: `[L, 1 + E]`, the number of micro-batches with real tokens, and the sums over
+                them of what the selection observed; None if it observes nothing.
+            has_state: whether routers have a state that tokens take from layer to layer.
         """
         has_router = statistics.micro_batches > 0
-        counts, l1_reg_L, l1_coeff = statistics.counts, None, None
+        counts = statistics.counts
         sparsity_L = counts.sparsity
-        if l1_coeff_L is not None:
-            l1_reg_L = statistics.l1_reg / statistics.micro_batches
-            first = has_router.int().argmax(dim=0, keepdim=True)
-            l1_coeff = l1_coeff_L.gather(0, first).squeeze(0).float()
         return cls(
             has_router=has_router,
             sparsity=sparsity_L.where(has_router, 0).sum() / has_router.sum(),
@@ -201,10 +210,38 @@ class StepReport:
             tokens_per_expert_LE=counts.per_expert,
             most_active_L=statistics.most_active.long(),
             topk=topk,
-            l1_reg_L=l1_reg_L,
-            l1_coeff=l1_coeff,
+            l1_reg_L=statistics.l1_reg / statistics.micro_batches if penalizes else None,
+            level_L=level_L,
+            level_name=level_name,
+            per_layer=per_layer,
+            observed_LE=None if observed is None else observed[:, 1:] / observed[:, :1],
             state_norm_L=statistics.state_norm / counts.num_tokens if has_state else None,
         )
+
+    @property
+    def level(self) -> Tensor | None:
+        """The number of all routers, fp32, 0-d: that of the first layer with one, or the mean."""
+        if self.level_L is None:
+            return None
+        if self.per_layer:
+            mean = self.level_L.where(self.has_router, 0).sum() / self.has_router.sum()
+            return mean.float()
+        first = self.has_router.int().argmax(dim=0, keepdim=True)
+        return self.level_L.gather(0, first).squeeze(0).float()
+
+    @property
+    def l1_coeff(self) -> Tensor | None:
+        """The coefficient of the L1 penalty, 0-d, as `level` has it; None without a penalty."""
+        return self.level if self.level_name == "l1_coeff" else None
+
+    def of_layers(self, layers: Sequence[int]) -> "StepReport":
+        """Return the report of some layers, by index, with the mean sparsity of all."""
+
+        def part(values: Tensor | None) -> Any:
+            return None if values is None else torch.stack([values[layer] for layer in layers])
+
+        names = [f.name for f in fields(self) if f.name.endswith(("_L", "_LE", "has_router"))]
+        return replace(self, **{name: part(getattr(self, name)) for name in names})
 
 
 def routing_metrics(report: StepReport) -> dict[str, Any]:
@@ -217,7 +254,9 @@ def routing_metrics(report: StepReport) -> dict[str, Any]:
     - `expert_load_*` and `dead_experts`: see `load_metrics`;
     - `silent_layers`, in which no token activates an expert, and `dense_layers`, in which every
       token activates every expert, as numbers that begin with 1;
-    - with ReLU routing `l1_coeff`, and `l1_reg`, the sum over layers before the coefficient;
+    - with an L1 penalty `l1_coeff`, and `l1_reg`, the sum over layers before the coefficient;
+    - with another state that moves a number that stands for it, under a name of its own. If every
+      layer has its own number, the name has the mean, and the name with `_per_layer` has all;
     - with recurrence `state_norm_per_layer`, the mean Euclidean norm of the tokens' states.
     """
     has_router = report.has_router.tolist()
@@ -241,8 +280,11 @@ def routing_metrics(report: StepReport) -> dict[str, Any]:
         "silent_layers": layers_at(1.0),
         "dense_layers": layers_at(0.0),
     }
-    if report.l1_coeff is not None and report.l1_reg_L is not None:
-        row["l1_coeff"] = report.l1_coeff.item()
+    if report.level is not None and report.level_L is not None:
+        row[str(report.level_name)] = report.level.item()
+        if report.per_layer:
+            row[f"{report.level_name}_per_layer"] = per_layer(report.level_L)
+    if report.l1_reg_L is not None:
         row["l1_reg"] = sum(per_layer(report.l1_reg_L))
     if report.state_norm_L is not None:
         row["state_norm_per_layer"] = per_layer(report.state_norm_L)

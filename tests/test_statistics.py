@@ -51,20 +51,26 @@ def test_a_report_is_of_the_layers_that_have_a_router():
     rows = [[0.0] * 6, [3, 2, 8, 4, 0, 4], [1, 2, 8, 16, 0, 16]]
     sums = torch.tensor(rows, dtype=torch.float64)
     statistics = RoutingStatistics(sums, torch.tensor([0.0, 1.0, 2.0]).double())
-    report = StepReport.of(statistics, topk=1, l1_coeff_L=torch.tensor([0.0, 0.25, 0.25]).double())
+    level = {"level_L": torch.tensor([-math.inf, 0.25, 0.5]).double(), "level_name": "l1_coeff"}
+    report = StepReport.of(statistics, topk=1, penalizes=True, **level)
     assert report.has_router.tolist() == [False, True, True]
     assert report.sparsity_L[1:].tolist() == [0.75, 0] and report.sparsity.item() == 0.375
     assert report.l1_reg_L[1:].tolist() == [1.5, 0.5] and report.l1_coeff.item() == 0.25
     assert report.l1_coeff.dtype == torch.float32 and report.most_active_L.tolist() == [0, 1, 2]
-    topk = StepReport.of(statistics, topk=1, l1_coeff_L=None)
-    assert topk.l1_reg_L is topk.l1_coeff is topk.state_norm_L is None
-    recurrent = StepReport.of(statistics, topk=1, l1_coeff_L=None, has_state=True)
+    assert StepReport.of(statistics, topk=1, **level, per_layer=True).level.item() == 0.375
+    topk = StepReport.of(statistics, topk=1)
+    assert topk.l1_reg_L is topk.l1_coeff is topk.state_norm_L is topk.observed_LE is None
+    observed = torch.tensor([[0.0, 0, 0], [2, 3, 5], [0, 0, 0]])
+    report = StepReport.of(statistics, topk=1, observed=observed).of_layers([2, 1])
+    assert report.tokens_per_expert_LE.tolist() == [[16, 0], [4, 0]]
+    assert report.observed_LE[1].tolist() == [1.5, 2.5] and report.observed_LE[0].isnan().all()
+    recurrent = StepReport.of(statistics, topk=1, has_state=True)
     assert recurrent.state_norm_L[1:].tolist() == [0.5, 2]
 
 
 def test_a_step_of_padding_alone_has_no_sparsity():
     sums = torch.tensor([[0.0, 2, 0, 0, 0, 0]], dtype=torch.float64)
-    report = StepReport.of(RoutingStatistics(sums, torch.zeros(1)), topk=1, l1_coeff_L=None)
+    report = StepReport.of(RoutingStatistics(sums, torch.zeros(1)), topk=1)
     assert math.isnan(report.sparsity.item())
 
 

@@ -9,7 +9,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from megatron.remoe import compat, cpu, options, ranges, unsupported
@@ -18,16 +18,19 @@ from remoe.config import (
     ROUTINGS,
     AnyRouting,
     ExpertShape,
+    ReLURouting,
     Routing,
+    Selection,
+    SoftRouting,
+    TopKRouting,
     apply_granularity,
     refuse_idle_recurrence,
 )
+from remoe.selections.expert_choice import ExpertChoiceRouting
 from remoe.settings import settings_of
 
 if TYPE_CHECKING:
     from megatron.remoe.train.step import FinalizeStep
-
-_CHOSEN_BY = {"relu": "moe_relu_routing", "soft": "moe_soft_routing"}  # routers, and their flags
 
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -38,11 +41,14 @@ class Flags:
 
     # Megatron's ArgumentGroupFactory takes the text below a field as the flag's help.
 
+    moe_routing: str | None = None
+    """The router of the experts; remoe routers lists them. By default it is topk."""
+
     moe_relu_routing: bool = False
-    """Route with ReLU(x W) instead of TopK(Softmax(x W))."""
+    """The published name of --moe-routing relu: ReLU(x W) instead of TopK(Softmax(x W))."""
 
     moe_soft_routing: bool = False
-    """Let experts work on means of all tokens of a sequence (Soft MoE); needs --masked-lm."""
+    """The same as --moe-routing soft: experts work on means of tokens; needs --masked-lm."""
 
     masked_lm: bool = False
     """Train a bidirectional encoder to find masked tokens, instead of a model of the next token."""
@@ -162,19 +168,28 @@ def check(args: argparse.Namespace) -> None:
             f"given; pass --moe-ffn-hidden-size or --ffn-hidden-size"
         )
     _check_settings(args)
-    if args.moe_relu_routing:
+    routing = routing_from_args(args)
+    limit = args.moe_relu_max_assignments
+    if limit is not None and not routing.varies:
+        raise ValueError(
+            f"moe_relu_max_assignments is {limit}, but {routing.title} always has the same number "
+            f"of assignments; leave it out"
+        )
+    if isinstance(routing, ReLURouting):
         _check_max_active_experts(args)
-    elif not args.moe_soft_routing:
+    elif isinstance(routing, TopKRouting):
         _check_topk(args)
     if args.num_experts is not None:
-        _experts(args)
-    if args.moe_soft_routing:
-        options.check_soft(args)
+        shape = _experts(args)
+        if isinstance(routing, Selection):
+            _split(routing, args.moe_granularity).check_model(shape.num_experts, shape.topk)
+        if isinstance(routing, ExpertChoiceRouting) and args.seq_length is not None:
+            routing.tokens_per_expert(args.seq_length, shape.num_experts, shape.topk)
+    options.check_router(args, routing)
+    if isinstance(routing, SoftRouting):
         return
     _refuse_uneven_gather_on_gloo(args)
-    if args.moe_relu_routing:
-        options.check(args)
-    if args.moe_router_recurrence != "none":
+    if routing.is_recurrent:
         options.check_recurrent(args)
 
 
@@ -217,25 +232,37 @@ def _derive_experts(args: argparse.Namespace) -> None:
         args.num_experts, args.moe_router_topk = shape.num_experts, shape.topk
         if has_width:
             args.moe_ffn_hidden_size = shape.ffn_hidden_size
-        for setting in settings_of(routing_class(args)):
-            if setting.per_granularity and getattr(args, setting.dest) is not None:
-                setattr(args, setting.dest, getattr(args, setting.dest) * args.moe_granularity)
+        routing = _split(routing_from_args(args), args.moe_granularity)
+        for setting in settings_of(type(routing)):
+            setattr(args, setting.dest, getattr(routing, setting.name))
     if args.tensor_model_parallel_size > 1:
         # Without it Megatron refuses to train experts with tensor parallelism, at the first step.
         args.sequence_parallel = True
-    if args.moe_relu_routing:
-        if args.moe_router_dtype is None:
-            args.moe_router_dtype = "fp32"
-        # Megatron demands this of softmax routers with topk 1; a ReLU router has no softmax.
-        args.moe_router_pre_softmax = True
-        # The published scripts pass aux_loss, which their ReLU router ignores. Here it would make
-        # Megatron report a loss that does not exist.
-        args.moe_router_load_balancing_type = "none"
-    if args.moe_soft_routing:
-        # What Megatron demands of a TopK router, and would report of it.
-        args.moe_router_topk, args.moe_router_pre_softmax = 1, True
-        args.moe_router_load_balancing_type = "none"
-        args.expert_tensor_parallel_size = 1
+    args.moe_routing = options.router_name(vars(args))
+    for flag, name in options.PUBLISHED.items():
+        setattr(args, flag, args.moe_routing == name)
+    if args.moe_routing == "topk":
+        return
+    # Megatron demands this of softmax routers with topk 1. Others have no softmax, or null experts,
+    # whose gates are the same either way.
+    args.moe_router_pre_softmax = True
+    if args.moe_routing == "null_experts":
+        return
+    # The published scripts pass aux_loss, which their ReLU router ignores. Here it would make
+    # Megatron report a loss that does not exist.
+    args.moe_router_load_balancing_type = "none"
+    if args.moe_routing == "soft":
+        # What Megatron demands of a TopK router.
+        args.moe_router_topk, args.expert_tensor_parallel_size = 1, 1
+    elif args.moe_router_dtype is None:
+        args.moe_router_dtype = "fp32"
+
+
+def _split(routing: Any, granularity: int) -> Any:
+    """Return the settings of a router after granularity has split its experts."""
+    counted = (s.name for s in settings_of(type(routing)) if s.per_granularity)
+    given = {name: getattr(routing, name) for name in counted}
+    return replace(routing, **{n: v * granularity for n, v in given.items() if v is not None})
 
 
 def _is_dense(args: argparse.Namespace) -> bool:
@@ -251,7 +278,7 @@ def _experts(args: argparse.Namespace) -> ExpertShape:
     """Return the experts after granularity, with any width if none is given."""
     return apply_granularity(
         num_experts=args.num_experts,
-        topk=1 if args.moe_soft_routing else args.moe_router_topk,
+        topk=1 if routing_class(args) is SoftRouting else args.moe_router_topk,
         ffn_hidden_size=_expert_width(args) or args.moe_granularity,
         granularity=args.moe_granularity,
     )
@@ -276,10 +303,13 @@ def _check_intervals(args: argparse.Namespace) -> None:
 
 
 def _check_router(args: argparse.Namespace) -> None:
-    if args.moe_soft_routing and args.moe_relu_routing:
-        raise ValueError("moe_relu_routing and moe_soft_routing are both set; choose one router")
-    if args.moe_soft_routing and not args.masked_lm:
-        raise ValueError(options.NOT_CAUSAL)
+    name = options.router_name(vars(args))
+    if name not in ROUTINGS:
+        raise ValueError(
+            f"moe_routing is {name}, which is no router; choose one of {', '.join(ROUTINGS)}"
+        )
+    if not ROUTINGS[name].causal and not args.masked_lm:
+        raise ValueError(options.not_causal(ROUTINGS[name]))
 
 
 def _refuse_flags_of_experts(args: argparse.Namespace) -> None:
@@ -297,16 +327,14 @@ def _refuse_flags_of_experts(args: argparse.Namespace) -> None:
 def _check_settings(args: argparse.Namespace) -> None:
     """Check the settings of the chosen router, and that those of no other one are given."""
     own = {setting.dest: setting for setting in settings_of(routing_class(args))}
-    chosen = _CHOSEN_BY.get(_router(args))
+    chosen = options.router_name(vars(args))
     for router, routing in ROUTINGS.items():
         for setting in settings_of(routing):
             is_set = getattr(args, setting.dest) != setting.default
             if setting.dest not in own and is_set and not setting.may_idle:
-                subject = f"{setting.dest} is set {'with' if chosen else 'without'}"
-                remedy = "leave one of them out" if chosen else "set both, or none"
                 raise ValueError(
-                    f"{subject} {chosen or _CHOSEN_BY[router]}, but it is a setting of "
-                    f"{routing.title}; {remedy}"
+                    f"{setting.dest} is set, but it is a setting of {routing.title}, and the "
+                    f"router is {chosen}; leave it out, or set moe_routing to {router}"
                 )
     for name, setting in own.items():
         setting.check(getattr(args, name), name)
@@ -315,13 +343,7 @@ def _check_settings(args: argparse.Namespace) -> None:
 
 
 def _check_topk(args: argparse.Namespace) -> None:
-    limit = args.moe_relu_max_assignments
     steps, topk = args.moe_topk_warmup_steps, args.moe_topk_warmup_topk
-    if limit is not None and not steps:
-        raise ValueError(
-            f"moe_relu_max_assignments is {limit}, but TopK without warm-up always has topk "
-            f"assignments per token; leave it out, or set moe_relu_routing"
-        )
     if not steps and topk is None:
         return
     if not steps or topk is None:
@@ -334,8 +356,6 @@ def _check_topk(args: argparse.Namespace) -> None:
             f"moe_topk_warmup_topk is {topk} of {args.num_experts} experts; choose it between 1 "
             f"and num_experts"
         )
-    needed = {name: options.OPTIONS[name] for name in options.NEEDS_KNOWN_COUNT}
-    options.check(args, answers=needed, by="TopK with near-dense warm-up")
 
 
 def _check_max_active_experts(args: argparse.Namespace) -> None:
@@ -359,14 +379,9 @@ def _refuse_uneven_gather_on_gloo(args: argparse.Namespace) -> None:
         )
 
 
-def _router(args: argparse.Namespace) -> str:
-    """Return the name in `ROUTINGS` of the router that the arguments choose."""
-    return next((name for name, flag in _CHOSEN_BY.items() if getattr(args, flag)), "topk")
-
-
 def routing_class(args: argparse.Namespace) -> type[AnyRouting]:
     """Return the class of the settings of the router that the arguments choose."""
-    return ROUTINGS[_router(args)]
+    return ROUTINGS[options.router_name(vars(args))]
 
 
 def routing_from_args(args: argparse.Namespace) -> AnyRouting:
@@ -380,8 +395,8 @@ def configure(
 ) -> "FinalizeStep":
     """Put our layers and our once-per-step hook into Megatron's `GPTModelConfig`.
 
-    Without `--moe-relu-routing` the model is Megatron's TopK mixture, or dense without experts, on
-    the same backend.
+    Without `--moe-routing` the model is Megatron's TopK mixture, or dense without experts, on the
+    same backend.
 
     Args:
         model_config: of the model to train.
@@ -396,6 +411,7 @@ def configure(
             layers of the script's own, or a checkpoint to load that was trained with another
             router.
     """
+    from megatron.remoe.moe import hash_router
     from megatron.remoe.moe.shared_cell import SharedCells
     from megatron.remoe.moe.spec import layer_spec
     from megatron.remoe.train import saved
@@ -415,6 +431,7 @@ def configure(
     hook = FinalizeStep(cells)
     model_config.finalize_model_grads_func = hook
     model_config.pre_wrap_hooks.append(compat.mark_experts)
+    hash_router.install(model_config, routing)
     if cells is not None:
         cells.install(model_config)
     if args.fork_async_save:

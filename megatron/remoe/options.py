@@ -1,8 +1,9 @@
-"""What ReLU routing does with every MoE option of Megatron's TransformerConfig.
+"""Which router the flags choose, and what it does with every MoE option of Megatron's.
 
-One table: an option is honored, refused with the reason, or irrelevant. Nothing is silently
-ignored: a test fails on a field that is not here, `check` refuses at the start, and the tables in
-`docs/options.md` are printed from this module.
+One table says what ReLU routing does with a field of Megatron's TransformerConfig, and smaller ones
+what the other routers do otherwise: it is honored, refused with the reason, or irrelevant. Nothing
+is silently ignored: a test fails on a field that is not here, `check_router` refuses at the start,
+and the tables in `docs/options.md` are printed from this module.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,10 +11,37 @@ from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
 
-from remoe.config import ROUTINGS
+from remoe.config import ROUTINGS, AnyRouting
 from remoe.settings import settings_of
 
+# Published flags that choose a router, and which; `moe_routing` names any.
+PUBLISHED = {"moe_relu_routing": "relu", "moe_soft_routing": "soft"}
+
 Answer = Literal["honored", "refused", "irrelevant"]
+
+
+def router_name(values: Mapping[str, Any]) -> str:
+    """Return the name of the router in `ROUTINGS` that flags choose, "topk" if they say nothing.
+
+    Args:
+        values: Megatron's arguments, or the flags of a config, which may lack some.
+
+    Raises:
+        ValueError: the flags choose different routers.
+    """
+    named = values.get("moe_routing")
+    found = {"moe_routing": named} if named else {}
+    found |= {flag: name for flag, name in PUBLISHED.items() if values.get(flag)}
+    if len(set(found.values())) > 1:
+        said = [f"{flag} is {named}" if flag == "moe_routing" else flag for flag in found]
+        raise ValueError(f"{said[0]} and {said[1]} are both set; choose one router")
+    return str(next(iter(found.values()), "topk"))
+
+
+def name_of(routing: AnyRouting | type[AnyRouting]) -> str:
+    """Return the name of a router in `ROUTINGS`."""
+    cls = routing if isinstance(routing, type) else type(routing)
+    return next(name for name, known in ROUTINGS.items() if known is cls)
 
 
 @dataclass(frozen=True)
@@ -151,7 +179,7 @@ OPTIONS: dict[str, Option] = {
         "hybrid_override_pattern",
     ),
     **_each(
-        _refused("buffer sizes change with every step under ReLU routing; leave it out"),
+        _refused("buffer sizes change with every step; leave it out"),
         "", "enable_cuda_graph external_cuda_graph cuda_graph_impl",
     ),
     **_each(
@@ -264,11 +292,22 @@ def check_recurrent(config: Any) -> None:
 
 
 # Why a router that is not causal is refused in every model that is.
-NOT_CAUSAL = (
-    "moe_soft_routing is set, but the model is causal: a slot of Soft MoE is a mean of all tokens, "
-    "so that every token would see those after it; use moe_relu_routing, which is causal and as "
-    "differentiable, or train an encoder with masked_lm"
-)
+_WHY_NOT_CAUSAL = {
+    "soft": "a slot of Soft MoE is a mean of all tokens, so that every token would see those after "
+    "it; use moe_routing relu, which is causal and as differentiable, or train an encoder with "
+    "masked_lm",
+    "expert_choice": "an expert of Expert Choice compares all tokens of a sequence, so that what a "
+    "token gets depends on those after it; use moe_routing expert_threshold, which is causal, or "
+    "train an encoder with masked_lm",
+}
+
+
+def not_causal(routing: AnyRouting | type[AnyRouting]) -> str:
+    """Return why a router that is not causal is refused in a causal model, and the remedy."""
+    name = name_of(routing)
+    return f"moe_routing is {name}, but the model is causal: {_WHY_NOT_CAUSAL[name]}"
+
+
 _NO_ROUTER = "the router of Soft MoE selects no experts, and has no such option; leave it out"
 _NOT_RUN = "it has not been run with slots; leave it out"
 _APART = "a slot would mix the documents of a sequence, which this keeps apart; leave it out"
@@ -310,9 +349,97 @@ SOFT: dict[str, Option] = {
 } | OWN_OF_SOFT
 
 
-def check_soft(config: Any) -> None:
-    """Refuse what Soft MoE cannot do; the argument and errors are those of `check`."""
-    check(config, answers=SOFT, by="Soft MoE")
+_NO_LOGITS = "hash routing has no logits; leave it out"
+_COMPARED = (
+    "an expert would compare tokens of documents that this keeps apart; leave it out",
+    (None, False),
+)
+_ANOTHER = "it has not been run with null experts; leave it out"
+# What the other routers refuse for reasons of their own.
+OWN: dict[str, dict[str, Option]] = {
+    "hash": {
+        "pipeline_model_parallel_size": _refused(
+            "the ids of the tokens reach the first stage only, and one micro-batch at a time; use "
+            "1",
+            (1,),
+        ),
+        "moe_z_loss_coeff": _refused(_NO_LOGITS, (None, 0)),
+        "moe_input_jitter_eps": _refused(_NO_LOGITS, (None,)),
+        "moe_router_dtype": _refused(_NO_LOGITS, (None, "fp32")),
+    },
+    "expert_choice": {
+        "context_parallel_size": _refused(
+            "experts choose among all tokens of a sequence, whose parts on the ranks are not "
+            "gathered; use 1",
+            (1,),
+        ),
+        "reset_attention_mask": _refused(*_COMPARED),
+        "reset_position_ids": _refused(*_COMPARED),
+    },
+    "null_experts": {
+        "moe_router_load_balancing_type": _refused(
+            "it has not been run with null experts; use aux_loss",
+            ("none", "aux_loss", "seq_aux_loss", "global_aux_loss"),
+        ),
+        "moe_router_score_function": _refused(
+            "gates are a softmax over the chosen experts; leave it out", ("softmax",)
+        ),
+        **dict.fromkeys(
+            (
+                "moe_router_topk_scaling_factor", "moe_router_num_groups",
+                "moe_router_group_topk", "moe_router_topk_limited_devices",
+                "moe_router_enable_expert_bias", "moe_router_force_load_balancing",
+                "moe_router_force_biased", "moe_router_fusion", "moe_apply_probs_on_input",
+                "moe_latent_size", "mtp_num_layers", "mtp_standalone",
+            ),
+            _refused(_ANOTHER),
+        ),
+    },
+}  # fmt: skip
+
+
+def refusals_of(name: str) -> dict[str, Option]:
+    """Return the options that matter to a router, by its name in `ROUTINGS`, with their answers.
+
+    They are those of ReLU routing, where a router has no other reason, and only those of a varying
+    number of assignments for the routers that are Megatron's own.
+    """
+    if name == "relu":
+        return OPTIONS
+    if name == "soft":
+        return SOFT
+    if name in ("topk", "null_experts"):
+        return {n: OPTIONS[n] for n in NEEDS_KNOWN_COUNT} | OWN.get(name, {})
+    why = f"{ROUTINGS[name].title} has no such option; leave it out"
+    return {
+        option: replace(answer, why=why)
+        if option.startswith("moe_router_") and answer.answer == "refused"
+        else answer
+        for option, answer in OPTIONS.items()
+    } | OWN.get(name, {})
+
+
+def check_router(config: Any, routing: AnyRouting) -> None:
+    """Refuse what a router cannot do; the errors are those of `check`.
+
+    Args:
+        config: a TransformerConfig, or Megatron's arguments.
+        routing: settings of the router.
+    """
+    if type(routing) not in ROUTINGS.values():
+        return  # a router of another package answers for itself
+    name, by = name_of(routing), routing.title
+    if name == "topk":
+        if not routing.varies:
+            return
+        by = "TopK with near-dense warm-up"
+    check(config, answers=refusals_of(name), by=by)
+    if name == "soft":
+        _check_shares(config)
+
+
+def _check_shares(config: Any) -> None:
+    """Refuse ranks that cannot share the experts of Soft MoE equally."""
     experts = config.num_moe_experts if hasattr(config, "num_moe_experts") else config.num_experts
     for name in ("expert_model_parallel_size", "tensor_model_parallel_size"):
         ranks = getattr(config, name)
@@ -341,6 +468,10 @@ them and those above."""
 _SOFT_TITLE = """## What Soft MoE refuses
 
 Beside these it refuses the options that ReLU routing refuses."""
+_OWN_TITLE = """## What the other routers refuse
+
+Beside these, null experts refuse what TopK with warm-up refuses, and the others what ReLU routing
+refuses."""
 _LOGS_TITLE = """## Megatron's logs under ReLU routing
 
 Megatron counts k experts per token wherever it counts experts."""
@@ -364,6 +495,12 @@ def to_markdown() -> str:
         (f"`{name}`", ", ".join(str(v).lower() for v in o.allowed if v is not None), o.why)
         for name, o in OWN_OF_SOFT.items()
     ]
+    others = [
+        (f"`{router}`", f"`{name}`", ", ".join(str(v).lower() for v in o.allowed if v is not None),
+         o.why)
+        for router, options in OWN.items()
+        for name, o in options.items()
+    ]  # fmt: skip
     logs = [(f"`{name}`", text) for name, text in LOGS.items()]
     parts = (
         _table(("option", "ReLU routing", "reason"), options),
@@ -375,6 +512,8 @@ def to_markdown() -> str:
         _table(("flag", "exported `config.json`", "default", "meaning", "on resume"), routers),
         _SOFT_TITLE,
         _table(("option", "accepted, beside leaving it out", "reason"), soft),
+        _OWN_TITLE,
+        _table(("router", "option", "accepted, beside leaving it out", "reason"), others),
         _LOGS_TITLE,
         _table(("flag", "what to know"), logs),
     )

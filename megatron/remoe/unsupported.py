@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from megatron.remoe import cpu
+from megatron.remoe import cpu, options
 
 
 def has_package(name: str) -> bool:
@@ -72,8 +72,8 @@ REFUSALS = (
     Refusal("moe_routing_trace_path", "Megatron traces the k experts of a TopK router on a GPU "
             "only, and would write empty files; leave it out (metrics_file has the load of the "
             "experts)",
-            when=lambda args: args.moe_relu_routing or args.moe_soft_routing or not args.num_experts
-            or cpu.is_enabled()),
+            when=lambda args: not args.num_experts or cpu.is_enabled()
+            or options.router_name(vars(args)) not in ("topk", "null_experts")),
     # encoders
     Refusal("transformer_impl", "masked_lm has not been run with it; use transformer_impl local",
             ("local",), when=_is_masked_lm),

@@ -14,10 +14,16 @@ logits are symmetric; the second step has the cutoffs of the first one.
 Shapes: T tokens, E experts.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from remoe.routing import at_least_fp32
+from remoe.selections.base import Budget, Routing, Tensors, scalar
+from remoe.settings import setting
+from remoe.statistics import StepReport
 
 
 def expert_threshold_routing(logits_TE: Tensor, thresholds_E: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,3 +86,71 @@ def next_thresholds(
     updates = torch.as_tensor(num_updates, dtype=torch.float64, device=thresholds_E.device)
     share = (1 - decay) / (1 - decay ** (updates + 1))
     return torch.lerp(thresholds_E, cutoffs_E, share.to(thresholds_E.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertThresholdRouting(Routing):
+    """The settings of an expert threshold router.
+
+    Buffers:
+        thresholds: fp32 `[E]`, zero at first; num_updates: fp32, 0-d, the number of steps whose
+            cutoffs they are an average of.
+    """
+
+    title: ClassVar[str] = "expert threshold routing"
+    source: ClassVar[str] = "arXiv 2603.11535"
+    budget: ClassVar[Budget] = "threshold"
+    state: ClassVar[str] = "a threshold of every expert"
+    reports: ClassVar[str | None] = "expert_threshold"
+
+    expert_threshold_decay: float = setting(
+        0.99,
+        flag="--moe-expert-threshold-decay",
+        help="Decay of the moving average of an expert's cutoffs, per step.",
+        within="[0, 1)",
+        on_resume="warned",
+    )
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether `report` has a number of its own for every layer."""
+        return True
+
+    @property
+    def observes(self) -> bool:
+        """Whether `observe` is to be called."""
+        return True
+
+    def buffers(self, num_experts: int, topk: int) -> dict[str, Tensor]:
+        """Return the initial thresholds."""
+        return {"thresholds": torch.zeros(num_experts), "num_updates": scalar(0.0)}
+
+    def select(self, logits_TE: Tensor, tensors: Tensors, *, topk: int) -> tuple[Tensor, Tensor]:
+        """Return the sigmoid of the logits that reach their thresholds."""
+        return expert_threshold_routing(logits_TE, tensors["thresholds"])
+
+    def observe(
+        self, logits_TE: Tensor, *, topk: int, padding_mask_T: Tensor | None = None
+    ) -> Tensor:
+        """Return the cutoffs of a micro-batch, `[E]`."""
+        return expert_cutoffs(logits_TE, topk=topk, padding_mask_T=padding_mask_T)
+
+    def moved(self, state: Tensors, step: StepReport) -> dict[str, Tensor]:
+        """Return the next thresholds; they stay in a step without real tokens."""
+        assert step.observed_LE is not None
+        updates_L1 = state["num_updates"].unsqueeze(1)
+        next_LE = next_thresholds(
+            state["thresholds"],
+            step.observed_LE.to(state["thresholds"].dtype),
+            num_updates=updates_L1,
+            decay=self.expert_threshold_decay,
+        )
+        is_measured_L1 = ~step.observed_LE.isnan().any(dim=1, keepdim=True)
+        return {
+            "thresholds": torch.where(is_measured_L1, next_LE, state["thresholds"]),
+            "num_updates": (updates_L1 + is_measured_L1).squeeze(1),
+        }
+
+    def report(self, state: Tensors) -> Tensor:
+        """Return the mean of the thresholds."""
+        return state["thresholds"].mean()

@@ -9,8 +9,13 @@ have seen parts of the paper only; the function and what it does for k > 1 are o
 Shapes: T tokens, E experts.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
 import torch
 from torch import Tensor
+
+from remoe.selections.base import Budget, Selection
 
 _BITS = 0xFFFFFFFF
 _FACTORS = (0x7FEB352D, 0x4F1BBCDD)  # odd and below 2^31: products of 32 bits fit in int64
@@ -49,3 +54,28 @@ def _mix(numbers: Tensor) -> Tensor:
         numbers = numbers ^ (numbers >> 16)
         numbers = (numbers * factor) & _BITS
     return numbers ^ (numbers >> 15)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashRouting(Selection):
+    """The settings of hash routing, which has neither logits nor state."""
+
+    title: ClassVar[str] = "hash routing"
+    source: ClassVar[str] = "arXiv 2106.04426"
+    budget: ClassVar[Budget] = "fixed k"
+    reads: ClassVar[Literal["tokens", "sequences", "ids"]] = "ids"
+
+    @property
+    def varies(self) -> bool:
+        """Whether the number of assignments changes from batch to batch."""
+        return False
+
+    def num_logits(self, num_experts: int) -> int:
+        """Return the number of logits of a token."""
+        return 0
+
+    def select_by_id(
+        self, token_ids_T: Tensor, *, num_experts: int, topk: int, layer_number: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return gates and map of a layer, by its number, which begins with 1."""
+        return hash_routing(token_ids_T, num_experts=num_experts, topk=topk, seed=layer_number)

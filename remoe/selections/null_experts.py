@@ -11,10 +11,15 @@ null experts by a bias instead of a loss; that is not here.
 Shapes: T tokens, E experts, N = E + n.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from remoe.routing import at_least_fp32, topk_routing
+from remoe.selections.base import Budget, Routing, Tensors
+from remoe.settings import setting
 
 
 def null_experts_topk(*, num_experts: int, num_null_experts: int, topk: int) -> int:
@@ -60,3 +65,59 @@ def null_experts_routing(
     # A row without experts would be NaN, and so would its gradient.
     logits_TE = logits_TE.masked_fill(~routing_map.any(dim=1, keepdim=True), 0)
     return torch.softmax(logits_TE, dim=1) * routing_map, routing_map
+
+
+def real_gates(
+    probs_TN: Tensor, routing_map_TN: Tensor, *, num_experts: int
+) -> tuple[Tensor, Tensor]:
+    """Return what `null_experts_routing` returns, given the softmax of the chosen experts.
+
+    Args:
+        probs_TN: `[T, E + n]`, softmax over all experts or over the chosen ones, zero elsewhere.
+        routing_map_TN: bool `[T, E + n]`, True for the chosen experts.
+        num_experts: E.
+    """
+    probs_TE, routing_map = probs_TN[:, :num_experts], routing_map_TN[:, :num_experts]
+    total_T1 = probs_TE.sum(dim=1, keepdim=True)
+    return probs_TE / total_T1.masked_fill(total_T1 == 0, 1), routing_map
+
+
+@dataclass(frozen=True, kw_only=True)
+class NullExpertsRouting(Routing):
+    """The settings of TopK routing with null experts."""
+
+    title: ClassVar[str] = "TopK routing with null experts"
+    source: ClassVar[str] = "AdaMoE, arXiv 2406.13233"
+    budget: ClassVar[Budget] = "fixed k"
+
+    num_null_experts: int | None = setting(
+        None,
+        flag="--moe-null-experts",
+        help="Number of null experts, which do nothing; k (E + n) / E must be whole. The number is "
+        "that before granularity. Default: as many as experts.",
+        within="[1, inf)",
+        on_resume="refused",
+        per_granularity=True,
+    )
+
+    def num_logits(self, num_experts: int) -> int:
+        """Return the number of logits of a token: E + n."""
+        return num_experts + (self.num_null_experts or num_experts)
+
+    def topk_of_all(self, num_experts: int, topk: int) -> int:
+        """Return k', the number of experts that a token chooses, null ones among them."""
+        nulls = self.num_logits(num_experts) - num_experts
+        return null_experts_topk(num_experts=num_experts, num_null_experts=nulls, topk=topk)
+
+    def check_model(self, num_experts: int, topk: int) -> None:
+        """Refuse numbers with which k' is not whole."""
+        self.topk_of_all(num_experts, topk)
+
+    def select(self, logits_TE: Tensor, tensors: Tensors, *, topk: int) -> tuple[Tensor, Tensor]:
+        """Return gates and map of the experts, `[T, E]`, given logits `[T, E + n]`."""
+        num_logits = logits_TE.shape[1]
+        nulls = self.num_null_experts or num_logits // 2
+        num_experts = num_logits - nulls
+        return null_experts_routing(
+            logits_TE, num_experts=num_experts, topk_of_all=self.topk_of_all(num_experts, topk)
+        )

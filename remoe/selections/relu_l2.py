@@ -14,10 +14,15 @@ scale instead.
 Shapes: T tokens, E experts.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from remoe.routing import at_least_fp32
+from remoe.selections.base import Tensors
+from remoe.selections.relu import L1Routing
 
 EPS = 1e-8  # of the published code (github.com/Centaurus-Alpha/UniPool)
 
@@ -63,3 +68,27 @@ def relu_l2_initial_scale(num_experts: int, topk: int, *, num_samples: int = 20_
     samples = torch.randn(num_samples, num_experts, generator=generator, dtype=torch.float64)
     largest = relu_l2_penalized(samples, eps=0).topk(topk, dim=1).values
     return 1 / float(torch.linalg.vector_norm(largest, dim=1).mean())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReLUL2Routing(L1Routing):
+    """The settings of a ReLU router of logits with L2 norm.
+
+    Parameters:
+        gate_scale: `[1]`, at first that with which k gates have a norm of about one.
+    """
+
+    title: ClassVar[str] = "ReLU routing with L2 norm"
+    source: ClassVar[str] = "UniPool, arXiv 2605.06665"
+
+    def parameters(self, num_experts: int, topk: int) -> dict[str, Tensor]:
+        """Return the initial scale."""
+        return {"gate_scale": torch.full((1,), relu_l2_initial_scale(num_experts, topk))}
+
+    def select(self, logits_TE: Tensor, tensors: Tensors, *, topk: int) -> tuple[Tensor, Tensor]:
+        """Return the scaled gates."""
+        return relu_l2_routing(logits_TE, tensors["gate_scale"])
+
+    def penalized(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor:
+        """Return the gates before the scale, `[T, E]`."""
+        return relu_l2_penalized(logits_TE)

@@ -14,10 +14,15 @@ and a mean of k = 1 would be out of reach.
 Shapes: T tokens, E experts.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from remoe.routing import at_least_fp32, relu_routing
+from remoe.selections.base import Tensors
+from remoe.selections.relu import L1Routing
 
 EPS = 1e-6  # of the published code
 
@@ -47,3 +52,27 @@ def relu_rms_routing(
 def relu_rms_penalized(logits_TE: Tensor) -> Tensor:
     """Return what the L1 penalty acts on, `[T, E]`: the ReLU of the logits, before the norm."""
     return torch.relu(at_least_fp32(logits_TE))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReLURMSRouting(L1Routing):
+    """The settings of a ReLU router with RMS norm.
+
+    Parameters:
+        gate_scale: `[E]`, ones at first.
+    """
+
+    title: ClassVar[str] = "ReLU routing with RMS norm"
+    source: ClassVar[str] = "BlockFFN, arXiv 2507.08771"
+
+    def parameters(self, num_experts: int, topk: int) -> dict[str, Tensor]:
+        """Return the initial scale of every expert."""
+        return {"gate_scale": torch.ones(num_experts)}
+
+    def select(self, logits_TE: Tensor, tensors: Tensors, *, topk: int) -> tuple[Tensor, Tensor]:
+        """Return the normed and scaled gates."""
+        return relu_rms_routing(logits_TE, tensors["gate_scale"])
+
+    def penalized(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor:
+        """Return the ReLU of the logits, `[T, E]`."""
+        return relu_rms_penalized(logits_TE)

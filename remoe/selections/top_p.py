@@ -12,10 +12,17 @@ entropy loss nor the normalization of logits is here.
 Shapes: T tokens, E experts.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from remoe.controller import ControllerConfig, next_l1_coeff
 from remoe.routing import at_least_fp32
+from remoe.selections.base import Budget, Routing, Tensors, scalar
+from remoe.settings import setting
+from remoe.statistics import StepReport
 
 
 def top_p_routing(logits_TE: Tensor, p: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -49,3 +56,53 @@ def odds_against(p: float) -> float:
 def probability(odds: Tensor) -> Tensor:
     """Return the probability of a coefficient, `p = 1 / (1 + u)`, with its shape and dtype."""
     return 1 / (1 + odds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopPRouting(Routing):
+    """The settings of a top-p router, whose p is moved so that k experts are active on average.
+
+    Buffers:
+        odds: fp32, 0-d, the odds against p.
+    """
+
+    title: ClassVar[str] = "top-p routing"
+    source: ClassVar[str] = "arXiv 2403.07652 and 2512.13996"
+    budget: ClassVar[Budget] = "threshold"
+    state: ClassVar[str] = "the odds against p"
+    reports: ClassVar[str | None] = "top_p"
+
+    top_p_init: float | None = setting(
+        None,
+        flag="--moe-top-p-init",
+        help="Initial p of top-p routing. Default: k/E, with which k experts are active if the "
+        "softmax is nearly uniform.",
+        within="(0, 1]",
+    )
+    top_p_multiplier: float = setting(
+        1.02,
+        flag="--moe-top-p-multiplier",
+        help="Factor by which every step multiplies or divides the odds against p.",
+        within="(1, inf)",
+        on_resume="warned",
+    )
+
+    def buffers(self, num_experts: int, topk: int) -> dict[str, Tensor]:
+        """Return the initial odds."""
+        return {"odds": scalar(odds_against(self.top_p_init or topk / num_experts))}
+
+    def select(self, logits_TE: Tensor, tensors: Tensors, *, topk: int) -> tuple[Tensor, Tensor]:
+        """Return the softmax of the fewest experts that reach p."""
+        return top_p_routing(logits_TE, probability(tensors["odds"]))
+
+    def moved(self, state: Tensors, step: StepReport) -> dict[str, Tensor]:
+        """Return the next odds: more against p if the step was too dense."""
+        rule = ControllerConfig(
+            target_sparsity=1 - step.topk / step.tokens_per_expert_LE.shape[1],
+            l1_coeff_multiplier=self.top_p_multiplier,
+        )
+        return {"odds": next_l1_coeff(state["odds"], step.sparsity, rule)}
+
+    def report(self, state: Tensors) -> Tensor:
+        """Return p."""
+        return probability(state["odds"])

@@ -69,7 +69,7 @@ def replay(golden: Golden, steps: int) -> list[dict]:
     """Train for `steps` steps and record what the golden file records."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from megatron.remoe.train.step import relu_routers, update_routers
+    from megatron.remoe.train.step import counting_routers, update_routers
 
     config, model = golden.config, build_model(golden)
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -93,7 +93,8 @@ def replay(golden: Golden, steps: int) -> list[dict]:
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        report = update_routers(relu_routers([model]), model.config, is_relu=True)
+        routers = counting_routers([model])
+        report = update_routers(routers, model.config, routers[0].selection)
         trajectory.append(
             {
                 "lm_loss": sum(losses) / len(losses),

@@ -33,7 +33,8 @@ def report(l1_reg: float = 0.25) -> StepReport:
         most_active_L=torch.tensor([3, 0, 2]),
         topk=1,
         l1_reg_L=torch.tensor([l1_reg, math.nan, 0.5]),
-        l1_coeff=torch.tensor(1e-8),
+        level_L=torch.full((3,), 1e-8),
+        level_name="l1_coeff",
     )
 
 
@@ -186,7 +187,7 @@ def test_layers_that_go_silent_or_dense_are_named_in_row_and_log(megatron_on, pa
 
 
 def test_a_topk_row_has_the_routing_without_a_penalty(megatron_on, path):
-    megatron_on(report=replace(report(), l1_reg_L=None, l1_coeff=None)).step()
+    megatron_on(report=replace(report(), l1_reg_L=None, level_L=None)).step()
     assert set(rows(path)[0]) == EVERY | COUNTED
 
 

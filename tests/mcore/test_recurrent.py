@@ -181,7 +181,8 @@ def norms_of_states(padding_mask):
     wide, _ = layers[0](x, padding_mask=padding_mask)
     state = wide[..., HIDDEN:].detach()
     config = layers[0].router.config
-    report = update_routers([layers[0].router], config, is_relu=True, has_state=True)
+    router = layers[0].router
+    report = update_routers([router], config, router.selection, has_state=True)
     return routing_metrics(report)["state_norm_per_layer"], state.norm(dim=-1)
 
 

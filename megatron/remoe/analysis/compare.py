@@ -23,6 +23,7 @@ from megatron.remoe.analysis.measures import (
 )
 from megatron.remoe.analysis.runs import Run
 from megatron.remoe.analysis.size import ModelSize
+from megatron.remoe.options import router_name
 
 _OSCILLATION_MEAN = 10  # rows of a block
 _DEFAULT_SEED = 1234
@@ -80,10 +81,11 @@ def router_of(config: dict[str, Any]) -> str:
     """Return the router of a run, one of `ROUTERS`."""
     if not config.get("num_experts"):
         return "dense"
-    if config.get("moe_soft_routing"):
+    name = router_name(config)
+    if name == "soft":
         return "Soft MoE"
     recurrent = config.get("moe_router_recurrence") not in (None, "none")
-    if config.get("moe_relu_routing"):
+    if name == "relu":
         return "recurrent ReMoE" if recurrent else "ReMoE"
     warm_up = " with warm-up" if config.get("moe_topk_warmup_steps") else ""
     return ("RMoE" if recurrent else "TopK") + warm_up

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.remoe.options import layers_with_experts
+from megatron.remoe.options import layers_with_experts, router_name
+from remoe.config import ROUTINGS, Selection
+from remoe.settings import settings_of
 
 # Flags that change a model's size in ways that are not counted, with the values that do not.
 _NOT_COUNTED: dict[str, tuple[Any, ...]] = {
@@ -35,6 +37,8 @@ class ModelSize:
         num_experts, topk, expert_width, shared_width: the shape of these layers. In Soft MoE topk
             is the number of all experts, since every token is in the slots of all.
         slots: the number of slots of a sequence in Soft MoE, else 0.
+        logits, router_scales: the number of logits of a token, and of what a router learns beside
+            its weight; both are 0 in Soft MoE.
         norm_weights: the weights of a norm per hidden unit: 1, or 2 with a bias.
         state_size, cell_gates: of recurrent routers, with 3 gates for a GRU and 1 for an RNN; both
             are 0 without recurrence.
@@ -61,6 +65,8 @@ class ModelSize:
     cell_gates: int = 0
     projections: int = 0
     slots: int = 0
+    logits: int = 0
+    router_scales: int = 0
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> "ModelSize":
@@ -93,7 +99,8 @@ class ModelSize:
         shared = flags.get("moe_router_recurrent_projection") == "shared"
         moe_layers = layers_with_experts(flags.get("moe_layer_freq"), layers)
         topk, slots = (_int(flags, "moe_router_topk") or 2) * granularity if experts else 0, 0
-        if flags.get("moe_soft_routing"):
+        router = router_name(flags)
+        if router == "soft":
             topk, slots = experts, experts * (_int(flags, "moe_soft_slots_per_expert") or 1)
         return cls(
             num_layers=layers,
@@ -115,6 +122,7 @@ class ModelSize:
             cell_gates=gates,
             projections=1 if shared else len(moe_layers),
             slots=slots,
+            **_of_router(router, flags, experts, topk, granularity),
         )
 
     @property
@@ -128,10 +136,10 @@ class ModelSize:
         if self.slots:
             return self.num_moe_layers * (self.slots * self.hidden + 1)
         if not self.cell_gates:
-            return self.num_moe_layers * self.num_experts * self.hidden
-        weights = self.projections * self.hidden + self.num_moe_layers * self.num_experts
+            return self.num_moe_layers * (self.logits * self.hidden + self.router_scales)
+        weights = self.projections * self.hidden + self.num_moe_layers * self.logits
         cell = 2 * self.cell_gates * (self.state_size + 1)
-        return self.state_size * (weights + cell)
+        return self.state_size * (weights + cell) + self.num_moe_layers * self.router_scales
 
     @property
     def active_params(self) -> int:
@@ -167,10 +175,27 @@ class ModelSize:
         weights = self._layer_weights(self.rows_per_token) + self.vocab * self.hidden
         weights += self.num_moe_layers * 3 * self.slots * self.hidden
         if self.cell_gates:
-            read = self.hidden + self.num_experts + 2 * self.cell_gates * self.state_size
+            read = self.hidden + self.logits + 2 * self.cell_gates * self.state_size
             weights += self.num_moe_layers * self.state_size * read
         scores = 2 * self.num_layers * self.seq_length * self.query_width
         return 3 * 2 * self.seq_length * (weights + scores)
+
+
+def _of_router(
+    router: str, flags: Mapping[str, Any], experts: int, topk: int, granularity: int
+) -> dict[str, int]:
+    """Count what a router of a selection has, after granularity."""
+    routing = ROUTINGS.get(router)
+    if not experts or routing is None or not issubclass(routing, Selection):
+        return {}
+    given = {s.name: flags.get(s.dest) for s in settings_of(routing) if s.per_granularity}
+    split = {name: value * granularity for name, value in given.items() if value is not None}
+    selection = routing(**split)
+    learned = selection.parameters(experts, topk).values()
+    return {
+        "logits": selection.num_logits(experts),
+        "router_scales": sum(tensor.numel() for tensor in learned),
+    }
 
 
 def _int(flags: Mapping[str, Any], name: str) -> int:

@@ -88,12 +88,12 @@ def route_exactly(training: Training, batch: Tensor) -> None:
     """
     from megatron.core.utils import unwrap_model
 
-    from megatron.remoe.train.step import relu_routers
+    from megatron.remoe.train.step import counting_routers
 
     (model,) = unwrap_model(training.chunks)
     tokens = batch.flatten(end_dim=-2)[:, :-1]
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    routers: list[Any] = relu_routers([model])
+    routers: list[Any] = counting_routers([model])
     for router in routers:
         seen: list[Tensor] = []
         # A recurrent router also returns what it reads, its state.

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from megatron.remoe.moe.counting import CountsRouting
 from megatron.remoe.moe.layer import DroplessMoELayer
-from megatron.remoe.moe.router import ReLURouter
-from megatron.remoe.moe.topk_router import CountingTopKRouter
+from megatron.remoe.moe.router import SelectionRouter
+from megatron.remoe.moe.topk_router import CountingTopKRouter, NullExpertsRouter
 from remoe.config import RecurrentPassing, Routing
 from remoe.recurrent import RecurrentCell, passed_on
 
@@ -77,7 +77,7 @@ class Recurrent(CountsRouting, Router):
         self.passing: RecurrentPassing = routing.recurrent_passing
         self._init_std = routing.recurrent_init_std
         self._cell = (cell,)  # a module of the model, and not of its routers
-        self.weight = self._parameter(config.num_moe_experts, cell.size)
+        self.weight = self._parameter(len(self.weight), cell.size)
         own_projection = routing.recurrent_projection == "layer"
         self.register_parameter(
             "projection",
@@ -123,12 +123,16 @@ class Recurrent(CountsRouting, Router):
         return weight
 
 
-class RecurrentReLURouter(Recurrent, ReLURouter):  # type: ignore[misc]
-    """The ReLU router of a state."""
+class RecurrentSelectionRouter(Recurrent, SelectionRouter):  # type: ignore[misc]
+    """The router of a selection, by a state."""
 
 
 class RecurrentTopKRouter(Recurrent, CountingTopKRouter):
     """Megatron's TopK router of a state."""
+
+
+class RecurrentNullExpertsRouter(Recurrent, NullExpertsRouter):
+    """Megatron's TopK router of a state, with null experts."""
 
 
 class RecurrentMoELayer(DroplessMoELayer):

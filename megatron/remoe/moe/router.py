@@ -1,9 +1,10 @@
-"""The ReLU router as a Megatron module: an adapter, whose equations are in `remoe`.
+"""The router of every selection that reads logits, as a Megatron module: an adapter.
+
+The equations are in `remoe`. TopK and null experts have Megatron's own router (`topk_router`), and
+hash routing has no logits (`hash_router`).
 
 Shapes, as in Megatron: s sequence, b micro-batch, h hidden; T = s * b local tokens, E experts.
 """
-
-from functools import cached_property
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -13,20 +14,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron.remoe.moe.counting import CountsRouting
-from remoe.config import ControllerConfig, ReLURouting
-from remoe.controller import register_l1_coeff
-from remoe.regularization import penalty, router_regularization
-from remoe.routing import bounded_routing, relu_routing
+from remoe.config import ReLURouting, Selection
+from remoe.regularization import penalty
+from remoe.selections.expert_choice import ExpertChoiceRouting
 
 
-class ReLURouter(CountsRouting, Router):
-    """Routes with `relu(x W)`, adds the L1 penalty in backward, and counts what it routed.
+class SelectionRouter(CountsRouting, Router):
+    """Routes by the selection's function of `x W`, and counts what it routed.
 
-    Buffers beside the counters:
-        l1_coeff: fp32, 0-d, persistent: the coefficient of the penalty.
+    With an L1 budget it adds the penalty in backward. The parameters and buffers of the selection
+    are its own, by their names.
     """
 
-    l1_coeff: Tensor
     # These methods of Megatron's TopK router need nothing else of it.
     apply_input_jitter = TopKRouter.apply_input_jitter
     apply_z_loss = TopKRouter.apply_z_loss
@@ -37,18 +36,11 @@ class ReLURouter(CountsRouting, Router):
         pg_collection: ProcessGroupCollection | None = None,
         is_mtp_layer: bool = False,
         *,
-        routing: ReLURouting | None = None,
+        routing: Selection | None = None,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        self.relu_routing = routing or ReLURouting()
         self.input_jitter = None  # set by apply_input_jitter
-        register_l1_coeff(self, self.controller, torch.cuda.current_device())
-        self.register_counters(self.num_experts)
-
-    @cached_property
-    def controller(self) -> ControllerConfig:
-        """The rule that moves the coefficient."""
-        return self.relu_routing.controller_for(self.num_experts, self.config.moe_router_topk)
+        self.register_selection(routing or ReLURouting(), self.num_experts)
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route the tokens.
@@ -64,53 +56,91 @@ class ReLURouter(CountsRouting, Router):
         dtype = torch.float64 if self.config.moe_router_dtype == "fp64" else torch.float32
         jittered = self.apply_input_jitter(input)
         logits = router_gating_linear(jittered, self.weight, self.bias, dtype)
-        if padding_mask is not None:
-            padding_mask = padding_mask.reshape(-1)
-        probs, routing_map = self.routing(logits.view(-1, self.num_experts), padding_mask)
+        probs, routing_map = self.routing(logits, padding_mask)
         return probs.to(input.dtype), routing_map
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Turn logits `[T, E]` into fp32 (or fp64) probs and the routing map.
+        """Turn logits `[s, b, E]` into fp32 (or fp64) probs and the routing map, both `[T, E]`.
 
-        In training this also attaches the penalty and counts.
+        In training this also attaches the penalty, counts and observes.
         """
+        shape = logits.shape
+        logits = logits.view(-1, self.num_experts)
+        if padding_mask is not None:
+            padding_mask = padding_mask.reshape(-1)
         logits = self.apply_z_loss(logits, padding_mask=padding_mask)
-        probs, routing_map = relu_routing(logits)
+        probs, routing_map = self._select(logits, shape, padding_mask)
         if self.counts_now:
-            probs = self._penalize(probs, routing_map, padding_mask)
-        bounds = self.relu_routing
-        if bounds.max_active_experts is None and not bounds.at_least_one_expert:
-            return probs, routing_map
-        # What the ReLU activates is penalized and counted; the bounds would mislead the controller.
-        return bounded_routing(
-            logits,
-            probs,
-            max_active=bounds.max_active_experts,
-            at_least_one=bounds.at_least_one_expert,
-        )
+            probs = self._observe(logits, probs, routing_map, padding_mask)
+        # What the selection activates is penalized and counted; bounds would mislead the state.
+        return self.selection.bound(logits, probs, routing_map)
 
-    def _penalize(self, probs: Tensor, routing_map: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Count, and attach the gradient of the penalty to `probs`, whose values do not change.
+    def _select(
+        self, logits: Tensor, shape: torch.Size, padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        topk = self.config.moe_router_topk
+        if not isinstance(self.selection, ExpertChoiceRouting):
+            return self.selection.select(logits, self.tensors, topk=topk)
+        # Experts choose among the tokens of a whole sequence, of which a rank may have a part.
+        whole, mask = self._gathered(logits.view(shape), padding_mask, self.tp_group)
+        if mask is not None:
+            mask = mask.view(whole.shape[:2]).transpose(0, 1)
+        chosen = self.selection.choose(whole.transpose(0, 1), topk=topk, padding_mask_bT=mask)
+        first = self.tp_group.rank() * shape[0] if len(whole) > shape[0] else 0
+        probs, routing_map = (
+            part.transpose(0, 1)[first : first + shape[0]].reshape(-1, self.num_experts)
+            for part in chosen
+        )
+        return probs, routing_map
+
+    def _observe(
+        self, logits: Tensor, probs: Tensor, routing_map: Tensor, padding_mask: Tensor | None
+    ) -> Tensor:
+        """Count and observe, and attach the gradient of the penalty to `probs`, which stay.
 
         The load weights count the tokens of the micro-batch over TP and CP, not over DP, as the
         published code does.
         """
+        topk = self.config.moe_router_topk
         counts = self.count(routing_map, padding_mask)
+        if self.selection.observes:
+            whole, mask = self._gathered(logits.detach(), padding_mask, self.tp_cp_group)
+            found = self.selection.observe(whole, topk=topk, padding_mask_T=mask)
+            has_tokens = 1.0 if mask is None else (~mask).any().double()
+            share = has_tokens / self.tp_cp_group.size()
+            self.observed[:1].add_(share)
+            self.observed[1:].add_(found * share)
+        if self.selection.budget != "l1":
+            return probs
         if self.tp_cp_group.size() > 1:
             torch.distributed.all_reduce(counts.flat, group=self.tp_cp_group)
-        l1_reg = router_regularization(
-            probs,
-            tokens_per_expert_E=counts.per_expert,
-            num_tokens=counts.num_tokens,
-            topk=self.config.moe_router_topk,
-            load_balancing=self.relu_routing.load_balancing,
-            padding_mask_T=padding_mask,
+        l1_reg = self.selection.regularizer(
+            logits, probs, self.tensors, counts=counts, topk=topk, padding_mask_T=padding_mask
         )
         self.statistics.l1_reg.add_(l1_reg.detach())
         # With a loss per token Megatron divides every gradient by the number of tokens of the
         # global batch, to which this micro-batch contributes; ranks may have unequal parts of it.
         summed_tokens = counts.num_tokens if self.calculate_per_token_loss else None
         attached: Tensor = MoEAuxLossAutoScaler.apply(
-            probs, penalty(self.l1_coeff, l1_reg, summed_tokens=summed_tokens)
+            probs, penalty(self.state["l1_coeff"], l1_reg, summed_tokens=summed_tokens)
         )
         return attached
+
+    def _gathered(
+        self, values: Tensor, mask: Tensor | None, group: torch.distributed.ProcessGroup
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return values and mask of all ranks of a group along the first dimension.
+
+        Gradients reach the values of this rank only.
+        """
+        if group.size() == 1 or not (self.config.sequence_parallel or self.cp_group.size() > 1):
+            return values, mask
+
+        def gather(part: Tensor) -> Tensor:
+            whole = part.new_empty((group.size() * part.shape[0], *part.shape[1:]))
+            torch.distributed.all_gather_into_tensor(whole, part.contiguous(), group=group)
+            return whole
+
+        whole = list(gather(values.detach()).chunk(group.size()))
+        whole[group.rank()] = values
+        return torch.cat(whole), None if mask is None else gather(mask)

@@ -20,26 +20,35 @@ from megatron.remoe import options
 from megatron.remoe.moe.backend import TorchSpecProvider
 from megatron.remoe.moe.chunking import budget_of
 from megatron.remoe.moe.dispatcher import is_dropless
+from megatron.remoe.moe.hash_router import HashRouter
 from megatron.remoe.moe.layer import DroplessMoELayer
 from megatron.remoe.moe.recurrent import (
     RecurrentMoELayer,
-    RecurrentReLURouter,
+    RecurrentNullExpertsRouter,
+    RecurrentSelectionRouter,
     RecurrentTopKRouter,
     add_and_take_state,
     add_to_tokens,
     norm_of_tokens,
 )
-from megatron.remoe.moe.router import ReLURouter
+from megatron.remoe.moe.router import SelectionRouter
 from megatron.remoe.moe.shared_cell import SharedCell
 from megatron.remoe.moe.soft import SoftMoELayer, SoftRouter
-from megatron.remoe.moe.topk_router import CountingTopKRouter
-from remoe.config import AnyRouting, ReLURouting, Routing, SoftRouting, TopKRouting
+from megatron.remoe.moe.topk_router import CountingTopKRouter, NullExpertsRouter
+from remoe.config import AnyRouting, Routing, Selection, SoftRouting, TopKRouting
 from remoe.kernels.chunks import AssignmentBudget
+from remoe.selections.hashed import HashRouting
+from remoe.selections.null_experts import NullExpertsRouting
 
-ROUTERS: dict[type[Routing], Any] = {ReLURouting: ReLURouter, TopKRouting: CountingTopKRouter}
-RECURRENT_ROUTERS: dict[type[Routing], Any] = {
-    ReLURouting: RecurrentReLURouter,
+# Selections whose router is another one than `SelectionRouter`, or `RecurrentSelectionRouter`.
+ROUTERS: dict[type[Selection], Any] = {
+    TopKRouting: CountingTopKRouter,
+    NullExpertsRouting: NullExpertsRouter,
+    HashRouting: HashRouter,
+}
+RECURRENT_ROUTERS: dict[type[Selection], Any] = {
     TopKRouting: RecurrentTopKRouter,
+    NullExpertsRouting: RecurrentNullExpertsRouter,
 }
 
 
@@ -49,9 +58,8 @@ def layer_spec(
     """Return a value for `GPTModelConfig.transformer_layer_spec`.
 
     Args:
-        routing: settings of ReLU routing, of TopK routing that counts and may warm up, or of Soft
-            MoE; None keeps Megatron's TopK router. Without experts in the model config the layers
-            are dense either way.
+        routing: settings of a router; None keeps Megatron's TopK router, which does not count.
+            Without experts in the model config the layers are dense either way.
         bidirectional: whether every token attends to all tokens that are no padding, as in BERT.
     """
 
@@ -76,15 +84,14 @@ def block_spec(
     we exchange modules in it.
 
     Raises:
-        ValueError: an option that the router refuses (`options`), Soft MoE in a causal model, or
-            recurrence without a layer that has experts, or with a pipeline stage without layers.
+        ValueError: an option that the router refuses (`options`), a router in a causal model that
+            is not causal, or recurrence without a layer that has experts, or with a pipeline stage
+            without layers.
     """
     if routing is not None and not routing.causal and not bidirectional:
-        raise ValueError(options.NOT_CAUSAL)
-    if isinstance(routing, SoftRouting) and config.num_moe_experts is not None:
-        options.check_soft(config)
-    elif isinstance(routing, ReLURouting) and config.num_moe_experts is not None:
-        options.check(config)
+        raise ValueError(options.not_causal(routing))
+    if routing is not None and config.num_moe_experts is not None:
+        options.check_router(config, routing)
     if isinstance(routing, Routing) and routing.is_recurrent:
         options.check_recurrent(config)
     use_te = config.transformer_impl == "transformer_engine"
@@ -104,11 +111,12 @@ def block_spec(
         block.layer_specs = [
             _with_slots(spec, routing) if _has_experts(spec) else spec for spec in block.layer_specs
         ]
-    elif isinstance(routing, Routing):
-        router = partial(ROUTERS[type(routing)], routing=routing)
-        if routing.is_recurrent:
+    elif isinstance(routing, Selection):
+        router = partial(ROUTERS.get(type(routing), SelectionRouter), routing=routing)
+        if isinstance(routing, Routing) and routing.is_recurrent:
             cell = SharedCell(config, routing)
-            router = partial(RECURRENT_ROUTERS[type(routing)], routing=routing, cell=cell)
+            kind = RECURRENT_ROUTERS.get(type(routing), RecurrentSelectionRouter)
+            router = partial(kind, routing=routing, cell=cell)
         budget = {}
         if routing.varies and is_dropless(config):
             num_layers = sum(_has_experts(spec) for spec in block.layer_specs)
@@ -117,7 +125,7 @@ def block_spec(
             _with_routing(spec, config, router, **budget) if _has_experts(spec) else spec
             for spec in block.layer_specs
         ]
-        if routing.is_recurrent:
+        if isinstance(routing, Routing) and routing.is_recurrent:
             block.layer_specs = _with_states(block.layer_specs, config, routing, vp_stage)
     return block
 

@@ -7,6 +7,7 @@ working directory, as for Megatron.
 """
 
 import contextlib
+import functools
 import io
 import os
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from megatron.remoe.options import PUBLISHED
 from megatron.remoe.run.mistakes import one_line
 
 OWN_KEYS = ("base", "run_dir", "nproc", "data_root")
@@ -117,7 +119,7 @@ def bases_of(base: Any, what: object) -> list[str]:
 def _resolve(merged: DictConfig, overrides: list[str], default_dir: Path, what: str) -> RunConfig:
     with _yaml_in_one_line(what):
         changes = OmegaConf.from_dotlist(overrides)
-        config = _plain(OmegaConf.merge(merged, changes), resolve=True)
+        config = _plain(_merged(merged, changes), resolve=True)
     last = {str(key): config[str(key)] for key in changes}
     config = {key: value for key, value in config.items() if key not in last} | last
     if config.get("num_experts") is None:
@@ -179,10 +181,26 @@ def _on_its_bases(own: DictConfig, folder: Path, below: tuple[Path, ...], what: 
         base = _plain(OmegaConf.create({"base": own.pop("base", None)}))["base"]
     bases = [_load(folder / name, below) for name in bases_of(base, what)]
     with _yaml_in_one_line(what):
-        merged = OmegaConf.merge(*bases, own)
+        merged = functools.reduce(_merged, [*bases, own])
         ordered = [str(key) for key in (*(key for key in merged if key not in own), *own)]
         values = _plain(merged)
         return OmegaConf.create({key: values[key] for key in ordered})
+
+
+def _merged(below: DictConfig, above: DictConfig) -> DictConfig:
+    """Return a config on top of another.
+
+    Three keys choose the router (`options.router_name`). Where the upper config chooses another
+    one, or not the one below, by a key of another name, the choice below is dropped.
+    """
+    below = below.copy()
+    published = {flag: above[flag] for flag in PUBLISHED if flag in above}
+    chooses = bool(above.get("moe_routing")) or any(value is True for value in published.values())
+    refused = {PUBLISHED[flag] for flag, value in published.items() if value is False}
+    for key in ("moe_routing", *PUBLISHED):
+        if key in below and key not in above and (chooses or below[key] in refused):
+            del below[key]
+    return cast(DictConfig, OmegaConf.merge(below, above))
 
 
 def _read(path: Path, what: str) -> DictConfig:

@@ -7,6 +7,7 @@ from megatron.remoe.analysis.memory import RankLoad, Recompute, activation_bytes
 from megatron.remoe.analysis.size import ModelSize
 from megatron.remoe.run.config import RunConfig
 from megatron.remoe.run.plan import Place, plan
+from remoe.config import ROUTINGS
 from remoe.kernels.chunks import UNLIMITED
 
 _GB = 1e9
@@ -100,7 +101,8 @@ def describe(config: RunConfig, world: int) -> Description:
     sequences = args.train_samples or args.train_iters * args.global_batch_size
     layout = _rank_load(args)
     stable = size.rows_per_token
-    most = args.moe_topk_warmup_topk or (size.num_experts if args.moe_relu_routing else stable)
+    starts_dense = bool(size.num_experts) and ROUTINGS[args.moe_routing].budget == "l1"
+    most = args.moe_topk_warmup_topk or (size.num_experts if starts_dense else stable)
     return Description(
         size=size,
         world=world,

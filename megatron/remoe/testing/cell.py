@@ -4,9 +4,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron.remoe.testing.golden import RECURRENT_SIZE, Extreme, Padding
-from remoe.config import Recurrence, RecurrentProjection
+from remoe.config import LoadBalancing, Recurrence, RecurrentProjection
 
-RouterKind = Literal["relu", "topk", "soft", "dense"]
+RouterKind = Literal[
+    "relu", "relu_rms", "relu_l2", "topk", "null_experts", "top_p", "expert_threshold", "hash",
+    "expert_choice", "soft", "dense",
+]  # fmt: skip
 
 # Changes that many cells share.
 FOUR_RANKS = (("nmb", 4),)  # of the golden run, so that every data-parallel rank has micro-batches
@@ -24,8 +27,9 @@ class Cell:
         world, tp, ep, expert_tp, pp, vp: number of ranks, and sizes of the parallel dimensions; the
             remaining dimension is data parallelism. Sequence parallelism is on whenever tp > 1.
         overlap: whether gradient reduction and parameter gathering overlap with computation.
-        router: "relu", "topk", "soft" in a bidirectional model (which sees its labels), or "dense"
-            for a model without experts.
+        router: a name in `ROUTINGS`, or "dense" for a model without experts. A router that is not
+            causal is in a bidirectional model, which sees its labels.
+        per_layer: whether every layer has a coefficient of its own.
         recurrence: of the routers.
         recurrent_size: number of values of their state.
         recurrent_projection: whether every layer projects to the state, or all share a matrix.
@@ -58,7 +62,8 @@ class Cell:
     recurrence: Recurrence = "none"
     recurrent_size: int = RECURRENT_SIZE
     recurrent_projection: RecurrentProjection = "layer"
-    load_balancing: Literal["aux_loss", "none"] = "aux_loss"
+    load_balancing: LoadBalancing = "aux_loss"
+    per_layer: bool = False
     experts: Literal["grouped", "sequential"] = "grouped"
     routing: Extreme | None = None
     max_assignments: int | tuple[int, ...] | None = None

@@ -21,7 +21,7 @@ from megatron.remoe.testing.golden import (
     padding_mask,
     transformer_config,
 )
-from remoe.config import AnyRouting, ReLURouting, SoftRouting, TopKRouting
+from remoe.config import ROUTINGS, AnyRouting, L1Routing, Selection
 
 if TYPE_CHECKING:
     from megatron.remoe.pretrain import Loss
@@ -39,12 +39,13 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
     "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
 }
 _ON_ALL_TENSOR_RANKS = (
-    ".router.weight", ".router.scale", ".projection", ".l1_coeff", "layernorm.weight",
+    ".router.weight", ".router.scale", ".router.gate_scale", ".projection", ".l1_coeff", ".load",
+    ".odds", ".thresholds", ".num_updates", "layernorm.weight",
 )  # fmt: skip
+_BALANCED = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
 _ROUTER: dict[str, dict[str, Any]] = {
-    "relu": {},
-    "topk": {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01},
-    "soft": {},
+    "topk": _BALANCED,
+    "null_experts": _BALANCED,
     "dense": {"num_moe_experts": None, "moe_ffn_hidden_size": None},
 }
 
@@ -105,7 +106,7 @@ class Training:
             forward_only=False,
         )
         _, grad_norm, _ = self.optimizer.step()
-        return _measure(losses, grad_norm, self.hook)
+        return _measure(losses, grad_norm, self.hook, self.cell)
 
     def replicas_that_differ(self) -> list[str]:
         """Return the parameters and buffers that are not equal on all ranks that replicate them.
@@ -207,26 +208,8 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any
         "fp16": cell.dtype == "fp16",
         "calculate_per_token_loss": cell.per_token_loss,
     }
-    changes |= _RECOMPUTE[cell.recompute] | _ROUTER[cell.router]
-    routing: AnyRouting | None = None
-    recurrence: dict[str, Any] = {}
-    if cell.recurrence != "none":
-        recurrence = {
-            "recurrence": cell.recurrence,
-            "recurrent_size": cell.recurrent_size,
-            "recurrent_projection": cell.recurrent_projection,
-        }
-    if cell.router == "relu":
-        routing = ReLURouting(
-            l1_coeff_init=config["coeff_init"],
-            load_balancing=cell.load_balancing,
-            max_assignments=_max_assignments(cell),
-            **recurrence,
-        )
-    elif cell.router == "soft":
-        routing = SoftRouting(slots_per_expert=SLOTS_PER_EXPERT)
-    elif recurrence:
-        routing = TopKRouting(**recurrence)
+    changes |= _RECOMPUTE[cell.recompute] | _ROUTER.get(cell.router, {})
+    routing = _routing(cell, config)
     model_config = gpt_config(transformer_config(config, **changes), config, routing)
     hook = FinalizeStep(SharedCells.of(routing))
     model_config.transformer.finalize_model_grads_func = hook
@@ -243,6 +226,31 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any
         data_parallel_random_init=False,
     )
     return chunks, hook
+
+
+def _routing(cell: Cell, config: dict[str, Any]) -> AnyRouting | None:
+    """Return the settings of the router; None without experts, or for Megatron's own TopK."""
+    settings: dict[str, Any] = {}
+    if cell.recurrence != "none":
+        settings = {
+            "recurrence": cell.recurrence,
+            "recurrent_size": cell.recurrent_size,
+            "recurrent_projection": cell.recurrent_projection,
+        }
+    if cell.router == "dense" or (cell.router == "topk" and not settings):
+        return None
+    kind = ROUTINGS[cell.router]
+    if issubclass(kind, L1Routing):
+        settings |= {
+            "l1_coeff_init": config["coeff_init"],
+            "load_balancing": cell.load_balancing,
+            "l1_coeff_per_layer": cell.per_layer,
+        }
+    if issubclass(kind, Selection):
+        settings["max_assignments"] = _max_assignments(cell)
+    if cell.router == "soft":
+        settings["slots_per_expert"] = SLOTS_PER_EXPERT
+    return kind(**settings)
 
 
 def _max_assignments(cell: Cell) -> int | None:
@@ -316,7 +324,7 @@ def _forward_step(
 
 
 def _measure(
-    losses: list[dict[str, Tensor]], grad_norm: float | None, hook: "FinalizeStep"
+    losses: list[dict[str, Tensor]], grad_norm: float | None, hook: "FinalizeStep", cell: Cell
 ) -> dict[str, Any]:
     """Return the step in the terms of the golden files.
 
@@ -331,13 +339,19 @@ def _measure(
         torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
         step["lm_loss"] = (loss[0] / loss[1]).item()
     report = hook.report
-    if report is not None and report.l1_reg_L is not None:  # of a ReLU router
-        assert report.l1_coeff is not None
-        step |= {
-            "l1_reg": report.l1_reg_L[report.has_router].tolist(),
-            "sparsity": report.sparsity.item(),
-            "sparsity_per_layer": report.sparsity_L[report.has_router].tolist(),
-            "most_active": report.most_active_L[report.has_router].tolist(),
-            "l1_coeff_used": report.l1_coeff.item(),
-        }
+    if report is None or (cell.router == "topk" and cell.recurrence != "none"):
+        return step
+    has_router = report.has_router
+    step |= {
+        "sparsity": report.sparsity.item(),
+        "sparsity_per_layer": report.sparsity_L[has_router].tolist(),
+        "most_active": report.most_active_L[has_router].tolist(),
+    }
+    if report.l1_reg_L is not None:
+        step["l1_reg"] = report.l1_reg_L[has_router].tolist()
+    if report.level_L is not None:
+        name = "l1_coeff_used" if report.l1_coeff is not None else "level"
+        step[name] = (
+            report.level_L[has_router].tolist() if report.per_layer else report.level.item()
+        )
     return step

@@ -71,6 +71,8 @@ def golden_weight(name: str, shape: list[int], seed: int) -> torch.Tensor:
     """Return the initial value of a parameter, fp32."""
     if "norm" in name:
         return torch.ones(shape)
+    if name.endswith("router.gate_scale"):  # of a ReLU router with a norm
+        return torch.ones(shape)
     if name.endswith("router.scale"):  # of Soft MoE, whose weights would be nearly equal with 1
         return torch.full(shape, 8.0)
     # In the published runs, which have no recurrence, nothing has these names. A state and its
@@ -99,9 +101,9 @@ def make_extreme(model: Any, extreme: Extreme) -> None:
     of two expert-parallel ranks has nothing to do. With "one expert", only the first expert can be
     active.
     """
-    from megatron.remoe.train.step import relu_routers
+    from megatron.remoe.train.step import counting_routers
 
-    routers: list[Any] = relu_routers([model])
+    routers: list[Any] = counting_routers([model])
     with torch.no_grad():
         if extreme == "all active":
             model.embedding.word_embeddings.weight[:, 0] = 10.0
@@ -216,6 +218,7 @@ def gpt_config(transformer: Any, config: dict[str, Any], routing: AnyRouting | N
     from megatron.training.models.gpt import GPTModelConfig
 
     from megatron.remoe import compat
+    from megatron.remoe.moe import hash_router
     from megatron.remoe.moe.shared_cell import SharedCells
     from megatron.remoe.moe.spec import layer_spec
 
@@ -230,6 +233,7 @@ def gpt_config(transformer: Any, config: dict[str, Any], routing: AnyRouting | N
         share_embeddings_and_output_weights=False,
         pre_wrap_hooks=[compat.mark_experts],
     )
+    hash_router.install(model_config, routing)
     if cells := SharedCells.of(routing):
         cells.install(model_config)
     return model_config

@@ -7,13 +7,14 @@ model.
 
 import argparse
 import pickle
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.remoe import checkpoint
+from megatron.remoe import checkpoint, options
 from megatron.remoe.formats.torch_dist import TorchDistReader
-from remoe.config import ROUTINGS, Routing
+from remoe.config import ROUTINGS, Routing, Selection
 from remoe.settings import settings_of
 
 _ROUTERS = {name: routing.title for name, routing in ROUTINGS.items()} | {"dense": "no experts"}
@@ -22,19 +23,21 @@ _RECURRENT_SHAPE = ("recurrence", "recurrent_size", "recurrent_projection")
 _REQUIRED = object()  # marks an argument that every checkpoint with arguments has
 # Arguments that change what a model computes from its weights, beside our settings: Megatron's, and
 # former ones of ours. The value is what a checkpoint without the argument was trained with.
+_OF_TOPK: dict[str, Any] = {
+    "moe_router_topk": _REQUIRED,
+    "moe_router_pre_softmax": False,
+    "moe_router_score_function": "softmax",
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_router_enable_expert_bias": False,
+}
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "soft": {},
     "relu": {"moe_router_topk": _REQUIRED, "moe_relu_l1_reg_coeff_rule": "sign"},
-    "topk": {
-        "moe_router_topk": _REQUIRED,
-        "moe_router_pre_softmax": False,
-        "moe_router_score_function": "softmax",
-        "moe_router_topk_scaling_factor": None,
-        "moe_router_num_groups": None,
-        "moe_router_group_topk": None,
-        "moe_router_enable_expert_bias": False,
-    },
+    "topk": _OF_TOPK,
 }
+_OF_ANY: dict[str, Any] = {"moe_router_topk": _REQUIRED}
 # Arguments of training, as the learning rate is one. They may change, and the log says so.
 _MAY_CHANGE = ("moe_router_load_balancing_type", "moe_aux_loss_coeff")
 
@@ -46,7 +49,9 @@ def compared(router: str) -> dict[str, Any]:
         Names, and the values that a checkpoint without these arguments was trained with.
     """
     settings = settings_of(ROUTINGS[router])
-    return _ARGUMENTS[router] | {s.dest: s.default for s in settings if s.on_resume == "refused"}
+    return _ARGUMENTS.get(router, _OF_ANY) | {
+        s.dest: s.default for s in settings if s.on_resume == "refused"
+    }
 
 
 def to_be_loaded(args: argparse.Namespace) -> Path | None:
@@ -69,7 +74,7 @@ class Saved:
     Attributes:
         path: its `iter_*` or `release` directory.
         args: arguments of that run; empty if there are none.
-        router: "relu", "topk", "soft" or "dense".
+        router: a name in `ROUTINGS`, or "dense".
     """
 
     path: Path
@@ -101,27 +106,39 @@ def read(path: Path) -> Saved:
 
 
 def router(args: argparse.Namespace) -> str:
-    """Return the router that the arguments ask for: "relu", "topk", "soft" or "dense"."""
+    """Return the name in `ROUTINGS` of the router that the arguments ask for, or "dense"."""
     if getattr(args, "num_experts", None) is None:
         return "dense"
-    if getattr(args, "moe_soft_routing", False):
-        return "soft"
-    return "relu" if getattr(args, "moe_relu_routing", False) else "topk"
+    return options.router_name(vars(args))
 
 
 def _router_of_checkpoint(args: argparse.Namespace, path: Path) -> str:
-    """Return the router by the arguments, or by the tensors if these do not say ReLU routing."""
+    """Return the router by the arguments, or by the tensors if these do not name one."""
     by_arguments = router(args)
-    if by_arguments in ("relu", "soft"):
+    if getattr(args, "moe_routing", None) or by_arguments in ("relu", "soft"):
         return by_arguments
-    names = TorchDistReader(path).meta
-    if any(name.endswith(".router.scale") for name in names):
+    shapes = {
+        name.rpartition(".router.")[2]: meta.shape
+        for name, meta in TorchDistReader(path).meta.items()
+        if ".router." in name
+    }
+    if "scale" in shapes:
         return "soft"
-    if any(name.endswith(".router.l1_coeff") for name in names):
-        return "relu"
-    if not vars(args) and any(name.endswith(".router.weight") for name in names):
+    for name, routing in ROUTINGS.items():
+        if issubclass(routing, Selection) and _has_tensors(shapes, routing()):
+            return name
+    if not vars(args) and "weight" in shapes:
         return "topk"
     return by_arguments
+
+
+def _has_tensors(shapes: Mapping[str, Sequence[int]], selection: Selection) -> bool:
+    """Return whether these are the tensors of the routers of a selection that has some."""
+    learned = selection.parameters(2, 1)
+    own = {*selection.buffers(2, 1), *learned}
+    return own == shapes.keys() - {"weight", "projection", "load"} != set() and all(
+        (shapes[name][-1] == 1) == (value.shape[-1] == 1) for name, value in learned.items()
+    )
 
 
 def take_arguments(args: argparse.Namespace) -> None:
@@ -167,7 +184,9 @@ def check(args: argparse.Namespace, saved: Saved) -> None:
             f"of remoe that wrote it, or start a new run"
         )
     _refuse_other_task(args, saved)
-    if not {"dense", "soft"} & {saved.router, now}:
+    if all(
+        name in ROUTINGS and issubclass(ROUTINGS[name], Routing) for name in (saved.router, now)
+    ):
         _refuse_other_recurrence(args, saved)
     if saved.router != now:
         _refuse_other_router(args, saved, now)
@@ -188,24 +207,30 @@ def _refuse_other_router(args: argparse.Namespace, saved: Saved, now: str) -> No
             f"convert upcycle"
         )
     if now == "dense":
-        flag = " --moe-relu-routing" if before == "relu" else ""
+        flag = "" if before == "topk" else f" --moe-routing {before}"
         raise ValueError(
             f"{subject}; pass{flag} --num-experts and the other flags that it was trained with"
         )
-    if "soft" in (before, now):
+    if _weights(before) != _weights(now):
         raise ValueError(
             f"{subject}, whose routers have other weights; pass the flags that it was trained "
             f"with, or start a new run"
         )
     if not args.moe_change_routing:
-        remedy = "leave --moe-relu-routing out" if now == "relu" else "pass --moe-relu-routing"
         raise ValueError(
-            f"{subject}; {remedy}, or pass --moe-change-routing to change the router on purpose"
+            f"{subject}; pass --moe-routing {before}, or pass --moe-change-routing to change the "
+            f"router on purpose"
         )
-    if now == "relu":
-        # The checkpoint has no coefficients, so they begin at their initial value. Megatron's log
-        # names what it does not find.
+    # The checkpoint may lack coefficients and other state, which then begin at their initial
+    # values. Megatron's log names what it does not find.
+    if now != "topk":
         args.dist_ckpt_strictness = "log_unexpected"
+
+
+def _weights(router: str) -> int | str:
+    """Return what routers of one kind of weight have in common: the logits of an expert."""
+    routing = ROUTINGS[router]
+    return routing().num_logits(1) if issubclass(routing, Selection) else router
 
 
 def _refuse_other_task(args: argparse.Namespace, saved: Saved) -> None:
@@ -303,7 +328,12 @@ def _say_what_changes(args: argparse.Namespace, saved: Saved) -> None:
     settings = (s for routing in ROUTINGS.values() for s in settings_of(routing))
     ours = (s.dest for s in settings if s.on_resume != "free")
     theirs = (*_ARGUMENTS["relu"], *_ARGUMENTS["topk"], *_MAY_CHANGE)
-    for name in dict.fromkeys(("moe_relu_routing", *ours, *theirs)):
+    if saved.router != (now := router(args)) and "dense" not in (saved.router, now):
+        print(
+            f"remoe: warning: moe_routing was {saved.router} in {saved.path}, and is now {now}",
+            flush=True,
+        )
+    for name in dict.fromkeys((*ours, *theirs)):
         if hasattr(saved.args, name) and hasattr(args, name):
             before, now = _plain(saved.get(name)), _plain(getattr(args, name))
             if before != now:

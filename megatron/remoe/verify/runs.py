@@ -30,6 +30,7 @@ def reference_of(cell: Cell) -> Cell:
         recurrence=cell.recurrence,
         recurrent_projection=cell.recurrent_projection,
         load_balancing=cell.load_balancing,
+        per_layer=cell.per_layer,
         routing=cell.routing,
         padding=cell.padding,
         per_token_loss=cell.per_token_loss,

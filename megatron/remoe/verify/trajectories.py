@@ -10,7 +10,7 @@ import numpy as np
 Trajectory = list[dict[str, Any]]
 QUANTITIES = (
     "lm_loss", "grad_norm", "l1_reg", "sparsity", "sparsity_per_layer", "most_active",
-    "l1_coeff_used",
+    "l1_coeff_used", "level",
 )  # fmt: skip
 
 # In fp32, layouts compute sums in different orders. One rounding (6e-8) of the loss and its growth
@@ -25,6 +25,9 @@ FP32 = {
     "sparsity_per_layer": 4e-4,
     "most_active": 0,
     "l1_coeff_used": 1e-6,
+    # p, which moves in steps as the coefficient does, or the mean of thresholds, which follows
+    # logits: those are differences of sums that nearly cancel.
+    "level": 1e-4,
 }
 # Routing is continuous at a flip, but the load is not: one more of an expert's few dozen
 # assignments in a micro-batch moves its weight in the penalty by a few percent, and the regularizer
@@ -45,6 +48,7 @@ BF16 = {
     "sparsity_per_layer": 4e-2,
     "most_active": 1,
     "l1_coeff_used": 0.5,
+    "level": 0.5,
 }
 
 
