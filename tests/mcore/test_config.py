@@ -221,6 +221,7 @@ def test_relu_routing_needs_no_flags_of_the_softmax_router(call):
 
 WIDE = ["--ffn-hidden-size", "64"]
 SOFT = ["--num-experts", "4", "--moe-soft-routing", "--masked-lm"]
+NAMED = ["--num-experts", "4", "--moe-routing"]
 
 
 def test_soft_routing_needs_no_flags_of_the_topk_router(call):
@@ -371,7 +372,63 @@ def test_soft_routing_needs_no_flags_of_the_topk_router(call):
         ),
         (
             ["--num-experts", "4", "--moe-soft-routing"],
-            "moe_soft_routing is set, but the model is causal: a slot of Soft MoE is a mean of all",
+            "moe_routing is soft, but the model is causal: a slot of Soft MoE is a mean of all",
+        ),
+        (
+            ["--num-experts", "4", "--moe-routing", "expert_choice"],
+            "moe_routing is expert_choice, but the model is causal: an expert of Expert Choice com",
+        ),
+        (
+            ["--num-experts", "4", "--moe-routing", "top-p"],
+            "moe_routing is top-p, which is no router; choose one of relu, relu_rms, relu_l2, topk",
+        ),
+        (
+            [*RELU, "--moe-routing", "top_p"],
+            "moe_routing is top_p and moe_relu_routing are both set; choose one router",
+        ),
+        (
+            ["--moe-routing", "top_p"],
+            "moe_routing is set but num_experts is not; pass --num-experts, or leave",
+        ),
+        (
+            [*NAMED, "hash", "--pipeline-model-parallel-size", "2"],
+            "pipeline_model_parallel_size is 2, which hash routing refuses: the ids of the tokens",
+        ),
+        (
+            [*NAMED, "hash", "--moe-router-recurrence", "gru"],
+            "moe_router_recurrence is set, but it is a setting of ReLU routing, and the router is",
+        ),
+        (
+            [*NAMED, "hash", "--moe-relu-max-assignments", "64"],
+            "moe_relu_max_assignments is 64, but hash routing always has the same number of",
+        ),
+        (
+            [*NAMED, "top_p", "--moe-top-p-init", "1.5"],
+            "moe_top_p_init is 1.5; it must be a finite number that is in (0, 1] (it can be left",
+        ),
+        (
+            [*NAMED, "top_p", "--moe-router-score-function", "sigmoid"],
+            "moe_router_score_function is sigmoid, which top-p routing refuses: top-p routing has",
+        ),
+        (
+            [*NAMED, "expert_threshold", "--moe-expert-capacity-factor", "1.0"],
+            "moe_expert_capacity_factor is 1.0, which expert threshold routing refuses: every",
+        ),
+        (
+            [*NAMED, "null_experts", "--moe-null-experts", "3"],
+            "num_null_experts is 3, with which a token would choose 2 x (4 + 3) / 4 experts, which",
+        ),
+        (
+            [*NAMED, "null_experts", "--moe-router-enable-expert-bias"],
+            "moe_router_enable_expert_bias is True, which TopK routing with null experts refuses",
+        ),
+        (
+            [*NAMED, "expert_choice", "--masked-lm", "--seq-length", "30", "--moe-router-topk", "1"],
+            "a sequence has 30 tokens, of which each of 4 experts would choose 1 x 30 / 4, which",
+        ),
+        (
+            ["--num-experts", "4", "--moe-top-p-multiplier", "1.5"],
+            "moe_top_p_multiplier is set, but it is a setting of top-p routing, and the router is",
         ),
         (
             [*RELU, "--moe-soft-routing", "--masked-lm"],
@@ -387,11 +444,11 @@ def test_soft_routing_needs_no_flags_of_the_topk_router(call):
         ),
         (
             ["--num-experts", "4", "--moe-soft-slots-per-expert", "2"],
-            "moe_soft_slots_per_expert is set without moe_soft_routing, but it is a setting of",
+            "moe_soft_slots_per_expert is set, but it is a setting of Soft MoE, and the router is",
         ),
         (
             [*SOFT, "--moe-router-recurrence", "gru"],
-            "moe_router_recurrence is set with moe_soft_routing, but it is a setting of ReLU",
+            "moe_router_recurrence is set, but it is a setting of ReLU routing, and the router is",
         ),
         (
             [*SOFT, "--expert-model-parallel-size", "8"],

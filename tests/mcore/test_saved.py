@@ -15,6 +15,7 @@ from tests.mcore import tiny
 BOTH = {"num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_granularity": 2}
 RELU = BOTH | {"moe_relu_routing": True, "moe_relu_load_balancing": "aux_loss"}
 TOPK = BOTH | {"moe_relu_routing": False, "moe_router_pre_softmax": True}
+TOP_P = BOTH | {"moe_routing": "top_p", "moe_relu_routing": False}
 GRU = {"moe_router_recurrence": "gru", "moe_router_recurrent_size": 8}
 DENSE: dict[str, Any] = {"num_experts": None, "ffn_hidden_size": 64}
 ROUTER, CELL = "decoder.layers.0.mlp.router.weight", "decoder.recurrent_cell.weight_hh"
@@ -54,9 +55,21 @@ def run(folder: Path, **changes: Any) -> Namespace:
 @pytest.mark.parametrize(
     ("before", "now", "message"),
     [
-        (RELU, TOPK, "has ReLU routing, and this run has TopK routing; pass --moe-relu-routing, "),
-        (RELU, DENSE, "has ReLU routing, and this run has no experts; pass --moe-relu-routing"),
-        (TOPK, RELU, "has TopK routing, and this run has ReLU routing; leave --moe-relu-routing "),
+        (RELU, TOPK, "has ReLU routing, and this run has TopK routing; pass --moe-routing relu, "),
+        (RELU, DENSE, "has ReLU routing, and this run has no experts; pass --moe-routing relu"),
+        (TOPK, RELU, "has TopK routing, and this run has ReLU routing; pass --moe-routing topk, "),
+        (TOP_P, RELU, "has top-p routing, and this run has ReLU routing; pass --moe-routing top_p"),
+        (
+            TOP_P,
+            BOTH | {"moe_routing": "hash", "moe_change_routing": True},
+            "has top-p routing, and this run has hash routing, whose routers have other weights",
+        ),
+        (
+            BOTH | {"moe_routing": "null_experts"},
+            BOTH | {"moe_routing": "null_experts", "moe_null_experts": 16},
+            "was trained with moe_null_experts None, and this run has 16",
+        ),
+        (TOP_P, TOP_P | {"moe_router_topk": 4}, "was trained with moe_router_topk 2, and this run"),
         (TOPK, DENSE, "has TopK routing, and this run has no experts; pass --num-experts and"),
         (DENSE, RELU, "has no experts, and this run has ReLU routing; leave num_experts out, "),
         (
@@ -144,6 +157,8 @@ def test_a_checkpoint_of_something_else_is_refused_with_the_remedy(
         ({}, ("decoder.layers.0.mlp.router.l1_coeff",), TOPK, "has ReLU routing"),
         (BOTH, ("decoder.layers.0.mlp.router.l1_coeff",), TOPK, "has ReLU routing"),
         ({}, ("decoder.layers.0.mlp.router.l1_coeff",), RELU, None),
+        ({}, ("decoder.layers.0.mlp.router.odds",), RELU, "has top-p routing"),
+        ({}, ("decoder.layers.0.mlp.router.odds",), TOP_P, None),
         ({}, (ROUTER,), RELU, "has TopK routing"),
         ({}, (ROUTER,), TOPK, None),
         ({}, (), DENSE, None),
@@ -175,7 +190,7 @@ def test_a_change_on_purpose_passes_and_is_said(call, tmp_path):
     now = TOPK | {"moe_change_routing": True, "moe_router_topk": 4}
     refusal, out = call(check, tmp_path / "router", RELU, now)
     assert refusal is None
-    assert "remoe: warning: moe_relu_routing was True in " in out
+    assert "remoe: warning: moe_routing was relu in " in out and "and is now topk\n" in out
     assert "remoe: warning: moe_router_topk was 2 in " in out
     # What Megatron has always let pass: a setting of training.
     before, now = ({"moe_relu_l1_reg_coeff_multiplier": x} for x in (1.2, 1.5))

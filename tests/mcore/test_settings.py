@@ -60,8 +60,12 @@ def surfaces(path: Path) -> dict[str, Any]:
         }
         for name, changes in {
             "out of range": {"moe_relu_temperature": 0.0},
-            "with another router": {"moe_relu_routing": False},
-            "without experts": {"moe_relu_routing": False, "num_experts": None},
+            "with another router": {"moe_routing": "topk", "moe_relu_routing": False},
+            "without experts": {
+                "moe_routing": None,
+                "moe_relu_routing": False,
+                "num_experts": None,
+            },
         }.items():
             with pytest.raises(ValueError) as error:
                 check(argparse.Namespace(**vars(args) | changes))
@@ -76,7 +80,7 @@ def test_a_setting_that_is_added_appears_everywhere(call, tmp_path):
         "moe_relu_temperature is 0.0; it must be a finite number that is above 0"
     )
     assert found.pop("with another router").startswith(
-        "moe_relu_temperature is set without moe_relu_routing, but it is a setting of ReLU routing"
+        "moe_relu_temperature is set, but it is a setting of ReLU routing, and the router is topk"
     )
     assert found.pop("without experts").startswith(
         "moe_relu_temperature is set but num_experts is not"
@@ -111,6 +115,11 @@ def test_the_published_flags_and_exported_names_stay():
         ("--moe-router-recurrent-passing", "recurrent_passing", True),
         ("--moe-router-recurrent-projection", "recurrent_projection", True),
         ("--moe-soft-slots-per-expert", "slots_per_expert", False),
+        ("--moe-relu-l1-reg-coeff-per-layer", "l1_coeff_per_layer", False),
+        ("--moe-top-p-init", "top_p_init", False),
+        ("--moe-top-p-multiplier", "top_p_multiplier", False),
+        ("--moe-expert-threshold-decay", "expert_threshold_decay", False),
+        ("--moe-null-experts", "num_null_experts", False),
     }
 
 

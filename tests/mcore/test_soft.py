@@ -288,7 +288,7 @@ def refusals():
 
 def test_what_cannot_be_right_is_refused(call):
     causal, context, shared, capacity = call(refusals)
-    assert "the model is causal" in causal and "use moe_relu_routing, which is causal" in causal
+    assert "the model is causal" in causal and "use moe_routing relu, which is causal" in causal
     assert context.startswith("context_parallel_size is 2, which Soft MoE refuses: a slot is")
     assert shared.startswith("tensor_model_parallel_size is 2, and 3 experts cannot be shared")
     assert capacity.startswith("moe_expert_capacity_factor is 1.0, which Soft MoE refuses")

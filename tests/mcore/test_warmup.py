@@ -77,7 +77,7 @@ WARMUP = ["--moe-topk-warmup-steps", "100", "--moe-topk-warmup-topk", "3"]
         (WARMUP[2:], "moe_topk_warmup_steps is 0 and moe_topk_warmup_topk is 3; give both"),
         ([*WARMUP[:3], "5"], "moe_topk_warmup_topk is 5 of 4 experts; choose it between 1"),
         (["--moe-topk-warmup-steps", "-1"], "moe_topk_warmup_steps is -1; it must be at least 0"),
-        ([*WARMUP, "--moe-relu-routing"], "moe_topk_warmup_steps is set with moe_relu_routing"),
+        ([*WARMUP, "--moe-relu-routing"], "moe_topk_warmup_steps is set, but it is a setting of T"),
         (
             [*WARMUP, "--moe-token-dispatcher-type", "flex"],
             "moe_token_dispatcher_type is flex, which TopK with near-dense warm-up refuses",

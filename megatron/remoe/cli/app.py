@@ -15,7 +15,7 @@ from megatron.remoe.cli import bench, checkpoint, convert, data, model, run, ver
 # The panels of `remoe --help` and their commands, in the order in which they are shown.
 PANELS = {
     "Data": ("data",),
-    "Train": ("describe", "train", "launch", "sweep", "plot", "compare", "checkpoint"),
+    "Train": ("routers", "describe", "train", "launch", "sweep", "plot", "compare", "checkpoint"),
     "Models": ("convert", "generate", "evaluate", "analyze"),
     "Check": ("doctor", "verify", "bench"),
 }

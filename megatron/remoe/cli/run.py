@@ -1,4 +1,4 @@
-"""The commands about runs: describe, train, launch, sweep, plot, compare and doctor."""
+"""The commands about runs: routers, describe, train, launch, sweep, plot, compare and doctor."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +9,34 @@ from megatron.remoe.cli.common import AtLeastOne, Words, command
 
 app = typer.Typer()
 
+_BUDGETS = {
+    "l1": "adaptive L1 penalty",
+    "fixed k": "fixed k",
+    "threshold": "moving threshold",
+    "none": "none",
+}
+
 Throughput = Annotated[float | None, typer.Option(min=0.001)]
+
+
+@command(app)
+def routers() -> None:
+    """List the routers that moe_routing takes: where they come from, and how they keep to k.
+
+    Example: remoe routers
+    """
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from remoe.config import ROUTINGS
+
+    table = Table(Column("name", no_wrap=True), "source", "causal", "budget", "state")
+    for name, routing in ROUTINGS.items():
+        causal = "yes" if routing.causal else "no"
+        table.add_row(
+            name, routing.source, causal, _BUDGETS[routing.budget], routing.state or "none"
+        )
+    Console().print(table)
 
 
 @command(app)

@@ -34,6 +34,8 @@ class CountsRouting(ExactBuffers):
     num_experts: int
     layer_number: int
     is_mtp_layer: bool
+    tp_group: Any
+    cp_group: Any
     tp_cp_group: Any
     tp_dp_cp_group: Any
 

@@ -62,6 +62,7 @@ class Recurrent(CountsRouting, Router):
         projection: `[p, h]`, unless all layers share that of the cell.
     """
 
+    weight: torch.nn.Parameter
     projection: torch.nn.Parameter | None
 
     def __init__(

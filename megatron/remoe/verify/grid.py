@@ -15,6 +15,7 @@ from megatron.remoe.testing.cells import run_cell
 from megatron.remoe.testing.golden import CLOSED_LOOP, OPEN_LOOP_STEPS, PUBLISHED_COEFF_INIT
 from megatron.remoe.verify.runs import Runner, check_all, reference_of
 from megatron.remoe.verify.trajectories import TrajectoryComparison, TrajectoryResult, table
+from remoe.config import ROUTINGS, Routing, Selection
 from remoe.kernels.chunks import UNLIMITED
 
 
@@ -77,7 +78,7 @@ def grid() -> list[Cell]:
 
     These are ReLU routing in fp32, with padding, in bf16, in the dense stage, in chunks and at its
     extremes, TopK routing, gradient accumulation, cells that are compared with plain torch,
-    recurrent routers, and Soft MoE.
+    recurrent routers, Soft MoE, and the other routers.
     Experts are grouped; the layouts of ReLU routing run with Megatron's sequential ones as well.
     """
     layouts = _layouts()
@@ -108,7 +109,59 @@ def grid() -> list[Cell]:
         *against_plain_torch(),
         *recurrent(),
         *soft(),
+        *routers(),
     ]
+
+
+def routers() -> list[Cell]:
+    """Return layouts of every other router, and of the variants of the penalty of ReLU routing."""
+    layouts = [
+        Cell("DP2", 2),
+        Cell("EP2", 2, ep=2),
+        Cell("TP2", 2, tp=2),
+        Cell("TP2 x EP2", 2, tp=2, ep=2),
+        Cell("one rank, full recompute", recompute="full"),
+        Cell("TP2, MoE recompute", 2, tp=2, recompute="moe"),
+        Cell("EP2, overlap", 2, ep=2, overlap=True, **DISTRIBUTED),
+        Cell("PP2, a stage without experts", 2, pp=2, run=(("moe_layer_freq", (0, 1)),)),
+    ]
+    one = [Cell("one rank"), Cell("TP2", 2, tp=2), Cell("PP2", 2, pp=2)]
+    cells = []
+    for name, routing in ROUTINGS.items():
+        if name in ("relu", "topk", "soft"):
+            continue
+        ids = issubclass(routing, Selection) and routing.reads == "ids"
+        of_one_stage = [cell for cell in layouts if cell.pp == 1 or not ids]
+        router: dict[str, Any] = {"router": name}
+        cells += [
+            *variants(of_one_stage, f"router {name}: ", **router),
+            *variants(one[:2], f"router {name}, bf16: ", dtype="bf16", **router),
+            *variants(one[1:2], f"router {name}, padded: ", padding="ends", **router),
+        ]
+        if issubclass(routing, Routing):
+            cells += variants(one[1:], f"router {name}, recurrent: ", recurrence="gru", **router)
+        if routing().varies:
+            chunked: dict[str, Any] = {"max_assignments": 64} | router
+            cells += variants([Cell("EP2", 2, ep=2)], f"router {name}, chunked: ", **chunked)
+    variants_of_relu: dict[str, dict[str, Any]] = {
+        "squared load": {"load_balancing": "squared"},
+        "load of the step before": {"load_balancing": "global_batch"},
+        "a coefficient per layer": {"per_layer": True},
+    }
+    for name, changes in variants_of_relu.items():
+        cells += variants([*layouts[:3], *one[2:]], f"router relu, {name}: ", **changes)
+    # With the load of the step before, micro-batches do not change the algorithm.
+    short = ("steps", 12)
+    cells += [
+        Cell(
+            f"router relu, load of the step before: {count} micro-batches",
+            load_balancing="global_batch",
+            run=(("mbs", 8 // count), ("nmb", count), short),
+            reference_run=(("mbs", 8), ("nmb", 1), short),
+        )
+        for count in (2, 4)
+    ]
+    return cells
 
 
 def soft() -> list[Cell]:
