@@ -45,10 +45,11 @@ def reference_top_p(logits_TE: Tensor, p: float) -> Tensor:
         exponentials = [torch.exp(value - z.max()) for value in z]
         total = sum(exponentials, z.new_zeros(()))
         softmax = [value / total for value in exponentials]
-        chosen: set[int] = set()
-        while not chosen or sum(float(softmax[e]) for e in chosen) < p and len(chosen) < len(z):
-            rest = [e for e in range(len(z)) if e not in chosen]
-            chosen.add(max(rest, key=lambda e, values=softmax: float(values[e])))
+        numbers = [float(value) for value in softmax]
+        order = sorted(range(len(z)), key=numbers.__getitem__, reverse=True)
+        chosen = order[:1]
+        while sum(numbers[e] for e in chosen) < p and len(chosen) < len(z):
+            chosen.append(order[len(chosen)])
         zero = z.new_zeros(())
         rows.append(torch.stack([s if e in chosen else zero for e, s in enumerate(softmax)]))
     return torch.stack(rows)
@@ -68,7 +69,8 @@ def reference_null_experts(logits_TN: Tensor, num_experts: int, topk_of_all: int
     """Compute the gates of the chosen experts that are not null, `[T, E]` (AdaMoE)."""
     rows = []
     for z in logits_TN:
-        first = sorted(range(len(z)), key=lambda e, values=z: -float(values[e]))[:topk_of_all]
+        numbers = [float(value) for value in z]
+        first = sorted(range(len(z)), key=numbers.__getitem__, reverse=True)[:topk_of_all]
         total = sum((torch.exp(z[e]) for e in first if e < num_experts), z.new_zeros(()))
         zero = z.new_zeros(())
         gates = [torch.exp(z[e]) / total if e in first else zero for e in range(num_experts)]

@@ -17,9 +17,25 @@ pytest.importorskip("transformers")
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import remoe
-from remoe.config import ReLURouting
-from remoe.hf import ReMoEConfig, ReMoEForCausalLM, ReMoEModel, modeling_remoe
+from remoe import regularization, routing
+from remoe.config import ROUTINGS
+from remoe.hf import (
+    ReMoEConfig,
+    ReMoEForCausalLM,
+    ReMoEModel,
+    configuration_remoe,
+    modeling_remoe,
+)
+from remoe.selections import (
+    expert_threshold,
+    hashed,
+    null_experts,
+    relu_l2,
+    relu_rms,
+    top_p,
+)
 from remoe.settings import settings_of
+from remoe.statistics import TokenCounts
 
 SIZES = {
     "vocab_size": 64,
@@ -39,11 +55,24 @@ SIZES = {
     "pad_token_id": None,
 }
 ROUTERS = ("relu", "topk_pre_softmax", "topk_post_softmax")
+SELECTIONS = ("relu_rms", "relu_l2", "top_p", "expert_threshold", "null_experts")
 
 
 def build(**changes) -> ReMoEForCausalLM:
     torch.manual_seed(0)
     return ReMoEForCausalLM(ReMoEConfig(**(SIZES | changes))).eval()
+
+
+def state_of_its_own(model: ReMoEForCausalLM) -> ReMoEForCausalLM:
+    """The model, whose routers have neither the same state nor scales of one."""
+    for number, layer in enumerate(model.model.layers):
+        if not layer.is_dense and model.config.router_type != "hash":
+            router = layer.mlp.router
+            for name, tensor in router.state_dict().items():
+                if name in ("thresholds", "gate_scale", "load"):
+                    spread = torch.linspace(0.5, 1.5, len(tensor) + number)
+                    tensor.copy_(spread[-len(tensor) :])
+    return model
 
 
 def some_tokens(*shape: int) -> torch.Tensor:
@@ -57,17 +86,89 @@ def code(function) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["relu_routing", "load_weights", "l1_regularization", "at_least_one"]
+    "name",
+    [
+        "at_least_fp32",
+        "at_least_one",
+        "expert_threshold_routing",
+        "hash_routing",
+        "l1_regularization",
+        "load_weights",
+        "_mix",
+        "relu_l2_initial_scale",
+        "relu_l2_penalized",
+        "relu_l2_routing",
+        "relu_rms_routing",
+        "relu_routing",
+        "top_p_routing",
+    ],
 )
 def test_the_copied_equations_are_those_of_the_package(name):
-    from remoe import regularization, routing
+    places = (routing, regularization, relu_rms, relu_l2, top_p, expert_threshold, hashed)
+    original = next(getattr(place, name) for place in places if hasattr(place, name))
+    copied = getattr(modeling_remoe, name)
+    assert code(copied) == code(original)
+    defaults = [value.default for value in inspect.signature(original).parameters.values()]
+    assert [v.default for v in inspect.signature(copied).parameters.values()] == defaults
 
-    original = getattr(routing, name, None) or getattr(regularization, name)
-    assert code(getattr(modeling_remoe, name)) == code(original)
+
+def test_the_copied_constants_are_those_of_the_package():
+    for name in ("_BITS", "_FACTORS"):
+        assert getattr(modeling_remoe, name) == getattr(hashed, name)
+    by_budget = [name for name, routing in ROUTINGS.items() if routing.budget == "l1"]
+    assert list(configuration_remoe.L1_ROUTERS) == by_budget
 
 
-EXPORTED = [setting for setting in settings_of(ReLURouting) if setting.exported]
-VALUES = (-1, 0, 0.5, 1, 1.0, 2, 1.5, float("nan"), float("inf"), True, "none", "aux_loss", [1])
+@pytest.mark.parametrize("router", SELECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_router_selects_as_the_package(router, dtype):
+    model = state_of_its_own(build(router_type=router, top_p_odds=[0.4, 1.7])).to(dtype)
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(3)).to(dtype)
+    for odds, layer in zip((0.4, 1.7), (0, 2), strict=True):
+        module = model.model.layers[layer].mlp.router
+        with torch.no_grad():
+            probs, active, penalized, _ = module(x)
+            logits = x.float() @ module.weight.float().T
+        tensors = {**module.state_dict(), "odds": torch.tensor(odds)}
+        settings = ROUTINGS[router]()
+        if router == "null_experts":
+            assert logits.shape == (50, 8)
+            expected = null_experts.null_experts_routing(logits, num_experts=4, topk_of_all=4)
+        else:
+            expected = settings.select(logits, tensors, topk=2)
+        assert torch.equal(active, expected[1])
+        torch.testing.assert_close(probs, expected[0])
+        assert 0 < active.float().mean() < 1
+        assert (penalized is not None) == (settings.budget == "l1")
+        if penalized is not None:
+            torch.testing.assert_close(penalized, settings.penalized(logits, probs))
+
+
+def test_a_hash_router_hashes_as_that_of_megatron():
+    """The seed is Megatron's number of a layer, which counts dense ones and begins with 1."""
+    model, ids = build(router_type="hash"), some_tokens(2, 9)
+    with torch.no_grad():
+        output = model(ids, output_routing=True)
+    for layer, probs in zip((0, 2), output.router_probs, strict=True):
+        expected, _ = ROUTINGS["hash"]().select_by_id(
+            ids.flatten(), num_experts=4, topk=2, layer_number=layer + 1
+        )
+        assert torch.equal(probs.flatten(0, 1), expected)
+    assert not torch.equal(*output.router_probs)
+    with pytest.raises(ValueError, match="the router is hash, which reads the ids"):
+        model(inputs_embeds=model.get_input_embeddings()(ids))
+
+
+EXPORTED = {
+    setting.name: setting
+    for routing in ROUTINGS.values()
+    for setting in settings_of(routing)
+    if setting.exported
+}.values()
+VALUES = (
+    *(-1, 0, 0.5, 1, 1.0, 2, 1.5, float("nan"), float("inf"), True, [1]),
+    *("none", "aux_loss", "squared", "global_batch"),
+)
 
 
 @pytest.mark.parametrize("setting", EXPORTED, ids=lambda setting: setting.name)
@@ -93,7 +194,7 @@ def gradients(model, ids):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", [*ROUTERS, "top_p"])
 @pytest.mark.parametrize(("cell", "projection"), [("gru", "layer"), ("rnn", "shared")])
 def test_a_recurrent_model_generates_with_a_cache_and_checkpoints_gradients(
     router, cell, projection
@@ -135,7 +236,7 @@ def test_a_recurrent_model_is_the_layers_for_torch(tmp_path):
     x, state = torch.randn(2, 5, 32, dtype=torch.bfloat16), torch.randn(10, 8)
     with torch.no_grad():
         ours, after = layer(x, state.view(2, 5, 8))
-        theirs, _, _, state = block(x, state, model.model.recurrent_cell)
+        theirs, *_, state = block(x, state, model.model.recurrent_cell)
     assert torch.equal(after.view_as(state), state)
     assert torch.allclose(ours, theirs, rtol=2e-2, atol=1e-2)  # sums in another order
     model.save_pretrained(tmp_path)
@@ -183,11 +284,14 @@ def test_registered_with_the_auto_classes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"router_type": "soft"}, "router_type is 'soft'.* must be one of relu, topk_pre_softmax"),
+        ({"router_type": "soft"}, "router_type is 'soft'.* must be one of relu, relu_rms"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5 of 4 experts"),
         ({"l1_coeff": [0.1]}, "l1_coeff has 1 values for 2 layers"),
         ({"router_dtype": "int8"}, "router_dtype is 'int8'"),
         ({"load_balancing": "some"}, "load_balancing is 'some'"),
+        ({"top_p_odds": [0.1]}, "top_p_odds has 1 values for 2 layers"),
+        ({"router_type": "null_experts", "num_null_experts": 3}, r"3; k \(E \+ n\) / E must be"),
+        ({"router_type": "hash", "recurrence": "gru"}, "recurrence is 'gru'; a hash router"),
     ],
 )
 def test_a_wrong_config_is_refused(changes, message):
@@ -207,14 +311,15 @@ def test_topk_before_and_after_the_softmax_by_hand():
     assert active.tolist() == [[False, False, True, True]]
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", [*ROUTERS, *SELECTIONS])
 def test_a_block_is_the_sum_of_its_active_experts_also_in_backward(router):
     config = ReMoEConfig(**(SIZES | {"router_type": router, "router_dtype": "float64"}))
-    block = modeling_remoe.ReMoEBlock(config).double()
+    block = modeling_remoe.ReMoEBlock(config, 0).double()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    x = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
-    y, probs, active, _ = block(x)
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    x = (x + torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]).requires_grad_()
+    y, probs, active, *_ = block(x)
     inputs = [x, *block.parameters()]
     ours = torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)
     dense = torch.zeros_like(y)
@@ -225,7 +330,8 @@ def test_a_block_is_the_sum_of_its_active_experts_also_in_backward(router):
     torch.testing.assert_close(y, dense)
     theirs = torch.autograd.grad(dense.square().sum(), inputs)
     torch.testing.assert_close(ours, theirs)
-    assert torch.equal(active, probs > 0)
+    assert torch.equal(active, probs != 0)
+    assert 0 < active.float().mean() < 1
 
 
 def test_experts_cost_what_they_use():
@@ -244,9 +350,9 @@ def test_experts_cost_what_they_use():
     assert flops() == 4 * 2 * 3 * 32 * 24  # 4 pairs, multiply and add, 3 matrices of H x F
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", [*ROUTERS, *SELECTIONS, "hash"])
 def test_with_a_cache_logits_are_those_of_the_whole_text(router):
-    model, tokens = build(router_type=router), some_tokens(2, 9)
+    model, tokens = state_of_its_own(build(router_type=router)), some_tokens(2, 9)
     with torch.no_grad():
         whole = model(tokens).logits
         first = model(tokens[:, :6], use_cache=True)
@@ -265,8 +371,10 @@ def test_attention_implementations_agree():
     torch.testing.assert_close(logits["eager"], logits["sdpa"], rtol=1e-5, atol=1e-5)
 
 
-def test_a_batch_with_left_padding_generates_what_each_prompt_generates():
-    model, tokens = build(pad_token_id=0), some_tokens(2, 6)
+@pytest.mark.parametrize("router", ["relu", *SELECTIONS, "hash"])
+def test_a_batch_with_left_padding_generates_what_each_prompt_generates(router):
+    model = state_of_its_own(build(pad_token_id=0, router_type=router))
+    tokens = some_tokens(2, 6)
     request = {"do_sample": False, "max_new_tokens": 8}
     short = tokens[:1, 2:]
     alone = [
@@ -309,6 +417,56 @@ def test_loss_is_the_cross_entropy_and_in_training_the_penalty():
         penalty += coeff * remoe.l1_regularization(flat, num_tokens=18, load_weights_E=load)
     torch.testing.assert_close(output.penalty, penalty)
     torch.testing.assert_close(output.loss, expected + penalty)
+
+
+@pytest.mark.parametrize("balancing", ["aux_loss", "squared", "global_batch", "none"])
+@pytest.mark.parametrize("router", ["relu", "relu_rms", "relu_l2"])
+def test_the_penalty_of_a_router_is_that_of_the_package(router, balancing):
+    model = build(router_type=router, load_balancing=balancing, l1_coeff=[0.5, 0.25]).train()
+    state_of_its_own(model)
+    seen, tokens = [], some_tokens(2, 9)
+    for layer in (0, 2):
+        module = model.model.layers[layer].mlp.router
+        module.register_forward_hook(
+            lambda module, given, out: seen.append((module, given[0], *out))
+        )
+    l1_reg = model(tokens, labels=tokens).l1_reg
+    for (module, x, probs, active, *_), found in zip(seen, l1_reg, strict=True):
+        settings = ROUTINGS[router](load_balancing=balancing)
+        expected = settings.regularizer(
+            x.float() @ module.weight.T,
+            probs,
+            module.state_dict(),
+            counts=TokenCounts(torch.tensor([18, *active.sum(dim=0).tolist()])),
+            topk=2,
+        )
+        torch.testing.assert_close(found, expected.detach().float())
+
+
+def test_loads_and_coefficients_of_layers_move_by_what_was_routed():
+    model = build(
+        load_balancing="global_batch",
+        l1_coeff=[0.5, 0.25],
+        l1_coeff_per_layer=True,
+        target_sparsity=0.5,
+    ).train()
+    with torch.no_grad():  # the first layer is dense, the last one sparse
+        for layer, size in ((0, 1.0), (2, -1.0)):
+            router = model.model.layers[layer].mlp.router
+            router.weight.copy_(0.05 * router.weight)
+            model.model.layers[layer].post_attention_layernorm.weight.fill_(1)
+            router.register_forward_pre_hook(lambda _, given, size=size: (given[0] + size, None))
+            router.weight.add_(0.02)
+    routing = []
+    for half in some_tokens(4, 9).split(2):
+        routing.append(model(half, labels=half, output_routing=True).router_probs)
+    model.update_l1_coeff()
+    active = [torch.cat([p[layer] for p in routing]).flatten(0, 1) > 0 for layer in (0, 1)]
+    assert active[0].float().mean() > 0.5 > active[1].float().mean()
+    assert model.config.l1_coeff == pytest.approx([0.5 * 1.2, 0.25 / 1.2])
+    for layer, chosen in zip((0, 2), active, strict=True):
+        load = remoe.load_weights(chosen.sum(dim=0), num_tokens=36, topk=2)
+        torch.testing.assert_close(model.model.layers[layer].mlp.router.load, load)
 
 
 def test_the_penalty_is_not_of_padding():
@@ -375,6 +533,39 @@ def test_saved_and_loaded_alike_also_in_bf16(tmp_path):
     narrow = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     with torch.no_grad():
         assert narrow(tokens).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("router", "name"),
+    [("expert_threshold", "thresholds"), ("relu_rms", "load"), ("relu_l2", "gate_scale")],
+)
+def test_the_state_of_a_router_is_saved_and_keeps_its_dtype(tmp_path, router, name):
+    changes = {"router_type": router, "load_balancing": "global_batch"}
+    model = state_of_its_own(build(**changes))
+    with torch.no_grad():
+        getattr(model.model.layers[0].mlp.router, name)[0] = 1 / 3
+    model.save_pretrained(tmp_path)
+    narrow = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    expected = getattr(model.model.layers[0].mlp.router, name)
+    for found in (narrow, build(**changes), model.bfloat16()):
+        tensor = getattr(found.model.layers[0].mlp.router, name)
+        if name == "gate_scale":
+            assert tensor.dtype == found.dtype
+        else:
+            assert tensor.dtype == torch.float32
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(getattr(again.model.layers[0].mlp.router, name), expected.float())
+    if name != "gate_scale":
+        assert torch.equal(getattr(narrow.model.layers[0].mlp.router, name), expected)
+
+
+def test_a_new_router_starts_as_that_of_the_package():
+    for router in ("relu_rms", "relu_l2"):
+        module = build(router_type=router).model.layers[0].mlp.router
+        start = ROUTINGS[router]().parameters(4, 2)["gate_scale"]
+        assert torch.equal(module.gate_scale.detach(), start)
+    config = ReMoEConfig(**SIZES | {"router_type": "top_p"})
+    assert config.top_p_odds == [ROUTINGS["top_p"]().buffers(4, 2)["odds"].item()] * 2
 
 
 WITHOUT_US = """

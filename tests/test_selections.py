@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from remoe.config import ControllerConfig
+from remoe.controller import next_l1_coeff
 from remoe.reference import (
     reference_expert_threshold,
     reference_l1,
@@ -16,7 +18,7 @@ from remoe.reference import (
     reference_top_p,
 )
 from remoe.regularization import balancing_weights, load_weights, router_regularization
-from remoe.routing import relu_routing, tokens_per_expert
+from remoe.routing import relu_routing, sparsity, tokens_per_expert
 from remoe.selections import (
     expert_threshold,
     hashed,
@@ -239,6 +241,49 @@ def test_initial_scale_makes_the_first_k_gates_of_norm_one(experts, k):
     probs, _ = relu_l2.relu_l2_routing(logits, torch.tensor([c]))
     assert probs.topk(k, dim=1).values.norm(dim=1).mean().item() == pytest.approx(1, rel=5e-3)
     assert relu_l2.relu_l2_initial_scale(experts, k) == c
+
+
+# What the penalty of the normed ReLUs acts on.
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+@pytest.mark.parametrize("name", ["relu_rms", "relu_l2"])
+def test_the_penalty_reaches_the_target(name, topk):
+    """A router that learns gates of a teacher ends near k experts, and keeps its scale.
+
+    With a penalty on gates, scales fall to a tenth; with one on ReLU gates of RMS one, the mean is
+    half an expert above k = 1.
+    """
+    selects = {
+        "relu_rms": (relu_rms.relu_rms_routing, relu_rms.relu_rms_penalized, 8),
+        "relu_l2": (relu_l2.relu_l2_routing, relu_l2.relu_l2_penalized, 1),
+    }
+    select, penalized, size = selects[name]
+    generator = torch.Generator().manual_seed(3)
+    x, teacher, start = (torch.randn(n, 16, generator=generator) for n in (256, 8, 8))
+    x[:, 0] = 2  # what all tokens share serves as a bias
+    wanted = torch.relu(x @ teacher.T) / 4
+    router = (start / 8).requires_grad_()
+    scale = torch.ones(size, requires_grad=True)
+    optimizer = torch.optim.Adam([router, scale], lr=0.01)
+    rule = ControllerConfig(
+        target_sparsity=1 - topk / 8, l1_coeff_init=1e-4, l1_coeff_multiplier=1.05
+    )
+    coeff = torch.tensor(rule.l1_coeff_init)
+    actives = []
+    for _ in range(600):
+        logits = x @ router.T
+        probs, routing_map = select(logits, scale)
+        loss = (probs - wanted).square().sum(dim=1).mean()
+        loss = loss + coeff * penalized(logits).sum() / len(x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        coeff = next_l1_coeff(coeff, sparsity(tokens_per_expert(routing_map), len(x)), rule)
+        actives.append(routing_map.sum().item() / len(x))
+    assert actives[0] > 3
+    assert sum(actives[-100:]) / 100 == pytest.approx(topk, rel=0.1)
+    assert scale.min() > 0.5
 
 
 # Top-p.

@@ -11,7 +11,11 @@ from typing import Any
 
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-ROUTER_TYPES = ("relu", "topk_pre_softmax", "topk_post_softmax")
+L1_ROUTERS = ("relu", "relu_rms", "relu_l2")  # those under the L1 penalty
+ROUTER_TYPES = (
+    *L1_ROUTERS, "topk_pre_softmax", "topk_post_softmax", "null_experts", "top_p",
+    "expert_threshold", "hash",
+)  # fmt: skip
 FORMAT_VERSION = (
     1  # version of config.json and of the names of weights; older code refuses a newer one
 )
@@ -36,13 +40,17 @@ _COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
     "num_experts", "num_experts_per_tok", "max_active_experts", "recurrent_size",
+    "num_null_experts",
 )  # fmt: skip
 # What a value must be, by name: a test, and the same in words. A default of None passes as well.
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_COUNTS, (_is_count, "a whole number of at least 1")),
     "router_type": (lambda x: x in ROUTER_TYPES, f"one of {', '.join(ROUTER_TYPES)}"),
     "router_dtype": (lambda x: x in ("float32", "float64", None), "float32, float64 or null"),
-    "load_balancing": (lambda x: x in ("aux_loss", "none"), "aux_loss or none"),
+    "load_balancing": (
+        lambda x: x in ("aux_loss", "squared", "global_batch", "none"),
+        "one of aux_loss, squared, global_batch, none",
+    ),
     "recurrence": (lambda x: x in ("none", "gru", "rnn"), "one of none, gru, rnn"),
     "recurrent_passing": (
         lambda x: x in ("full", "detached", "none"), "one of full, detached, none",
@@ -56,6 +64,13 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: _is_number(x) and 0 <= x < 1, "a number of at least 0 and below 1",
     ),
     "at_least_one_expert": (lambda x: isinstance(x, bool), "true or false"),
+    "l1_coeff_per_layer": (lambda x: isinstance(x, bool), "true or false"),
+    "top_p_odds": (_is_coefficients, "a list of numbers that are not negative"),
+    "top_p_multiplier": (lambda x: _is_number(x) and x > 1, "a number above 1"),
+    "threshold_updates": (_is_coefficients, "a list of numbers that are not negative"),
+    "expert_threshold_decay": (
+        lambda x: _is_number(x) and 0 <= x < 1, "a number of at least 0 and below 1",
+    ),
     "attention_dropout": (lambda x: _is_number(x) and 0 <= x <= 1, "a number between 0 and 1"),
 }  # fmt: skip
 
@@ -76,8 +91,8 @@ class ReMoEConfig(LlamaConfig):
     """LlamaConfig with experts.
 
     Attributes:
-        router_type: `relu` (arXiv 2412.14711, Eq. 5), or `topk` of the softmax (pre) or with the
-            softmax over the chosen logits (post).
+        router_type: `relu` (arXiv 2412.14711, Eq. 5); `topk` of the softmax (pre) or with the
+            softmax over the chosen logits (post); or another router by its name.
         router_dtype: dtype of logits and gates, "float32" or "float64"; None takes the model's.
         num_experts: E.
         num_experts_per_tok: k; with ReLU routing the mean at the target sparsity.
@@ -93,7 +108,16 @@ class ReMoEConfig(LlamaConfig):
             "detached" (without its gradient) or "none".
         recurrent_projection: whether every "layer" projects tokens by a matrix of its own, or all
             by one that is "shared".
-        load_balancing: "aux_loss" weights the penalty by load (Eq. 10), "none" does not (Eq. 9).
+        load_balancing: "aux_loss" weights the penalty by load (Eq. 10), "squared" by its square,
+            "global_batch" by the load of the step before, and "none" does not (Eq. 9).
+        l1_coeff_per_layer: whether the coefficient of a layer moves by the sparsity of that layer.
+        num_null_experts: with `null_experts`, the number of them; None is as many as experts.
+        top_p_odds: with `top_p`, the odds `(1 - p) / p` for every layer with experts; None is that
+            of p = k / E. Training here does not move them.
+        top_p_multiplier: how they move in pretraining.
+        threshold_updates: with `expert_threshold`, the number of steps whose cutoffs the thresholds
+            of a layer are an average of. Training here does not move them.
+        expert_threshold_decay: how they move in pretraining.
         training_facts: what is known about the training: iteration, tokens, losses, sparsity.
         format_version: version of the exported files.
 
@@ -119,6 +143,12 @@ class ReMoEConfig(LlamaConfig):
     load_balancing: str = "aux_loss"
     max_active_experts: int | None = None
     at_least_one_expert: bool = False
+    l1_coeff_per_layer: bool = False
+    num_null_experts: int | None = None
+    top_p_odds: list[float] | None = None
+    top_p_multiplier: float = 1.02
+    threshold_updates: list[float] | None = None
+    expert_threshold_decay: float = 0.99
     recurrence: str = "none"
     recurrent_size: int = 128
     recurrent_passing: str = "full"
@@ -150,6 +180,9 @@ class ReMoEConfig(LlamaConfig):
             self.target_sparsity = 1 - self.num_experts_per_tok / self.num_experts
         super().__post_init__(**kwargs)
         self._check_layers()
+        if self.router_type == "top_p" and self.top_p_odds is None:
+            odds = self.num_experts / self.num_experts_per_tok - 1
+            self.top_p_odds = [odds] * len(self.moe_layers)
 
     def _check_sizes(self) -> None:
         """Refuse values that contradict each other, before LLaMA's own config reads them."""
@@ -157,6 +190,18 @@ class ReMoEConfig(LlamaConfig):
             raise ValueError(
                 f"num_experts_per_tok is {self.num_experts_per_tok} of {self.num_experts} experts; "
                 f"it must be between 1 and num_experts"
+            )
+        if self.router_type == "null_experts" and self.topk_of_all * self.num_experts != (
+            self.num_experts_per_tok * self.num_router_logits
+        ):
+            raise ValueError(
+                f"num_null_experts is {self.num_null_experts}; k (E + n) / E must be whole, with k "
+                f"{self.num_experts_per_tok} and E {self.num_experts}"
+            )
+        if self.router_type == "hash" and self.recurrence != "none":
+            raise ValueError(
+                f"recurrence is {self.recurrence!r}; a hash router has no logits, so that it must "
+                f"be none"
             )
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
@@ -187,11 +232,25 @@ class ReMoEConfig(LlamaConfig):
             raise ValueError(
                 f"mlp_only_layers is {dense!r}; it must be a list of layers from 0 to {layers[-1]}"
             )
-        if self.l1_coeff is not None and len(self.l1_coeff) != len(self.moe_layers):
-            raise ValueError(
-                f"l1_coeff has {len(self.l1_coeff)} values for {len(self.moe_layers)} layers with "
-                f"experts; it needs one for each"
-            )
+        for name in ("l1_coeff", "top_p_odds", "threshold_updates"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.moe_layers):
+                raise ValueError(
+                    f"{name} has {len(values)} values for {len(self.moe_layers)} layers with "
+                    f"experts; it needs one for each"
+                )
+
+    @property
+    def num_router_logits(self) -> int:
+        """Number of logits of a token: E, and those of null experts."""
+        if self.router_type != "null_experts":
+            return self.num_experts
+        return self.num_experts + (self.num_null_experts or self.num_experts)
+
+    @property
+    def topk_of_all(self) -> int:
+        """Number of experts that a token chooses, null experts among them."""
+        return self.num_experts_per_tok * self.num_router_logits // self.num_experts
 
     @property
     def moe_layers(self) -> list[int]:

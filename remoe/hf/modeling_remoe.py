@@ -1,7 +1,8 @@
 """ReMoE for transformers: LLaMA whose MLPs are mixtures of SwiGLU experts behind a ReLU router.
 
 This file is exported with every model and therefore self-contained: its routing functions are
-copies of those in `remoe`, and a test compares both. The paper is arXiv 2412.14711.
+copies of those in `remoe`, and tests compare both. The paper is arXiv 2412.14711; the functions in
+`remoe/selections` name those of the other routers.
 
 Shapes: B batch, S sequence, T = B * S tokens, H hidden, E experts, F expert width, L layers with
 experts, p state of a recurrent router (arXiv 2408.06793).
@@ -30,7 +31,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
-from .configuration_remoe import ReMoEConfig, refuse_misspelled
+from .configuration_remoe import L1_ROUTERS, ReMoEConfig, refuse_misspelled
 
 logger = logging.get_logger(__name__)
 
@@ -40,6 +41,11 @@ FORWARD_ARGUMENTS = (
     "return_dict", "num_items_in_batch", "shift_labels", "ignore_index",
 )  # fmt: skip
 UNMOVED_STEPS = 100  # forward passes with equal coefficients before a warning
+
+
+def at_least_fp32(logits: Tensor) -> Tensor:
+    """Return the logits in fp32, or as they are where they are wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def relu_routing(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,12 +117,96 @@ def _scatter(probs_Tk: Tensor, index_Tk: Tensor, logits_TE: Tensor) -> tuple[Ten
     return probs_TE, active_TE
 
 
-def route(logits_TE: Tensor, router_type: str, topk: int) -> tuple[Tensor, Tensor]:
-    """Return gates and the map of active experts for a type of router, both `[T, E]`."""
-    if router_type == "relu":
-        return relu_routing(logits_TE)
-    routers = {"topk_pre_softmax": topk_pre_softmax, "topk_post_softmax": topk_post_softmax}
-    return routers[router_type](logits_TE, topk)
+def relu_rms_routing(
+    logits_TE: Tensor, scale_E: Tensor, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Return the ReLU of the logits over its RMS, times the scale, and the active map."""
+    relu_TE, routing_map = relu_routing(logits_TE)
+    mean_square_T1 = relu_TE.square().mean(dim=1, keepdim=True)
+    normed_TE = relu_TE * torch.rsqrt(mean_square_T1 + eps)
+    return normed_TE * scale_E.to(normed_TE.dtype), routing_map
+
+
+def relu_l2_routing(
+    logits_TE: Tensor, scale: Tensor, *, eps: float = 1e-8
+) -> tuple[Tensor, Tensor]:
+    """Return the ReLU of the logits over their norm, times the scale, and the active map."""
+    unit_TE = relu_l2_penalized(logits_TE, eps=eps)
+    return unit_TE * scale.to(unit_TE.dtype), unit_TE > 0
+
+
+def relu_l2_penalized(logits_TE: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """Return the gates of `relu_l2_routing` before the scale, `[T, E]`."""
+    logits_TE = at_least_fp32(logits_TE)
+    norm_T1 = torch.linalg.vector_norm(logits_TE, dim=1, keepdim=True)
+    return torch.relu(logits_TE / (norm_T1 + eps))
+
+
+def relu_l2_initial_scale(num_experts: int, topk: int, *, num_samples: int = 20_000) -> float:
+    """Return the scale with which k gates of normal logits have a norm of about one."""
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(num_samples, num_experts, generator=generator, dtype=torch.float64)
+    largest = relu_l2_penalized(samples, eps=0).topk(topk, dim=1).values
+    return 1 / float(torch.linalg.vector_norm(largest, dim=1).mean())
+
+
+def top_p_routing(logits_TE: Tensor, p: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return the softmax of the fewest experts that reach p, and the active map."""
+    softmax_TE = torch.softmax(at_least_fp32(logits_TE), dim=1)
+    ordered = softmax_TE.detach().sort(dim=1, descending=True, stable=True)
+    reached_TE = ordered.values.cumsum(dim=1)
+    # An expert is needed if those before it do not reach p; before the first there are none.
+    needed_TE = torch.ones_like(reached_TE, dtype=torch.bool)
+    needed_TE[:, 1:] = reached_TE[:, :-1] < p
+    routing_map = torch.zeros_like(needed_TE).scatter(1, ordered.indices, needed_TE)
+    return softmax_TE * routing_map, routing_map
+
+
+def expert_threshold_routing(logits_TE: Tensor, thresholds_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sigmoid of the logits that reach their expert's threshold, and the map."""
+    logits_TE = at_least_fp32(logits_TE)
+    routing_map = logits_TE >= thresholds_E
+    return torch.sigmoid(logits_TE) * routing_map, routing_map
+
+
+def null_experts_routing(
+    logits_TN: Tensor, *, num_experts: int, topk_of_all: int
+) -> tuple[Tensor, Tensor]:
+    """Return the softmax over those of the largest logits that are of experts, and the map.
+
+    The logits of null experts, which do nothing, come last.
+    """
+    _, routing_map_TN = topk_pre_softmax(logits_TN, topk_of_all)
+    routing_map = routing_map_TN[:, :num_experts]
+    logits_TE = at_least_fp32(logits_TN)[:, :num_experts].masked_fill(~routing_map, -torch.inf)
+    # A row without experts would be NaN, and so would its gradient.
+    logits_TE = logits_TE.masked_fill(~routing_map.any(dim=1, keepdim=True), 0)
+    return torch.softmax(logits_TE, dim=1) * routing_map, routing_map
+
+
+_BITS = 0xFFFFFFFF
+_FACTORS = (0x7FEB352D, 0x4F1BBCDD)
+
+
+def hash_routing(
+    token_ids_T: Tensor, *, num_experts: int, topk: int, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return gates of 1/k and the map of the k experts with the largest hash of the token's id."""
+    experts_E = torch.arange(num_experts, device=token_ids_T.device)
+    seeded_E = _mix(experts_E + num_experts * seed)
+    hashes_TE = _mix(_mix(token_ids_T.long()).unsqueeze(1) ^ seeded_E)
+    chosen_TE = hashes_TE.sort(dim=1, descending=True, stable=True).indices[:, :topk]
+    routing_map = torch.zeros_like(hashes_TE, dtype=torch.bool).scatter(1, chosen_TE, True)
+    return routing_map.float() / topk, routing_map
+
+
+def _mix(numbers: Tensor) -> Tensor:
+    """Return a permutation of the numbers of 32 bits, in int64, in which every bit counts."""
+    numbers = (numbers + 0x3C6EF372) & _BITS
+    for factor in _FACTORS:
+        numbers = numbers ^ (numbers >> 16)
+        numbers = (numbers * factor) & _BITS
+    return numbers ^ (numbers >> 15)
 
 
 class ReMoECell(nn.Module):
@@ -168,33 +258,93 @@ class ReMoERouter(nn.Module):
     """A router from tokens `[T, H]` to gates and the map of active experts, both `[T, E]`.
 
     With recurrence it reads a state `[T, p]`, which it also returns for the next layer.
+
+    Attributes:
+        gate_scale: learned scale of the gates, `[E]` or `[1]`, of `relu_rms` and `relu_l2`.
+        thresholds: fp32 `[E]`, the logit that an expert asks for, of `expert_threshold`.
+        load: fp32 `[E]`, the load weights of the last step, with `load_balancing` "global_batch".
     """
 
-    def __init__(self, config: ReMoEConfig) -> None:
+    def __init__(self, config: ReMoEConfig, layer_idx: int) -> None:
         super().__init__()
         width, self.projection = config.hidden_size, None
         if config.recurrence != "none":
             width = config.recurrent_size
         if config.recurrence != "none" and config.recurrent_projection == "layer":
             self.projection = nn.Parameter(torch.empty(width, config.hidden_size))
-        self.weight = nn.Parameter(torch.empty(config.num_experts, width))
+        experts, kind = config.num_experts, config.router_type
+        self.weight = nn.Parameter(torch.empty(config.num_router_logits, width))
+        self.gate_scale = None
+        if kind in ("relu_rms", "relu_l2"):
+            self.gate_scale = nn.Parameter(torch.empty(experts if kind == "relu_rms" else 1))
+        if kind == "expert_threshold":
+            self.register_buffer("thresholds", torch.zeros(experts, dtype=torch.float32))
+        if kind in L1_ROUTERS and config.load_balancing == "global_batch":
+            self.register_buffer("load", torch.ones(experts, dtype=torch.float32))
+        self.odds = 0.0
+        if config.top_p_odds is not None and kind == "top_p":
+            self.odds = config.top_p_odds[config.moe_layers.index(layer_idx)]
+        self.num_experts, self.topk_of_all = experts, config.topk_of_all
         self.max_active, self.at_least_one = config.max_active_experts, config.at_least_one_expert
-        self.router_type, self.topk = config.router_type, config.num_experts_per_tok
+        self.router_type, self.topk = kind, config.num_experts_per_tok
         self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
 
     def forward(
         self, x_TH: Tensor, state_Tp: Tensor | None = None, cell: ReMoECell | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the gates, the map of active experts, and the state if there is a cell."""
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return the gates, the map of active experts, what is penalized, and the state.
+
+        What is penalized is `[T, E]`, or None for a router without the L1 penalty; the state is
+        None if there is no cell.
+        """
         # A cast is not enough under autocast, which would cast it back.
         with torch.autocast(x_TH.device.type, enabled=False):
             logits_TE, state_Tp = self.score(x_TH, state_Tp, cell)
-            probs_TE, active_TE = route(logits_TE, self.router_type, self.topk)
+            probs_TE, active_TE = self.select(logits_TE)
             if self.max_active is not None or self.at_least_one:
                 probs_TE, active_TE = bounded_routing(
                     logits_TE, probs_TE, max_active=self.max_active, at_least_one=self.at_least_one
                 )
-            return probs_TE, active_TE, state_Tp
+            return probs_TE, active_TE, self.penalized(logits_TE, probs_TE), state_Tp
+
+    def select(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return gates and the map of active experts, both `[T, E]`."""
+        match self.router_type:
+            case "relu":
+                return relu_routing(logits_TE)
+            case "relu_rms":
+                assert self.gate_scale is not None
+                return relu_rms_routing(logits_TE, self.gate_scale)
+            case "relu_l2":
+                assert self.gate_scale is not None
+                return relu_l2_routing(logits_TE, self.gate_scale)
+            case "top_p":
+                odds = torch.tensor(self.odds, dtype=torch.float32, device=logits_TE.device)
+                return top_p_routing(logits_TE, 1 / (1 + odds))
+            case "expert_threshold":
+                return expert_threshold_routing(logits_TE, self.thresholds)
+            case "null_experts":
+                return null_experts_routing(
+                    logits_TE, num_experts=self.num_experts, topk_of_all=self.topk_of_all
+                )
+            case "topk_pre_softmax":
+                return topk_pre_softmax(logits_TE, self.topk)
+            case _:
+                return topk_post_softmax(logits_TE, self.topk)
+
+    def penalized(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor | None:
+        """Return what the L1 penalty acts on, `[T, E]`, or None for a router without it."""
+        match self.router_type:
+            case "relu":
+                return probs_TE
+            case "relu_rms":
+                return torch.relu(at_least_fp32(logits_TE))
+            case "relu_l2":
+                return relu_l2_penalized(logits_TE)
+        return None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ReMoERouter":
+        return _exact_buffers(self, super()._apply, fn, recurse)
 
     def score(
         self, x_TH: Tensor, state_Tp: Tensor | None = None, cell: ReMoECell | None = None
@@ -206,6 +356,23 @@ class ReMoERouter(nn.Module):
             read = state_Tp = cell(x_TH, state_Tp, self.projection).to(x_TH.device)
         dtype = self.dtype or read.dtype
         return F.linear(read.to(dtype), self.weight.to(dtype)), state_Tp
+
+
+class ReMoEHashRouter(nn.Module):
+    """A router from the ids of tokens `[T]` to gates and the map of active experts."""
+
+    router_type = "hash"
+
+    def __init__(self, config: ReMoEConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.num_experts, self.topk = config.num_experts, config.num_experts_per_tok
+        self.seed = layer_idx + 1
+
+    def forward(self, token_ids_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Return gates and the map of active experts, both `[T, E]`."""
+        return hash_routing(
+            token_ids_T, num_experts=self.num_experts, topk=self.topk, seed=self.seed
+        )
 
 
 class ReMoEExperts(nn.Module):
@@ -243,23 +410,37 @@ class ReMoEExperts(nn.Module):
 class ReMoEBlock(nn.Module):
     """Router and experts, in place of the MLP of a LLaMA layer."""
 
-    def __init__(self, config: ReMoEConfig) -> None:
+    def __init__(self, config: ReMoEConfig, layer_idx: int) -> None:
         super().__init__()
-        self.router = ReMoERouter(config)
+        self.hashes = config.router_type == "hash"
+        self.router = (ReMoEHashRouter if self.hashes else ReMoERouter)(config, layer_idx)
         self.experts = ReMoEExperts(config)
 
     def forward(
-        self, hidden_states: Tensor, state_Tp: Tensor | None = None, cell: ReMoECell | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return the new `[B, S, H]` states, gates and active map, both `[B, S, E]`, and `[T, p]`.
+        self,
+        hidden_states: Tensor,
+        state_Tp: Tensor | None = None,
+        cell: ReMoECell | None = None,
+        token_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return the new `[B, S, H]` states, gates, active map, what is penalized, and `[T, p]`.
 
-        The last is the state of a recurrent router, if there is a cell.
+        Gates, map and what is penalized are `[B, S, E]`; the last but one is None for a router
+        without the L1 penalty, and the last is the state of a recurrent router, if there is a cell.
+        Only a hash router reads the ids, `[B, S]`.
         """
         x_TH = hidden_states.flatten(0, 1)
-        probs_TE, active_TE, state_Tp = self.router(x_TH, state_Tp, cell=cell)
+        penalized_TE = None
+        if self.hashes:
+            assert token_ids is not None
+            probs_TE, active_TE = self.router(token_ids.flatten())
+        else:
+            probs_TE, active_TE, penalized_TE, state_Tp = self.router(x_TH, state_Tp, cell=cell)
         y_TH = self.experts(x_TH, probs_TE.to(x_TH.dtype), active_TE)
         shape = (*hidden_states.shape[:2], -1)
-        return y_TH.view_as(hidden_states), probs_TE.view(shape), active_TE.view(shape), state_Tp
+        penalized = None if penalized_TE is None else penalized_TE.view(shape)
+        routed = probs_TE.view(shape), active_TE.view(shape), penalized
+        return y_TH.view_as(hidden_states), *routed, state_Tp
 
 
 class ReMoERotaryEmbedding(LlamaRotaryEmbedding):
@@ -269,12 +450,7 @@ class ReMoERotaryEmbedding(LlamaRotaryEmbedding):
     """
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ReMoERotaryEmbedding":
-        exact = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, buffer in self.named_buffers():
-            if buffer.dtype != exact[name].dtype and not exact[name].is_meta:
-                setattr(self, name, exact[name].to(buffer.device))
-        return self
+        return _exact_buffers(self, super()._apply, fn, recurse)
 
 
 class ReMoEDecoderLayer(GradientCheckpointingLayer):
@@ -284,7 +460,7 @@ class ReMoEDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = LlamaAttention(config, layer_idx)
         self.is_dense = layer_idx in (config.mlp_only_layers or ())
-        self.mlp = LlamaMLP(config) if self.is_dense else ReMoEBlock(config)
+        self.mlp = LlamaMLP(config) if self.is_dense else ReMoEBlock(config, layer_idx)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -293,20 +469,21 @@ class ReMoEDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         state_Tp: Tensor | None = None,
         cell: ReMoECell | None = None,
+        token_ids: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Return new hidden states, attention weights (eager only), gates, active map and state.
+    ) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
+        """Return new hidden states, attention weights (eager only), and what a block returns.
 
-        Gates and active map are None for a dense layer, which hands on the state of the recurrent
-        routers, if the model has such.
+        That is gates, active map, what is penalized, and state. All but the last are None for a
+        dense layer, which hands on the state of the recurrent routers, if the model has such.
         """
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
         if self.is_dense:
-            return hidden_states + self.mlp(normed), weights, None, None, state_Tp
-        output, probs, active, state_Tp = self.mlp(normed, state_Tp, cell=cell)
-        return hidden_states + output, weights, probs, active, state_Tp
+            return hidden_states + self.mlp(normed), weights, None, None, None, state_Tp
+        output, *routed = self.mlp(normed, state_Tp, cell=cell, token_ids=token_ids)
+        return hidden_states + output, weights, *routed
 
 
 @dataclass
@@ -357,7 +534,7 @@ class ReMoEPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["ReMoEDecoderLayer"]
     # Accelerate would move the cell, which is a module, from layer to layer.
     _skip_keys_device_placement = ["past_key_values", "cell"]
-    _keep_in_fp32_modules_strict = {"recurrent_cell"}
+    _keep_in_fp32_modules_strict = {"recurrent_cell", "thresholds", "load"}
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -369,6 +546,13 @@ class ReMoEPreTrainedModel(PreTrainedModel):
         if isinstance(module, ReMoEExperts | ReMoERouter):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+            for name, buffer in module.named_buffers(recurse=False):
+                init.constant_(buffer, float(name == "load"))
+        if isinstance(module, ReMoERouter) and module.gate_scale is not None:
+            config, scale = self.config, 1.0
+            if config.router_type == "relu_l2":
+                scale = relu_l2_initial_scale(config.num_experts, config.num_experts_per_tok)
+            init.constant_(module.gate_scale, scale)
         elif isinstance(module, ReMoECell):
             for parameter in module.parameters(recurse=False):
                 if parameter.ndim == 1:
@@ -381,9 +565,9 @@ class ReMoEModel(ReMoEPreTrainedModel):
     """The transformer without its head.
 
     Attributes:
-        routed: int64 `[2]`, the number of active (token, expert) pairs and that of all pairs, since
-            the coefficients moved last in training; padding does not count. None before the first
-            step.
+        routed: int64 `[L, 1 + E]`, the number of tokens and that of the tokens of every expert, in
+            every layer with experts, since the coefficients moved last in training; padding does
+            not count. None before the first step.
     """
 
     def __init__(self, config: ReMoEConfig) -> None:
@@ -422,6 +606,11 @@ class ReMoEModel(ReMoEPreTrainedModel):
             refuse_misspelled(kwargs, FORWARD_ARGUMENTS, "argument")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if config.router_type == "hash" and input_ids is None:
+            raise ValueError(
+                "inputs_embeds are given, but the router is hash, which reads the ids of tokens; "
+                "pass input_ids"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache is None:  # with a cache, transformers would not separate packed texts
@@ -462,19 +651,20 @@ class ReMoEModel(ReMoEPreTrainedModel):
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=position_ids),
             "position_ids": position_ids,
             "past_key_values": past_key_values,
+            "token_ids": input_ids if config.router_type == "hash" else None,
         }
         hidden_states, state = inputs_embeds, None
         all_hidden: list[Tensor] = []
         all_attentions: list[Tensor] = []
-        routing: list[tuple[Tensor, Tensor]] = []
+        routing: list[tuple[Tensor, Tensor, Tensor]] = []
         for layer in self.layers:
             all_hidden += [hidden_states] if with_hidden else []
-            hidden_states, weights, probs, active, state = layer(
+            hidden_states, weights, probs, active, penalized, state = layer(
                 hidden_states, state, cell=self.recurrent_cell, **common, **kwargs
             )
             all_attentions += [weights] if with_attentions and weights is not None else []
             if probs is not None and (output_routing or self.training):
-                routing.append((probs, active))
+                routing.append((probs, active, penalized))
         hidden_states = self.norm(hidden_states)
         output = ReMoEModelOutput(
             last_hidden_state=hidden_states,
@@ -483,40 +673,43 @@ class ReMoEModel(ReMoEPreTrainedModel):
             attentions=tuple(all_attentions) if with_attentions else None,
         )
         if output_routing:
-            output.router_probs = tuple(probs for probs, _ in routing)
-            output.active_experts = tuple(active.sum(dim=-1) for _, active in routing)
-        if routing and config.router_type == "relu":
+            output.router_probs = tuple(probs for probs, *_ in routing)
+            output.active_experts = tuple(active.sum(dim=-1) for _, active, _ in routing)
+        if routing and config.router_type in L1_ROUTERS:
             output.l1_reg = self._l1_reg(routing, attention_mask)
         return output if _wants_dict(config, return_dict) else output.to_tuple()
 
-    def _l1_reg(self, routing: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> Tensor:
+    def _l1_reg(self, routing: list[tuple[Tensor, Tensor, Tensor]], mask: Tensor | None) -> Tensor:
         device = routing[0][0].device  # layers may be on several
         real_T = _real_tokens(mask, routing[0][0].shape[1])
-        regularizers, active_pairs = [], []
-        for probs, active in routing:
-            probs_TE, active_TE = probs.flatten(0, 1), active.flatten(0, 1)
-            num_tokens: Tensor | int = len(probs_TE)
+        regularizers, counted = [], []
+        for layer, (_, active, penalized) in zip(self.config.moe_layers, routing, strict=True):
+            penalized_TE, active_TE = penalized.flatten(0, 1), active.flatten(0, 1)
+            num_tokens = torch.full((), len(active_TE), device=active.device)
             if real_T is not None:
-                padding_T1 = ~real_T.to(probs.device)[:, None]
-                probs_TE, active_TE = probs_TE.masked_fill(padding_T1, 0), active_TE & ~padding_T1
+                padding_T1 = ~real_T.to(active.device)[:, None]
+                penalized_TE = penalized_TE.masked_fill(padding_T1, 0)
+                active_TE = active_TE & ~padding_T1
                 num_tokens = (~padding_T1).sum()
-            weights_E = None
             tokens_per_expert_E = active_TE.sum(dim=0)
-            if self.config.load_balancing == "aux_loss":
+            weights_E = None
+            if self.config.load_balancing == "global_batch":
+                weights_E = self.layers[layer].mlp.router.load
+            elif self.config.load_balancing != "none":
                 weights_E = load_weights(
                     tokens_per_expert_E,
                     num_tokens=num_tokens,
                     topk=self.config.num_experts_per_tok,
                 )
-            l1_reg = l1_regularization(probs_TE, num_tokens=num_tokens, load_weights_E=weights_E)
+            if weights_E is not None and self.config.load_balancing == "squared":
+                weights_E = weights_E.square()
+            l1_reg = l1_regularization(
+                penalized_TE, num_tokens=num_tokens, load_weights_E=weights_E
+            )
             regularizers.append(l1_reg.to(device))
-            active_pairs.append(tokens_per_expert_E.sum().to(device))
+            counted.append(torch.cat((num_tokens[None], tokens_per_expert_E)).to(device))
         if self.training and torch.is_grad_enabled():
-            active_pair_count = torch.stack(active_pairs).sum()
-            real = torch.full_like(active_pair_count, probs.shape[:2].numel())
-            if real_T is not None:
-                real = real_T.sum().to(device)
-            routed = torch.stack((active_pair_count, real * len(routing) * self.config.num_experts))
+            routed = torch.stack(counted)
             self.routed = routed if self.routed is None else routed + self.routed.to(device)
         return torch.stack(regularizers)
 
@@ -556,26 +749,40 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
         """Move the coefficients of the penalty once (Eq. 7), after an optimizer step.
 
         The mean sparsity decides, over all layers and over all tokens (of all processes) since the
-        last call in training. All layers move alike, as in pretraining.
+        last call in training. All layers move alike, as in pretraining, unless the config has
+        `l1_coeff_per_layer`. With `load_balancing` "global_batch" the loads of the experts become
+        those of these tokens.
 
         Returns:
-            That sparsity. It is None, and nothing moves, if there was no token or the router is no
-            ReLU router.
+            That sparsity. It is None, and nothing moves, if there was no token or the router has no
+            L1 penalty.
         """
         routed, self.model.routed = self.model.routed, None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             if routed is None:
-                routed = torch.zeros(2, dtype=torch.int64, device=self.device)
+                shape = (len(self.config.moe_layers), 1 + self.config.num_experts)
+                routed = torch.zeros(shape, dtype=torch.int64, device=self.device)
             torch.distributed.all_reduce(routed)
-        active, pairs = (0, 0) if routed is None else routed.tolist()
-        if pairs == 0:
+        if routed is None or not routed[:, 0].any():
             return None
-        sparsity = 1 - active / pairs
         config = self.config
+        tokens_L, counts_LE = routed[:, 0], routed[:, 1:]
+        pairs_L = tokens_L * config.num_experts
+        active, pairs = int(counts_LE.sum()), int(pairs_L.sum())
+        sparsity = 1 - active / pairs
         if config.l1_coeff is not None:
             coeff, alpha = torch.tensor(config.l1_coeff), config.l1_coeff_multiplier
-            too_dense = sparsity < config.target_sparsity
-            config.l1_coeff = (coeff * alpha if too_dense else coeff / alpha).tolist()
+            found: float | Tensor = sparsity
+            if config.l1_coeff_per_layer:
+                found = 1 - (counts_LE.sum(dim=1).double() / pairs_L).cpu()
+            too_dense = torch.as_tensor(found < config.target_sparsity)
+            config.l1_coeff = torch.where(too_dense, coeff * alpha, coeff / alpha).tolist()
+        if config.load_balancing == "global_batch" and config.router_type in L1_ROUTERS:
+            for layer, counted in zip(config.moe_layers, routed, strict=True):
+                load_E = load_weights(
+                    counted[1:], num_tokens=counted[0], topk=config.num_experts_per_tok
+                )
+                self.model.layers[layer].mlp.router.load.copy_(load_E)
         return sparsity
 
     def sparsity_callback(self) -> "SparsityCallback":
@@ -707,7 +914,7 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 f"model that it does not know; set it to 0"
             )
         config = _causal_lm(kwargs["model"]).config
-        if config.router_type == "relu" and config.l1_coeff is None:
+        if config.router_type in L1_ROUTERS and config.l1_coeff is None:
             config.l1_coeff = [config.l1_coeff_init] * len(config.moe_layers)
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("args", {})
         if state.global_step > 0 and saved.get("l1_coeff") is not None:
@@ -723,6 +930,16 @@ class SparsityCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Return what the Trainer saves of this callback."""
         return {"args": {"l1_coeff": self.l1_coeff}, "attributes": {}}
+
+
+def _exact_buffers(module: Any, apply: Any, fn: Any, recurse: bool) -> Any:
+    """Apply what moves or casts a module, and give its buffers their values back, uncast."""
+    exact = dict(module.named_buffers(recurse=False))
+    apply(fn, recurse)
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.dtype != exact[name].dtype and not exact[name].is_meta:
+            setattr(module, name, exact[name].to(buffer.device))
+    return module
 
 
 def _real_tokens(mask: Tensor | None, length: int) -> Tensor | None:

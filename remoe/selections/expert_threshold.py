@@ -109,6 +109,7 @@ class ExpertThresholdRouting(Routing):
         help="Decay of the moving average of an expert's cutoffs, per step.",
         within="[0, 1)",
         on_resume="warned",
+        exported=True,
     )
 
     @property

@@ -97,6 +97,7 @@ class NullExpertsRouting(Routing):
         "that before granularity. Default: as many as experts.",
         within="[1, inf)",
         on_resume="refused",
+        exported=True,
         per_granularity=True,
     )
 

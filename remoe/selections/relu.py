@@ -44,6 +44,7 @@ class L1Routing(L1Coefficient, Routing):
         help="Move the coefficient of every layer by the sparsity of that layer, instead of all by "
         "the mean.",
         on_resume="warned",
+        exported=True,
     )
 
     @property

@@ -85,6 +85,7 @@ class TopPRouting(Routing):
         help="Factor by which every step multiplies or divides the odds against p.",
         within="(1, inf)",
         on_resume="warned",
+        exported=True,
     )
 
     def buffers(self, num_experts: int, topk: int) -> dict[str, Tensor]:

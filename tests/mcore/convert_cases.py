@@ -80,8 +80,13 @@ def save(flags: dict[str, Any], folder: Path) -> torch.nn.Module:
             noise = torch.randn(parameter.shape, generator=generator) * spread
             parameter.copy_(1 + noise if "norm" in name else noise)
         for number, (name, buffer) in enumerate(model.named_buffers()):
-            if name.endswith("l1_coeff"):
+            part = name.rpartition(".router.")[2]
+            if part == "l1_coeff":
                 buffer.fill_(1e-5 * (number + 1) / 3)
+            elif part in ("load", "thresholds"):
+                buffer.copy_(torch.rand(buffer.shape, generator=generator))
+            elif part in ("odds", "num_updates"):
+                buffer.fill_((number + 1) / 3)
     args.consumed_train_samples = 24
     _save(model, args, folder)
     return model

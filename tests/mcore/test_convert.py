@@ -28,6 +28,7 @@ from tests.mcore.convert_cases import (
     write_synthetic,
 )
 
+ROUTER = {name: flag for name, flag in RELU.items() if name != "moe_relu_routing"} | UNTIED
 GRU = {"moe_router_recurrence": "gru", "moe_router_recurrent_size": 8}
 CASES = {
     "relu, untied": RELU | UNTIED,
@@ -39,6 +40,15 @@ CASES = {
     | {"moe_relu_max_active_experts": 2, "moe_relu_at_least_one_expert": True},
     "topk, post-softmax": TOPK | UNTIED,
     "topk, pre-softmax, G 2": TOPK | {"moe_router_pre_softmax": True, "moe_granularity": 2},
+    "relu rms, load of the step before": ROUTER
+    | {"moe_routing": "relu_rms", "moe_relu_load_balancing": "global_batch"},
+    "relu l2, recurrent": ROUTER | GRU | {"moe_routing": "relu_l2"},
+    "top-p": ROUTER | {"moe_routing": "top_p"},
+    "expert threshold, G 2": ROUTER | {"moe_routing": "expert_threshold", "moe_granularity": 2},
+    "hash, dense first layer": ROUTER | {"moe_routing": "hash", "moe_layer_freq": "[0,1]"},
+    "null experts": ROUTER
+    | {"moe_routing": "null_experts", "moe_null_experts": 8}
+    | {"moe_router_load_balancing_type": "none"},
     "recurrent relu, three layers": RELU | UNTIED | GRU | {"num_layers": 3},
     "recurrent relu, dense layer between": RELU
     | GRU
@@ -58,7 +68,7 @@ def test_both_forward_passes_agree_and_the_way_back_is_exact(call, tmp_path, fla
     assert outcome.flipped == 0
     assert outcome.round_trip == []
     assert outcome.returned_logits == 0
-    if "moe_relu_routing" in flags:
+    if "moe_relu_routing" in flags or "moe_routing" in flags:
         assert 0.1 < outcome.active < 0.9
 
 

@@ -8,7 +8,7 @@ import argparse
 from typing import Any
 
 from megatron.remoe.convert.table import Config
-from megatron.remoe.options import layers_with_experts
+from megatron.remoe.options import layers_with_experts, router_name
 from remoe.config import ROUTINGS
 from remoe.settings import Setting, settings_of
 
@@ -42,7 +42,6 @@ _REQUIRED: dict[str, Any] = {
     "heterogeneous_layers_config_path": None,
     "mtp_num_layers": None,
     "masked_lm": False,
-    "moe_soft_routing": False,
     "moe_shared_expert_intermediate_size": None,
     "moe_latent_size": None,
     "moe_apply_probs_on_input": False,
@@ -82,7 +81,18 @@ _EXPERTS = {
 }
 ROUTER_DTYPES = {"fp32": "float32", "fp64": "float64", None: None}
 # Values of arguments that checkpoints of the published code may lack.
-_ABSENT: dict[str, Any] = {"moe_layer_freq": 1, "moe_relu_routing": False}
+_ABSENT: dict[str, Any] = {"moe_layer_freq": 1}
+# Why models of these routers cannot be exported.
+_NOT_EXPORTED = {
+    "soft": "has slots, of which the exported model has none",
+    "expert_choice": "looks at whole sequences, and the exported model is causal",
+}
+_OF_TOPK = {True: "topk_pre_softmax", False: "topk_post_softmax"}  # whether the softmax is first
+# The types of routers in a config for transformers.
+ROUTER_TYPES = (
+    *(name for name in ROUTINGS if name != "topk" and name not in _NOT_EXPORTED),
+    *_OF_TOPK.values(),
+)
 
 
 def to_config(args: argparse.Namespace) -> Config:
@@ -116,18 +126,20 @@ def to_config(args: argparse.Namespace) -> Config:
         return config
     with_experts = layers_with_experts(given["moe_layer_freq"], args.num_layers)
     dense = [layer for layer in range(args.num_layers) if layer not in with_experts]
-    is_relu = given["moe_relu_routing"]
-    softmax = "topk_pre_softmax" if args.moe_router_pre_softmax else "topk_post_softmax"
+    router = router_name(given)
+    if router not in ROUTINGS or router in _NOT_EXPORTED:
+        why = _NOT_EXPORTED.get(router, "is none that this version knows")
+        raise ValueError(f"the run has the router {router}, which {why}")
     config |= {hf: given[megatron] for megatron, hf in _EXPERTS.items()} | {
         "model_type": "remoe",
         "architectures": ["ReMoEForCausalLM"],
-        "router_type": "relu" if is_relu else softmax,
+        "router_type": _OF_TOPK[args.moe_router_pre_softmax] if router == "topk" else router,
         "router_dtype": ROUTER_DTYPES[args.moe_router_dtype],
         "mlp_only_layers": dense or None,
         "target_sparsity": 1 - args.moe_router_topk / args.num_experts,
     }
     # The published code has some of these arguments only; it does as our defaults do.
-    settings = _exported_settings("relu" if is_relu else "topk")
+    settings = exported_settings(router)
     return config | {s.name: getattr(args, s.dest, s.default) for s in settings}
 
 
@@ -197,12 +209,20 @@ def to_flags(config: Config, padded_vocab_size: int) -> dict[str, Any]:
         flags["moe_layer_freq"] = f"[{','.join(pattern)}]"  # Megatron takes no spaces
     if router == "relu":
         flags["moe_relu_routing"] = True
-    settings = _exported_settings("relu" if router == "relu" else "topk")
+    elif router in ROUTINGS:
+        flags["moe_routing"] = router
+    settings = exported_settings(router)
     return flags | {s.dest: config.get(s.name, s.default) for s in settings}
 
 
-def _exported_settings(router: str) -> list[Setting]:
-    return [setting for setting in settings_of(ROUTINGS[router]) if setting.exported]
+def exported_settings(router: str) -> list[Setting]:
+    """Return the settings of a router that a model for transformers has.
+
+    Args:
+        router: the name of the router, or its type in the config for transformers.
+    """
+    routing = ROUTINGS["topk" if router.startswith("topk") else router]
+    return [setting for setting in settings_of(routing) if setting.exported]
 
 
 def moe_layers(config: Config) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.remoe.convert.architecture import ROUTER_DTYPES
 from megatron.remoe.convert.values import check_facts, check_number, check_sizes, check_whole
-from remoe.config import apply_granularity
+from remoe.config import ROUTINGS, apply_granularity
 
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length",
           "max_position_embeddings")  # fmt: skip
@@ -33,6 +33,7 @@ _TYPES: dict[str, Any] = {
     "train_data_path": list | None,
 }
 _TYPES_IF_GIVEN: dict[str, Any] = {
+    "moe_routing": str | None,
     "moe_relu_routing": bool,
     "moe_relu_at_least_one_expert": bool,
     "metrics_file": str | None,
@@ -162,7 +163,11 @@ def _check_expert_arguments(where: str, given: dict[str, Any]) -> None:
     is_pattern = isinstance(frequency, list) and len(frequency) == given["num_layers"]
     if not is_pattern or not all(value in (0, 1) for value in frequency):
         check_whole(where, "moe_layer_freq", frequency, 1)
-    if given.get("moe_relu_routing"):
+    if given.get("moe_relu_routing") or _is_penalized(given.get("moe_routing")):
         for name in ("init", "multiplier"):
             name = f"moe_relu_l1_reg_coeff_{name}"
             check_number(where, name, given.get(name), above=0, below=1e30)
+
+
+def _is_penalized(router: Any) -> bool:
+    return isinstance(router, str) and router in ROUTINGS and ROUTINGS[router].budget == "l1"

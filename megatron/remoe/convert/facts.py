@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.remoe.analysis.runs import read_rows
 from megatron.remoe.convert.table import Config
+from remoe.config import ROUTINGS
 
 _STEPS_OF_SPARSITY = 20
 
@@ -129,7 +130,10 @@ def _about(config: Config) -> str:
             "([arXiv 2412.14711](https://arxiv.org/abs/2412.14711)): the number of active experts "
             "varies by token and layer."
         )
-    return f"Mixture-of-experts with a top-k router ({config['router_type']})."
+    if config["router_type"].startswith("topk"):
+        return f"Mixture-of-experts with a top-k router ({config['router_type']})."
+    routing = ROUTINGS[config["router_type"]]
+    return f"Mixture-of-experts with {routing.title} ({routing.source})."
 
 
 def _architecture(config: Config, num_params: int, num_active: int) -> dict[str, Any]:

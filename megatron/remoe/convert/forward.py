@@ -82,7 +82,7 @@ def _transformers(
         probs = output.router_probs if is_moe else ()
         beginning = torch.tensor([tokens[:prompt]])
         whole = continue_tokens(model, beginning, new_tokens, do_sample=False)
-    return Forward(output.logits[0].float(), [p[0] > 0 for p in probs], whole[0, prompt:].tolist())
+    return Forward(output.logits[0].float(), [p[0] != 0 for p in probs], whole[0, prompt:].tolist())
 
 
 def megatron_forward(

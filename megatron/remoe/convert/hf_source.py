@@ -26,6 +26,11 @@ from megatron.remoe.formats.safetensors import SafetensorsReader
 PADDING_FILE = "megatron_padding.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MODEL_TYPES = ("remoe", "llama")
+_INITIAL = {
+    "l1_coeff": "the published initial value is 1e-8",
+    "top_p_odds": "the initial value is E / k - 1",
+    "threshold_updates": "the initial value is 0",
+}
 
 
 class HFSource:
@@ -104,7 +109,7 @@ class HFSource:
                 raise ValueError(
                     f"{self.path}: {name} is {meta.dtype}, but model.norm.weight is {self.dtype}; "
                     f"save the model with all weights in one dtype, but for the fp32 cell of "
-                    f"recurrent routers"
+                    f"recurrent routers and the fp32 state of others"
                 )
 
     def _check_tokenizer(self) -> None:
@@ -122,7 +127,7 @@ class HFSource:
             if len(self.config.get(key) or ()) != count:
                 raise ValueError(
                     f"{self.path / 'config.json'} has no {key} of {count} values, one for "
-                    f"every layer with experts; add it (the published initial value is 1e-8)"
+                    f"every layer with experts; add it ({_INITIAL[key]})"
                 )
 
     @cached_property
@@ -135,7 +140,7 @@ class HFSource:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of all weights, but for the cell of recurrent routers."""
+        """The dtype of all weights, but for the cell and the state of routers."""
         return self.reader.meta["model.norm.weight"].dtype
 
     def hf_tensors(self, item: Item) -> dict[str, Tensor]:

@@ -17,7 +17,15 @@ from megatron.remoe.convert.architecture import to_config
 from megatron.remoe.convert.checkpoint_args import read_arguments
 from megatron.remoe.convert.facts import training_facts
 from megatron.remoe.convert.hf_source import DTYPES, HFSource, check_finite, config_key
-from megatron.remoe.convert.table import CELL, CONFIG, Config, Item, check_names, check_shape, plan
+from megatron.remoe.convert.table import (
+    CONFIG,
+    Config,
+    Item,
+    check_names,
+    check_shape,
+    is_exact,
+    plan,
+)
 from megatron.remoe.convert.tokenizer import TokenizerFiles
 from megatron.remoe.convert.values import check_config, check_whole
 from megatron.remoe.formats.legacy import LegacyReader, is_legacy
@@ -107,8 +115,8 @@ class MegatronSource:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The narrowest dtype in which every weight keeps its value, but for an fp32 cell."""
-        cast = (i for i in self.items if not next(iter(i.hf)).startswith((CONFIG, CELL)))
+        """The narrowest dtype in which every weight keeps its value, but for those in fp32."""
+        cast = (i for i in self.items if not is_exact(next(iter(i.hf))))
         weights = (self.reader.meta[i.megatron] for i in cast)
         return reduce(torch.promote_types, (weight.dtype for weight in weights))
 

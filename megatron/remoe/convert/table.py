@@ -9,8 +9,8 @@ the model's config, `padding.` is a tensor for a file beside the weights (rows o
 that only Megatron has), and everything else is a weight.
 
 Dimensions: V vocabulary, P padded rows beyond V, H hidden, Q query heads x head, K query groups x
-head, E experts, F expert width, G = 2F, D dense width, R what a router reads (the state of a
-recurrent router, else H), S rows of the gates of its cell.
+head, E experts, N logits of a router, A scales of its gates, F expert width, G = 2F, D dense width,
+R what a router reads (the state of a recurrent router, else H), S rows of the gates of its cell.
 """
 
 from collections import Counter
@@ -21,12 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from remoe.config import ROUTINGS
+
 Dims = dict[str, int]
 Config = dict[str, Any]
 Shape = tuple[int, ...]
 
 CONFIG, PADDING = "config.", "padding."
 CELL = "model.recurrent_cell."  # its weights are fp32 in models of every dtype
+_STATE = (".router.thresholds", ".router.load")  # and so is the state of routers
 
 
 def _same(tensor: Tensor, dims: Dims) -> list[Tensor]:
@@ -77,8 +80,9 @@ class Rule:
         to_hf, to_megatron: split the tensor into its parts, in the order of `hf`, and join them.
         when: which models or layers have the tensor: "always", "untied" (models with a separate
             output layer), "recurrent", "shared projection" (models with recurrent routers), or the
-            kind of layer: "moe", "relu" (moe with a ReLU router), "projection" (moe with a
-            recurrent router and a projection of its own), "dense".
+            kind of layer: "dense", "moe", or moe with a router that has "logits", the budget "l1",
+            a "scale" of its gates, a "load" by which it is balanced, a "projection" of its own,
+            or, by its name, "top_p" or "expert_threshold".
     """
 
     megatron: str
@@ -116,9 +120,18 @@ TABLE: tuple[Rule, ...] = (
         {_H + "post_attention_layernorm.weight": "H"},
         when="moe",
     ),
-    Rule(_M + "mlp.router.weight", {_H + "mlp.router.weight": "ER"}, when="moe"),
+    Rule(_M + "mlp.router.weight", {_H + "mlp.router.weight": "NR"}, when="logits"),
     Rule(_M + "mlp.router.projection", {_H + "mlp.router.projection": "RH"}, when="projection"),
-    Rule(_M + "mlp.router.l1_coeff", {"config.l1_coeff.*": ""}, when="relu"),
+    Rule(_M + "mlp.router.gate_scale", {_H + "mlp.router.gate_scale": "A"}, when="scale"),
+    Rule(_M + "mlp.router.l1_coeff", {"config.l1_coeff.*": ""}, when="l1"),
+    Rule(_M + "mlp.router.load", {_H + "mlp.router.load": "E"}, when="load"),
+    Rule(_M + "mlp.router.odds", {"config.top_p_odds.*": ""}, when="top_p"),
+    Rule(
+        _M + "mlp.router.thresholds", {_H + "mlp.router.thresholds": "E"}, when="expert_threshold"
+    ),
+    Rule(
+        _M + "mlp.router.num_updates", {"config.threshold_updates.*": ""}, when="expert_threshold"
+    ),
     Rule(
         _M + "mlp.experts.experts.linear_fc1.weight",
         {_H + "mlp.experts.gate_up_proj": "EGH"},
@@ -215,7 +228,10 @@ def dims_of(config: Config, padded_vocab_size: int) -> Dims:
             f"the padded vocabulary has {padded_vocab_size} entries, fewer than the model's "
             f"vocab_size of {vocab}; pad to at least {vocab}"
         )
-    expert = config.get("moe_intermediate_size", 0)
+    expert, experts = config.get("moe_intermediate_size", 0), config.get("num_experts", 0)
+    router, logits = config.get("router_type"), experts
+    if router == "null_experts":
+        logits += config.get("num_null_experts") or experts
     recurrence = config.get("recurrence", "none")
     size = config["hidden_size"] if recurrence == "none" else config["recurrent_size"]
     return {
@@ -226,7 +242,9 @@ def dims_of(config: Config, padded_vocab_size: int) -> Dims:
         "H": config["hidden_size"],
         "Q": config["num_attention_heads"] * config["head_dim"],
         "K": config["num_key_value_heads"] * config["head_dim"],
-        "E": config.get("num_experts", 0),
+        "E": experts,
+        "N": logits,
+        "A": experts if router == "relu_rms" else 1,
         "F": expert,
         "G": 2 * expert,
         "D": config["intermediate_size"],
@@ -265,7 +283,11 @@ def plan(config: Config, padded_vocab_size: int) -> list[Item]:
 def _kinds(config: Config, layer: int) -> set[str]:
     if config["model_type"] != "remoe" or layer in (config.get("mlp_only_layers") or ()):
         return {"always", "dense"}
-    kinds = {"always", "moe"} | ({"relu"} if config["router_type"] == "relu" else set())
+    router = config["router_type"]
+    kinds = {"always", "moe", router} | ({"logits"} if router != "hash" else set())
+    if router in ROUTINGS and ROUTINGS[router].budget == "l1":
+        kinds |= {"l1"} | ({"load"} if config.get("load_balancing") == "global_batch" else set())
+        kinds |= {"scale"} if router != "relu" else set()
     return kinds | ({"projection"} if _projection(config) == "layer" else set())
 
 
@@ -289,7 +311,12 @@ def _item(rule: Rule, dims: Dims, layer: int | None) -> Item:
 
 def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a weight of Hugging Face, in a model of a dtype."""
-    return torch.float32 if name.startswith(CELL) else dtype
+    return torch.float32 if is_exact(name) else dtype
+
+
+def is_exact(name: str) -> bool:
+    """Return whether a tensor of Hugging Face is fp32 in models of every dtype."""
+    return name.startswith((CELL, CONFIG)) or name.endswith(_STATE)
 
 
 def check_shape(name: str, found: Shape, expected: Shape) -> None:

@@ -10,10 +10,9 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from megatron.remoe.convert.architecture import ROUTER_TYPES, exported_settings
 from megatron.remoe.convert.table import Config
 from megatron.remoe.formats.torch_dist import MOST_LAYERS
-from remoe.config import ROUTINGS
-from remoe.settings import settings_of
 
 _MOST = 2**31 - 1  # of any size
 _MOST_VALUES = 2**48  # of one tensor: a petabyte
@@ -144,25 +143,27 @@ def _check_dense(where: str, layers: Any, num_layers: int) -> None:
 def _check_routing(where: str, config: Config) -> None:
     most, k = config["num_experts"], config["num_experts_per_tok"]
     _require(k <= most, where, "num_experts_per_tok", k, f"at most num_experts, {most}")
-    if config.get("router_type", "relu") != "relu":
-        return
+    router = config.get("router_type", "relu")
+    known = isinstance(router, str) and router in ROUTER_TYPES
+    _require(known, where, "router_type", router, f"one of {', '.join(ROUTER_TYPES)}")
     if (limit := config.get("max_active_experts")) is not None:
         check_whole(where, "max_active_experts", limit, 1, most)
     if (target := config.get("target_sparsity")) is not None:
         check_number(where, "target_sparsity", target, above=-1e-9, below=1)
         is_valid = abs(target - (1 - k / most)) <= 1e-6
         _require(is_valid, where, "target_sparsity", target, f"1 - k/E, {1 - k / most:g}")
-    for setting in settings_of(ROUTINGS["relu"]):
-        if setting.exported and setting.name in config:
+    for setting in exported_settings(router):
+        if setting.name in config:
             value = config[setting.name]
             if setting.type is float:
-                check_number(where, setting.name, value, above=0, below=1e30)
+                above = -1e-9 if str(setting.within).startswith("[0") else 0
+                check_number(where, setting.name, value, above=above, below=1e30)
             setting.check(value, f"{where}: {setting.name}")
-    coefficients = config.get("l1_coeff")
-    is_valid = isinstance(coefficients, list | None)
-    _require(is_valid, where, "l1_coeff", coefficients, "a list of numbers")
-    for value in coefficients or ():
-        check_number(where, "l1_coeff", value, above=0, below=1e38)
+    for name, above in (("l1_coeff", 0), ("top_p_odds", -1e-9), ("threshold_updates", -1e-9)):
+        values = config.get(name)
+        _require(isinstance(values, list | None), where, name, values, "a list of numbers")
+        for value in values or ():
+            check_number(where, name, value, above=above, below=1e38)
 
 
 def check_facts(where: str, facts: Any) -> None:

@@ -13,6 +13,7 @@ from megatron.remoe.convert.exported import check_vocabulary, exported, load
 from megatron.remoe.convert.hf_source import HFSource
 from megatron.remoe.convert.source import MegatronSource, open_source
 from megatron.remoe.evaluate.perplexity import default_length, find_domains, sequences
+from remoe.hf.configuration_remoe import L1_ROUTERS
 
 _BATCH = 8  # sequences
 
@@ -88,11 +89,15 @@ def _gates(
     router: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: tuple[Any, ...]
 ) -> LayerGates:
     """Return the gates of a call; fp64 keeps scores of a softmax apart from zero."""
-    probs_TE, active_TE, _ = output
-    if router.router_type == "relu":
+    probs_TE, active_TE, *_ = output
+    if router.router_type in (*L1_ROUTERS, "hash"):
         scores_TE = probs_TE.double()
-    else:  # what a TopK router returns is zero for the experts that it has not selected
-        scores_TE = torch.softmax(router.score(*inputs, **named)[0].double(), dim=1)
+    else:  # what other routers return is zero for the experts that they have not selected
+        logits_TN = router.score(*inputs, **named)[0].double()
+        if router.router_type == "expert_threshold":
+            scores_TE = torch.sigmoid(logits_TN)
+        else:
+            scores_TE = torch.softmax(logits_TN, dim=1)[:, : probs_TE.shape[1]]
     return LayerGates(scores_TE.cpu(), active_TE.cpu())
 
 
