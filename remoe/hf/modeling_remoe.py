@@ -144,8 +144,9 @@ def relu_l2_penalized(logits_TE: Tensor, *, eps: float = 1e-8) -> Tensor:
 
 def relu_l2_initial_scale(num_experts: int, topk: int, *, num_samples: int = 20_000) -> float:
     """Return the scale with which k gates of normal logits have a norm of about one."""
-    generator = torch.Generator().manual_seed(0)
-    samples = torch.randn(num_samples, num_experts, generator=generator, dtype=torch.float64)
+    with torch.device("cpu"):  # a model may be built on another device, or on none
+        generator = torch.Generator().manual_seed(0)
+        samples = torch.randn(num_samples, num_experts, generator=generator, dtype=torch.float64)
     largest = relu_l2_penalized(samples, eps=0).topk(topk, dim=1).values
     return 1 / float(torch.linalg.vector_norm(largest, dim=1).mean())
 
