@@ -266,6 +266,9 @@ class ReMoERouter(nn.Module):
         load: fp32 `[E]`, the load weights of the last step, with `load_balancing` "global_batch".
     """
 
+    thresholds: Tensor
+    load: Tensor
+
     def __init__(self, config: ReMoEConfig, layer_idx: int) -> None:
         super().__init__()
         width, self.projection = config.hidden_size, None
@@ -345,7 +348,8 @@ class ReMoERouter(nn.Module):
         return None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ReMoERouter":
-        return _exact_buffers(self, super()._apply, fn, recurse)
+        _apply_exactly(self, super()._apply, fn, recurse)
+        return self
 
     def score(
         self, x_TH: Tensor, state_Tp: Tensor | None = None, cell: ReMoECell | None = None
@@ -451,7 +455,8 @@ class ReMoERotaryEmbedding(LlamaRotaryEmbedding):
     """
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ReMoERotaryEmbedding":
-        return _exact_buffers(self, super()._apply, fn, recurse)
+        _apply_exactly(self, super()._apply, fn, recurse)
+        return self
 
 
 class ReMoEDecoderLayer(GradientCheckpointingLayer):
@@ -933,14 +938,13 @@ class SparsityCallback(TrainerCallback, ExportableState):
         return {"args": {"l1_coeff": self.l1_coeff}, "attributes": {}}
 
 
-def _exact_buffers(module: Any, apply: Any, fn: Any, recurse: bool) -> Any:
+def _apply_exactly(module: nn.Module, apply: Any, fn: Any, recurse: bool) -> None:
     """Apply what moves or casts a module, and give its buffers their values back, uncast."""
     exact = dict(module.named_buffers(recurse=False))
     apply(fn, recurse)
     for name, buffer in module.named_buffers(recurse=False):
         if buffer.dtype != exact[name].dtype and not exact[name].is_meta:
             setattr(module, name, exact[name].to(buffer.device))
-    return module
 
 
 def _real_tokens(mask: Tensor | None, length: int) -> Tensor | None:

@@ -6,6 +6,7 @@ varied logit, E = 8 experts.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def draw_gates(path: Path) -> None:
     values = torch.linspace(-3, 3, 61)
     names = drawn_routers()
     rows = -(-len(names) // 3)
-    fixed = {"svg.hashsalt": "gates", "svg.fonttype": "none", "font.size": 8}
+    fixed: Any = {"svg.hashsalt": "gates", "svg.fonttype": "none", "font.size": 8}
     with pyplot.rc_context(fixed):
         figure, axes = pyplot.subplots(
             rows, 3, figsize=(7.5, 1.75 * rows), sharex=True, layout="constrained"
