@@ -423,7 +423,15 @@ def test_soft_routing_needs_no_flags_of_the_topk_router(call):
             "moe_router_enable_expert_bias is True, which TopK routing with null experts refuses",
         ),
         (
-            [*NAMED, "expert_choice", "--masked-lm", "--seq-length", "30", "--moe-router-topk", "1"],
+            [
+                *NAMED,
+                "expert_choice",
+                "--masked-lm",
+                "--seq-length",
+                "30",
+                "--moe-router-topk",
+                "1",
+            ],
             "a sequence has 30 tokens, of which each of 4 experts would choose 1 x 30 / 4, which",
         ),
         (
