@@ -34,7 +34,7 @@ from remoe.kernels import (
     run_chunks,
 )
 from remoe.recurrent import RecurrentCell, passed_on
-from remoe.regularization import penalty, router_regularization
+from remoe.regularization import load_weights, penalty, router_regularization
 from remoe.routing import bounded_routing, relu_routing, tokens_per_expert
 from remoe.statistics import TokenCounts
 
@@ -64,6 +64,7 @@ class ReMoELayer(ExactBuffers):
     """
 
     l1_coeff: Tensor
+    load: Tensor | None
     counts: Tensor
     projection: nn.Parameter | None
 
@@ -91,6 +92,9 @@ class ReMoELayer(ExactBuffers):
         self.gate_up = weight(shape.num_experts, 2 * shape.ffn_hidden_size, hidden)
         self.down = weight(shape.num_experts, hidden, shape.ffn_hidden_size)
         register_l1_coeff(self, config.controller, device)
+        weighs = config.load_balancing == "global_batch"
+        load = torch.ones(shape.num_experts, dtype=torch.float32, device=device)
+        self.register_buffer("load", load if weighs else None)
         # `TokenCounts` since the last update of the coefficient
         counts = torch.zeros(1 + shape.num_experts, dtype=torch.float64, device=device)
         self.register_buffer("counts", counts, persistent=False)
@@ -202,6 +206,7 @@ class ReMoELayer(ExactBuffers):
             num_tokens=probs_TE.shape[0],
             topk=self.config.experts.topk,
             load_balancing=self.config.load_balancing,
+            last_load_E=self.load,
         )
         self.counts += counts.flat
 
@@ -339,7 +344,8 @@ def update_l1_coeff(model: nn.Module) -> Tensor:
     """Move all layers' coefficients by their mean sparsity (Eq. 7, 8), once per optimizer step.
 
     The mean is taken over the layers that have seen tokens since the last update. If none has, the
-    coefficients stay as they are.
+    coefficients stay as they are. A layer with `l1_coeff_per_layer` takes its own sparsity, and one
+    whose `load_balancing` is "global_batch" the load of these tokens.
 
     Returns:
         The sparsity of every layer since the last update, `[L]`; NaN for a layer without tokens.
@@ -347,7 +353,12 @@ def update_l1_coeff(model: nn.Module) -> Tensor:
     layers = remoe_layers(model)
     sparsity_L = TokenCounts(torch.stack([layer.counts for layer in layers])).sparsity
     mean = sparsity_L.nanmean()
-    for layer in layers:
-        move_l1_coeff([layer.l1_coeff], mean, layer.config.controller)
+    for layer, own in zip(layers, sparsity_L, strict=True):
+        decides = own if layer.config.l1_coeff_per_layer else mean
+        move_l1_coeff([layer.l1_coeff], decides, layer.config.controller)
+        if layer.load is not None and not own.isnan():
+            counts, topk = TokenCounts(layer.counts), layer.config.experts.topk
+            load_E = load_weights(counts.per_expert, num_tokens=counts.num_tokens, topk=topk)
+            layer.load.copy_(load_E)
         layer.counts.zero_()
     return sparsity_L

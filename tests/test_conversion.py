@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from megatron.remoe.convert import table as conversion
+from megatron.remoe.convert.architecture import ROUTER_TYPES
 from megatron.remoe.convert.table import TABLE, check_names, plan
+from remoe.config import ROUTINGS
 
 CONFIG = {
     "model_type": "remoe",
@@ -29,9 +31,51 @@ def item_of(name: str, **changes):
     return next(item for item in plan(CONFIG | changes, 12) if item.megatron.endswith(name))
 
 
-def test_every_item_is_undone_bit_by_bit():
+OF_ROUTERS = {
+    "relu": {"weight": (5, 4), "l1_coeff": ()},
+    "relu_rms": {"weight": (5, 4), "gate_scale": (5,), "l1_coeff": ()},
+    "relu_l2": {"weight": (5, 4), "gate_scale": (1,), "l1_coeff": ()},
+    "topk_pre_softmax": {"weight": (5, 4)},
+    "topk_post_softmax": {"weight": (5, 4)},
+    "null_experts": {"weight": (10, 4)},
+    "top_p": {"weight": (5, 4), "odds": ()},
+    "expert_threshold": {"weight": (5, 4), "thresholds": (5,), "num_updates": ()},
+    "hash": {},
+}
+
+
+@pytest.mark.parametrize("router", OF_ROUTERS)
+def test_a_router_has_the_tensors_of_its_selection(router):
+    for balancing in ("aux_loss", "global_batch"):
+        items = plan(CONFIG | {"router_type": router, "load_balancing": balancing}, 12)
+        found = {
+            item.megatron.rpartition(".")[2]: item.megatron_shape
+            for item in items
+            if ".layers.0.mlp.router." in item.megatron
+        }
+        expected = OF_ROUTERS[router]
+        if balancing == "global_batch" and "l1_coeff" in expected:
+            expected = expected | {"load": (5,)}
+        assert found == expected
+        name = "topk" if router.startswith("topk") else router
+        selection = ROUTINGS[name](**{"load_balancing": balancing} if "load" in found else {})
+        own = selection.buffers(5, 1) | selection.parameters(5, 1)
+        assert {n: tuple(t.shape) for n, t in own.items()} == {
+            n: shape for n, shape in found.items() if n != "weight"
+        }
+
+
+def test_every_exportable_router_is_that_of_the_exported_model():
+    pytest.importorskip("transformers")
+    from remoe.hf import configuration_remoe
+
+    assert set(ROUTER_TYPES) == set(configuration_remoe.ROUTER_TYPES) == set(OF_ROUTERS)
+
+
+@pytest.mark.parametrize("router", OF_ROUTERS)
+def test_every_item_is_undone_bit_by_bit(router):
     generator = torch.Generator().manual_seed(0)
-    for item in plan(CONFIG, 12):
+    for item in plan(CONFIG | {"router_type": router, "load_balancing": "global_batch"}, 12):
         tensor = torch.randn(item.megatron_shape, generator=generator)
         assert torch.equal(item.to_megatron(item.to_hf(tensor)), tensor), item.megatron
 

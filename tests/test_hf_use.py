@@ -300,7 +300,7 @@ def test_gradient_checkpointing_counts_the_routing_once(reentrant):
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         found.append((gradients(model, tokens, labels=tokens), model.model.routed))
     torch.testing.assert_close(*found, rtol=0, atol=0)
-    assert found[0][1][1] == 2 * 2 * 9 * 4
+    assert found[0][1][:, 0].tolist() == [2 * 9] * 2
 
 
 def test_generation_under_gradient_checkpointing_is_right_or_refused():

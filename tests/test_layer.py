@@ -124,6 +124,32 @@ def test_coefficient_moves_by_the_mean_sparsity_of_all_layers_and_micro_batches(
     assert [layer.l1_coeff.item() for layer in model] == pytest.approx([1.2e-8] * 2)
 
 
+def test_loads_of_the_step_before_and_coefficients_of_single_layers():
+    changes = {"load_balancing": "global_batch", "l1_coeff_per_layer": True, "topk": 2}
+    config = ReMoELayerConfig(**(vars(CONFIG) | changes))
+    layer, x = layer_and_input(config)
+    other, _ = layer_and_input(config)
+    with torch.no_grad():
+        other.router.fill_(-1)
+    x = x.abs()
+    with torch.no_grad():
+        layer.router[:3] = layer.router[:3].abs()  # three of four experts are always active
+        layer.router[3] = -1
+    model = torch.nn.ModuleList([layer, other])
+    layer(x[:5]), other(x[:5])
+    probs = reference_routing(x[:5], layer.router)
+    assert layer.l1_reg.item() == pytest.approx(probs.sum().item() / 5)  # loads of one
+    layer(x[5:]), other(x[5:])
+    assert update_l1_coeff(model).tolist() == [0.25, 1]
+    assert layer.l1_coeff.item() == pytest.approx(1e-8 * 1.2)  # 3 of 4 are more than 2 of 4
+    assert other.l1_coeff.item() == pytest.approx(1e-8 / 1.2)
+    assert layer.load.tolist() == [2, 2, 2, 0] and other.load.tolist() == [0] * 4
+    layer(x)
+    probs = reference_routing(x, layer.router)
+    assert layer.l1_reg.item() == pytest.approx(2 * probs.sum().item() / 10)
+    assert set(layer.state_dict()) - set(layer_and_input()[0].state_dict()) == {"load"}
+
+
 def test_evaluation_and_no_grad_forwards_are_not_counted():
     layer, x = layer_and_input()
     layer.eval()(x)

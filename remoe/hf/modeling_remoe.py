@@ -144,8 +144,9 @@ def relu_l2_penalized(logits_TE: Tensor, *, eps: float = 1e-8) -> Tensor:
 
 def relu_l2_initial_scale(num_experts: int, topk: int, *, num_samples: int = 20_000) -> float:
     """Return the scale with which k gates of normal logits have a norm of about one."""
-    generator = torch.Generator().manual_seed(0)
-    samples = torch.randn(num_samples, num_experts, generator=generator, dtype=torch.float64)
+    with torch.device("cpu"):  # a model may be built on another device, or on none
+        generator = torch.Generator().manual_seed(0)
+        samples = torch.randn(num_samples, num_experts, generator=generator, dtype=torch.float64)
     largest = relu_l2_penalized(samples, eps=0).topk(topk, dim=1).values
     return 1 / float(torch.linalg.vector_norm(largest, dim=1).mean())
 
@@ -265,6 +266,9 @@ class ReMoERouter(nn.Module):
         load: fp32 `[E]`, the load weights of the last step, with `load_balancing` "global_batch".
     """
 
+    thresholds: Tensor
+    load: Tensor
+
     def __init__(self, config: ReMoEConfig, layer_idx: int) -> None:
         super().__init__()
         width, self.projection = config.hidden_size, None
@@ -344,7 +348,8 @@ class ReMoERouter(nn.Module):
         return None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ReMoERouter":
-        return _exact_buffers(self, super()._apply, fn, recurse)
+        _apply_exactly(self, super()._apply, fn, recurse)
+        return self
 
     def score(
         self, x_TH: Tensor, state_Tp: Tensor | None = None, cell: ReMoECell | None = None
@@ -450,7 +455,8 @@ class ReMoERotaryEmbedding(LlamaRotaryEmbedding):
     """
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ReMoERotaryEmbedding":
-        return _exact_buffers(self, super()._apply, fn, recurse)
+        _apply_exactly(self, super()._apply, fn, recurse)
+        return self
 
 
 class ReMoEDecoderLayer(GradientCheckpointingLayer):
@@ -932,14 +938,13 @@ class SparsityCallback(TrainerCallback, ExportableState):
         return {"args": {"l1_coeff": self.l1_coeff}, "attributes": {}}
 
 
-def _exact_buffers(module: Any, apply: Any, fn: Any, recurse: bool) -> Any:
+def _apply_exactly(module: nn.Module, apply: Any, fn: Any, recurse: bool) -> None:
     """Apply what moves or casts a module, and give its buffers their values back, uncast."""
     exact = dict(module.named_buffers(recurse=False))
     apply(fn, recurse)
     for name, buffer in module.named_buffers(recurse=False):
         if buffer.dtype != exact[name].dtype and not exact[name].is_meta:
             setattr(module, name, exact[name].to(buffer.device))
-    return module
 
 
 def _real_tokens(mask: Tensor | None, length: int) -> Tensor | None:

@@ -64,10 +64,9 @@ def relu_l2_initial_scale(num_experts: int, topk: int, *, num_samples: int = 20_
         topk: k, the target number of active experts per token.
         num_samples: number of logits that are drawn, always the same ones.
     """
-    generator = torch.Generator().manual_seed(0)
-    shape = (num_samples, num_experts)
-    # Not on the meta device, where a model may be built to be described.
-    samples = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    with torch.device("cpu"):  # a model may be built on another device, or on none
+        generator = torch.Generator().manual_seed(0)
+        samples = torch.randn(num_samples, num_experts, generator=generator, dtype=torch.float64)
     largest = relu_l2_penalized(samples, eps=0).topk(topk, dim=1).values
     return 1 / float(torch.linalg.vector_norm(largest, dim=1).mean())
 

@@ -20,10 +20,14 @@ Throughput = Annotated[float | None, typer.Option(min=0.001)]
 
 
 @command(app)
-def routers() -> None:
+def routers(figure: Path | None = None) -> None:
     """List the routers that moe_routing takes: where they come from, and how they keep to k.
 
-    Example: remoe routers
+    Example: remoe routers --figure gates.svg
+
+    Args:
+        figure: Draw how the gate of an expert depends on its logit, for every router that selects
+            experts, into this file (.svg or .png). By default nothing is drawn.
     """
     from rich.console import Console
     from rich.table import Column, Table
@@ -37,6 +41,10 @@ def routers() -> None:
             name, routing.source, causal, _BUDGETS[routing.budget], routing.state or "none"
         )
     Console().print(table)
+    if figure is not None:
+        from megatron.remoe.analysis.gates import draw_gates
+
+        draw_gates(figure)
 
 
 @command(app)
