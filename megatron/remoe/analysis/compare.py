@@ -114,8 +114,9 @@ class Group:
         def last(key: str) -> float | None:
             return mean_of(last_mean(run, key) for run in runs)
 
-        size, busiest = self.size, last("busiest_rank_load")
-        share = size.expert_share if size else None
+        size, busiest, step_time = self.size, last("busiest_rank_load"), None
+        if size is not None and busiest is not None:
+            step_time = 1 + size.expert_share * (busiest - 1)
 
         return {
             "run": self.name,
@@ -138,7 +139,7 @@ class Group:
             "expert_load_cv": last("expert_load_cv"),
             "expert_ranks": expert_ranks(size.num_experts) if size and size.num_experts else None,
             "busiest_rank_load": busiest,
-            "step_time": None if None in (share, busiest) else 1 + share * (busiest - 1),
+            "step_time": step_time,
             "accuracy": mean_of(map(accuracy, runs)),
         }
 
@@ -229,9 +230,7 @@ class RunComparison:
         return "\n".join(lines)
 
 
-def compare(
-    runs: list[Run], baseline: Path | None = None, margin: float = MARGIN
-) -> RunComparison:
+def compare(runs: list[Run], baseline: Path | None = None, margin: float = MARGIN) -> RunComparison:
     """Group runs by everything but their seed, and pair the routers.
 
     Args:
@@ -293,7 +292,9 @@ def _settings(run: Run) -> dict[str, Any]:
 
     Settings that the router's name tells are not among them.
     """
-    settings = run.config | {k: v for k, v in defaults_of(run.config).items() if k not in run.config}
+    settings = run.config | {
+        k: v for k, v in defaults_of(run.config).items() if k not in run.config
+    }
     return {key: value for key, value in settings.items() if key not in _PLACES | NAMED}
 
 

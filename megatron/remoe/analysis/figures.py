@@ -123,6 +123,7 @@ def _loss(axis: Any, groups: list[Group]) -> None:
     if finite and min(finite) < max(finite):
         space = 0.05 * (max(finite) - min(finite))
         axis.set_ylim(min(finite) - 2 * space, max(finite) + space)
+        axis.set_xlim(left=min(line.get_xdata()[len(line.get_xdata()) // 4] for line in axis.lines))
 
 
 def _sparsity(axis: Any, groups: list[Group]) -> None:

@@ -172,13 +172,18 @@ class ModelSize:
         scores = 2 * self.num_layers * self.seq_length * self.query_width
         return 3 * 2 * self.seq_length * (weights + scores)
 
-
     @property
     def expert_share(self) -> float:
         """The share of the experts in the operations of a sequence; shared ones are not counted."""
         width = self.num_moe_layers * self.rows_per_token * self.expert_width
-        return 3 * 2 * self.seq_length * self.hidden * self.matrices * width / (
-            self.flops_per_sequence
+        return (
+            3
+            * 2
+            * self.seq_length
+            * self.hidden
+            * self.matrices
+            * width
+            / (self.flops_per_sequence)
         )
 
 
