@@ -292,7 +292,10 @@ def busiest_rank_load(counts_LE: Tensor, num_ranks: int) -> float:
         counts_LE: `[L, E]`, tokens per expert.
         num_ranks: number of ranks, which divides E.
     """
-    per_rank_LR = counts_LE.double().unflatten(1, (num_ranks, -1)).sum(dim=2)
+    num_layers, num_experts = counts_LE.shape
+    per_rank_LR = (
+        counts_LE.double().view(num_layers, num_ranks, num_experts // num_ranks).sum(dim=2)
+    )
     even = per_rank_LR.mean(dim=1).sum().item()
     return per_rank_LR.amax(dim=1).sum().item() / even if even else 1.0
 

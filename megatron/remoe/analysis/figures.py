@@ -216,7 +216,7 @@ def _against(
             )  # fmt: skip
             drawn.lines[0].set_label(name)
         if keys != _SIZE:
-            ticks = sorted({value(group) for members in series.values() for group in members})
+            ticks = sorted({x for x in map(value, groups) if x is not None})
             axis.set_xscale("log", base=2)
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
