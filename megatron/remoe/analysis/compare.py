@@ -310,5 +310,5 @@ def _varying(run: Run, alike: list[Run]) -> tuple[tuple[str, Any], ...]:
 def _comparable(first: Group, second: Group) -> bool:
     """Return whether two routers agree in all settings that both have and that are no router's."""
     a, b = _settings(first.any_run), _settings(second.any_run)
-    common = [key for key in a if key in b and not is_router_setting(key)]
-    return all(a[key] == b[key] for key in common)
+    different = [key for key in a if key in b and a[key] != b[key]]
+    return all(map(is_router_setting, different))
