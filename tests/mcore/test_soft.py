@@ -130,6 +130,25 @@ def test_a_layer_equals_the_loops_with_all_gradients(call, padded, grouped, reco
     assert_equal(call(outcome, layout, padded, **changes), theirs)
 
 
+def of_other_shapes():
+    layer = build(Layout())
+    found = []
+    for shape in ((BATCH, 1), (1, SEQUENCE), (BATCH, SEQUENCE - 1)):
+        with pytest.raises(ValueError) as error:
+            layer(moe_cases.inputs(0), padding_mask=torch.zeros(shape, dtype=torch.bool))
+        found.append(str(error.value))
+    return found
+
+
+def test_a_mask_of_another_shape_is_refused(call):
+    """Torch would repeat the first two without a word."""
+    must = f"it must be [{BATCH}, {SEQUENCE}], the sequences and the tokens of this rank"
+    assert call(of_other_shapes) == [
+        f"padding_mask is {shape}; {must}"
+        for shape in ([BATCH, 1], [1, SEQUENCE], [BATCH, SEQUENCE - 1])
+    ]
+
+
 LAYOUTS = {
     "DP2": Layout(),
     "EP2": Layout(ep=2),
