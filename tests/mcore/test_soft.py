@@ -142,7 +142,7 @@ def of_other_shapes():
 
 def test_a_mask_of_another_shape_is_refused(call):
     """Torch would repeat the first two without a word."""
-    must = f"it must be [{BATCH}, {SEQUENCE}], the sequences and the tokens of this rank"
+    must = f"it must be [{BATCH}, {SEQUENCE}], the sequences and their tokens"
     assert call(of_other_shapes) == [
         f"padding_mask is {shape}; {must}"
         for shape in ([BATCH, 1], [1, SEQUENCE], [BATCH, SEQUENCE - 1])

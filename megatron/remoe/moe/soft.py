@@ -85,11 +85,6 @@ class SoftRouter(MegatronModule):
         Raises:
             ValueError: a mask of another shape.
         """
-        if padding_mask is not None and padding_mask.shape != input.shape[:2]:
-            raise ValueError(
-                f"padding_mask is {list(padding_mask.T.shape)}; it must be "
-                f"{list(input.shape[1::-1])}, the sequences and the tokens of this rank"
-            )
         logits = soft_logits(input.transpose(0, 1), self.weight, self.scale)
         mask = None if padding_mask is None else padding_mask.transpose(0, 1)
         dispatch, combine = soft_routing(logits, mask)
