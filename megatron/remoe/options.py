@@ -313,7 +313,10 @@ SOFT: dict[str, Option] = {
 def check_soft(config: Any) -> None:
     """Refuse what Soft MoE cannot do; the argument and errors are those of `check`."""
     check(config, answers=SOFT, by="Soft MoE")
-    experts = config.num_moe_experts if hasattr(config, "num_moe_experts") else config.num_experts
+    if hasattr(config, "num_moe_experts"):
+        experts = config.num_moe_experts
+    else:  # arguments, which are checked before granularity
+        experts = config.num_experts and config.num_experts * config.moe_granularity
     for name in ("expert_model_parallel_size", "tensor_model_parallel_size"):
         ranks = getattr(config, name)
         if experts is not None and experts % ranks:
