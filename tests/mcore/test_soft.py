@@ -372,7 +372,9 @@ def splits_of_an_encoder():
 
     given = [Samples(Split.train), [Samples(Split.valid), Samples(Split.valid), None], None]
     args = Namespace(masked_lm=True, mock_data=False, seed=1, padded_vocab_size=64)
-    builder = "megatron.core.datasets.blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder"
+    builder = (
+        "megatron.core.datasets.blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder"
+    )
     with (
         mock.patch(builder, lambda *_: Namespace(build=lambda: given)),
         mock.patch("megatron.training.get_args", lambda: args),
