@@ -372,9 +372,10 @@ def splits_of_an_encoder():
 
     given = [Samples(Split.train), [Samples(Split.valid), Samples(Split.valid), None], None]
     args = Namespace(masked_lm=True, mock_data=False, seed=1, padded_vocab_size=64)
-    builder = "megatron.core.datasets.blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder"
+    module = "megatron.core.datasets.blended_megatron_dataset_builder"
+    builder = "BlendedMegatronDatasetBuilder"
     with (
-        mock.patch(builder, lambda *_: Namespace(build=lambda: given)),
+        mock.patch(f"{module}.{builder}", lambda *_: Namespace(build=lambda: given)),
         mock.patch("megatron.training.get_args", lambda: args),
         mock.patch("megatron.training.get_tokenizer", lambda: Namespace(vocab_size=50, eod=0)),
         mock.patch("megatron.remoe.pretrain.dataset_config"),
