@@ -318,6 +318,11 @@ def check_soft(config: Any) -> None:
         experts = config.num_moe_experts
     else:  # arguments, which are checked before granularity
         experts = config.num_experts and config.num_experts * config.moe_granularity
+    if isinstance(config.moe_layer_freq, list) and not any(config.moe_layer_freq):
+        raise ValueError(
+            f"moe_layer_freq is {config.moe_layer_freq}, with which no layer is a Soft MoE; give a "
+            f"layer experts, or leave num_experts out for a dense model"
+        )
     for name in ("expert_model_parallel_size", "tensor_model_parallel_size"):
         ranks = getattr(config, name)
         if experts is not None and experts % ranks:

@@ -402,6 +402,10 @@ def test_ranks_share_the_experts_of_a_soft_mixture_after_granularity(call):
             "moe_router_recurrence is set with moe_soft_routing, but it is a setting of ReLU",
         ),
         (
+            [*SOFT, "--moe-layer-freq", "[0,0]"],
+            "moe_layer_freq is [0, 0], with which no layer is a Soft MoE; give a layer experts, or",
+        ),
+        (
             [*SOFT, "--expert-model-parallel-size", "8"],
             "expert_model_parallel_size is 8, and 4 experts cannot be shared by so many ranks",
         ),

@@ -170,6 +170,18 @@ def test_layers_of_two_ranks_equal_the_loops_with_all_gradients(ranks, name, pad
         assert_equal(ours, theirs)
 
 
+def new_router(layout):
+    router = build(layout).router
+    return router.weight.detach(), router.scale.detach()
+
+
+@pytest.mark.parametrize("name", ["TP2", "EP2"])
+def test_ranks_start_with_the_same_slots_of_unit_length(ranks, name):
+    (weight, scale), (other, _) = ranks.run(new_router, LAYOUTS[name])
+    assert torch.equal(weight, other)
+    assert torch.allclose(weight.norm(dim=1), torch.ones(EXPERTS * SLOTS)) and scale.item() == 1
+
+
 def exchanges(num_experts, tp, ep):
     """Experts of the rows that every rank of a group gets, planned as if on many ranks."""
     from megatron.remoe.moe.soft import Exchange
@@ -372,11 +384,10 @@ def splits_of_an_encoder():
 
     given = [Samples(Split.train), [Samples(Split.valid), Samples(Split.valid), None], None]
     args = Namespace(masked_lm=True, mock_data=False, seed=1, padded_vocab_size=64)
-    builder = (
-        "megatron.core.datasets.blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder"
-    )
+    module = "megatron.core.datasets.blended_megatron_dataset_builder"
+    builder = "BlendedMegatronDatasetBuilder"
     with (
-        mock.patch(builder, lambda *_: Namespace(build=lambda: given)),
+        mock.patch(f"{module}.{builder}", lambda *_: Namespace(build=lambda: given)),
         mock.patch("megatron.training.get_args", lambda: args),
         mock.patch("megatron.training.get_tokenizer", lambda: Namespace(vocab_size=50, eod=0)),
         mock.patch("megatron.remoe.pretrain.dataset_config"),
