@@ -315,6 +315,17 @@ def test_two_runs_of_a_seed_are_refused(tmp_path):
         tables.compare(tables.load_runs(paths))
 
 
+def test_losses_of_hidden_and_of_next_tokens_are_not_compared(tmp_path):
+    remoe(tmp_path, "causal", 2.0, seed=1)
+    topk(tmp_path, "encoder", 1.0, seed=1, masked_lm=True)
+    write(tmp_path, "soft", 1.0, None, seed=1, masked_lm=True, moe_soft_routing=True, **EXPERTS)
+    with pytest.raises(ValueError, match="was trained with masked_lm and .*causal without, and"):
+        tables.compare(tables.load_runs([tmp_path]))
+    runs = tables.load_runs([tmp_path / name for name in ("encoder", "soft")])
+    (pair,) = tables.compare(runs).differences
+    assert (pair.first, pair.second, pair.mean) == ("Soft MoE", "TopK", 0)
+
+
 def test_a_folder_without_runs_is_named(tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         tables.load_runs([tmp_path])

@@ -239,10 +239,11 @@ def compare(runs: list[Run], baseline: Path | None = None, margin: float = MARGI
         margin: the smallest difference in validation loss that matters, in nats.
 
     Raises:
-        ValueError: two runs have the same settings and seed, the baseline is none of the runs, or
-            the margin is not above 0.
+        ValueError: two runs have the same settings and seed, or losses of different tasks, or the
+            baseline is none of the runs, or the margin is not above 0.
     """
     check_margin(margin)
+    _refuse_two_tasks(runs)
     routers = {run.path: router_of(run.config) for run in runs}
     groups: dict[tuple[str, str], Group] = {}
     for run in runs:
@@ -268,6 +269,16 @@ def compare(runs: list[Run], baseline: Path | None = None, margin: float = MARGI
         pairs += [(g, base) for g in ordered if g.router == base.router and g is not base]
     differences = [paired_difference(*pair, margin) for pair in pairs]
     return RunComparison(ordered, [d for d in differences if d is not None], margin)
+
+
+def _refuse_two_tasks(runs: list[Run]) -> None:
+    """Refuse losses of hidden tokens beside losses of next tokens, which are no like quantities."""
+    tasks = {bool(run.config.get("masked_lm")): run.path for run in runs}
+    if len(tasks) > 1:
+        raise ValueError(
+            f"{tasks[True]} was trained with masked_lm and {tasks[False]} without, and losses of "
+            f"hidden tokens cannot be compared with those of next tokens; compare them apart"
+        )
 
 
 def _order(group: Group) -> tuple[Any, list[tuple[bool, float, str]]]:
