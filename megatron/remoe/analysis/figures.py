@@ -118,12 +118,16 @@ def _loss(axis: Any, groups: list[Group]) -> None:
     _curves(axis, groups, "lm_loss", window=_SMOOTHING)
     axis.set_ylabel(f"training loss, mean of {_SMOOTHING} rows")
     # The first steps, in which all routers fall alike, would leave no room for the others.
-    late = [y for line in axis.lines for y in line.get_ydata()[len(line.get_ydata()) // 3 :]]
-    finite = [y for y in late if math.isfinite(y)]
-    if finite and min(finite) < max(finite):
-        space = 0.05 * (max(finite) - min(finite))
-        axis.set_ylim(min(finite) - 2 * space, max(finite) + space)
-        axis.set_xlim(left=min(line.get_xdata()[len(line.get_xdata()) // 4] for line in axis.lines))
+    steps = sorted({x for line in axis.lines for x in line.get_xdata()})
+    if not steps:
+        return
+    bands = [vertex for band in axis.collections for vertex in band.get_paths()[0].vertices]
+    points = [*bands, *(point for line in axis.lines for point in line.get_xydata())]
+    late = [y for x, y in points if x >= steps[len(steps) // 3] and math.isfinite(y)]
+    if late and min(late) < max(late):
+        space = 0.03 * (max(late) - min(late))
+        axis.set_ylim(min(late) - space, max(late) + space)
+        axis.set_xlim(left=steps[len(steps) // 4])
 
 
 def _sparsity(axis: Any, groups: list[Group]) -> None:
@@ -160,11 +164,13 @@ def _label_ends(axis: Any, height: float) -> None:
     gap = _LABEL_HEIGHT / (0.85 * height)
     places = spread([place for place, _, _ in ends], gap)
     for place, (_, point, line) in zip(places, ends, strict=True):
+        # The way from a single point to its name must not look like a line of data.
+        style = line.get_linestyle() if len(line.get_xdata()) > 1 else (0, (1, 5))
         axis.annotate(
             line.get_label(), point, xytext=(1.05, place), textcoords="axes fraction",
             va="center", fontsize=_LABEL_SIZE, color=line.get_color(), annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": line.get_color(), "linewidth": 0.7,
-                        "linestyle": line.get_linestyle(), "alpha": 0.6, "relpos": (0, 0.5),
+                        "linestyle": style, "alpha": 0.6, "relpos": (0, 0.5),
                         "shrinkA": 1, "shrinkB": 1},
         )  # fmt: skip
 
