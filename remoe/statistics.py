@@ -293,9 +293,8 @@ def busiest_rank_load(counts_LE: Tensor, num_ranks: int) -> float:
         num_ranks: number of ranks, which divides E.
     """
     num_layers, num_experts = counts_LE.shape
-    per_rank_LR = (
-        counts_LE.double().view(num_layers, num_ranks, num_experts // num_ranks).sum(dim=2)
-    )
+    counts_LRE = counts_LE.double().reshape(num_layers, num_ranks, num_experts // num_ranks)
+    per_rank_LR = counts_LRE.sum(dim=2)
     even = per_rank_LR.mean(dim=1).sum().item()
     return per_rank_LR.amax(dim=1).sum().item() / even if even else 1.0
 

@@ -175,16 +175,9 @@ class ModelSize:
     @property
     def expert_share(self) -> float:
         """The share of the experts in the operations of a sequence; shared ones are not counted."""
-        width = self.num_moe_layers * self.rows_per_token * self.expert_width
-        return (
-            3
-            * 2
-            * self.seq_length
-            * self.hidden
-            * self.matrices
-            * width
-            / (self.flops_per_sequence)
-        )
+        weights = self.hidden * self.matrices * self.expert_width
+        flops = 3 * 2 * self.seq_length * self.num_moe_layers * self.rows_per_token * weights
+        return flops / self.flops_per_sequence
 
 
 def _int(flags: Mapping[str, Any], name: str) -> int:
