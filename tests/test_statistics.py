@@ -77,6 +77,7 @@ def test_a_report_is_of_the_layers_that_have_a_router():
         ([[8, 0, 0, 0]], 2, 2.0),
         ([[8, 0, 8, 0]], 2, 1.0),  # neighbors are on one rank
         ([[8, 8, 0, 0]], 2, 2.0),
+        ([[6, 6, 4, 0]], 2, 12 / 8),  # and their assignments add up
         # The ranks wait in every layer, in proportion to its load: (12 + 3) / (6 + 2).
         ([[12, 4, 4, 4], [1, 3, 2, 2]], 4, 15 / 8),
         ([[12, 4, 4, 4], [0, 0, 0, 0]], 4, 2.0),
