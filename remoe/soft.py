@@ -46,7 +46,10 @@ def soft_logits(x_BTH: Tensor, router_SH: Tensor, scale: Tensor) -> Tensor:
         scale: trained factor, with one element.
     """
     dtype = torch.promote_types(x_BTH.dtype, torch.float32)
-    return F.linear(normalize(x_BTH.to(dtype)), scale.to(dtype) * normalize(router_SH.to(dtype)))
+    # A cast is not enough under autocast, which would cast it back.
+    with torch.autocast(x_BTH.device.type, enabled=False):
+        router_SH = scale.to(dtype) * normalize(router_SH.to(dtype))
+        return F.linear(normalize(x_BTH.to(dtype)), router_SH)
 
 
 def soft_routing(
@@ -61,10 +64,18 @@ def soft_routing(
     Args:
         logits_BTS: logits.
         padding_mask_BT: bool, True for padding tokens.
+
+    Raises:
+        ValueError: a mask of another shape, which torch might repeat without a word.
     """
     combine_BTS = torch.softmax(logits_BTS, dim=2)
     if padding_mask_BT is None:
         return torch.softmax(logits_BTS, dim=1), combine_BTS
+    if padding_mask_BT.shape != logits_BTS.shape[:2]:
+        raise ValueError(
+            f"padding_mask is {list(padding_mask_BT.shape)}; it must be "
+            f"{list(logits_BTS.shape[:2])}, the sequences and their tokens"
+        )
     padding_BT1 = padding_mask_BT.unsqueeze(2)
     dispatch_BTS = torch.softmax(logits_BTS.masked_fill(padding_BT1, -torch.inf), dim=1)
     return dispatch_BTS.masked_fill(padding_BT1, 0), combine_BTS.masked_fill(padding_BT1, 0)

@@ -18,6 +18,8 @@ from remoe.routing import active_experts, sparsity, tokens_per_expert
 # A dead expert receives less than a balanced share of the tokens divided by this number. For k = 1
 # of E = 8 experts the threshold is 1/64 of the tokens, as in the paper.
 DEAD_SHARE = 8
+# The number of expert-parallel ranks for which the load of the busiest is reported.
+EXPERT_RANKS = 8
 # Sparsity has settled once this many consecutive steps are this close to the target.
 SETTLED_STEPS, SETTLED_WITHIN = 20, 0.02
 
@@ -251,7 +253,7 @@ def routing_metrics(report: StepReport) -> dict[str, Any]:
 
     - `sparsity` and `sparsity_per_layer` (Eq. 8);
     - `active_experts` and `active_experts_max`: mean and largest number of experts of a token;
-    - `expert_load_*` and `dead_experts`: see `load_metrics`;
+    - `expert_load_*`, `dead_experts` and `busiest_rank_load`: see `load_metrics`;
     - `silent_layers`, in which no token activates an expert, and `dense_layers`, in which every
       token activates every expert, as numbers that begin with 1;
     - with an L1 penalty `l1_coeff`, and `l1_reg`, the sum over layers before the coefficient;
@@ -298,7 +300,8 @@ def load_metrics(report: StepReport) -> dict[str, float]:
     `expert_load_min` and `expert_load_max` are taken over all experts, and `expert_load_cv`, the
     coefficient of variation, is a mean over layers. `dead_experts` counts the experts of all layers
     that have less than `1 / DEAD_SHARE` of a balanced share, which is k/E of the tokens. In a
-    silent layer every expert counts as balanced, and as dead.
+    silent layer every expert counts as balanced, and as dead. `busiest_rank_load` is that of
+    `expert_ranks` ranks, and 1 if all layers are silent.
     """
     counts_LE = report.tokens_per_expert_LE[report.has_router].double()
     tokens_L = report.tokens_L[report.has_router].double()
@@ -311,7 +314,31 @@ def load_metrics(report: StepReport) -> dict[str, float]:
         "expert_load_max": load_LE.max().item(),
         "expert_load_cv": load_LE.std(dim=1, correction=0).mean().item(),
         "dead_experts": int((counts_LE < balanced_L1 / DEAD_SHARE).sum().item()),
+        "busiest_rank_load": busiest_rank_load(counts_LE, expert_ranks(num_experts)),
     }
+
+
+def expert_ranks(num_experts: int) -> int:
+    """Return the largest number of expert-parallel ranks, up to 8, that divides the experts."""
+    return max(n for n in range(1, EXPERT_RANKS + 1) if num_experts % n == 0)
+
+
+def busiest_rank_load(counts_LE: Tensor, num_ranks: int) -> float:
+    """Return the time that experts take on expert-parallel ranks, relative to an even load.
+
+    Every rank has neighboring experts, as in Megatron, and in each layer all ranks wait for the one
+    with the most assignments. With n of a layer and a rank, it is `sum_layers max_ranks n`, divided
+    by `sum_layers mean_ranks n`: 1 for an even load, and `num_ranks` if one rank has all of it.
+
+    Args:
+        counts_LE: `[L, E]`, tokens per expert.
+        num_ranks: number of ranks, which divides E.
+    """
+    num_layers, num_experts = counts_LE.shape
+    counts_LRE = counts_LE.double().reshape(num_layers, num_ranks, num_experts // num_ranks)
+    per_rank_LR = counts_LRE.sum(dim=2)
+    even = per_rank_LR.mean(dim=1).sum().item()
+    return per_rank_LR.amax(dim=1).sum().item() / even if even else 1.0
 
 
 def settling_index(sparsities: Sequence[float], target: float) -> int | None:

@@ -184,6 +184,12 @@ def test_parts_of_a_sequence_make_the_same_slots_with_all_gradients(padded):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (2, 1), (3,), (2, 4)])
+def test_a_mask_that_torch_would_repeat_is_refused(shape):
+    with pytest.raises(ValueError, match=r"padding_mask is .*; it must be \[2, 3\], the sequences"):
+        soft_routing(torch.zeros(2, 3, 4), torch.zeros(shape, dtype=torch.bool))
+
+
 def test_no_tokens_are_no_error():
     layer = new_layer()
     assert layer(torch.zeros(2, 0, 6, dtype=torch.float64)).shape == (2, 0, 6)
@@ -199,6 +205,15 @@ def test_half_precision_routes_in_fp32():
     wide = soft_logits(x.double(), layer.router.double(), layer.scale.double())
     assert torch.allclose(logits.double(), wide, atol=1e-6)
     assert layer(x).dtype == torch.bfloat16
+
+
+def test_autocast_leaves_the_routing_in_fp32():
+    layer, x = new_layer().float(), some_tokens().float()
+    logits = soft_logits(x, layer.router, layer.scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(soft_logits(x, layer.router, layer.scale), logits)
+        y = layer(x)
+    assert torch.allclose(y.float(), layer(x), rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

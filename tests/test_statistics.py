@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from remoe.statistics import RoutingStatistics, StepReport, TokenCounts, settling_index
+from remoe.statistics import (
+    RoutingStatistics,
+    StepReport,
+    TokenCounts,
+    busiest_rank_load,
+    expert_ranks,
+    settling_index,
+)
 
 TARGET = 0.875
 # Three tokens and four experts; the second token activates no expert.
@@ -66,6 +73,30 @@ def test_a_report_is_of_the_layers_that_have_a_router():
     assert report.observed_LE[1].tolist() == [1.5, 2.5] and report.observed_LE[0].isnan().all()
     recurrent = StepReport.of(statistics, topk=1, has_state=True)
     assert recurrent.state_norm_L[1:].tolist() == [0.5, 2]
+
+
+@pytest.mark.parametrize(
+    ("counts", "ranks", "load"),
+    [
+        ([[5, 5, 5, 5], [2, 2, 2, 2]], 4, 1.0),
+        ([[8, 0, 0, 0]], 4, 4.0),
+        ([[8, 0, 0, 0]], 2, 2.0),
+        ([[8, 0, 8, 0]], 2, 1.0),  # neighbors are on one rank
+        ([[8, 8, 0, 0]], 2, 2.0),
+        ([[6, 6, 4, 0]], 2, 12 / 8),  # and their assignments add up
+        # The ranks wait in every layer, in proportion to its load: (12 + 3) / (6 + 2).
+        ([[12, 4, 4, 4], [1, 3, 2, 2]], 4, 15 / 8),
+        ([[12, 4, 4, 4], [0, 0, 0, 0]], 4, 2.0),
+        ([[0, 0, 0, 0]], 4, 1.0),
+    ],
+)
+def test_all_ranks_wait_for_the_busiest(counts, ranks, load):
+    assert busiest_rank_load(torch.tensor(counts), ranks) == pytest.approx(load)
+
+
+def test_experts_are_split_evenly_over_at_most_eight_ranks():
+    sizes = {8: 8, 64: 8, 4: 4, 12: 6, 7: 7, 11: 1, 1: 1}
+    assert {experts: expert_ranks(experts) for experts in sizes} == sizes
 
 
 def test_a_step_of_padding_alone_has_no_sparsity():

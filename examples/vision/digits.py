@@ -37,6 +37,7 @@ PATCHES, PIXELS, HIDDEN, WIDTH, HEADS, BLOCKS, EXPERTS = 16, 4, 64, 256, 4, 4, 1
 MIXTURES = ("dense", "topk", "expert_choice", "soft")
 TITLES = {"dense": "Dense", "topk": "TopK, k = 1", "expert_choice": "Expert Choice",
           "soft": "Soft MoE"}  # fmt: skip
+COLORS = {"dense": "#000000", "topk": "#0072b2", "expert_choice": "#009e73", "soft": "#d55e00"}
 LEARNING_RATE = 3e-3
 BALANCE = 0.01  # weight of the Switch loss, which TopK alone has
 
@@ -202,9 +203,12 @@ def plot(curves: dict[str, list[list[float]]], path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(6, 4))
     for mixture, runs in curves.items():
         epochs, columns = range(1, len(runs[0]) + 1), list(zip(*runs, strict=True))
-        axis.plot(epochs, [statistics.fmean(c) for c in columns], label=TITLES[mixture])
-        axis.fill_between(epochs, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15)
+        look = {"color": COLORS[mixture]}
+        axis.plot(epochs, [statistics.fmean(c) for c in columns], label=TITLES[mixture], **look)
+        low, high = [min(c) for c in columns], [max(c) for c in columns]
+        axis.fill_between(epochs, low, high, alpha=0.12, linewidth=0, **look)
     axis.set(xlabel="epoch", ylabel="accuracy on test images, %", ylim=(80, 100))
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=150)

@@ -6,6 +6,7 @@ is silently ignored: a test fails on a field that is not here, `check_router` re
 and the tables in `docs/options.md` are printed from this module.
 """
 
+import ast
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
@@ -440,7 +441,15 @@ def check_router(config: Any, routing: AnyRouting) -> None:
 
 def _check_shares(config: Any) -> None:
     """Refuse ranks that cannot share the experts of Soft MoE equally."""
-    experts = config.num_moe_experts if hasattr(config, "num_moe_experts") else config.num_experts
+    if hasattr(config, "num_moe_experts"):
+        experts = config.num_moe_experts
+    else:  # arguments, which are checked before granularity
+        experts = config.num_experts and config.num_experts * config.moe_granularity
+    if isinstance(config.moe_layer_freq, list) and not any(config.moe_layer_freq):
+        raise ValueError(
+            f"moe_layer_freq is {config.moe_layer_freq}, with which no layer is a Soft MoE; give a "
+            f"layer experts, or leave num_experts out for a dense model"
+        )
     for name in ("expert_model_parallel_size", "tensor_model_parallel_size"):
         ranks = getattr(config, name)
         if experts is not None and experts % ranks:
@@ -450,11 +459,39 @@ def _check_shares(config: Any) -> None:
             )
 
 
-def layers_with_experts(frequency: int | list[int] | None, num_layers: int) -> list[int]:
-    """List the layers with experts for a `moe_layer_freq`: every n-th, or a pattern of 0 and 1."""
+def layers_with_experts(frequency: int | str | list[int] | None, num_layers: int) -> list[int]:
+    """List the layers with experts for a `moe_layer_freq`.
+
+    Args:
+        frequency: every n-th layer, a pattern of 0 and 1, or the text of either, as a flag has it.
+        num_layers: of the model.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    if isinstance(frequency, str):
+        frequency = _pattern(frequency)
     if isinstance(frequency, list):
         return [i for i in range(num_layers) if frequency[i]]
     return list(range(0, num_layers, int(frequency or 1)))
+
+
+def _pattern(text: str) -> Any:
+    """Return what `[0]*2+[1]` is, as Megatron reads it, without importing Megatron for it."""
+
+    def value(node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=int()):
+                return node.value
+            case ast.List():
+                return [value(element) for element in node.elts]
+            case ast.BinOp(op=ast.Add()):
+                return value(node.left) + value(node.right)
+            case ast.BinOp(op=ast.Mult()):
+                return value(node.left) * value(node.right)
+        raise ValueError(f"moe_layer_freq is {text}; write a number, or a list such as [0]*2+[1]*2")
+
+    return value(ast.parse(text, mode="eval").body)
 
 
 _SETTINGS_TITLE = """## The settings of the routers

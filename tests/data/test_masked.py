@@ -52,6 +52,31 @@ def test_the_choice_depends_on_index_and_seed_only():
     assert not torch.equal(masked()[0]["loss_mask"], masked()[1]["loss_mask"])
 
 
+class Padded(Samples):
+    """The same, with padding at the end, which Megatron makes the token 0 without loss."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        sample["tokens"][-10:], sample["loss_mask"][-11:] = 0, 0
+        return sample
+
+
+def test_padding_is_refused():
+    samples = MaskedTokens(Padded(), seed=1, mask=MASK, end_of_document=EOD, vocab_size=VOCAB)
+    with pytest.raises(ValueError, match="sample 1 of masked_lm has padding"):
+        samples[1]
+
+
+def test_a_sequence_of_ends_of_documents_has_no_hidden_token():
+    class Ends(Samples):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return sample | {"tokens": torch.full_like(sample["tokens"], EOD)}
+
+    samples = MaskedTokens(Ends(), seed=1, mask=MASK, end_of_document=EOD, vocab_size=VOCAB)
+    assert not samples[0]["loss_mask"].any() and (samples[0]["tokens"] == EOD).all()
+
+
 def test_the_loader_finds_the_split():
     assert masked().index_split == "train" and len(masked()) == 3
 

@@ -136,6 +136,23 @@ def test_ratios_are_of_the_same_round(monkeypatch):
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ("--soft --topk 2", "topk is 2, and Soft MoE selects no experts"),
+        ("--sequence 64", "sequence is 64, and only --soft has sequences"),
+        ("--soft --experts 0", "0 experts cannot share as many slots as a sequence of 512"),
+    ],
+)
+def test_what_soft_mixtures_do_not_have_is_refused(flags, names):
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron.remoe", "bench", "layer", *flags.split()],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and names in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.processes
 def test_an_unknown_dtype_is_an_error():
     done = subprocess.run(
         [sys.executable, "-m", "megatron.remoe", "bench", "layer", "--dtype", "fp8"],

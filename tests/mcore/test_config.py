@@ -233,6 +233,14 @@ def test_soft_routing_needs_no_flags_of_the_topk_router(call):
     assert not args["create_attention_mask_in_dataloader"]
 
 
+def test_ranks_share_the_experts_of_a_soft_mixture_after_granularity(call):
+    flags = ["--moe-granularity", "2", "--ffn-hidden-size", "64"]
+    args, error = call(tiny.parse, *SOFT, *flags, "--expert-model-parallel-size", "8")
+    assert not error and args["num_experts"] == 8 and args["moe_ffn_hidden_size"] == 32
+    _, error = call(tiny.parse, *SOFT, *flags, "--expert-model-parallel-size", "16")
+    assert "expert_model_parallel_size is 16, and 8 experts cannot be shared" in error
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -457,6 +465,10 @@ def test_soft_routing_needs_no_flags_of_the_topk_router(call):
         (
             [*SOFT, "--moe-router-recurrence", "gru"],
             "moe_router_recurrence is set, but it is a setting of ReLU routing, and the router is",
+        ),
+        (
+            [*SOFT, "--moe-layer-freq", "[0,0]"],
+            "moe_layer_freq is [0, 0], with which no layer is a Soft MoE; give a layer experts, or",
         ),
         (
             [*SOFT, "--expert-model-parallel-size", "8"],

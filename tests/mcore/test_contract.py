@@ -310,6 +310,14 @@ def test_a_damaged_line_of_metrics_is_named(call, tmp_path, line, message):
         assert "delete the line, or restore the file" in error
 
 
+@pytest.mark.parametrize("margin", ["0", "-0.05", "nan"])
+def test_a_margin_of_equivalence_that_is_no_positive_number_is_one_line(call, tmp_path, margin):
+    write_run(tmp_path / "run", [ROW])
+    arguments = ["compare", "run", "--out", "table", "--margin", margin]
+    check(call, tmp_path, arguments, f"the margin is {margin}; it must be above 0, in nats of")
+    assert not (tmp_path / "table").exists()
+
+
 def test_other_damaged_files_of_a_run_are_named(call, tmp_path):
     run = write_run(tmp_path / "run", [ROW])
     (run / "evaluation.json").write_text("{")

@@ -17,7 +17,7 @@ EVERY = {"grad_norm", "iteration", "learning_rate", "lm_loss", "tokens", "tokens
 EVERY |= {"peak_memory"}
 COUNTED = {"sparsity", "sparsity_per_layer", "active_experts", "active_experts_max"}
 COUNTED |= {"expert_load_min", "expert_load_max", "expert_load_cv", "dead_experts"}
-COUNTED |= {"silent_layers", "dense_layers"}
+COUNTED |= {"busiest_rank_load", "silent_layers", "dense_layers"}
 ROUTING = COUNTED | {"l1_coeff", "l1_reg"}
 
 
@@ -155,6 +155,7 @@ def test_a_training_row_has_what_is_documented(megatron_on, path):
         # the first layer is balanced; in the third loads are 3, 7/8, 1/8 and 0
         "expert_load_cv": pytest.approx(math.sqrt((4 + 1 / 64 + 49 / 64 + 1) / 4) / 2),
         "dead_experts": 1,
+        "busiest_rank_load": pytest.approx((16 + 24) / (16 + 8)),
         "l1_coeff": torch.tensor(1e-8).item(),
         "l1_reg": 0.75,
         "silent_layers": [],

@@ -147,3 +147,16 @@ def test_shared_experts_are_added_to_the_routed_ones(rank, overlap):
     actual, expected, grad = rank(with_shared_experts, overlap)
     assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-5)
     assert grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("text", ["1", "2", "[0,1,1,0]", "[0]*2+[1]*2", "([1]+[0])*2"])
+def test_the_text_of_a_pattern_is_read_as_megatron_reads_it(text):
+    from megatron.training.arguments import moe_freq_type
+
+    expected = options.layers_with_experts(moe_freq_type(text), 4)
+    assert options.layers_with_experts(text, 4) == expected != []
+
+
+def test_a_pattern_is_not_run():
+    with pytest.raises(ValueError, match="write a number, or a list"):
+        options.layers_with_experts("__import__('os').getpid()", 4)

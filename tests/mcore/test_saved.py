@@ -17,6 +17,8 @@ RELU = BOTH | {"moe_relu_routing": True, "moe_relu_load_balancing": "aux_loss"}
 TOPK = BOTH | {"moe_relu_routing": False, "moe_router_pre_softmax": True}
 TOP_P = BOTH | {"moe_routing": "top_p", "moe_relu_routing": False}
 GRU = {"moe_router_recurrence": "gru", "moe_router_recurrent_size": 8}
+SOFT = BOTH | {"moe_soft_routing": True, "masked_lm": True, "moe_soft_slots_per_expert": 4}
+ENCODER = TOPK | {"masked_lm": True}
 DENSE: dict[str, Any] = {"num_experts": None, "ffn_hidden_size": 64}
 ROUTER, CELL = "decoder.layers.0.mlp.router.weight", "decoder.recurrent_cell.weight_hh"
 PURPOSE = "pass --moe-change-routing to change"
@@ -140,6 +142,18 @@ def run(folder: Path, **changes: Any) -> Namespace:
             "was trained with moe_router_pre_softmax True, and this run has False",
         ),
         (RELU | {"adam_implementation": "apex"}, RELU, "holds the state of Adam of apex, and this"),
+        (TOPK, ENCODER, "was trained with masked_lm False, and this run has True: one sees all"),
+        (SOFT, ENCODER, "has Soft MoE, and this run has TopK routing, whose routers have other"),
+        (
+            ENCODER,
+            SOFT | {"moe_change_routing": True},
+            "has TopK routing, and this run has Soft MoE, whose routers have other weights; pass",
+        ),
+        (
+            SOFT,
+            SOFT | {"moe_soft_slots_per_expert": 8, "moe_change_routing": True},
+            "has moe_soft_slots_per_expert 4 (with moe_granularity 2), and this run 8 (with moe_g",
+        ),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused_with_the_remedy(

@@ -1,8 +1,10 @@
 """Soft MoE in Megatron: layers against loops on one and two ranks, whole models, and refusals."""
 
 import itertools
+from argparse import Namespace
 from dataclasses import dataclass
 from typing import get_args
+from unittest import mock
 
 import pytest
 import torch
@@ -130,6 +132,25 @@ def test_a_layer_equals_the_loops_with_all_gradients(call, padded, grouped, reco
     assert_equal(call(outcome, layout, padded, **changes), theirs)
 
 
+def of_other_shapes():
+    layer = build(Layout())
+    found = []
+    for shape in ((BATCH, 1), (1, SEQUENCE), (BATCH, SEQUENCE - 1)):
+        with pytest.raises(ValueError) as error:
+            layer(moe_cases.inputs(0), padding_mask=torch.zeros(shape, dtype=torch.bool))
+        found.append(str(error.value))
+    return found
+
+
+def test_a_mask_of_another_shape_is_refused(call):
+    """Torch would repeat the first two without a word."""
+    must = f"it must be [{BATCH}, {SEQUENCE}], the sequences and their tokens"
+    assert call(of_other_shapes) == [
+        f"padding_mask is {shape}; {must}"
+        for shape in ([BATCH, 1], [1, SEQUENCE], [BATCH, SEQUENCE - 1])
+    ]
+
+
 LAYOUTS = {
     "DP2": Layout(),
     "EP2": Layout(ep=2),
@@ -147,6 +168,18 @@ def test_layers_of_two_ranks_equal_the_loops_with_all_gradients(ranks, name, pad
         ranks.run(outcome, layout, padded), expected(layout, 2, padded), strict=True
     ):
         assert_equal(ours, theirs)
+
+
+def new_router(layout):
+    router = build(layout).router
+    return router.weight.detach(), router.scale.detach()
+
+
+@pytest.mark.parametrize("name", ["TP2", "EP2"])
+def test_ranks_start_with_the_same_slots_of_unit_length(ranks, name):
+    (weight, scale), (other, _) = ranks.run(new_router, LAYOUTS[name])
+    assert torch.equal(weight, other)
+    assert torch.allclose(weight.norm(dim=1), torch.ones(EXPERTS * SLOTS)) and scale.item() == 1
 
 
 def exchanges(num_experts, tp, ep):
@@ -310,6 +343,67 @@ def test_a_script_with_samples_of_its_own_trains_no_encoder(call):
     """It would see its labels, and the loss would be excellent."""
     message = call(in_a_script_of_one_s_own)
     assert message.startswith("masked_lm is set, and this script reads samples of its own")
+
+
+def attention_of_a_run(*flags):
+    """Mask types of the layers that `remoe train` builds with these flags."""
+    from megatron.remoe.arguments import configure, megatron_parser
+    from megatron.remoe.testing.golden import CLOSED_LOOP, gpt_config, transformer_config
+
+    moe_cases.initialize(Layout())
+    config = gpt_config(transformer_config(CLOSED_LOOP), CLOSED_LOOP, None)
+    config.transformer_layer_spec = None
+    args = megatron_parser().parse_args(list(flags))
+    args.rank = 0
+    configure(config, args, hides_tokens=args.masked_lm)
+    layers = config.transformer_layer_spec(config).layer_specs
+    return {layer.submodules.self_attention.params["attn_mask_type"].name for layer in layers}
+
+
+@pytest.mark.parametrize("router", ["--moe-soft-routing", "--moe-relu-routing", None])
+def test_every_layer_of_an_encoder_sees_the_whole_sequence(call, router):
+    flags = ["--num-experts", "8", *filter(None, [router])]
+    assert call(attention_of_a_run, "--masked-lm", *flags) == {"padding"}
+    if router != "--moe-soft-routing":
+        assert call(attention_of_a_run, *flags) == {"causal"}
+
+
+def splits_of_an_encoder():
+    """Loss masks and splits of the datasets that `remoe train` makes of Megatron's."""
+    from megatron.core.datasets.utils import Split
+
+    from megatron.remoe import pretrain
+
+    class Samples:
+        def __init__(self, split):
+            self.index_split = split
+
+        def __getitem__(self, index):
+            return {"tokens": torch.arange(1, 41), "loss_mask": torch.ones(40),
+                    "position_ids": torch.arange(40)}  # fmt: skip
+
+    given = [Samples(Split.train), [Samples(Split.valid), Samples(Split.valid), None], None]
+    args = Namespace(masked_lm=True, mock_data=False, seed=1, padded_vocab_size=64)
+    module = "megatron.core.datasets.blended_megatron_dataset_builder"
+    builder = "BlendedMegatronDatasetBuilder"
+    with (
+        mock.patch(f"{module}.{builder}", lambda *_: Namespace(build=lambda: given)),
+        mock.patch("megatron.training.get_args", lambda: args),
+        mock.patch("megatron.training.get_tokenizer", lambda: Namespace(vocab_size=50, eod=0)),
+        mock.patch("megatron.remoe.pretrain.dataset_config"),
+    ):
+        train, valid, test = pretrain.datasets_provider([8, 8, 8])
+    assert test is None and valid[2] is None
+    return [(one.index_split.name, one[3]["loss_mask"].sum().item(), (one[3]["tokens"] == 50).sum())
+            for one in (train, *valid[:2])]  # fmt: skip
+
+
+def test_tokens_are_hidden_in_every_split(call):
+    """Tokens that are not hidden would be found in every layer, and the loss would be excellent."""
+    for split, (name, chosen, hidden) in zip(
+        ("train", "valid", "valid"), call(splits_of_an_encoder), strict=True
+    ):
+        assert name == split and chosen == 6 and 3 <= hidden <= 6
 
 
 ENCODER = {

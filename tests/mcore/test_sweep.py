@@ -373,3 +373,16 @@ def test_the_recurrence_example_is_seven_routers_at_two_depths_with_three_seeds(
     names = call(names_of, path)
     assert len(names) == len(set(names)) == 7 * 2 * 3
     assert "remoe_gru-num_layers=8-seed=3" in names
+
+
+def test_the_family_example_is_every_causal_router_with_three_seeds(call):
+    from remoe.config import ROUTINGS
+
+    pytest.importorskip("remoe.selections")
+    path = tiny.EXAMPLES / "ablations/family.yaml"
+    assert len(call(names_of, path)) == 16 * 3
+    runs = yaml.safe_load(path.read_text())["sweep"]["list"].values()
+    causal = {name for name, routing in ROUTINGS.items() if routing.causal}
+    assert {run["moe_routing"] for run in runs if "moe_routing" in run} == causal
+    path = tiny.EXAMPLES / "ablations/family_long.yaml"
+    assert len(call(names_of, path)) == 6 * 3

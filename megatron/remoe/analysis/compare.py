@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,46 +13,37 @@ from typing import Any
 from megatron.remoe.analysis import markdown
 from megatron.remoe.analysis.measures import (
     accuracy,
+    check_margin,
     deviation_of,
+    half_width,
     last_mean,
     mean_of,
     sparsity_deviation,
     steps_to_settle,
     validation_loss,
+    verdict,
+)
+from megatron.remoe.analysis.routers import (
+    NAMED,
+    defaults_of,
+    is_router_setting,
+    name_of,
+    order_of,
+    router_of,
 )
 from megatron.remoe.analysis.runs import Run
 from megatron.remoe.analysis.size import ModelSize
-from megatron.remoe.options import router_name
+from remoe.statistics import expert_ranks
 
 _OSCILLATION_MEAN = 10  # rows of a block
 _DEFAULT_SEED = 1234
-# Routers in the order of a table; a difference is that of a later one minus an earlier one.
-ROUTERS = (
-    "dense", "TopK", "TopK with warm-up", "RMoE", "RMoE with warm-up", "Soft MoE", "ReMoE",
-    "recurrent ReMoE",
-)  # fmt: skip
+MARGIN = 0.05  # nats of validation loss: 5% of the perplexity
 # Settings in which runs may differ and still be the same experiment.
 _PLACES = {
     "run_dir", "nproc", "seed", "metrics_file", "save", "load", "save_interval", "data_cache_path",
     "tensorboard_dir", "wandb_exp_name", "wandb_save_dir", "wandb_project", "wandb_tags",
     "wandb_mode",
 }  # fmt: skip
-# Settings of a router; in all others, two routers must agree to be compared.
-_ROUTER_SETTINGS = (
-    "moe_relu_",
-    "moe_soft_",
-    "moe_topk_warmup_",
-    "moe_router_recurren",
-    "moe_router_load_balancing_type",
-    "moe_router_pre_softmax",
-    "moe_aux_loss_coeff",
-)
-# Two-sided 95% quantiles of Student's t, for 1 to 30 degrees of freedom.
-_T95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
-    2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 
 
 def load_runs(paths: Iterable[Path]) -> list[Run]:
@@ -77,26 +67,12 @@ def _is_run(folder: Path) -> bool:
     return (folder / "metrics.jsonl").is_file()
 
 
-def router_of(config: dict[str, Any]) -> str:
-    """Return the router of a run, one of `ROUTERS`."""
-    if not config.get("num_experts"):
-        return "dense"
-    name = router_name(config)
-    if name == "soft":
-        return "Soft MoE"
-    recurrent = config.get("moe_router_recurrence") not in (None, "none")
-    if name == "relu":
-        return "recurrent ReMoE" if recurrent else "ReMoE"
-    warm_up = " with warm-up" if config.get("moe_topk_warmup_steps") else ""
-    return ("RMoE" if recurrent else "TopK") + warm_up
-
-
 @dataclass(frozen=True)
 class Group:
     """Runs that differ only in their seed.
 
     Attributes:
-        router: the router, one of `ROUTERS`.
+        router: the name of the router.
         settings: what else distinguishes the group from others in the comparison.
         runs: the runs by seed.
     """
@@ -107,13 +83,8 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The router and the settings in short."""
-        short = (
-            f"{key.removeprefix('moe_').removeprefix('relu_')} "
-            f"{'default' if value is None else value}"
-            for key, value in self.settings
-        )
-        return ", ".join([self.router, *short])
+        """The router and the settings in words."""
+        return name_of(self.router, self.settings)
 
     @property
     def any_run(self) -> Run:
@@ -143,12 +114,16 @@ class Group:
         def last(key: str) -> float | None:
             return mean_of(last_mean(run, key) for run in runs)
 
+        size, busiest, step_time = self.size, last("busiest_rank_load"), None
+        if size is not None and busiest is not None:
+            step_time = 1 + size.expert_share * (busiest - 1)
+
         return {
             "run": self.name,
             "seeds": len(runs),
             "steps": min(run.train[-1]["iteration"] for run in runs),
-            "active_params": self.size.active_params if self.size else None,
-            "total_params": self.size.total_params if self.size else None,
+            "active_params": size.active_params if size else None,
+            "total_params": size.total_params if size else None,
             "valid_loss_mean": statistics.fmean(losses),
             "valid_loss_std": deviation_of(losses),
             "sparsity": last("sparsity"),
@@ -159,9 +134,12 @@ class Group:
             "coeff_peak": _geometric_mean(max(c) for c in coeffs if c),
             "coeff_last": _geometric_mean(c[-1] for c in coeffs if c),
             "dead_experts": last("dead_experts"),
+            "experts": size.num_moe_layers * size.num_experts if size else None,
             "expert_load_max": last("expert_load_max"),
             "expert_load_cv": last("expert_load_cv"),
-            "tokens_per_second": last("tokens_per_second"),
+            "expert_ranks": expert_ranks(size.num_experts) if size and size.num_experts else None,
+            "busiest_rank_load": busiest,
+            "step_time": step_time,
             "accuracy": mean_of(map(accuracy, runs)),
         }
 
@@ -180,6 +158,7 @@ class Difference:
         seeds: the number of seeds that both groups have.
         mean: the mean of the differences, which is negative if the first group is better.
         half_width: half the width of the 95% confidence interval by Student's t; None for one seed.
+        verdict: what the differences show (`measures.verdict`); None for one seed.
     """
 
     first: str
@@ -187,27 +166,34 @@ class Difference:
     seeds: int
     mean: float
     half_width: float | None
+    verdict: str | None
 
 
-def paired_difference(first: Group, second: Group) -> Difference | None:
+def paired_difference(first: Group, second: Group, margin: float = MARGIN) -> Difference | None:
     """Compare two groups at the seeds that both have; None if there is no such seed."""
     a, b = first.losses, second.losses
     deltas = [a[seed] - b[seed] for seed in a if seed in b]
     if not deltas:
         return None
-    deviation, half = deviation_of(deltas), None
-    if deviation is not None:
-        t = _T95[min(len(deltas) - 1, len(_T95)) - 1]
-        half = t * deviation / math.sqrt(len(deltas))
-    return Difference(first.name, second.name, len(deltas), statistics.fmean(deltas), half)
+    half = found = None
+    if len(deltas) > 1:
+        half, found = half_width(deltas), verdict(deltas, margin)
+    return Difference(first.name, second.name, len(deltas), statistics.fmean(deltas), half, found)
 
 
 @dataclass(frozen=True)
 class RunComparison:
-    """Groups of runs, and the differences between routers whose other settings are equal."""
+    """Groups of runs, and the differences between routers whose other settings are equal.
+
+    Attributes:
+        groups: the groups, in the order of the tables.
+        differences: the differences.
+        margin: the margin of equivalence, in nats.
+    """
 
     groups: list[Group]
     differences: list[Difference]
+    margin: float
 
     def to_csv(self) -> str:
         """Return the groups as CSV, unrounded."""
@@ -219,33 +205,45 @@ class RunComparison:
         return text.getvalue()
 
     def to_markdown(self) -> str:
-        """Return tables of quality and routing, and of the differences."""
+        """Return tables of quality, routing and load, and of the differences."""
         rows = [group.row for group in self.groups]
         lines = markdown.table(rows, markdown.QUALITY)
         routed = [row for row in rows if row["sparsity"] is not None]
         if routed:
             lines += ["", *markdown.table(routed, markdown.ROUTING)]
+            lines += ["", *markdown.table(routed, markdown.LOAD)]
         if self.differences:
-            text = "Validation loss, first minus second, at equal seed; 95% confidence interval by"
             cells = []
             for d in self.differences:
                 interval = "" if d.half_width is None else f" ± {d.half_width:.4f}"
-                cells.append((d.first, d.second, d.seeds, f"{d.mean:+.4f}{interval}"))
-            titles = ("first", "second", "seeds", "difference")
-            lines += ["", f"{text} Student's t:", "", *markdown.lines(titles, cells)]
+                found = d.verdict or "one seed"
+                cells.append((d.first, d.second, d.seeds, f"{d.mean:+.4f}{interval}", found))
+            titles = ("first", "second", "seeds", "difference", "the first is")
+            lines += [
+                "",
+                "Validation loss, first minus second, at equal seed; 95% confidence interval by "
+                f"Student's t. Equivalent: two one-sided tests at 5% and a margin of "
+                f"{self.margin:g}.",
+                "",
+                *markdown.lines(titles, cells),
+            ]
         return "\n".join(lines)
 
 
-def compare(runs: list[Run], baseline: Path | None = None) -> RunComparison:
+def compare(runs: list[Run], baseline: Path | None = None, margin: float = MARGIN) -> RunComparison:
     """Group runs by everything but their seed, and pair the routers.
 
     Args:
         runs: the runs.
         baseline: one of the runs; other groups with its router are compared with its group as well.
+        margin: the smallest difference in validation loss that matters, in nats.
 
     Raises:
-        ValueError: two runs have the same settings and seed, or the baseline is none of the runs.
+        ValueError: two runs have the same settings and seed, or losses of different tasks, or the
+            baseline is none of the runs, or the margin is not above 0.
     """
+    check_margin(margin)
+    _refuse_two_tasks(runs)
     routers = {run.path: router_of(run.config) for run in runs}
     groups: dict[tuple[str, str], Group] = {}
     for run in runs:
@@ -269,18 +267,28 @@ def compare(runs: list[Run], baseline: Path | None = None) -> RunComparison:
     if baseline is not None:
         base = _group_of(ordered, baseline)
         pairs += [(g, base) for g in ordered if g.router == base.router and g is not base]
-    differences = [paired_difference(*pair) for pair in pairs]
-    return RunComparison(ordered, [d for d in differences if d is not None])
+    differences = [paired_difference(*pair, margin) for pair in pairs]
+    return RunComparison(ordered, [d for d in differences if d is not None], margin)
 
 
-def _order(group: Group) -> tuple[int, list[tuple[bool, float, str]]]:
+def _refuse_two_tasks(runs: list[Run]) -> None:
+    """Refuse losses of hidden tokens beside losses of next tokens, which are no like quantities."""
+    tasks = {bool(run.config.get("masked_lm")): run.path for run in runs}
+    if len(tasks) > 1:
+        raise ValueError(
+            f"{tasks[True]} was trained with masked_lm and {tasks[False]} without, and losses of "
+            f"hidden tokens cannot be compared with those of next tokens; compare them apart"
+        )
+
+
+def _order(group: Group) -> tuple[Any, list[tuple[bool, float, str]]]:
     """Order groups by router, then by their settings, of which numbers are ordered by size."""
 
     def key(value: Any) -> tuple[bool, float, str]:
         is_number = isinstance(value, int | float)
         return not is_number, float(value) if is_number else 0.0, str(value)
 
-    return ROUTERS.index(group.router), [key(value) for _, value in group.settings]
+    return order_of(group.any_run.config), [key(value) for _, value in group.settings]
 
 
 def _group_of(groups: list[Group], path: Path) -> Group:
@@ -291,9 +299,14 @@ def _group_of(groups: list[Group], path: Path) -> Group:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """Return the settings that distinguish runs; a granularity that is left out is 1."""
-    default = {"moe_granularity": 1} if run.config.get("num_experts") else {}
-    return {key: value for key, value in (default | run.config).items() if key not in _PLACES}
+    """Return the settings that distinguish runs with one router; what is left out has its default.
+
+    Settings that the router's name tells are not among them.
+    """
+    settings = run.config | {
+        k: v for k, v in defaults_of(run.config).items() if k not in run.config
+    }
+    return {key: value for key, value in settings.items() if key not in _PLACES | NAMED}
 
 
 def _varying(run: Run, alike: list[Run]) -> tuple[tuple[str, Any], ...]:
@@ -308,5 +321,5 @@ def _varying(run: Run, alike: list[Run]) -> tuple[tuple[str, Any], ...]:
 def _comparable(first: Group, second: Group) -> bool:
     """Return whether two routers agree in all settings that both have and that are no router's."""
     a, b = _settings(first.any_run), _settings(second.any_run)
-    common = [key for key in a if key in b and not key.startswith(_ROUTER_SETTINGS)]
-    return all(a[key] == b[key] for key in common)
+    different = [key for key in a if key in b and a[key] != b[key]]
+    return all(map(is_router_setting, different))

@@ -63,6 +63,15 @@ def _params(row: Row) -> str:
     return f"{row['active_params'] / 1e6:.2f}M / {row['total_params'] / 1e6:.2f}M"
 
 
+def _dead(row: Row) -> str:
+    text = _number("dead_experts", ".1f")(row)
+    return f"{text} of {row['experts']}" if text and row["experts"] else text
+
+
+def _ranks(row: Row) -> str:
+    return "" if row["busiest_rank_load"] is None else _number("expert_ranks", "d")(row)
+
+
 def _run(row: Row) -> str:
     return str(row["run"])
 
@@ -74,7 +83,6 @@ QUALITY = {
     "active / total parameters": _params,
     "validation loss": _loss,
     "accuracy, %": _number("accuracy", ".2f", scale=100),
-    "tokens/s": _number("tokens_per_second", ".0f"),
 }
 ROUTING = {
     "run": _run,
@@ -84,9 +92,15 @@ ROUTING = {
     "of means of 10": _number("oscillation", ".4f"),
     "coefficient, highest": _number("coeff_peak", ".1e"),
     "coefficient, last": _number("coeff_last", ".1e"),
-    "dead experts": _number("dead_experts", ".1f"),
-    "most loaded / mean": _number("expert_load_max", ".2f"),
+}
+LOAD = {
+    "run": _run,
+    "dead experts": _dead,
+    "busiest expert / mean": _number("expert_load_max", ".2f"),
     "variation of load": _number("expert_load_cv", ".3f"),
+    "EP": _ranks,
+    "busiest rank / mean": _number("busiest_rank_load", ".2f"),
+    "step time / even": _number("step_time", ".3f"),
 }
 GATES: Columns = {
     "active": _mean("active_experts"),

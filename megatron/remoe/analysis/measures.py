@@ -1,10 +1,12 @@
-"""Measures of single runs: losses, and how their sparsity settles and oscillates."""
+"""Measures of runs: losses, how sparsity settles and oscillates, and what a difference shows."""
 
 import json
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from scipy.special import stdtrit
 
 from megatron.remoe.analysis.runs import Run
 
@@ -74,3 +76,62 @@ def deviation_of(values: list[float]) -> float | None:
         return None
     # `statistics` fails on values that are not finite.
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def half_width(differences: Sequence[float], confidence: float = 0.95) -> float:
+    """Return half the width of the two-sided confidence interval of a mean, by Student's t.
+
+    Raises:
+        ValueError: there are fewer than two differences.
+    """
+    count = len(differences)
+    if count < 2:
+        raise ValueError(
+            f"{count} difference{'s' * (count != 1)} between paired runs cannot be tested; train "
+            f"both routers with at least 2 common seeds"
+        )
+    deviation = deviation_of(list(differences))
+    quantile = stdtrit(count - 1, (1 + confidence) / 2)
+    return float(quantile) * (math.nan if deviation is None else deviation) / math.sqrt(count)
+
+
+def verdict(differences: Sequence[float], margin: float) -> str:
+    """Return what paired differences show: lower, higher, equivalent within a margin, or undecided.
+
+    Two one-sided t-tests, each at 5%, find equivalence: they reject a mean of `-margin` or less and
+    one of `margin` or more. That is so exactly if the 90% confidence interval lies within the
+    margin (D. J. Schuirmann, 1987, https://doi.org/10.1007/BF01068419). Otherwise the mean is lower
+    or higher if the 95% interval excludes zero. Equivalence comes first: a difference that is real
+    but smaller than a margin stated beforehand does not matter.
+
+    Args:
+        differences: the first router's loss minus the second's, one per seed.
+        margin: the smallest difference of the means that matters, in the unit of the differences.
+
+    Returns:
+        "lower", "higher", "equivalent within M" or "undecided", as it is with a value that is not
+        finite.
+
+    Raises:
+        ValueError: there are fewer than two differences, or the margin is not above 0.
+    """
+    check_margin(margin)
+    wide, narrow = half_width(differences), half_width(differences, 0.9)
+    mean = sum(differences) / len(differences)
+    if abs(mean) + narrow < margin:
+        return f"equivalent within {margin:g}"
+    if abs(mean) > wide:
+        return "lower" if mean < 0 else "higher"
+    return "undecided"
+
+
+def check_margin(margin: float) -> None:
+    """Refuse a margin of equivalence that is no positive number.
+
+    Raises:
+        ValueError: naming the margin.
+    """
+    if not 0 < margin < math.inf:
+        raise ValueError(
+            f"the margin is {margin:g}; it must be above 0, in nats of validation loss"
+        )

@@ -30,17 +30,22 @@ def plot_curves(run: Run, path: Path) -> None:
 
 @contextmanager
 def figure_file(path: Path, panels: int, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
-    """Yield a figure and its panels, one below the other; save it as a PNG afterwards."""
+    """Yield a figure and its panels, one below the other; save it afterwards.
+
+    The format is that of the path's suffix. An SVG is the same whenever it is drawn from the same
+    numbers.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "remoe"
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
         panels, 1, figsize=size, sharex=True, squeeze=False, layout="constrained"
     )
     yield figure, axes[:, 0]
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
 
 

@@ -180,6 +180,13 @@ class ModelSize:
         scores = 2 * self.num_layers * self.seq_length * self.query_width
         return 3 * 2 * self.seq_length * (weights + scores)
 
+    @property
+    def expert_share(self) -> float:
+        """The share of the experts in the operations of a sequence; shared ones are not counted."""
+        weights = self.hidden * self.matrices * self.expert_width
+        flops = 3 * 2 * self.seq_length * self.num_moe_layers * self.rows_per_token * weights
+        return flops / self.flops_per_sequence
+
 
 def _of_router(
     router: str, flags: Mapping[str, Any], experts: int, topk: int, granularity: int

@@ -28,7 +28,7 @@ def layer(
     experts: list[int] | None = None,
     topk: int = 1,
     soft: bool = False,
-    sequence: AtLeastOne = 512,
+    sequence: AtLeastOneOrNone = None,
     dtype: str = "fp32",
     rounds: AtLeastOne = 10,
     json_path: Json = None,
@@ -47,9 +47,14 @@ def layer(
         experts: The numbers of experts, by default 8. All alternatives run at the first number, and
             ReMoE at the others.
         soft: Time Soft MoE at every number of experts, and a dense MLP that costs as much.
-        sequence: The number of tokens of a sequence, and of the slots of all experts, with --soft.
+        sequence: The number of tokens of a sequence, and of the slots of all experts, with --soft,
+            by default 512.
         dtype: The type of weights and tokens: fp32 or bf16.
     """
+    if soft and topk != 1:
+        raise ValueError(f"topk is {topk}, and Soft MoE selects no experts; leave --topk out")
+    if sequence is not None and not soft:
+        raise ValueError(f"sequence is {sequence}, and only --soft has sequences; leave it out")
     _prepare()
     from megatron.remoe.bench import main
 
@@ -64,7 +69,7 @@ def layer(
     wanted = [*(experts or []), *(more_experts or [])] or [8]
     timing = main.Timing(rounds, json_path)
     if soft:
-        main.soft_layer(sizes, sequence, wanted, dtype, timing)
+        main.soft_layer(sizes, sequence or 512, wanted, dtype, timing)
     else:
         main.layer(sizes, wanted, dtype, timing)
 

@@ -259,23 +259,33 @@ def plot(run_dir: Path, out: Path | None = None) -> None:
 
 
 @command(app)
-def compare(runs: list[Path], out: Path | None = None, baseline: Path | None = None) -> None:
-    """Compare runs by a table, by paired differences between routers, and by the paper's figures.
+def compare(
+    runs: list[Path],
+    out: Path | None = None,
+    baseline: Path | None = None,
+    margin: float = 0.05,
+) -> None:
+    """Compare runs by tables, by paired differences between routers, and by the paper's figures.
+
+    Speed is not compared, since runs often share a machine; remoe bench measures it.
 
     Example: remoe compare runs/routers --out docs/results/routers
 
     Args:
         runs: The run directories, or folders of run directories.
-        out: The folder to which table.md, table.csv and figures are written. By default the table
-            is only printed.
+        out: The folder to which table.md, table.csv and figures are written. By default the tables
+            are only printed.
         baseline: The run with which runs of the same router but other settings are compared. By
             default only routers are compared with each other.
+        margin: The smallest difference in validation loss that matters, in nats. Two routers are
+            equivalent if they differ by less, by two one-sided tests at 5%. State it before you see
+            the runs.
     """
     from megatron.remoe.analysis import compare as tables
     from megatron.remoe.analysis import figures
 
     loaded = tables.load_runs(runs)
-    comparison = tables.compare(loaded, baseline)
+    comparison = tables.compare(loaded, baseline, margin)
     table = comparison.to_markdown()
     typer.echo(table)
     if out is not None:

@@ -32,8 +32,11 @@ def mask_token(vocab_size: int, padded_vocab_size: int) -> int:
 class MaskedTokens(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Samples of a GPT dataset with hidden tokens; the same index has the same ones.
 
+    Reading a sample with padding, whose loss mask has zeros, raises a ValueError.
+
     Args:
-        dataset: Megatron's dataset, of samples with `tokens` `[s]` and `position_ids` `[s]`.
+        dataset: Megatron's dataset, of samples with `tokens`, `loss_mask` and `position_ids`, all
+            `[s]`.
         seed: of the choice.
         mask: the token that hides others.
         end_of_document: the token that is never chosen.
@@ -53,6 +56,11 @@ class MaskedTokens(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = self.dataset[index]
+        if not sample["loss_mask"].all():
+            raise ValueError(
+                f"sample {index} of masked_lm has padding, which would be hidden and attended to "
+                f"as text is; write token files without padding (remoe data tokenize does)"
+            )
         labels = sample["tokens"]
         chosen, tokens = self._hide(labels.numpy(), np.random.default_rng([self.seed, int(index)]))
         return {

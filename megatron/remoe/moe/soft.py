@@ -81,6 +81,9 @@ class SoftRouter(MegatronModule):
         Args:
             input: `[s, b, H]`.
             padding_mask: bool `[s, b]`, True for padding tokens, or None.
+
+        Raises:
+            ValueError: a mask of another shape.
         """
         logits = soft_logits(input.transpose(0, 1), self.weight, self.scale)
         mask = None if padding_mask is None else padding_mask.transpose(0, 1)

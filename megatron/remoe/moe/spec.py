@@ -61,6 +61,8 @@ def layer_spec(
         routing: settings of a router; None keeps Megatron's TopK router, which does not count.
             Without experts in the model config the layers are dense either way.
         bidirectional: whether every token attends to all tokens that are no padding, as in BERT.
+            With padding a caller gives the model an `attention_mask` as well as a `padding_mask`,
+            which Megatron hands to routers only.
     """
 
     def build(model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:

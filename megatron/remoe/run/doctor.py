@@ -34,6 +34,7 @@ _OPTIONAL = {
     "tensorboard": "tensorboard_dir",
     "wandb": "wandb_project (pip install 'remoe[wandb]')",
     "matplotlib": "remoe plot (pip install 'remoe[analysis]')",
+    "scipy": "remoe compare (pip install 'remoe[analysis]')",
 }
 
 

@@ -277,6 +277,7 @@ def _refuse_other_shape(args: argparse.Namespace, saved: Saved) -> None:
     for name, before, now in (
         ("num_experts", saved.get("num_experts"), args.num_experts),
         ("moe_ffn_hidden_size", _width(saved.args), _width(args)),
+        *_slots(args, saved),
     ):
         if None not in (before, now) and before != now:
             raise ValueError(
@@ -284,6 +285,14 @@ def _refuse_other_shape(args: argparse.Namespace, saved: Saved) -> None:
                 f"{saved.get('moe_granularity', 1)}), and this run {now} (with moe_granularity "
                 f"{granularity}); pass the flags that it was trained with"
             )
+
+
+def _slots(args: argparse.Namespace, saved: Saved) -> list[tuple[str, int | None, int | None]]:
+    """Return the slots per expert of both, of which routers of Soft MoE have a row each."""
+    if saved.router != "soft":
+        return []
+    name = "moe_soft_slots_per_expert"
+    return [(name, saved.get(name), getattr(args, name, None))]
 
 
 def _width(args: argparse.Namespace) -> int | None:
