@@ -148,7 +148,8 @@ def routers() -> list[Cell]:
             cells += variants(one[1:], f"router {name}, recurrent: ", recurrence="gru", **router)
         if routing().varies:
             chunked: dict[str, Any] = {"max_assignments": 64} | router
-            cells += variants([Cell("EP2", 2, ep=2)], f"router {name}, chunked: ", **chunked)
+            ep2 = Cell("EP2", 2, ep=2, run=one[0].run)
+            cells += variants([ep2], f"router {name}, chunked: ", **chunked)
     variants_of_relu: dict[str, dict[str, Any]] = {
         "squared load": {"load_balancing": "squared"},
         "load of the step before": {"load_balancing": "global_batch"},
