@@ -160,10 +160,23 @@ def save_golden_weights(cell: Cell, golden: dict[str, Any], weights: Path) -> No
     initialize(cell)
     (model,), _ = _models(cell, config, wrap=False)
     fill_with_golden_weights(model, config["seed"])
+    if cell.router == "relu_rms":
+        _enlarge_logits(model)
     if cell.routing is not None:
         make_extreme(model, cell.routing)
     weights.mkdir(parents=True, exist_ok=True)
     dist_checkpointing.save(model.sharded_state_dict(), str(weights))
+
+
+@torch.no_grad()
+def _enlarge_logits(model: Any) -> None:
+    """Multiply the weights of the routers: the RMS norm would amplify the rounding of tiny logits.
+
+    Its slope at a logit z is `1 / z`, and up to 1000.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(".router.weight"):
+            parameter.mul_(16)
 
 
 def initialize(cell: Cell) -> None:

@@ -22,6 +22,7 @@ from megatron.remoe.verify.trajectories import (
     TrajectoryResult,
     table,
 )
+from remoe.config import ROUTINGS
 
 _GRU: dict[str, Any] = {"recurrence": "gru"}
 _SHARDED_GRU = DISTRIBUTED | _GRU
@@ -56,6 +57,20 @@ _LAYOUTS = [
     Cell("soft 1", router="soft"),
     Cell("soft TP2 x EP2", 2, tp=2, ep=2, router="soft"),
 ]
+# Every other router, and ReLU routing with all of its state.
+_ROUTERS: dict[str, dict[str, Any]] = {
+    **{name: {"router": name} for name in ROUTINGS if name not in ("relu", "topk", "soft")},
+    "relu, load of the step before": {"load_balancing": "global_batch", "per_layer": True},
+}
+_LAYOUTS += [
+    replace(cell, name=f"router {name}: {cell.name}", **changes)
+    for name, changes in _ROUTERS.items()
+    for cell in (
+        Cell("1"),
+        Cell("TP2", 2, tp=2),
+        Cell("EP2, distributed optimizer", 2, ep=2, **DISTRIBUTED),
+    )
+]
 _ACROSS = {
     "1": ("DP2", "EP2", "TP2", "PP2", "DP2 x EP2"),
     "EP2": ("1", "TP2", "PP2", "TP2 x PP2"),
@@ -86,6 +101,8 @@ _ACROSS = {
     "recurrent DP2 x PP2, distributed optimizer": ("recurrent PP2, distributed optimizer",),
     "soft 1": ("soft TP2 x EP2",),
     "soft TP2 x EP2": ("soft 1",),
+    **{f"router {name}: 1": (f"router {name}: TP2",) for name in _ROUTERS},
+    **{f"router {name}: TP2": (f"router {name}: 1",) for name in _ROUTERS},
     "bf16: EP2": ("TP2",),
     "bf16: EP2, distributed optimizer, overlap": ("1, distributed optimizer",),
 }
