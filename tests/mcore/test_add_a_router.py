@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from megatron.remoe.ranks import Ranks
-from remoe.config import Routing
-from tests.mcore import moe_cases
-from tests.mcore.moe_cases import Layout, Outcome
+from remoe.config import ROUTINGS, L1Routing
+from remoe.selections import Tensors
+from tests import test_selections as functions
+from tests.mcore import test_selections as layers
+from tests.mcore import tiny
+from tests.mcore.moe_cases import Layout
 
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
+NAME = "squared_relu"
 
 
 @pytest.fixture(scope="module")
@@ -30,51 +34,67 @@ def blocks() -> list[str]:
     return [textwrap.dedent(code) for code in re.findall(r"```python\n(.*?)```", section, re.S)]
 
 
-def followed(codes: list[str], **imports: Any) -> dict[str, Any]:
-    """Names that the steps define, given those that their files import."""
-    names = {"torch": torch, "Tensor": Tensor, "Routing": Routing, "ClassVar": ClassVar}
-    names |= {"dataclass": dataclasses.dataclass, "__name__": __name__} | imports
-    for code in codes:
-        exec(code, names)
-    return names
+class Followed:
+    """The walk, followed for as long as the context lasts."""
+
+    def __enter__(self) -> dict[str, Any]:
+        tables = (ROUTINGS, functions.CASES, layers.LOOPS, layers.NAMES)
+        self.patches = [mock.patch.dict(table) for table in tables]
+        for patch in self.patches:
+            patch.start()
+        names = {"torch": torch, "Tensor": Tensor, "L1Routing": L1Routing, "Tensors": Tensors}
+        names |= {"ClassVar": ClassVar, "dataclass": dataclasses.dataclass, "__name__": __name__}
+        names |= {"ROUTINGS": ROUTINGS, "CASES": functions.CASES, "Case": functions.Case}
+        names |= {"LOOPS": layers.LOOPS, "NAMES": layers.NAMES}
+        for code in blocks():
+            exec(code, names)
+        return names
+
+    def __exit__(self, *_: object) -> None:
+        for patch in self.patches:
+            patch.stop()
 
 
-def test_the_fast_path_equals_the_loops():
-    names = followed(blocks()[:2])
-    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    router = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    gates, active = names["squared_relu_routing"](x @ router.T)
-    expected = names["reference_squared_relu"](x, router)
-    assert torch.allclose(gates, expected) and torch.equal(active, expected > 0)
-    direction = torch.randn_like(gates)
-    grads = torch.autograd.grad((gates * direction).sum(), (x, router))
-    for ours, theirs in zip(
-        grads, torch.autograd.grad((expected * direction).sum(), (x, router)), strict=True
-    ):
-        assert torch.allclose(ours, theirs)
+def test_the_walk_has_less_than_sixty_lines():
+    assert 20 < sum(len(code.splitlines()) for code in blocks()) < 60
+
+
+def test_the_function_passes_the_tests_of_all_selections():
+    with Followed():
+        functions.test_values_and_gradients_equal_those_of_loops(NAME)
+        functions.test_the_map_is_where_gates_are_and_nothing_flows_elsewhere(NAME)
+        functions.test_permuted_tokens_and_experts_are_routed_alike(NAME)
+        functions.test_a_token_alone_is_routed_as_among_others(NAME)
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
-def test_the_router_equals_its_reference_on_two_ranks(ranks, dispatcher):
-    reference = followed(blocks()[:2])["reference_squared_relu"]
-    expected = moe_cases.expected(2, 0.0, 0.0, reference)
-    for ours, theirs in zip(ranks.run(outcome, Layout(dispatcher, ep=2)), expected, strict=True):
-        for field in dataclasses.fields(ours):
-            a, b = getattr(ours, field.name), getattr(theirs, field.name)
-            if field.name == "stats":  # the first of them is a penalty, which this router lacks
-                a, b = a[1:], b[1:]
-            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, b.abs().max())), field.name
+def test_the_layer_equals_its_loops_on_two_ranks(ranks, dispatcher):
+    outcomes = ranks.run(outcome, Layout(dispatcher, ep=2))
+    with Followed():
+        layers.compare(outcomes, NAME)
 
 
-def outcome(layout: Layout) -> Outcome:
-    from megatron.core.transformer.moe.router import Router
+def outcome(layout: Layout):
+    with Followed():
+        return layers.outcome(NAME, layout)
 
-    from megatron.remoe.moe import spec
-    from megatron.remoe.moe.counting import CountsRouting
 
-    with mock.patch.dict(spec.ROUTERS):
-        imports = {"Router": Router, "CountsRouting": CountsRouting, "ROUTERS": spec.ROUTERS}
-        names = followed(blocks(), **imports)
-        layer = moe_cases.build_layer(layout, 0.0, routing=names["SquaredReLURouting"]())
-    assert type(layer.router).__name__ == "SquaredReLURouter"
-    return moe_cases.outcome_of(layer, 0.0)
+def facts():
+    tiny._parser()  # Megatron's reads the file of a class, which the new one does not have
+    with Followed():
+        parsed = []
+        for name in (NAME, "squared"):
+            given = ["--num-experts", "4", "--moe-router-topk", "1", "--moe-routing", name]
+            parsed.append(tiny.parse(*given, "--moe-relu-load-balancing", "squared"))
+        _, out, _ = tiny.remoe(Path.cwd(), "routers")
+        return layers.facts_of(NAME), parsed, out
+
+
+def test_flags_checkpoints_and_the_list_of_routers_follow(call):
+    (names, (plain, again), exact, dtype), parsed, out = call(facts)
+    assert names == {"weight", "l1_coeff"}
+    assert torch.equal(plain, again) and exact and dtype == torch.bfloat16
+    (args, _), (_, error) = parsed
+    assert args["moe_routing"] == NAME and args["moe_router_dtype"] == "fp32"
+    assert error.startswith("error: moe_routing is squared, which is no router; choose one of relu")
+    assert NAME in out and "an example" in out

@@ -115,11 +115,11 @@ def test_the_published_flags_and_exported_names_stay():
         ("--moe-router-recurrent-passing", "recurrent_passing", True),
         ("--moe-router-recurrent-projection", "recurrent_projection", True),
         ("--moe-soft-slots-per-expert", "slots_per_expert", False),
-        ("--moe-relu-l1-reg-coeff-per-layer", "l1_coeff_per_layer", False),
+        ("--moe-relu-l1-reg-coeff-per-layer", "l1_coeff_per_layer", True),
         ("--moe-top-p-init", "top_p_init", False),
-        ("--moe-top-p-multiplier", "top_p_multiplier", False),
-        ("--moe-expert-threshold-decay", "expert_threshold_decay", False),
-        ("--moe-null-experts", "num_null_experts", False),
+        ("--moe-top-p-multiplier", "top_p_multiplier", True),
+        ("--moe-expert-threshold-decay", "expert_threshold_decay", True),
+        ("--moe-null-experts", "num_null_experts", True),
     }
 
 
