@@ -82,7 +82,7 @@ def test_without_experts_every_key_of_theirs_is_dropped():
         "num_experts",
         "moe_grouped_gemm",
         "expert_model_parallel_size",
-        "moe_relu_routing",
+        "moe_routing",
         "moe_router_topk",
         "moe_token_dispatcher_type",
         "moe_relu_l1_reg_coeff_init",
@@ -222,7 +222,7 @@ def example_command_lines() -> dict[str, list[str]]:
 def test_every_example_is_made_of_known_flags_with_valid_values(call):
     argvs = call(example_command_lines)
     assert {"quickstart.yaml", "bases/llama.yaml"} <= argvs.keys()
-    assert {"--moe-relu-routing", "--swiglu"} <= set(argvs["quickstart.yaml"])
+    assert {"--moe-routing", "--swiglu"} <= set(argvs["quickstart.yaml"])
 
 
 EXPERTS = ["--num-experts", "4", "--moe-router-topk", "2"]
