@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import remoe.hf  # This import registers the model with transformers.
+from remoe.hf.configuration_remoe import L1_ROUTERS
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -40,7 +41,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model).train()
     config = model.config
-    if not isinstance(model, remoe.hf.ReMoEForCausalLM) or config.router_type != "relu":
+    if not isinstance(model, remoe.hf.ReMoEForCausalLM) or config.router_type not in L1_ROUTERS:
         parser.error(f"{options.model} has no ReLU router, so it has no sparsity to control")
     if config.l1_coeff is None:
         config.l1_coeff = [config.l1_coeff_init] * len(config.moe_layers)

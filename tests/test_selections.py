@@ -252,8 +252,8 @@ def test_initial_scale_makes_the_first_k_gates_of_norm_one(experts, k):
 def test_the_penalty_reaches_the_target(name, topk):
     """A router that learns gates of a teacher ends near k experts, and keeps its scale.
 
-    With a penalty on gates, scales fall to a tenth; with one on ReLU gates of RMS one, the mean is
-    half an expert above k = 1.
+    With a penalty on gates some scales fall to zero; with one on the normed gates of `relu_rms` the
+    mean is half an expert above k = 1.
     """
     selects = {
         "relu_rms": (relu_rms.relu_rms_routing, relu_rms.relu_rms_penalized, 8),

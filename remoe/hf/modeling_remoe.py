@@ -540,7 +540,7 @@ class ReMoEPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["ReMoEDecoderLayer"]
     # Accelerate would move the cell, which is a module, from layer to layer.
     _skip_keys_device_placement = ["past_key_values", "cell"]
-    _keep_in_fp32_modules_strict = {"recurrent_cell", "thresholds", "load"}
+    _keep_in_fp32_modules_strict = {"recurrent_cell"}
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

@@ -156,6 +156,21 @@ def through_hf(flags: dict[str, Any], home: Path) -> Outcome:
     )
 
 
+def refusal(router: str) -> str:
+    """What an export says of a model with another router."""
+    from megatron.remoe.arguments import megatron_parser
+    from megatron.remoe.convert.architecture import to_config
+    from megatron.remoe.run.argv import to_argv
+
+    parser = megatron_parser()
+    flags = FLAGS | RELU | {"moe_relu_routing": False, "moe_routing": router, "kv_channels": 8}
+    try:
+        to_config(parser.parse_args(to_argv(flags, parser)))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def save_legacy(flags: dict[str, Any], home: Path) -> None:
     """One model as a torch_dist checkpoint and as the old one-file kind."""
     from megatron.remoe.convert.source import MegatronSource

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron.remoe.options import router_name
+from megatron.remoe.run import rundir
 from megatron.remoe.run.argv import to_argv
 from megatron.remoe.run.config import RunConfig, load_config
 from tests.mcore import tiny
@@ -80,7 +82,7 @@ def test_without_experts_every_key_of_theirs_is_dropped():
         "num_experts",
         "moe_grouped_gemm",
         "expert_model_parallel_size",
-        "moe_relu_routing",
+        "moe_routing",
         "moe_router_topk",
         "moe_token_dispatcher_type",
         "moe_relu_l1_reg_coeff_init",
@@ -90,6 +92,48 @@ def test_without_experts_every_key_of_theirs_is_dropped():
         "moe_router_pre_softmax",
     }
     assert dense.flags == {k: v for k, v in sparse.flags.items() if k not in dropped}
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "chosen"),
+    [
+        # The three keys choose one router, and the last choice counts.
+        ("moe_routing: relu", "moe_relu_routing=false", "topk"),
+        ("moe_routing: relu", "moe_routing=top_p", "top_p"),
+        ("moe_relu_routing: true", "moe_routing=top_p", "top_p"),
+        ("moe_relu_routing: true", "moe_soft_routing=true", "soft"),
+        ("moe_relu_routing: true", "moe_soft_routing=false", "relu"),
+        ("moe_routing: top_p", "moe_relu_routing=false", "top_p"),
+        ("moe_routing: top_p", "moe_relu_routing=true", "relu"),
+        ("moe_relu_routing: false\nmoe_soft_routing: true", "moe_soft_routing=false", "topk"),
+        ("moe_relu_routing: true", "moe_routing=null", "relu"),
+        ("moe_routing: top_p", "lr=1", "top_p"),
+    ],
+)
+def test_the_last_choice_of_a_router_counts(tmp_path, below, above, chosen):
+    base = write(tmp_path / "base.yaml", f"num_experts: 4\n{below}\n")
+    key, _, value = above.partition("=")
+    file = write(tmp_path / "file.yaml", f"base: base.yaml\n{key}: {value}\n")
+    for config in (load_config(base, [above]), load_config(file)):
+        assert router_name(config.flags) == chosen
+
+
+def test_a_config_that_chooses_two_routers_is_refused(tmp_path):
+    file = write(
+        tmp_path / "two.yaml", "moe_routing: top_p\nmoe_relu_routing: true\nnum_experts: 4\n"
+    )
+    with pytest.raises(ValueError, match="moe_routing is top_p and moe_relu_routing are both set"):
+        router_name(load_config(file).flags)
+
+
+def test_a_run_goes_on_whatever_key_names_its_router(tmp_path):
+    """Runs of earlier versions have the published keys in their `config.yaml`."""
+    published = {"num_experts": 4, "moe_relu_routing": True, "moe_soft_routing": False}
+    rundir.write_config(RunConfig(tmp_path, 1, published))
+    rundir.refuse_another_run(RunConfig(tmp_path, 1, {"num_experts": 4, "moe_routing": "relu"}))
+    other = RunConfig(tmp_path, 1, {"num_experts": 4, "moe_routing": "top_p"})
+    with pytest.raises(ValueError, match="holds a run that differs in moe_routing; give this one"):
+        rundir.refuse_another_run(other)
 
 
 def test_run_dir_and_nproc_are_not_flags(tmp_path):
@@ -178,7 +222,7 @@ def example_command_lines() -> dict[str, list[str]]:
 def test_every_example_is_made_of_known_flags_with_valid_values(call):
     argvs = call(example_command_lines)
     assert {"quickstart.yaml", "bases/llama.yaml"} <= argvs.keys()
-    assert {"--moe-relu-routing", "--swiglu"} <= set(argvs["quickstart.yaml"])
+    assert {"--moe-routing", "--swiglu"} <= set(argvs["quickstart.yaml"])
 
 
 EXPERTS = ["--num-experts", "4", "--moe-router-topk", "2"]

@@ -21,6 +21,7 @@ from tests.mcore.convert_cases import (
     RELU,
     TOPK,
     UNTIED,
+    refusal,
     reshard,
     save_legacy,
     through_hf,
@@ -70,6 +71,18 @@ def test_both_forward_passes_agree_and_the_way_back_is_exact(call, tmp_path, fla
     assert outcome.returned_logits == 0
     if "moe_relu_routing" in flags or "moe_routing" in flags:
         assert 0.1 < outcome.active < 0.9
+
+
+def test_routers_that_cannot_be_exported_are_refused_with_the_reason(call):
+    assert call(refusal, "soft") == (
+        "the run has the router soft, which has slots, of which the exported model has none"
+    )
+    assert call(refusal, "expert_choice") == (
+        "the run has the router expert_choice, which looks at whole sequences, and the exported "
+        "model is causal"
+    )
+    assert "router other, which is none that this version knows" in call(refusal, "other")
+    assert call(refusal, "top_p") == ""
 
 
 def test_bf16_agrees_to_its_rounding(call, tmp_path):
@@ -216,7 +229,7 @@ MISTAKES = {
     ),
     "unknown router": (
         lambda f: _edit_config(f, router_type="soft"),
-        "router_type is 'soft'; it must be one of relu, topk_pre_softmax",
+        "config.json has router_type = 'soft'; it must be one of relu, relu_rms",
     ),
     "vocabulary": (
         lambda f: _edit_config(f, vocab_size=90),

@@ -16,6 +16,7 @@ from megatron.remoe.ranks import Ranks, initialize_layout
 from megatron.remoe.run.argv import to_argv
 from megatron.remoe.run.config import load_config
 from remoe import SoftMoELayer, SoftMoELayerConfig
+from remoe.config import ROUTINGS
 from tests.mcore import tiny
 from tests.mcore.test_metrics import ROUTING
 from tests.mcore.test_train import finish, training
@@ -238,9 +239,17 @@ SOFT = [
 
 
 @pytest.mark.parametrize("granularity", [1, 2])
-@pytest.mark.parametrize("router", ["dense", "remoe", "recurrent", "shared projection"])
+@pytest.mark.parametrize(
+    "router",
+    ["dense", "remoe", "recurrent", "shared projection", "relu_rms", "relu_l2", "null_experts",
+     "hash"],
+)  # fmt: skip
 def test_parameters_are_those_of_the_module(call, router, granularity):
     more = [] if router == "dense" else [f"moe_granularity={granularity}"]
+    if router in ROUTINGS:
+        router, more = "remoe", [*more, f"moe_routing={router}"]
+        if more[-1].endswith("null_experts"):
+            more.append("moe_null_experts=24")
     if router in ("recurrent", "shared projection"):
         shared = ["moe_router_recurrent_projection=shared"] * (router == "shared projection")
         router, more = "remoe", [*more, *RECURRENT, *shared]

@@ -66,13 +66,13 @@ class _Spelling:
         pattern: matches the stored name; a group `expert` is the number of a single expert.
         ours: the name in the conversion table, as a template of the pattern's groups.
         join: makes the table's tensor from the stored ones; it is told the number of experts.
-        has_router: whether the layer must have a router; None where it does not matter.
+        has_experts: whether the layer must have experts; None where it does not matter.
     """
 
     pattern: re.Pattern[str]
     ours: str
     join: Callable[[list[Tensor], int], Tensor] = _only
-    has_router: bool | None = None
+    has_experts: bool | None = None
 
 
 def _in_layer(pattern: str) -> re.Pattern[str]:
@@ -80,6 +80,7 @@ def _in_layer(pattern: str) -> re.Pattern[str]:
 
 
 _ROUTER = _in_layer(r"mlp\.router\.weight")
+_OF_EXPERTS = _in_layer(r"mlp\.(router|experts)\..*")  # a router may have no weight
 _EXPERTS = r"\g<layer>mlp.experts.experts.\g<fc>.weight"
 _SPELLINGS = (
     # sequential experts
@@ -113,12 +114,12 @@ _SPELLINGS = (
     _Spelling(
         _in_layer(r"mlp\.linear_fc1\.layer_norm_weight"),
         r"\g<layer>pre_mlp_layernorm.weight",
-        has_router=True,
+        has_experts=True,
     ),
     _Spelling(
         _in_layer(r"pre_mlp_layernorm\.weight"),
         r"\g<layer>mlp.linear_fc1.layer_norm_weight",
-        has_router=False,
+        has_experts=False,
     ),
     # every other name is that of the table
     _Spelling(re.compile(r"(?s:.*)"), r"\g<0>"),
@@ -161,11 +162,12 @@ class CanonicalReader:
     def _resolve(self) -> Iterator[tuple[str, _Stored]]:
         routers = [match for n in self._reader.meta if (match := _ROUTER.fullmatch(n))]
         num_experts = {m["layer"]: sum(self._reader.meta[m[0]].shape[:1]) for m in routers}
+        with_experts = {m["layer"] for n in self._reader.meta if (m := _OF_EXPERTS.fullmatch(n))}
         found: dict[str, tuple[_Spelling, int, dict[int, str]]] = {}
         for name in self._reader.meta:
             if name == COEFFICIENT:
                 continue
-            spelling, match = _spelling_of(name, set(num_experts))
+            spelling, match = _spelling_of(name, with_experts)
             groups = match.groupdict()
             experts = num_experts.get(groups.get("layer", ""), 0)
             key = match.expand(spelling.ours)
@@ -231,11 +233,10 @@ class CanonicalReader:
         return stored.join(parts, stored.num_experts)
 
 
-def _spelling_of(name: str, layers_with_router: set[str]) -> tuple[_Spelling, re.Match[str]]:
+def _spelling_of(name: str, with_experts: set[str]) -> tuple[_Spelling, re.Match[str]]:
     matches = ((spelling, spelling.pattern.fullmatch(name)) for spelling in _SPELLINGS)
     return next(
         (spelling, match)
         for spelling, match in matches
-        if match
-        and spelling.has_router in (None, match.groupdict().get("layer") in layers_with_router)
+        if match and spelling.has_experts in (None, match.groupdict().get("layer") in with_experts)
     )

@@ -148,6 +148,9 @@ def describe_row(row: dict[str, Any]) -> str:
         text += f"  sparsity {row['sparsity']:.3f}"
     if "l1_coeff" in row:
         text += f"  coefficient {row['l1_coeff']:.1e}"
+    for name, word in (("top_p", "p"), ("expert_threshold", "threshold")):
+        if name in row:
+            text += f"  {word} {row[name]:.3f}"
     return text
 
 

@@ -4,8 +4,10 @@ import os
 import socket
 import stat
 from pathlib import Path
+from typing import Any
 
 from megatron.remoe import processes
+from megatron.remoe.options import PUBLISHED, router_name
 from megatron.remoe.run.config import RunConfig, read_yaml
 
 _FILES = ("config.yaml", ".lock", "log.txt", "metrics.jsonl", "curves.png")
@@ -74,13 +76,19 @@ def refuse_another_run(config: RunConfig) -> None:
             f"{config.run_dir} holds a run whose config.yaml is damaged ({error}); choose another "
             f"run_dir, or continue that run with these settings (--force)"
         ) from None
-    here = config.to_dict()
+    there, here = _with_one_key(there), _with_one_key(config.to_dict())
     changed = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
     if changed:
         raise ValueError(
             f"{config.run_dir} holds a run that differs in {', '.join(changed)}; give this one its "
             f"own directory (run_dir=PATH), or continue that run with these settings (--force)"
         )
+
+
+def _with_one_key(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return a config in which one key names the router, which three may choose."""
+    others = {k: v for k, v in flags.items() if k not in ("moe_routing", *PUBLISHED)}
+    return others | ({"moe_routing": router_name(flags)} if flags.get("num_experts") else {})
 
 
 def write_config(config: RunConfig) -> None:

@@ -160,23 +160,10 @@ def save_golden_weights(cell: Cell, golden: dict[str, Any], weights: Path) -> No
     initialize(cell)
     (model,), _ = _models(cell, config, wrap=False)
     fill_with_golden_weights(model, config["seed"])
-    if cell.router == "relu_rms":
-        _enlarge_logits(model)
     if cell.routing is not None:
         make_extreme(model, cell.routing)
     weights.mkdir(parents=True, exist_ok=True)
     dist_checkpointing.save(model.sharded_state_dict(), str(weights))
-
-
-@torch.no_grad()
-def _enlarge_logits(model: Any) -> None:
-    """Multiply the weights of the routers: the RMS norm would amplify the rounding of tiny logits.
-
-    Its slope at a logit z is `1 / z`, and up to 1000.
-    """
-    for name, parameter in model.named_parameters():
-        if name.endswith(".router.weight"):
-            parameter.mul_(16)
 
 
 def initialize(cell: Cell) -> None:
@@ -363,8 +350,7 @@ def _measure(
     if report.l1_reg_L is not None:
         step["l1_reg"] = report.l1_reg_L[has_router].tolist()
     if report.level_L is not None:
+        levels = report.level_L[has_router].tolist()
         name = "l1_coeff_used" if report.l1_coeff is not None else "level"
-        step[name] = (
-            report.level_L[has_router].tolist() if report.per_layer else report.level.item()
-        )
+        step[name] = levels if report.per_layer else levels[0]
     return step
