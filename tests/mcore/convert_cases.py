@@ -163,9 +163,10 @@ def refusal(router: str) -> str:
     from megatron.remoe.run.argv import to_argv
 
     parser = megatron_parser()
-    flags = FLAGS | RELU | {"moe_relu_routing": False, "moe_routing": router, "kv_channels": 8}
+    args = parser.parse_args(to_argv(FLAGS | TOPK | {"kv_channels": 8}, parser))
+    args.moe_routing = router
     try:
-        to_config(parser.parse_args(to_argv(flags, parser)))
+        to_config(args)
     except ValueError as error:
         return str(error)
     return ""

@@ -248,7 +248,7 @@ def steps_of(name, batches, settings=None, layout=None, **changes):
     for batch in batches:
         for seed in batch:
             x = moe_cases.inputs(torch.distributed.get_rank(), seed or 0)
-            padding = torch.full((BATCH, SEQUENCE), seed is None)
+            padding = torch.ones(BATCH, SEQUENCE, dtype=torch.bool) if seed is None else None
             output, _ = layer(x, padding_mask=padding)
             output.sum().backward()
         hook([layer])
@@ -289,6 +289,14 @@ def test_thresholds_of_two_ranks_are_those_of_all_tokens(ranks):
     cutoffs = [logits_of("expert_threshold", 1, rank).sort(dim=0).values[-4] for rank in range(2)]
     for states, _ in found:
         close(states[1]["thresholds"], (cutoffs[0] + cutoffs[1]) / 2)
+
+
+def test_thresholds_of_ranks_that_share_a_sequence_are_those_of_the_sequence(ranks):
+    layout = Layout(tp=2, ep=2)
+    both = torch.cat([logits_of("expert_threshold", 1, rank) for rank in range(2)])
+    for states, reports in ranks.run(steps_of, "expert_threshold", [(1,)], None, layout):
+        close(states[1]["thresholds"], both.sort(dim=0).values[-8])
+        assert reports[0].tokens_L.tolist() == [2 * TOKENS]
 
 
 def test_top_p_falls_while_it_is_too_dense_and_rises_while_it_is_too_sparse(rank):
