@@ -164,7 +164,7 @@ def test_a_forgotten_flag_is_refused_in_every_entry(forgotten):
     _, script, entry = forgotten
     message = (
         "checkpoint checkpoints/iter_0000003 has ReLU routing, and this run has TopK routing; "
-        "pass --moe-relu-routing, or pass --moe-change-routing to change the router on purpose"
+        "pass --moe-routing relu, or pass --moe-change-routing to change the router on purpose"
     )
     assert script.returncode != 0 and entry.returncode != 0
     assert f"ValueError: {message}\n" in script.stderr

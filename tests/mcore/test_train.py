@@ -240,7 +240,7 @@ def test_a_forgotten_flag_is_refused_before_anything_is_written(
     assert (code, error.count("\n")) == (2, 1), error
     assert error.startswith(
         "error: checkpoint relu/checkpoints/iter_0000012 has ReLU routing, and this run has TopK "
-        "routing; pass --moe-relu-routing, or pass --moe-change-routing"
+        "routing; pass --moe-routing relu, or pass --moe-change-routing"
     )
     assert not (home / "forgotten").exists()
 
