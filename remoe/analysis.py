@@ -53,6 +53,25 @@ def outer_balance(scores_TE: Tensor, topk: int) -> Tensor:
     return scores_tE.topk(topk, dim=1).values.sum(dim=1) / scores_tE.sum(dim=1)
 
 
+def frequency_classes(tokens_T: Tensor, num_classes: int) -> Tensor:
+    """Return the class of every token by how often its id occurs, int64 `[T]`, 0 for the rarest.
+
+    Ids are ordered from the rarest to the most frequent, and cut into classes of about
+    `T / num_classes` occurrences. All tokens of an id are in one class. An id that occurs more
+    often than that may leave a class empty.
+
+    Args:
+        tokens_T: ids, integers `[T]`; equally frequent ids are in the order of their numbers.
+        num_classes: number of classes.
+    """
+    _, which_T, counts = tokens_T.unique(return_inverse=True, return_counts=True)
+    rarest_first = counts.argsort(stable=True)
+    before = counts[rarest_first].cumsum(0) - counts[rarest_first]
+    classes = torch.empty_like(before)
+    classes[rarest_first] = before * num_classes // len(tokens_T)
+    return classes[which_T]
+
+
 def leading_expert(scores_TE: Tensor) -> Tensor:
     """Return the expert of the largest score, int64 `[T]`; E for a token without a positive one.
 

@@ -11,6 +11,7 @@ from megatron.remoe.analysis import routing
 from megatron.remoe.analysis.routing import LayerGates, ModelGates
 from remoe.analysis import (
     expert_information,
+    frequency_classes,
     inner_balance,
     joint_counts,
     leading_expert,
@@ -143,7 +144,9 @@ def test_a_shuffle_is_an_order_of_the_same_tokens_which_the_seed_gives():
 
 def gates_of(*layers: torch.Tensor, model: str = "a") -> ModelGates:
     numbered = {2 * i + 1: LayerGates(scores, scores > 0) for i, scores in enumerate(layers)}
-    return ModelGates(Path(model), "relu", TOPK, numbered)
+    tokens = torch.arange(len(layers[0]))
+    domains = {"even": tokens % 2 == 0, "odd": tokens % 2 == 1}
+    return ModelGates(Path(model), "relu", TOPK, numbered, tokens, domains)
 
 
 def test_a_report_has_a_row_for_each_layer_and_one_for_the_tokens_of_all():
@@ -161,10 +164,22 @@ def test_a_report_has_a_row_for_each_layer_and_one_for_the_tokens_of_all():
     every = found.summary
     assert every["active_experts"] == 9 / 8 and every["two_active"] == 2 / 8
     assert every["inner_balance"] == 3 and every["information"] == one["information"]
+    # active experts of the four tokens in both layers: 3 and 1, 0 and 1, 1 and 1, 2 and 0
+    assert [every[f"active_frequency_{i}"] for i in (1, 2, 3, 4)] == [2, 0.5, 1, 1]
+    assert (every["active_domain_even"], every["active_domain_odd"]) == (1.5, 0.75)
+
+
+def test_classes_of_frequency_are_of_whole_ids_and_of_about_as_many_tokens():
+    #                     once: 8; twice: 5, 6; three times: 1; four times: 9
+    tokens = torch.tensor([9, 1, 5, 9, 6, 1, 8, 9, 5, 1, 6, 9])
+    # occurrences before them, from the rarest: 0, 1 and 3, 5, 8
+    classes = {8: 0, 5: 0, 6: 1, 1: 1, 9: 2}
+    assert frequency_classes(tokens, 4).tolist() == [classes[i] for i in tokens.tolist()]
+    assert frequency_classes(tokens, 1).tolist() == [0] * 12
 
 
 def test_layers_that_route_nothing_have_no_balance():
-    row = routing.report(gates_of(torch.zeros(3, 2, dtype=torch.float64)), seed=1).summary
+    row = routing.report(gates_of(torch.zeros(4, 2, dtype=torch.float64)), seed=1).summary
     assert row["active_experts"] == 0
     assert {key for key, value in row.items() if value is None} == {
         "inner_balance", "outer_balance", "outer_balance_mean", *routing._BETWEEN
@@ -178,8 +193,8 @@ def test_runs_that_differ_in_their_seed_are_one_row(tmp_path):
     groups = routing.group_models([other, *runs])
     assert groups == {
         "TopK": runs[:2],
-        "ReMoE, num_layers 2": [runs[2]],
-        "ReMoE, num_layers 3": [runs[3]],
+        "ReMoE, 2 layers": [runs[2]],
+        "ReMoE, 3 layers": [runs[3]],
         str(other): [other],
     }
     made = {path: gates_of(relu_gates(i), relu_gates(9)) for i, path in enumerate([*runs, other])}
@@ -196,4 +211,8 @@ def test_runs_that_differ_in_their_seed_are_one_row(tmp_path):
     assert rows[str(other)]["inner_balance_std"] is None
     text = routing.to_markdown(list(rows.values()))
     assert f"| {rows['TopK']['inner_balance']:.3f} ± {deviation:.3f} |" in text
-    assert len(text.splitlines()) == 6
+    by_token = text.split("\n\n")[1].splitlines()
+    assert by_token[0].startswith("| active experts | rarest quarter | 2 | 3 | most frequent")
+    assert by_token[0].endswith("| even | odd |") and len(by_token) == 6
+    mean = sum(found.summary["active_domain_odd"] for found in reports[:2]) / 2
+    assert f"| {mean:.3f} ±" in by_token[2]

@@ -120,6 +120,13 @@ def test_the_numbers_are_those_of_the_routers_weights(call, home, name):
     ):
         expected = cells_of(scores, model.config.num_experts_per_tok, is_relu)
         assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+    active = sum(scores.gt(0).sum(dim=1) if is_relu else model.config.num_experts_per_tok
+                 for scores in gates) / len(gates)  # fmt: skip
+    active = torch.as_tensor(active).expand(len(gates[0]))
+    first = SEQUENCES["code"] * LENGTH  # tokens of the first domain, which come first here
+    for domain, tokens in (("code", active[:first]), ("prose", active[first:])):
+        found_mean = report["summary"][f"active_domain_{domain}"]
+        assert found_mean == pytest.approx(tokens.double().mean().item())
     information = loop_information(leading(gates[0]), leading(gates[1]))
     assert report["summary"]["information"] == pytest.approx(information, abs=1e-6)
     assert 0 < report["summary"]["information_shuffled"] < information

@@ -115,3 +115,14 @@ GATES: Columns = {
 }
 GATES_OF_LAYERS: Columns = {"layer": lambda row: str(row["layer"])} | GATES
 GATES_OF_RUNS: Columns = {"run": _run, "seeds": _number("seeds", "d")} | GATES
+
+
+def active_by_token(rows: list[Row], num_classes: int) -> Columns:
+    """Return the columns of active experts by frequency class and by domain."""
+    names = ["rarest quarter", *map(str, range(2, num_classes)), "most frequent quarter"]
+    columns: Columns = {"active experts": _run}
+    for number, name in enumerate(names, start=1):
+        columns[name] = _mean(f"active_frequency_{number}")
+    prefix = "active_domain_"
+    keys = (key for key in rows[0] if key.startswith(prefix) and f"{key}_std" in rows[0])
+    return columns | {key.removeprefix(prefix): _mean(key) for key in keys}

@@ -19,6 +19,7 @@ from remoe import analysis
 from remoe.routing import active_experts
 
 Row = dict[str, Any]
+FREQUENCY_CLASSES = 4
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,16 @@ class ModelGates:
         router: the router's type, as in the config for transformers.
         topk: k of the model.
         layers: the gates of every layer with experts, by the layer's number, which begins with 1.
+        tokens: ids of the tokens, int64 `[T]`.
+        domains: the tokens of each domain by its name, bool `[T]`.
     """
 
     model: Path
     router: str
     topk: int
     layers: dict[int, LayerGates]
+    tokens: Tensor
+    domains: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,11 @@ def report(gates: ModelGates, seed: int) -> RoutingReport:
       number, both in nats; with `_shuffled`, the same after the next layer's tokens are shuffled.
 
     In the summary, medians and means are over the tokens of all layers, and both kinds of mutual
-    information are means over pairs of layers.
+    information are means over pairs of layers. It has two more means of active experts:
+
+    - `active_frequency_1` to `active_frequency_4`, over the tokens of a quarter of the text, from
+      the rarest ids to the most frequent ones;
+    - `active_domain_<name>`, over the tokens of a domain.
 
     Args:
         gates: the gates of the model.
@@ -104,6 +113,7 @@ def report(gates: ModelGates, seed: int) -> RoutingReport:
         )
     ]
     summary = {"layer": "all"} | _balance(layers, gates.topk) | _mean_rows(between, _BETWEEN)
+    summary |= _active_by_token(gates)
     tokens = len(layers[0].scores)
     return RoutingReport(gates.model, gates.router, gates.topk, tokens, rows, summary)
 
@@ -120,6 +130,16 @@ def _balance(layers: list[LayerGates], topk: int) -> Row:
         "outer_balance": outer.median().item() if len(outer) else None,
         "outer_balance_mean": outer.mean().item() if len(outer) else None,
     }
+
+
+def _active_by_token(gates: ModelGates) -> Row:
+    """Return the mean number of active experts of a layer for some tokens, or None for none."""
+    active_LT = torch.stack([active_experts(layer.active) for layer in gates.layers.values()])
+    active_T = active_LT.double().mean(dim=0)
+    classes_T = analysis.frequency_classes(gates.tokens, FREQUENCY_CLASSES)
+    kinds = {f"active_frequency_{c + 1}": classes_T == c for c in range(FREQUENCY_CLASSES)}
+    kinds |= {f"active_domain_{name}": of_domain for name, of_domain in gates.domains.items()}
+    return {key: active_T[of].mean().item() if of.any() else None for key, of in kinds.items()}
 
 
 _BETWEEN = (
@@ -181,5 +201,7 @@ def summarize(groups: Mapping[str, list[Path]], reports: list[RoutingReport]) ->
 
 
 def to_markdown(rows: list[Row]) -> str:
-    """Return the table of the rows of `summarize`."""
-    return "\n".join(markdown.table(rows, markdown.GATES_OF_RUNS))
+    """Return the tables of the rows of `summarize`: measures, and active experts by token."""
+    by_token = markdown.active_by_token(rows, FREQUENCY_CLASSES)
+    tables = (markdown.table(rows, columns) for columns in (markdown.GATES_OF_RUNS, by_token))
+    return "\n\n".join("\n".join(lines) for lines in tables)

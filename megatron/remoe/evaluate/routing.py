@@ -57,7 +57,7 @@ def collect(
         ValueError: there are too few tokens for one sequence, or the data has another vocabulary.
     """
     length = sequence_length or default_length(source.config)
-    inputs = _inputs(data, length, tokens, seed)
+    inputs, domains = _inputs(data, length, tokens, seed)
     with exported(source) as folder:
         model = load(folder).to("cuda" if torch.cuda.is_available() else "cpu")
     check_vocabulary(inputs, model)
@@ -82,7 +82,17 @@ def collect(
         )
         for number, parts in found.items()
     }
-    return ModelGates(path, model.config.router_type, model.config.num_experts_per_tok, layers)
+    return ModelGates(
+        path,
+        model.config.router_type,
+        model.config.num_experts_per_tok,
+        layers,
+        inputs.flatten(),
+        {
+            name: torch.tensor([of == name for of in domains]).repeat_interleave(length)
+            for name in dict.fromkeys(domains)
+        },
+    )
 
 
 def _gates(
@@ -101,8 +111,8 @@ def _gates(
     return LayerGates(scores_TE.cpu(), active_TE.cpu())
 
 
-def _inputs(data: Path, length: int, tokens: int, seed: int) -> torch.Tensor:
-    """Return sequences of all domains in turn, int64 `[sequences, length]`."""
+def _inputs(data: Path, length: int, tokens: int, seed: int) -> tuple[torch.Tensor, list[str]]:
+    """Return sequences of all domains in turn, int64 `[sequences, length]`, and their domains."""
     count = tokens // length
     if count == 0:
         raise ValueError(
@@ -110,8 +120,11 @@ def _inputs(data: Path, length: int, tokens: int, seed: int) -> torch.Tensor:
             f"for shorter sequences (--sequence-length)"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        prefixes = find_domains(data).values()
-        sets = [sequences(prefix, length, seed, Path(scratch)) for prefix in prefixes]
-        turns = [(i, domain) for domain in sets for i in range(len(domain))]
-        turns.sort(key=lambda turn: turn[0])
-        return torch.stack([domain[i]["tokens"] for i, domain in turns[:count]])
+        sets = {
+            name: sequences(prefix, length, seed, Path(scratch))
+            for name, prefix in find_domains(data).items()
+        }
+        turns = [(i, name) for name, domain in sets.items() for i in range(len(domain))]
+        turns = sorted(turns, key=lambda turn: turn[0])[:count]
+        inputs = torch.stack([sets[name][i]["tokens"] for i, name in turns])
+        return inputs, [name for _, name in turns]
