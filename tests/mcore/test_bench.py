@@ -24,7 +24,7 @@ SMALL = {
     "layer --soft": "--tokens 64 --hidden 32 --ffn 32 --sequence 32 --experts 4 8 32 --rounds 2",
     "router": "--tokens 64 --hidden 32 --rounds 2",
     "step": "--hidden 32 --ffn 32 --sequence 32 --experts 4 --experts 8 --granularity 2 --rounds 2 "
-    "--recurrence gru --recurrent-size 8",
+    "--recurrence gru --recurrent-size 8 --routing relu_rms --routing top_p --routing hash",
 }
 
 
@@ -93,6 +93,16 @@ def test_steps_route_exactly_k_assignments_per_token(results):
     expected = {"E=4": "0.75000", "E=8": "0.87500", "E=4 G=2": "0.75000"}
     assert sparsity == {
         f"ReMoE {cell}{name}": value for name, value in expected.items() for cell in ("", "gru ")
+    }
+    others = {
+        row["name"]: float(row["facts"]["sparsity"])
+        for row in results["step"]["rows"]
+        if row["name"].startswith(("relu_rms", "top_p", "hash"))
+    }
+    assert others == {
+        "relu_rms E=4": 0.75,
+        "hash E=4": 0.75,
+        "top_p E=4": pytest.approx(0.75, abs=0.02),
     }
 
 

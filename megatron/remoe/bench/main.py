@@ -120,13 +120,21 @@ def router(sizes: LayerSizes, experts: int, dtype: str, timing: Timing) -> None:
            json_path=timing.json_path)  # fmt: skip
 
 
-def step(model: steps.Model, experts: list[int], granularities: list[int], timing: Timing) -> None:
+def step(
+    model: steps.Model,
+    experts: list[int],
+    granularities: list[int],
+    routings: list[str],
+    timing: Timing,
+) -> None:
     """Time training steps, and print how their time grows with experts and granularity."""
     console = Console()
     layers.initialize()
-    found = steps.alternatives(model, experts, granularities)
+    found = steps.alternatives(model, experts, granularities, routings)
     rows = measure(found, rounds=timing.rounds, baseline=steps.DENSE, console=console)
-    settings = model.config() | {"experts": experts, "granularities": granularities}
+    settings = model.config() | {
+        "experts": experts, "granularities": granularities, "routings": routings
+    }  # fmt: skip
     title = (f"A training step: L={model.layers} H={model.hidden_size} F={model.ffn_hidden_size} "
              f"T={model.sequence * model.micro_batch} k={model.topk}")  # fmt: skip
     report(rows, title=title, baseline="dense", settings=settings, console=console,
@@ -139,6 +147,9 @@ def step(model: steps.Model, experts: list[int], granularities: list[int], timin
         if f" {model.recurrence} " in name:
             relative = ratio / times[name.replace(f" {model.recurrence} ", " ")]
             console.print(f"{name}: {relative:.3f} of the time without it", highlight=False)
+        if name.split()[0] in routings:
+            relative = ratio / times[f"TopK E={experts[0]}"]
+            console.print(f"{name}: {relative:.3f} of the time of TopK", highlight=False)
     _growth(rows, [f"ReMoE E={e}" for e in experts], console)
 
 

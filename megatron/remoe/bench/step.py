@@ -1,6 +1,6 @@
 """A whole training step of a small model: ReMoE, TopK and dense, by experts and granularity.
 
-With a recurrence, both routers are also timed with it.
+With a recurrence, both routers are also timed with it. Other routers are timed when they are named.
 """
 
 from dataclasses import dataclass, replace
@@ -14,10 +14,14 @@ from megatron.remoe.bench.timing import Alternative
 from megatron.remoe.testing.cell import Cell, RouterKind
 from megatron.remoe.testing.cells import Training
 from megatron.remoe.testing.golden import golden_tokens
-from remoe.config import Recurrence
+from remoe.config import ROUTINGS, Recurrence
+from remoe.selections.top_p import TopPRouting, odds_against, top_p_routing
 
 DENSE = "dense of equal active FLOPs"
 ROUTERS: dict[str, RouterKind] = {"TopK": "topk", "ReMoE": "relu"}
+# Routers of which a bias of the logits decides how many experts are active.
+_BIASED = ("relu", "relu_rms", "relu_l2", "expert_threshold")
+_BISECTIONS = 30
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,21 @@ class Model:
         }  # fmt: skip
 
 
-def alternatives(model: Model, experts: list[int], granularities: list[int]) -> list[Alternative]:
+def alternatives(
+    model: Model, experts: list[int], granularities: list[int], routings: list[str]
+) -> list[Alternative]:
     """Return the dense model, and TopK and ReMoE for every number of experts and granularity.
 
-    Granularities above 1 are combined with the first number of experts.
+    Granularities above 1, and other routers, are combined with the first number of experts.
+
+    Raises:
+        ValueError: a routing is none of `ROUTINGS`.
     """
+    for name in routings:
+        if name not in ROUTINGS:
+            raise ValueError(
+                f"routing is {name}, which is no router; choose one of {', '.join(ROUTINGS)}"
+            )
     models = [replace(model, num_experts=e) for e in experts]
     models += [replace(models[0], granularity=g) for g in granularities if g != 1]
     dense = replace(model, ffn_hidden_size=model.ffn_hidden_size * model.topk)
@@ -62,7 +76,9 @@ def alternatives(model: Model, experts: list[int], granularities: list[int]) -> 
             found.append(_alternative(f"{router} {name}", kind, replace(each, recurrence="none")))
             if each.recurrence != "none":
                 found.append(_alternative(f"{router} {each.recurrence} {name}", kind, each))
-    return found
+    first = replace(models[0], recurrence="none")
+    others: list[Any] = [name for name in dict.fromkeys(routings) if name not in ROUTERS.values()]
+    return found + [_alternative(f"{name} E={first.num_experts}", name, first) for name in others]
 
 
 def _alternative(name: str, router: RouterKind, model: Model) -> Alternative:
@@ -73,18 +89,20 @@ def _alternative(name: str, router: RouterKind, model: Model) -> Alternative:
     training = Training(cell, config, None)
     batch = golden_tokens(config)[0].to(torch.cuda.current_device())
     facts = {}
-    if router == "relu":
-        route_exactly(training, batch)
+    if router in _BIASED or router == "top_p":
+        reach_k(training, batch)
+    if router not in ("dense", "topk", "soft"):
         facts["sparsity"] = f"{training.step(batch)['sparsity']:.5f}"
     return Alternative(name, lambda: training.step(batch), facts)
 
 
 @torch.no_grad()
-def route_exactly(training: Training, batch: Tensor) -> None:
-    """Set the bias of every router so that it makes exactly T * k assignments on this batch.
+def reach_k(training: Training, batch: Tensor) -> None:
+    """Set every router so that it makes T * k assignments on this batch.
 
-    Routing stays as uneven over tokens and experts as the weights of the router make it. Layers are
-    set in order, because each of them changes the input of the next.
+    A bias of the logits does that exactly, and the p of top-p routing as nearly as it can. Routing
+    stays as uneven over tokens and experts as the weights of the router make it. Layers are set in
+    order, because each of them changes the input of the next.
     """
     from megatron.core.utils import unwrap_model
 
@@ -104,7 +122,21 @@ def route_exactly(training: Training, batch: Tensor) -> None:
         hook.remove()
         x = seen[0].flatten(end_dim=-2).float()
         logits = x @ router.weight.float().T
-        bias = -threshold(logits, len(x) * router.config.moe_router_topk)
+        wanted = len(x) * router.config.moe_router_topk
+        if isinstance(router.selection, TopPRouting):
+            router.odds.fill_(odds_against(_probability(logits, wanted)))
+            continue
+        bias = -threshold(logits, wanted)
         router.bias = torch.nn.Parameter(
             bias.expand(router.num_experts).contiguous(), requires_grad=False
         )
+
+
+def _probability(logits_TE: Tensor, wanted: int) -> float:
+    """Return the largest p, to about nine digits, with which at most so many pairs are active."""
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        too_many = int(top_p_routing(logits_TE, middle)[1].sum()) > wanted
+        low, high = (low, middle) if too_many else (middle, high)
+    return high

@@ -111,6 +111,7 @@ def step(
     topk: int = 1,
     recurrence: Literal["none", "gru", "rnn"] = "none",
     recurrent_size: AtLeastOne = 128,
+    routing: list[str] | None = None,
     rounds: AtLeastOne = 10,
     json_path: Json = None,
 ) -> None:
@@ -126,6 +127,7 @@ def step(
         granularity: The granularities to time at the first number of experts, by default only 1.
         recurrence: The cell of recurrent routers, which are timed as well, or none.
         recurrent_size: The number of values of their state.
+        routing: Other routers to time at the first number of experts, as remoe routers names them.
     """
     _prepare()
     from megatron.remoe.bench import main
@@ -141,7 +143,9 @@ def step(
         recurrence=recurrence,
         recurrent_size=recurrent_size,
     )
-    main.step(model, experts or [8], granularity or [], main.Timing(rounds, json_path))
+    main.step(
+        model, experts or [8], granularity or [], routing or [], main.Timing(rounds, json_path)
+    )
 
 
 @command(app)
