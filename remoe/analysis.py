@@ -64,12 +64,12 @@ def frequency_classes(tokens_T: Tensor, num_classes: int) -> Tensor:
         tokens_T: ids, integers `[T]`; equally frequent ids are in the order of their numbers.
         num_classes: number of classes.
     """
-    _, which_T, counts = tokens_T.unique(return_inverse=True, return_counts=True)
+    counts = torch.bincount(tokens_T)
     rarest_first = counts.argsort(stable=True)
     before = counts[rarest_first].cumsum(0) - counts[rarest_first]
     classes = torch.empty_like(before)
     classes[rarest_first] = before * num_classes // len(tokens_T)
-    return classes[which_T]
+    return classes[tokens_T]
 
 
 def leading_expert(scores_TE: Tensor) -> Tensor:
