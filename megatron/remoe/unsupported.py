@@ -62,6 +62,7 @@ REFUSALS = (
     Refusal("heterogeneous_layers_config_path", _ALL_ALIKE),
     Refusal("heterogeneous_layers_config_encoded_json", _ALL_ALIKE),
     Refusal("experimental_attention_variant", "it needs layers of its own; leave it out"),
+    Refusal("hybrid_override_pattern", "it is the former name of hybrid_layer_pattern; use that"),
     Refusal("yaml_cfg", "its arguments take the place of all others, ours included; pass flags, or "
             "a config of remoe train"),
     Refusal("moe_use_upcycling", "Megatron then builds its dense model as a mixture too; make the "
@@ -149,8 +150,7 @@ _UNUSED = tuple(
     for name in (
         "allow_ambiguous_pad_tokens", "check_for_spiky_loss", "dataloader_fast_cache_load",
         "dataloader_defer_npy_index_mmap", "dataloader_inter_document_masking", "fim_data",
-        "hybrid_context_parallel", "hybrid_layer_pattern", "hybrid_override_pattern",
-        "is_hybrid_model", "logits_load_dir", "object_storage_cache_path",
+        "hybrid_context_parallel", "is_hybrid_model", "logits_load_dir", "object_storage_cache_path",
         "per_dataset_sequences_path", "perform_rl_step", "sft",
     )
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """Replay a run of a published implementation: ReMoE through our Megatron modules, RMoE or Soft MoE.
 
     python -m tests.golden.replay tests/golden/upstream_remoe_e8k1.json [--device cuda]
+    python -m tests.golden.replay tests/golden/upstream_remoe_e8k1.json --host hybrid
     python -m tests.golden.replay tests/golden/rmoe_gru.npz
     python -m tests.golden.replay tests/golden/soft_moe.npz
 
@@ -21,9 +22,11 @@ import torch
 
 from megatron.remoe.testing.golden import (
     Golden,
+    Host,
     fill_with_golden_weights,
     golden_tokens,
-    gpt_config,
+    gpt_parameters,
+    model_config_of,
     transformer_config,
 )
 from megatron.remoe.verify.trajectories import deviations
@@ -38,8 +41,8 @@ TOLERANCES = {
 }
 
 
-def build_model(golden: Golden):
-    """Our GPT model with the golden weights, one rank, fp32.
+def build_model(golden: Golden, host: Host = "gpt"):
+    """Our model with the golden weights, one rank, fp32.
 
     Raises:
         ValueError: the golden run's parameters have other names or shapes than ours.
@@ -47,7 +50,6 @@ def build_model(golden: Golden):
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.training.models.gpt import GPTModelBuilder
 
     from remoe.config import ReLURouting
 
@@ -55,23 +57,24 @@ def build_model(golden: Golden):
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(0)
     routing = ReLURouting(l1_coeff_init=golden.coeff_init)
-    model_config = gpt_config(transformer_config(golden.config), golden.config, routing)
+    transformer = transformer_config(golden.config, host=host)
+    model_config = model_config_of(transformer, golden.config, routing, host=host)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = GPTModelBuilder(model_config).build_model(groups)
-    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    model = model_config.get_builder_cls()(model_config).build_model(groups)
+    shapes = {name: list(p.shape) for name, p in gpt_parameters(model).items()}
     if shapes != golden.params:
         raise ValueError("the model's parameters differ in name or shape from the golden run's")
     fill_with_golden_weights(model, golden.config["seed"])
     return model.to(torch.cuda.current_device()).train()
 
 
-def replay(golden: Golden, steps: int) -> list[dict]:
+def replay(golden: Golden, steps: int, host: Host = "gpt") -> list[dict]:
     """Train for `steps` steps and record what the golden file records."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from megatron.remoe.train.step import counting_routers, update_routers
 
-    config, model = golden.config, build_model(golden)
+    config, model = golden.config, build_model(golden, host)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -98,7 +101,7 @@ def replay(golden: Golden, steps: int) -> list[dict]:
         trajectory.append(
             {
                 "lm_loss": sum(losses) / len(losses),
-                "l1_reg": report.l1_reg_L.tolist(),
+                "l1_reg": report.l1_reg_L[report.has_router].tolist(),
                 "sparsity": report.sparsity.item(),
                 "l1_coeff_used": report.l1_coeff.item(),
                 "grad_norm": grad_norm.item(),
@@ -136,6 +139,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", type=Path, help="a golden trajectory")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--host", choices=("gpt", "hybrid"), default="gpt", help="Megatron's class of models"
+    )
     args = parser.parse_args()
     path = args.path
     if args.device == "cpu":
@@ -148,6 +154,9 @@ def main() -> int:
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         print(f"error: {path} is not a golden trajectory: {error!r}", file=sys.stderr)
         return 2
+    if args.host == "hybrid" and not isinstance(golden, Golden):
+        print(f"error: host is hybrid, but {path} has no Megatron model; use gpt", file=sys.stderr)
+        return 2
     if isinstance(golden, rmoe.GoldenRMoE):
         over, tolerances = f"{len(golden.arrays['tokens'])} comparable steps", rmoe.TOLERANCES
         largest = rmoe.largest_deviations(golden, device=args.device)
@@ -158,7 +167,7 @@ def main() -> int:
         init_one_rank(args.device)
         steps, tolerances = golden.comparable_steps, TOLERANCES
         over = f"{steps} comparable steps"
-        largest = deviations(replay(golden, steps), golden.trajectory[:steps])
+        largest = deviations(replay(golden, steps, args.host), golden.trajectory[:steps])
     print(f"{path.name}: largest deviation over {over}, {args.device}")
     for key, (kind, tolerance) in tolerances.items():
         verdict = "ok" if largest[key] <= tolerance else "DIFFERS"

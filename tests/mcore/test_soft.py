@@ -271,13 +271,13 @@ def dense_encoder():
     from megatron.remoe.testing.golden import (
         CLOSED_LOOP,
         fill_with_golden_weights,
-        gpt_config,
+        model_config_of,
         transformer_config,
     )
 
     moe_cases.initialize(Layout())
     dense = {"num_moe_experts": None, "moe_ffn_hidden_size": None}
-    config = gpt_config(transformer_config(CLOSED_LOOP, **dense), CLOSED_LOOP, None)
+    config = model_config_of(transformer_config(CLOSED_LOOP, **dense), CLOSED_LOOP, None)
     config.transformer_layer_spec = layer_spec(None, bidirectional=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = GPTModelBuilder(config).build_model(groups).eval()
@@ -329,9 +329,9 @@ def test_what_cannot_be_right_is_refused(call):
 
 def in_a_script_of_one_s_own():
     from megatron.remoe.arguments import configure, megatron_parser
-    from megatron.remoe.testing.golden import CLOSED_LOOP, gpt_config, transformer_config
+    from megatron.remoe.testing.golden import CLOSED_LOOP, model_config_of, transformer_config
 
-    config = gpt_config(transformer_config(CLOSED_LOOP), CLOSED_LOOP, None)
+    config = model_config_of(transformer_config(CLOSED_LOOP), CLOSED_LOOP, None)
     config.transformer_layer_spec = None
     args = megatron_parser().parse_args(["--masked-lm"])
     with pytest.raises(ValueError) as error:
@@ -348,10 +348,10 @@ def test_a_script_with_samples_of_its_own_trains_no_encoder(call):
 def attention_of_a_run(*flags):
     """Mask types of the layers that `remoe train` builds with these flags."""
     from megatron.remoe.arguments import configure, megatron_parser
-    from megatron.remoe.testing.golden import CLOSED_LOOP, gpt_config, transformer_config
+    from megatron.remoe.testing.golden import CLOSED_LOOP, model_config_of, transformer_config
 
     moe_cases.initialize(Layout())
-    config = gpt_config(transformer_config(CLOSED_LOOP), CLOSED_LOOP, None)
+    config = model_config_of(transformer_config(CLOSED_LOOP), CLOSED_LOOP, None)
     config.transformer_layer_spec = None
     args = megatron_parser().parse_args(list(flags))
     args.rank = 0

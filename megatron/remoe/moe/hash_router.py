@@ -26,6 +26,7 @@ class HashRouter(CountsRouting, Router):
     Attributes:
         token_ids: of the micro-batch, `[b, s]`, before sequence parallelism splits it;
             `keep_token_ids` sets it.
+        seed: of the table, as a number of a GPT layer; None is that of the layer.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class HashRouter(CountsRouting, Router):
             delattr(self, name)
             self.register_parameter(name, None)
         self.token_ids: Tensor | None = None
+        self.seed: int | None = None
         self.routing_settings = routing
         self.register_selection(routing, self.num_experts)
 
@@ -62,7 +64,7 @@ class HashRouter(CountsRouting, Router):
             token_ids,
             num_experts=self.num_experts,
             topk=self.config.moe_router_topk,
-            layer_number=self.layer_number,
+            layer_number=self.layer_number if self.seed is None else self.seed,
         )
 
     def _local_ids(self, input: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Layer specs: Megatron's GPT block with our backend, router and MoE layer put in."""
+"""Layer specs: Megatron's GPT layers with our backend, router and MoE layer put in.
+
+`GPTModel` is built from them as they are, and `HybridModel` from their halves (`hybrid`).
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -90,12 +93,7 @@ def block_spec(
             is not causal, or recurrence without a layer that has experts, or with a pipeline stage
             without layers.
     """
-    if routing is not None and not routing.causal and not bidirectional:
-        raise ValueError(options.not_causal(routing))
-    if routing is not None and config.num_moe_experts is not None:
-        options.check_router(config, routing)
-    if isinstance(routing, Routing) and routing.is_recurrent:
-        options.check_recurrent(config)
+    check_model(config, routing, bidirectional=bidirectional)
     use_te = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(
         config,
@@ -106,30 +104,62 @@ def block_spec(
     )
     if not use_te:
         block.layer_norm = TorchSpecProvider().layer_norm()
-        block.layer_specs = [_with_torch_modules(spec, config) for spec in block.layer_specs]
-    if bidirectional:
-        block.layer_specs = [_bidirectional(spec) for spec in block.layer_specs]
-    if isinstance(routing, SoftRouting):
-        block.layer_specs = [
-            _with_slots(spec, routing) if _has_experts(spec) else spec for spec in block.layer_specs
-        ]
-    elif isinstance(routing, Selection):
-        router = partial(ROUTERS.get(type(routing), SelectionRouter), routing=routing)
-        if isinstance(routing, Routing) and routing.is_recurrent:
-            cell = SharedCell(config, routing)
-            kind = RECURRENT_ROUTERS.get(type(routing), RecurrentSelectionRouter)
-            router = partial(kind, routing=routing, cell=cell)
-        budget = {}
-        if routing.varies and is_dropless(config):
-            num_layers = sum(_has_experts(spec) for spec in block.layer_specs)
-            budget = {"budget": budget_of(config, num_layers, routing.max_assignments)}
-        block.layer_specs = [
-            _with_routing(spec, config, router, **budget) if _has_experts(spec) else spec
-            for spec in block.layer_specs
-        ]
-        if isinstance(routing, Routing) and routing.is_recurrent:
-            block.layer_specs = _with_states(block.layer_specs, config, routing, vp_stage)
+    block.layer_specs = with_our_modules(
+        block.layer_specs, config, routing, bidirectional=bidirectional
+    )
+    if isinstance(routing, Routing) and routing.is_recurrent:
+        block.layer_specs = _with_states(block.layer_specs, config, routing, vp_stage)
     return block
+
+
+def check_model(
+    config: TransformerConfig, routing: AnyRouting | None, *, bidirectional: bool
+) -> None:
+    """Refuse a model that a router cannot be in; the errors are those of `block_spec`."""
+    if routing is not None and not routing.causal and not bidirectional:
+        raise ValueError(options.not_causal(routing))
+    if routing is not None and config.num_moe_experts is not None:
+        options.check_router(config, routing)
+    if isinstance(routing, Routing) and routing.is_recurrent:
+        options.check_recurrent(config)
+
+
+def with_our_modules(
+    layers: list[ModuleSpec],
+    config: TransformerConfig,
+    routing: AnyRouting | None,
+    *,
+    bidirectional: bool,
+) -> list[ModuleSpec]:
+    """Return the layers of a model chunk with our backend, router and MoE layer.
+
+    Args:
+        layers: GPT layers of Megatron's.
+        config: of the model.
+        routing: settings of a router; None keeps Megatron's own.
+        bidirectional: whether attention masks padding only.
+    """
+    if config.transformer_impl != "transformer_engine":
+        layers = [_with_torch_modules(spec, config) for spec in layers]
+    if bidirectional:
+        layers = [_bidirectional(spec) for spec in layers]
+    if isinstance(routing, SoftRouting):
+        return [_with_slots(spec, routing) if has_experts(spec) else spec for spec in layers]
+    if not isinstance(routing, Selection):
+        return layers
+    router = partial(ROUTERS.get(type(routing), SelectionRouter), routing=routing)
+    if isinstance(routing, Routing) and routing.is_recurrent:
+        cell = SharedCell(config, routing)
+        kind = RECURRENT_ROUTERS.get(type(routing), RecurrentSelectionRouter)
+        router = partial(kind, routing=routing, cell=cell)
+    budget = {}
+    if routing.varies and is_dropless(config):
+        num_layers = sum(has_experts(spec) for spec in layers)
+        budget = {"budget": budget_of(config, num_layers, routing.max_assignments)}
+    return [
+        _with_routing(spec, config, router, **budget) if has_experts(spec) else spec
+        for spec in layers
+    ]
 
 
 def _bidirectional(layer: ModuleSpec) -> ModuleSpec:
@@ -177,27 +207,55 @@ def _with_states(
                 "pass; give every stage a layer, or leave moe_router_recurrence out"
             )
     passes, changed = routing.recurrent_passing != "none", []
-    hidden, size = config.hidden_size, routing.recurrent_size
     for index, layer in enumerate(layers, get_transformer_layer_offset(config, vp_stage)):
         takes = passes and first < index <= last
         hands_on = passes and first <= index < last
-        given, has_experts = layer.submodules, _has_experts(layer)
-        changes: dict[str, Any] = {}
-        if takes:
-            changes = {
-                "input_layernorm": norm_of_tokens(given.input_layernorm, size, keeps_state=False),
-                "self_attn_bda": add_to_tokens(given.self_attn_bda, hidden, size),
-                "pre_mlp_layernorm": norm_of_tokens(
-                    given.pre_mlp_layernorm, size, keeps_state=has_experts
-                ),
-            }
-        if has_experts:
-            changes["mlp"] = partial(RecurrentMoELayer, **given.mlp.keywords, hands_on=hands_on)
-            changes["mlp_bda"] = add_and_take_state(given.mlp_bda, hidden)
-        elif takes or hands_on:
-            changes["mlp_bda"] = add_to_tokens(given.mlp_bda, hidden, size if hands_on else None)
-        changed.append(replace(layer, submodules=replace(given, **changes)))
+        layer = attention_with_state(layer, config, routing, takes=takes, hands_on=takes)
+        changed.append(mlp_with_state(layer, config, routing, takes=takes, hands_on=hands_on))
     return changed
+
+
+def attention_with_state(
+    layer: ModuleSpec, config: TransformerConfig, routing: Routing, *, takes: bool, hands_on: bool
+) -> ModuleSpec:
+    """Return a layer whose attention leaves the state of recurrent routers alone.
+
+    Args:
+        layer: of Megatron's.
+        config: of the model.
+        routing: settings of the routers.
+        takes: whether its input has the columns of the state.
+        hands_on: whether its output has them.
+    """
+    given, size = layer.submodules, routing.recurrent_size
+    changes: dict[str, Any] = {}
+    if takes:
+        changes["input_layernorm"] = norm_of_tokens(given.input_layernorm, size, keeps_state=False)
+    if takes or hands_on:
+        kept = size if hands_on else None
+        changes["self_attn_bda"] = add_to_tokens(given.self_attn_bda, config.hidden_size, kept)
+    return replace(layer, submodules=replace(given, **changes))
+
+
+def mlp_with_state(
+    layer: ModuleSpec, config: TransformerConfig, routing: Routing, *, takes: bool, hands_on: bool
+) -> ModuleSpec:
+    """Return a layer whose experts move the state on, or whose dense MLP leaves it alone.
+
+    The arguments are those of `attention_with_state`.
+    """
+    given, hidden, size = layer.submodules, config.hidden_size, routing.recurrent_size
+    moves = has_experts(layer)
+    changes: dict[str, Any] = {}
+    if takes:
+        norm = given.pre_mlp_layernorm
+        changes["pre_mlp_layernorm"] = norm_of_tokens(norm, size, keeps_state=moves)
+    if moves:
+        changes["mlp"] = partial(RecurrentMoELayer, **given.mlp.keywords, hands_on=hands_on)
+        changes["mlp_bda"] = add_and_take_state(given.mlp_bda, hidden)
+    elif takes or hands_on:
+        changes["mlp_bda"] = add_to_tokens(given.mlp_bda, hidden, size if hands_on else None)
+    return replace(layer, submodules=replace(given, **changes))
 
 
 def _layers_of_stages(config: TransformerConfig) -> list[int]:
@@ -215,7 +273,8 @@ def _layers_of_stages(config: TransformerConfig) -> list[int]:
     ]
 
 
-def _has_experts(layer: ModuleSpec) -> bool:
+def has_experts(layer: ModuleSpec) -> bool:
+    """Return whether a layer of a spec has experts."""
     mlp = getattr(layer.submodules.mlp, "func", None)
     return isinstance(mlp, type) and issubclass(mlp, MoELayer)
 
@@ -228,7 +287,7 @@ def _with_torch_modules(layer: ModuleSpec, config: TransformerConfig) -> ModuleS
     # Checkpoints name norms as Transformer Engine does: they are fused into the next linear, except
     # before experts.
     names = dict(layer.submodules.sharded_state_dict_keys_map)
-    if _has_experts(layer):
+    if has_experts(layer):
         names.pop("pre_mlp_layernorm.")
         mlp = _moe(layer, config, experts=backend.grouped_mlp_modules(config.moe_grouped_gemm))
     submodules = replace(

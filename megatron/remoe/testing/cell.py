@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from megatron.remoe.testing.golden import RECURRENT_SIZE, Extreme, Padding
+from megatron.remoe.testing.golden import RECURRENT_SIZE, Extreme, Host, Padding
 from remoe.config import LoadBalancing, Recurrence, RecurrentProjection
 
 RouterKind = Literal[
@@ -27,6 +27,7 @@ class Cell:
         world, tp, ep, expert_tp, pp, vp: number of ranks, and sizes of the parallel dimensions; the
             remaining dimension is data parallelism. Sequence parallelism is on whenever tp > 1.
         overlap: whether gradient reduction and parameter gathering overlap with computation.
+        host: the class of the model. One of Megatron's hybrid models is compared with a GPT model.
         router: a name in `ROUTINGS`, or "dense" for a model without experts. A router that is not
             causal is in a bidirectional model, which sees its labels.
         per_layer: whether every layer has a coefficient of its own.
@@ -58,6 +59,7 @@ class Cell:
     distributed_optimizer: bool = False
     overlap: bool = False
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    host: Host = "gpt"
     router: RouterKind = "relu"
     recurrence: Recurrence = "none"
     recurrent_size: int = RECURRENT_SIZE

@@ -16,8 +16,8 @@ from megatron.remoe.testing.golden import (
     Padding,
     fill_with_golden_weights,
     golden_tokens,
-    gpt_config,
     make_extreme,
+    model_config_of,
     padding_mask,
     transformer_config,
 )
@@ -41,6 +41,7 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 _ON_ALL_TENSOR_RANKS = (
     ".router.weight", ".router.scale", ".router.gate_scale", ".projection", ".l1_coeff", ".load",
     ".odds", ".thresholds", ".num_updates", "layernorm.weight",
+    "final_norm.weight",
 )  # fmt: skip
 _BALANCED = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
 _ROUTER: dict[str, dict[str, Any]] = {
@@ -186,8 +187,6 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any
     """Return the model chunks of this rank, and the hook that runs once per step."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.models.gpt import GPTModelBuilder
-
     from megatron.remoe.moe.shared_cell import SharedCells
     from megatron.remoe.train.step import FinalizeStep
 
@@ -209,11 +208,14 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any
         "calculate_per_token_loss": cell.per_token_loss,
     }
     changes |= _RECOMPUTE[cell.recompute] | _ROUTER.get(cell.router, {})
+    if cell.host == "hybrid":
+        del changes["moe_layer_freq"]  # the pattern says it
     routing = _routing(cell, config)
-    model_config = gpt_config(transformer_config(config, **changes), config, routing)
+    transformer = transformer_config(config, host=cell.host, **changes)
+    model_config = model_config_of(transformer, config, routing, host=cell.host)
     hook = FinalizeStep(SharedCells.of(routing))
     model_config.transformer.finalize_model_grads_func = hook
-    chunks = GPTModelBuilder(model_config).build_distributed_models(
+    chunks = model_config.get_builder_cls()(model_config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,

@@ -13,7 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from megatron.remoe import pattern as patterns
 from remoe.config import AnyRouting, Recurrence
+
+Host = Literal["gpt", "hybrid"]  # Megatron's class of models
 
 PUBLISHED_COEFF_INIT = 1e-8
 RECURRENT_SIZE = 16  # of the state, in runs with recurrence
@@ -83,10 +86,22 @@ def golden_weight(name: str, shape: list[int], seed: int) -> torch.Tensor:
 
 
 def fill_with_golden_weights(model: torch.nn.Module, seed: int) -> None:
-    """Set every parameter of a whole (one-rank) model to its golden value, in place."""
+    """Set every parameter of a whole (one-rank) model to its golden value, in place.
+
+    A hybrid model gets the weights of the equivalent GPT model.
+    """
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in gpt_parameters(model).items():
             parameter.copy_(golden_weight(name, list(parameter.shape), seed))
+
+
+def gpt_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters of a whole model, by their names in the equivalent GPT model."""
+    pattern: Any = getattr(model, "hybrid_layer_pattern", None)
+    return {
+        name if pattern is None else patterns.gpt_name(name, pattern): parameter
+        for name, parameter in model.named_parameters()
+    }
 
 
 Extreme = Literal["all active", "silent layer", "silent rank", "one expert"]
@@ -182,12 +197,13 @@ def parameter_shapes(
     return shapes | {"decoder.final_layernorm.weight": [h], "output_layer.weight": [256, h]}
 
 
-def transformer_config(config: dict[str, Any], **changes: Any) -> Any:
+def transformer_config(config: dict[str, Any], *, host: Host = "gpt", **changes: Any) -> Any:
     """Return Megatron's TransformerConfig of a golden run; `changes` are fields of it."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     fields = {
-        "num_layers": config["L"],
+        "num_layers": config["L"] * (2 if host == "hybrid" else 1),
+        "is_hybrid_model": host == "hybrid",
         "hidden_size": config["H"],
         "ffn_hidden_size": config["F"],
         "num_attention_heads": config["heads"],
@@ -213,19 +229,31 @@ def transformer_config(config: dict[str, Any], **changes: Any) -> Any:
     return TransformerConfig(**(fields | changes))
 
 
-def gpt_config(transformer: Any, config: dict[str, Any], routing: AnyRouting | None) -> Any:
-    """Return Megatron's GPTModelConfig of a golden run, with our layers."""
+def model_config_of(
+    transformer: Any, config: dict[str, Any], routing: AnyRouting | None, *, host: Host = "gpt"
+) -> Any:
+    """Return Megatron's configuration of the model of a golden run, with our layers."""
     from megatron.training.models.gpt import GPTModelConfig
+    from megatron.training.models.hybrid import HybridModelConfig
 
     from megatron.remoe import compat
     from megatron.remoe.moe import hash_router
+    from megatron.remoe.moe.hybrid import stack_spec
     from megatron.remoe.moe.shared_cell import SharedCells
     from megatron.remoe.moe.spec import layer_spec
 
     bidirectional = routing is not None and not routing.causal
-    model_config = GPTModelConfig(
+    kind: Any = GPTModelConfig
+    layers: dict[str, Any] = {}
+    if host == "hybrid":
+        pattern = _pattern(transformer, config)
+        spec = stack_spec(pattern, routing, bidirectional=bidirectional)
+        kind, layers = HybridModelConfig, {"hybrid_layer_pattern": pattern, "hybrid_stack_spec": spec}
+    else:
+        layers = {"transformer_layer_spec": layer_spec(routing, bidirectional=bidirectional)}
+    model_config = kind(
         transformer=transformer,
-        transformer_layer_spec=layer_spec(routing, bidirectional=bidirectional),
+        **layers,
         vocab_size=256,
         seq_length=config["seq"],
         position_embedding_type="rope",
@@ -237,3 +265,14 @@ def gpt_config(transformer: Any, config: dict[str, Any], routing: AnyRouting | N
     if cells := SharedCells.of(routing):
         cells.install(model_config)
     return model_config
+
+
+def _pattern(transformer: Any, config: dict[str, Any]) -> str:
+    """Return the pattern of the equivalent of a GPT model, in stages of equally many letters."""
+    has_experts = transformer.num_moe_experts is not None
+    frequency = config.get("moe_layer_freq", [1] * config["L"])
+    whole = patterns.of_gpt([int(has_experts and on) for on in frequency])
+    stages = transformer.pipeline_model_parallel_size
+    stages *= transformer.virtual_pipeline_model_parallel_size or 1
+    size = len(whole) // stages
+    return "|".join(whole[i : i + size] for i in range(0, len(whole), size))

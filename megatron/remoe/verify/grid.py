@@ -78,7 +78,7 @@ def grid() -> list[Cell]:
 
     These are ReLU routing in fp32, with padding, in bf16, in the dense stage, in chunks and at its
     extremes, TopK routing, gradient accumulation, cells that are compared with plain torch,
-    recurrent routers, Soft MoE, and the other routers.
+    recurrent routers, Soft MoE, the other routers, and hybrid models.
     Experts are grouped; the layouts of ReLU routing run with Megatron's sequential ones as well.
     """
     layouts = _layouts()
@@ -110,6 +110,7 @@ def grid() -> list[Cell]:
         *recurrent(),
         *soft(),
         *routers(),
+        *hybrid(),
     ]
 
 
@@ -240,6 +241,30 @@ def recurrent() -> list[Cell]:
     ]  # fmt: skip
 
 
+def hybrid() -> list[Cell]:
+    """Return layouts of `HybridModel`, which are compared with a GPT model of the same weights."""
+    layouts = _layouts()
+    some = ("one rank", "TP2 x EP2 all-to-all", "PP2", "EP2, full recompute")
+    recurrent = (*some, "PP2, 2 virtual stages", "EP2, distributed optimizer")
+    host: dict[str, Any] = {"host": "hybrid"}
+    one_and_tp2 = [Cell("one rank"), Cell("TP2", 2, tp=2)]
+    cells = [
+        *variants(layouts, "hybrid: ", **host),
+        *variants(layouts, "hybrid, TopK: ", some, router="topk", **host),
+        *variants(layouts, "hybrid, recurrent: ", recurrent, recurrence="gru", **host),
+        *variants(layouts, "hybrid, bf16: ", some, dtype="bf16", **host),
+        *variants(layouts, "hybrid, chunked: ", some, max_assignments=64, **host),
+        *variants(layouts, "hybrid, padded: ", some, padding="ends", **host),
+        *variants(one_and_tp2, "hybrid, dense: ", router="dense", **host),
+    ]
+    for name in ROUTINGS:
+        if name not in ("relu", "topk"):
+            # Roundings of relu_rms grow (see `routers`).
+            run = (("steps", 4),) if name == "relu_rms" else ()
+            cells += variants(one_and_tp2, f"hybrid, router {name}: ", router=name, run=run, **host)
+    return cells
+
+
 def _chunked(layouts: list[Cell]) -> list[Cell]:
     """Return layouts whose layers go chunk by chunk at every density.
 
@@ -364,8 +389,9 @@ def verify(
         return min(steps or whole, whole)
 
     def compare(runner: Runner, cell: Cell) -> TrajectoryComparison:
-        weights = runner.weights_of(cell)
-        expected = runner.uninterrupted(reference_of(cell), steps_of(cell), weights)
+        reference, weights = reference_of(cell), runner.weights_of(cell)
+        initial = runner.weights_of(cell, host=reference.host)
+        expected = runner.uninterrupted(reference, steps_of(cell), initial)
         return TrajectoryComparison.of(
             runner.run(run_cell, cell, steps_of(cell), weights), expected
         )

@@ -2,13 +2,14 @@
 
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron.remoe.ranks import Pools
 from megatron.remoe.testing.cell import Cell
 from megatron.remoe.testing.cells import run_cell, save_golden_weights
-from megatron.remoe.testing.golden import CLOSED_LOOP
+from megatron.remoe.testing.golden import CLOSED_LOOP, Host
 from megatron.remoe.verify import plain
 from megatron.remoe.verify.trajectories import Trajectory, TrajectoryComparison, TrajectoryResult
 from remoe.kernels.chunks import UNLIMITED
@@ -17,7 +18,7 @@ from remoe.kernels.chunks import UNLIMITED
 def reference_of(cell: Cell) -> Cell:
     """Return the cell to compare with: one rank with the same model, data and precision.
 
-    Its experts are those of `cell`, so that nothing but the layout differs, and it computes all
+    Its model is Megatron's GPT model, and its experts are those of `cell`, so that nothing but the layout differs, and it computes all
     experts of a layer at once. Grouped experts on one rank are themselves compared with Megatron's
     own. The reference of a `plain` cell is the run in plain torch.
     """
@@ -47,9 +48,14 @@ class Runner:
         self._weights: dict[Cell, Path] = {}
         self._uninterrupted: dict[Cell, Trajectory] = {}
 
-    def weights_of(self, cell: Cell) -> Path:
-        """Return a checkpoint with the initial weights of a cell and of its reference."""
-        reference = reference_of(cell)
+    def weights_of(self, cell: Cell, *, host: Host | None = None) -> Path:
+        """Return a checkpoint with the initial weights of a cell and of its reference.
+
+        Args:
+            cell: the cell.
+            host: the class of the model that will load them; None is that of the cell.
+        """
+        reference = replace(reference_of(cell), host=host or cell.host)
         if reference not in self._weights:
             path = self.folder / f"weights{len(self._weights)}"
             self._pools.run(1, save_golden_weights, reference, CLOSED_LOOP, path)
