@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from megatron.remoe import compat, cpu, options, ranges, unsupported
+from megatron.remoe import pattern as patterns
 from megatron.remoe.unsupported import has_package
 from remoe.config import (
     ROUTINGS,
@@ -157,6 +158,7 @@ def check(args: argparse.Namespace) -> None:
         ValueError: naming the value, why it is wrong and the remedy.
     """
     unsupported.refuse(args)
+    patterns.check(args)
     _check_intervals(args)
     _check_router(args)
     if _is_dense(args):
@@ -393,7 +395,9 @@ def routing_from_args(args: argparse.Namespace) -> AnyRouting:
 def configure(
     model_config: Any, args: argparse.Namespace, *, hides_tokens: bool = False
 ) -> "FinalizeStep":
-    """Put our layers and our once-per-step hook into Megatron's `GPTModelConfig`.
+    """Put our layers and our once-per-step hook into Megatron's configuration of a model.
+
+    It is a `GPTModelConfig`, or a `HybridModelConfig` with the `--hybrid-layer-pattern` of `args`.
 
     Without `--moe-routing` the model is Megatron's TopK mixture, or dense without experts, on the
     same backend.
@@ -411,14 +415,15 @@ def configure(
             layers of the script's own, or a checkpoint to load that was trained with another
             router.
     """
-    from megatron.remoe.moe import hash_router
+    from megatron.remoe.moe import hash_router, hybrid
     from megatron.remoe.moe.shared_cell import SharedCells
     from megatron.remoe.moe.spec import layer_spec
     from megatron.remoe.train import saved
     from megatron.remoe.train.step import FinalizeStep
 
-    _check_model(model_config)
+    _check_model(model_config, args)
     unsupported.refuse(args)  # again, since --use-checkpoint-args brings some
+    patterns.check(args)
     if args.masked_lm and not hides_tokens:
         raise ValueError(
             "masked_lm is set, and this script reads samples of its own, in which an encoder would "
@@ -426,7 +431,13 @@ def configure(
         )
     saved.check_before_start(args)
     routing = routing_from_args(args)
-    model_config.transformer_layer_spec = layer_spec(routing, bidirectional=args.masked_lm)
+    pattern = args.hybrid_layer_pattern
+    if pattern is None:
+        model_config.transformer_layer_spec = layer_spec(routing, bidirectional=args.masked_lm)
+    else:
+        model_config.hybrid_stack_spec = hybrid.stack_spec(
+            pattern, routing, bidirectional=args.masked_lm
+        )
     cells = SharedCells.of(routing)
     hook = FinalizeStep(cells)
     model_config.finalize_model_grads_func = hook
@@ -441,18 +452,38 @@ def configure(
     return hook
 
 
-def _check_model(model_config: Any) -> None:
-    from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+def model_config_of(args: argparse.Namespace) -> Any:
+    """Return Megatron's configuration of the model of validated arguments, for `configure`."""
+    from megatron.training import argument_utils
 
-    kind = type(model_config).__name__
-    is_gpt = isinstance(model_config, GPTModelConfig)
-    if not is_gpt or model_config.get_builder_cls() is not GPTModelBuilder:
+    if args.hybrid_layer_pattern is None:
+        return argument_utils.gpt_config_from_args(args)
+    return argument_utils.hybrid_config_from_args(args)
+
+
+def _check_model(model_config: Any, args: argparse.Namespace) -> None:
+    from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+    from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
+
+    kind: Any = type(model_config).__name__
+    expected: Any = (GPTModelConfig, GPTModelBuilder, "transformer_layer_spec")
+    if isinstance(model_config, HybridModelConfig):
+        expected = (HybridModelConfig, HybridModelBuilder, "hybrid_stack_spec")
+    config, builder, field = expected
+    if not isinstance(model_config, config) or model_config.get_builder_cls() is not builder:
         raise ValueError(
             f"the model's config is a {kind}, whose layers cannot be exchanged for ours; use the "
-            f"GPTModelConfig of gpt_config_from_args"
+            f"GPTModelConfig of gpt_config_from_args, or the HybridModelConfig of "
+            f"hybrid_config_from_args"
         )
-    if model_config.transformer_layer_spec is not None:
+    if getattr(model_config, field) is not None:
         raise ValueError(
-            f"transformer_layer_spec of the {kind} is set already, and our layers take its place; "
-            f"leave it None"
+            f"{field} of the {kind} is set already, and our layers take its place; leave it None"
+        )
+    given, asked = getattr(model_config, "hybrid_layer_pattern", None), args.hybrid_layer_pattern
+    if given != asked:
+        raise ValueError(
+            f"the model's config is a {kind} with the hybrid_layer_pattern {given}, and that of "
+            f"the arguments is {asked}; make it with hybrid_config_from_args if there is a "
+            f"pattern, and with gpt_config_from_args if there is none"
         )

@@ -6,6 +6,8 @@ Mamba. `|` is a boundary of pipeline stages. A layer of a `GPTModel` is two lett
 
 import argparse
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from megatron.remoe import cpu
 
@@ -62,6 +64,25 @@ def gpt_name(name: str, pattern: str) -> str:
         return f"decoder.layers.{gpt_layer_of(pattern, int(match[1]))}."
 
     return re.sub(r"decoder\.layers\.(\d+)\.", renumber, name)
+
+
+def as_gpt(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags of the equivalent GPT model; those of a GPT model stay.
+
+    Raises:
+        ValueError: no GPT model equals the pattern.
+    """
+    pattern = flags.get("hybrid_layer_pattern")
+    if pattern is None:
+        return dict(flags)
+    layers = gpt_layers(pattern)
+    if layers is None:
+        raise ValueError(
+            f"hybrid_layer_pattern is {pattern}, and only sequences of *- and *E, the layers of a "
+            f"GPT model, can be counted or converted"
+        )
+    ours = {"num_layers": len(layers), "moe_layer_freq": layers, "hybrid_layer_pattern": None}
+    return dict(flags) | ours
 
 
 def stages(pattern: str) -> list[str]:
@@ -151,7 +172,10 @@ def _check_experts(args: argparse.Namespace, subject: str, whole: str) -> None:
             f"{subject}, in which no layer has experts, but num_experts is {args.num_experts}; "
             f"use E for layers of experts, or leave num_experts and its router out"
         )
-    if not all(stages(args.hybrid_layer_pattern)) and getattr(args, "moe_router_recurrence", "none") != "none":
+    if (
+        not all(stages(args.hybrid_layer_pattern))
+        and getattr(args, "moe_router_recurrence", "none") != "none"
+    ):
         raise ValueError(
             f"{subject}, with a pipeline stage without layers, and the state of recurrent routers "
             f"needs one to pass; give every stage a layer, or leave moe_router_recurrence out"

@@ -1,4 +1,4 @@
-"""Pretrain a GPT model with Megatron's own loop: dense, TopK or ReLU mixture-of-experts.
+"""Pretrain a GPT or hybrid model with Megatron's own loop: dense, TopK or ReLU mixture of experts.
 
     torchrun --nproc-per-node 8 -m megatron.remoe.pretrain --moe-relu-routing <Megatron's flags>
 
@@ -214,17 +214,14 @@ def _pretrain() -> None:
         cpu.enable()
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron.remoe.arguments import add_arguments, configure
+    from megatron.remoe.arguments import add_arguments, configure, model_config_of
     from megatron.remoe.train.session import running
 
     args = parse_and_validate_args(extra_args_provider=add_arguments)
-    model_config = gpt_config_from_args(args)
+    model_config = model_config_of(args)
     with processes.mistakes_in_one_line():
         unsupported.refuse_unused(args)
         hook = configure(model_config, args, hides_tokens=args.masked_lm)

@@ -150,8 +150,8 @@ _UNUSED = tuple(
     for name in (
         "allow_ambiguous_pad_tokens", "check_for_spiky_loss", "dataloader_fast_cache_load",
         "dataloader_defer_npy_index_mmap", "dataloader_inter_document_masking", "fim_data",
-        "hybrid_context_parallel", "is_hybrid_model", "logits_load_dir", "object_storage_cache_path",
-        "per_dataset_sequences_path", "perform_rl_step", "sft",
+        "hybrid_context_parallel", "is_hybrid_model", "logits_load_dir",
+        "object_storage_cache_path", "per_dataset_sequences_path", "perform_rl_step", "sft",
     )
 )  # fmt: skip
 

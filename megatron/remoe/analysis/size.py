@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.remoe.options import layers_with_experts, router_name
+from megatron.remoe.pattern import as_gpt
 from remoe.config import ROUTINGS, Selection
 from remoe.settings import settings_of
 
@@ -75,6 +76,7 @@ class ModelSize:
         Raises:
             ValueError: a flag is missing, or the model has parts that are not counted.
         """
+        flags = as_gpt(flags)
         for name, plain in _NOT_COUNTED.items():
             if flags.get(name) not in plain:
                 raise ValueError(f"{name} is {flags[name]}, whose parameters are not counted")

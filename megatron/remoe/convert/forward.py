@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.remoe import pattern as patterns
 from megatron.remoe.convert.exported import continue_tokens, load
 from megatron.remoe.convert.hf_source import HFSource
 from megatron.remoe.convert.source import MegatronSource
@@ -64,6 +65,9 @@ def forward(
             f"run; compare what it is converted to (remoe convert to-hf, then to-megatron)"
         )
     flags = flags_of(source.config, source.padded_vocab_size, dtype, Layout())
+    if source.pattern is not None:
+        flags.pop("moe_layer_freq", None)
+        flags["hybrid_layer_pattern"] = patterns.letters(source.pattern)
     with Ranks(1) as ranks:  # a process of its own: Megatron has global state
         result: Forward = ranks.run(
             megatron_forward, source.checkpoint, flags, source.config["vocab_size"], *request
@@ -148,10 +152,8 @@ def build_model(flags: dict[str, Any], nproc: int = 1) -> tuple[torch.nn.Module,
         nproc: the number of ranks, all of which must call this.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron.remoe.arguments import configure, megatron_parser
+    from megatron.remoe.arguments import configure, megatron_parser, model_config_of
     from megatron.remoe.run.argv import to_argv
     from megatron.remoe.run.check import check
 
@@ -164,9 +166,9 @@ def build_model(flags: dict[str, Any], nproc: int = 1) -> tuple[torch.nn.Module,
             expert=args.expert_model_parallel_size,
             expert_tensor=args.expert_tensor_parallel_size,
         )
-        model_config = gpt_config_from_args(args)
+        model_config = model_config_of(args)
         configure(model_config, args)
-        (model,) = GPTModelBuilder(model_config).build_distributed_models(
+        (model,) = model_config.get_builder_cls()(model_config).build_distributed_models(
             ProcessGroupCollection.use_mpu_process_groups(),
             wrap_with_ddp=False,
             data_parallel_random_init=False,

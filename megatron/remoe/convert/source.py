@@ -4,8 +4,9 @@ A source has a config, the items of the conversion plan, and each item's tensors
 Hugging Face.
 """
 
+from argparse import Namespace
 from collections import defaultdict
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron.remoe import checkpoint
+from megatron.remoe import pattern as patterns
 from megatron.remoe.convert.architecture import to_config
 from megatron.remoe.convert.checkpoint_args import read_arguments
 from megatron.remoe.convert.facts import training_facts
@@ -29,7 +31,7 @@ from megatron.remoe.convert.table import (
 from megatron.remoe.convert.tokenizer import TokenizerFiles
 from megatron.remoe.convert.values import check_config, check_whole
 from megatron.remoe.formats.legacy import LegacyReader, is_legacy
-from megatron.remoe.formats.names import CanonicalReader, Reader
+from megatron.remoe.formats.names import CanonicalReader, Reader, RenamedReader
 from megatron.remoe.formats.torch_dist import TorchDistReader
 
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -76,6 +78,9 @@ class MegatronSource:
         tokenizer: a tokenizer to use in place of the one that the run names.
         fork: whether the checkpoint is of the published implementation.
 
+    Attributes:
+        pattern: the layers of a hybrid model, of which the equivalent GPT model is converted.
+
     Raises:
         ValueError: there is no checkpoint, it does not fit the plan, or it is of the other kind.
     """
@@ -87,6 +92,10 @@ class MegatronSource:
         self._is_old = is_legacy(self.checkpoint)
         stored: Reader = (LegacyReader if self._is_old else TorchDistReader)(self.checkpoint)
         self.args = read_arguments(stored.common["args"], self.checkpoint, fork=fork)
+        self.pattern: str | None = getattr(self.args, "hybrid_layer_pattern", None)
+        if self.pattern is not None:
+            self.args = Namespace(**patterns.as_gpt(vars(self.args)))
+            stored = RenamedReader(stored, partial(patterns.gpt_name, pattern=self.pattern))
         self.reader = CanonicalReader(stored, l1_coeff=fork and self.args.moe_relu_routing)
         iteration = self.reader.common.get("iteration") or 0
         check_whole(str(self.checkpoint), "iteration", iteration, 0)

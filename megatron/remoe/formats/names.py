@@ -38,6 +38,36 @@ class Reader(Protocol):
         """Return a tensor."""
 
 
+class RenamedReader:
+    """A checkpoint under other names.
+
+    Args:
+        reader: the checkpoint under its own names.
+        rename: the function of a stored name that returns its other name.
+
+    Raises:
+        ValueError: two tensors would have the same name.
+    """
+
+    def __init__(self, reader: Reader, rename: Callable[[str], str]) -> None:
+        self._reader = reader
+        self._stored: dict[str, str] = {}
+        for name in reader.meta:
+            first = self._stored.setdefault(rename(name), name)
+            if first != name:
+                raise ValueError(f"{first} and {name} are one tensor of the converted model")
+        self.meta = {name: reader.meta[stored] for name, stored in self._stored.items()}
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """What the checkpoint holds beside tensors."""
+        return self._reader.common
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor."""
+        return self._reader.read(self._stored[name])
+
+
 def _only(parts: list[Tensor], num_experts: int) -> Tensor:
     return parts[0]
 

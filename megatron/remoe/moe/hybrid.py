@@ -63,8 +63,8 @@ def stack_spec(
 class RoutedHybridStack(HybridStack):
     """Megatron's stack of the layers of a pipeline stage, with our modules.
 
-    Megatron has one spec for all layers of a letter. Here every layer has its own, because chunks of
-    experts share a budget with the other layers of the stage, and recurrent routers a state.
+    Megatron has one spec for all layers of a letter. Here every layer has its own, because layers
+    of experts share a budget of assignments in a stage, and recurrent routers hand on a state.
 
     Args:
         config: of the model.
@@ -135,7 +135,7 @@ def _layers(
     before: int,
     bidirectional: bool,
 ) -> list[ModuleSpec]:
-    """Return the specs of the letters of a stage; Megatron's own letters have one that is unused."""
+    """Return the specs of the letters of a stage; those of letters that are not ours are unused."""
     dense, experts = _gpt_layers(config)
     layers = [experts if letter == "E" else dense for letter in letters]
     layers = with_our_modules(layers, config, routing, bidirectional=bidirectional)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from megatron.remoe.analysis.memory import RankLoad, Recompute, activation_bytes
 from megatron.remoe.analysis.size import ModelSize
+from megatron.remoe.pattern import as_gpt
 from megatron.remoe.run.config import RunConfig
 from megatron.remoe.run.plan import Place, plan
 from remoe.config import ROUTINGS
@@ -97,6 +98,7 @@ def describe(config: RunConfig, world: int) -> Description:
     args = plan(config, Place(processes=world, purpose="describe")).args
     if args.padded_vocab_size is None:
         raise ValueError("padded_vocab_size is not given; the model's size depends on it")
+    args = argparse.Namespace(**as_gpt(vars(args)))
     size = ModelSize.from_flags(vars(args) | {"moe_granularity": 1})  # `args` has it applied.
     sequences = args.train_samples or args.train_iters * args.global_batch_size
     layout = _rank_load(args)

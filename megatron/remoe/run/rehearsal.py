@@ -160,16 +160,13 @@ def _build(args: argparse.Namespace, tokenizer: bool) -> None:
     import torch
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.global_vars import set_global_variables
     from megatron.training.initialize import initialize_megatron
     from megatron.training.training import setup_model_and_optimizer
 
     from megatron.remoe import compat
-    from megatron.remoe.arguments import configure
+    from megatron.remoe.arguments import configure, model_config_of
     from megatron.remoe.pretrain import dataset_config
 
     torch.set_num_threads(1)
@@ -188,7 +185,7 @@ def _build(args: argparse.Namespace, tokenizer: bool) -> None:
         _build_tokenizer(args)
         dataset_config(args)
     initialize_megatron()
-    model_config = gpt_config_from_args(args)
+    model_config = model_config_of(args)
     configure(model_config, args, hides_tokens=args.masked_lm)
     container = pretrain_cfg_container_from_args(args, model_config)
     if args.transformer_impl == "transformer_engine":

@@ -187,6 +187,7 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any
     """Return the model chunks of this rank, and the hook that runs once per step."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.process_groups_config import ProcessGroupCollection
+
     from megatron.remoe.moe.shared_cell import SharedCells
     from megatron.remoe.train.step import FinalizeStep
 

@@ -248,7 +248,10 @@ def model_config_of(
     if host == "hybrid":
         pattern = _pattern(transformer, config)
         spec = stack_spec(pattern, routing, bidirectional=bidirectional)
-        kind, layers = HybridModelConfig, {"hybrid_layer_pattern": pattern, "hybrid_stack_spec": spec}
+        kind, layers = (
+            HybridModelConfig,
+            {"hybrid_layer_pattern": pattern, "hybrid_stack_spec": spec},
+        )
     else:
         layers = {"transformer_layer_spec": layer_spec(routing, bidirectional=bidirectional)}
     model_config = kind(

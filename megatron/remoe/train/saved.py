@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.remoe import checkpoint, options
+from megatron.remoe import pattern as patterns
 from megatron.remoe.formats.torch_dist import TorchDistReader
 from remoe.config import ROUTINGS, Routing, Selection
 from remoe.settings import settings_of
@@ -184,6 +185,7 @@ def check(args: argparse.Namespace, saved: Saved) -> None:
             f"of remoe that wrote it, or start a new run"
         )
     _refuse_other_task(args, saved)
+    _refuse_other_layers(args, saved)
     if all(
         name in ROUTINGS and issubclass(ROUTINGS[name], Routing) for name in (saved.router, now)
     ):
@@ -241,6 +243,51 @@ def _refuse_other_task(args: argparse.Namespace, saved: Saved) -> None:
             f"checkpoint {saved.path} was trained with masked_lm {before}, and this run has {now}: "
             f"one sees all tokens and the other those before; set masked_lm to {before}, or start "
             f"a new run"
+        )
+
+
+def _refuse_other_layers(args: argparse.Namespace, saved: Saved) -> None:
+    """Refuse another pattern of layers; a GPT checkpoint fits the pattern of its own layers."""
+    now, before = getattr(args, "hybrid_layer_pattern", None), saved.get("hybrid_layer_pattern")
+    if not vars(saved.args) or now is before is None:
+        return
+    remedy = "or start a new run"
+    if before is not None:
+        if now is None or patterns.letters(now) != patterns.letters(before):
+            raise ValueError(
+                f"checkpoint {saved.path} was trained with hybrid_layer_pattern {before}, and this "
+                f"run has {now}; set hybrid_layer_pattern to {before}, {remedy}"
+            )
+        return
+    assert now is not None
+    count = saved.get("num_layers")
+    with_experts = []
+    if saved.get("num_experts") is not None:
+        with_experts = options.layers_with_experts(saved.get("moe_layer_freq"), count)
+    layers = [int(i in with_experts) for i in range(count)]
+    # Layers of Mamba have no part in a GPT checkpoint, and begin with weights of their own.
+    if patterns.gpt_layers(now.replace("M", "")) != layers:
+        raise ValueError(
+            f"checkpoint {saved.path} is of a GPT model with the layers {patterns.of_gpt(layers)}, "
+            f"and this run has hybrid_layer_pattern {now}; set it to {patterns.of_gpt(layers)}, "
+            f"leave it out, {remedy}"
+        )
+    if len(set(layers)) > 1:
+        raise ValueError(
+            f"checkpoint {saved.path} is of a GPT model with dense layers and layers of experts, "
+            f"which Megatron does not load into a hybrid model; leave hybrid_layer_pattern out, "
+            f"{remedy}"
+        )
+    loads_optimizer = not (args.no_load_optim or saved.get("no_save_optim", False))
+    if (
+        loads_optimizer
+        and args.use_distributed_optimizer
+        and not saved.get("dist_ckpt_optim_fully_reshardable", False)
+    ):
+        raise ValueError(
+            f"checkpoint {saved.path} was saved without dist_ckpt_optim_fully_reshardable, and "
+            f"Megatron does not load its optimizer into a hybrid model; leave hybrid_layer_pattern "
+            f"out, or start with new moments (no_load_optim=true)"
         )
 
 

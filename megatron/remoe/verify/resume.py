@@ -187,7 +187,8 @@ def verify(
         weights = runner.weights_of(before)
         checkpoint = runner.folder / f"checkpoint{chosen.index(pair)}"
         reference = before if pair.is_same else reference_of(before)
-        expected = runner.uninterrupted(reference, 2 * steps, weights)
+        initial = runner.weights_of(before, host=reference.host)
+        expected = runner.uninterrupted(reference, 2 * steps, initial)
         first = runner.run(train_and_save, before, steps, weights, checkpoint)
         second = runner.run(load_and_train, after, steps, weights, checkpoint)
         return TrajectoryComparison.of([*first, *second], expected)

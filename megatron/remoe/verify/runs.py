@@ -18,9 +18,10 @@ from remoe.kernels.chunks import UNLIMITED
 def reference_of(cell: Cell) -> Cell:
     """Return the cell to compare with: one rank with the same model, data and precision.
 
-    Its model is Megatron's GPT model, and its experts are those of `cell`, so that nothing but the layout differs, and it computes all
-    experts of a layer at once. Grouped experts on one rank are themselves compared with Megatron's
-    own. The reference of a `plain` cell is the run in plain torch.
+    Its model is a GPT model. Its experts are those of `cell`, so that nothing else but the layout
+    differs, and it computes all experts of a layer at once. Grouped experts on one rank are
+    themselves compared with Megatron's own. The reference of a `plain` cell is the run in plain
+    torch.
     """
     return Cell(
         "plain torch" if cell.plain else "one rank",
