@@ -14,7 +14,7 @@ FLOORS = (
     ("remoe",),
     # what other rooms share: the machine, files, processes, and the tables of flags
     ("cpu", "files", "options", "processes", "progress", "checkpoint"),
-    ("compat", "ranges", "ranks", "unsupported", "formats", "data"),
+    ("compat", "pattern", "ranges", "ranks", "unsupported", "formats", "data"),
     ("moe", "analysis"),  # the layer; what can be seen in a run
     ("train",),  # a step, and what surrounds a run in its ranks
     ("arguments",),

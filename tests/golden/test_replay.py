@@ -25,16 +25,17 @@ def rank():
         yield lambda function, *args: ranks.run(function, *args)[0]
 
 
-def deviations(path, steps=None, **changes):
+def deviations(path, steps=None, host="gpt", **changes):
     golden = Golden.load(path)
     golden = replace(golden, **changes)
     steps = steps or golden.comparable_steps
-    return trajectories.deviations(replay(golden, steps), golden.trajectory[:steps])
+    return trajectories.deviations(replay(golden, steps, host), golden.trajectory[:steps])
 
 
+@pytest.mark.parametrize("host", ["gpt", "hybrid"])
 @pytest.mark.parametrize("path", [OPEN_LOOP, CLOSED_LOOP], ids=lambda path: path.stem)
-def test_published_trajectory(rank, path):
-    for key, deviation in rank(deviations, path).items():
+def test_published_trajectory(rank, path, host):
+    for key, deviation in rank(deviations, path, host=host).items():
         assert deviation <= TOLERANCES[key][1], key
 
 

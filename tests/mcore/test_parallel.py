@@ -24,6 +24,11 @@ RECURRENT = (
     ", plain torch: TP2 x EP2 all-to-all", ", plain torch: PP2",
 )  # fmt: skip
 SOFT = (": DP2", ": TP2 x EP2", ": PP2", ": TP2, MoE recompute", ": EP2, overlap", ", padded: TP2")
+HYBRID = (
+    ": TP2 x EP2 all-to-all", ": PP2", ": PP2, a stage without experts", ": EP2, full recompute",
+    ", recurrent: PP2, 2 virtual stages", ", recurrent: TP2 x EP2 all-to-all", ", TopK: PP2",
+    ", router hash: TP2", ", router soft: TP2", ", dense: TP2", ", chunked: EP2, full recompute",
+)  # fmt: skip
 ROUTERS = (": TP2 x EP2", ": PP2, a stage without experts")
 SUBSET = [
     *[c for c in grid.grid() if c.world <= 2 and re.match(r"(DP|EP|TP|PP|one rank)", c.name)],
@@ -41,6 +46,7 @@ SUBSET = [
     *[c for c in grid.chunked_differently() if c.world <= 2 and "differently" in c.name],
     *[c for c in grid.recurrent() if c.name.removeprefix("recurrent") in RECURRENT],
     *[c for c in grid.soft() if c.name.removeprefix("soft") in SOFT],
+    *[c for c in grid.hybrid() if c.name.removeprefix("hybrid") in HYBRID],
     *[c for c in grid.routers() if c.name.endswith(ROUTERS) and c.router != "relu"],
     *[c for c in grid.routers() if c.name.endswith("step before: TP2")],
     *[c for c in grid.routers() if c.name == "router expert_threshold, padded: TP2"],

@@ -264,7 +264,10 @@ def check_damaged(folder: Path) -> str | None:
 
 def test_configure_refuses_what_it_cannot_configure(call):
     refusals = call(refusals_of_configure)
-    assert refusals[0].startswith("the model's config is a HybridModelConfig, whose layers cannot")
+    assert refusals[0].startswith(
+        "the model's config is a HybridModelConfig with the hybrid_layer_pattern *E, and that of "
+        "the arguments is None; make it with hybrid_config_from_args"
+    )
     assert refusals[1].startswith("the model's config is a OtherBuilder, whose layers cannot")
     assert refusals[2].startswith("transformer_layer_spec of the GPTModelConfig is set already")
 

@@ -120,7 +120,7 @@ class RoutedHybridStack(HybridStack):
 class _LayerOfStage:
     """Builds the layer of a number in place of a class that Megatron would call."""
 
-    def __new__(  # type: ignore[misc]
+    def __new__(
         cls, *, specs: list[ModuleSpec], before: int, layer_number: int, **kwargs: Any
     ) -> Any:
         spec = specs[layer_number - before - 1]
