@@ -267,7 +267,7 @@ def megatron_config(shape: Shape, **changes: Any) -> Any:
     """Return a TransformerConfig of one layer with our modules; `changes` are fields of it."""
     sizes = {"L": 1, "H": shape.hidden_size, "F": shape.ffn_hidden_size, "heads": 8, "groups": 8,
              "E": shape.num_experts, "k": shape.topk, "G": 1}  # fmt: skip
-    fields = {
+    fields: dict[str, Any] = {
         "moe_grouped_gemm": True,
         "params_dtype": shape.dtype,
         "bf16": shape.dtype == torch.bfloat16,
