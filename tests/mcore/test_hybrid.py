@@ -16,6 +16,7 @@ from megatron.remoe.analysis.size import ModelSize
 from megatron.remoe.testing.cell import Cell
 from megatron.remoe.testing.cells import run_cell, save_golden_weights
 from megatron.remoe.testing.golden import CLOSED_LOOP
+from megatron.remoe.run.config import load_config
 from megatron.remoe.train import saved
 from megatron.remoe.verify.trajectories import FP32, deviations
 from tests.mcore import tiny
@@ -43,6 +44,13 @@ def test_trains_the_run_of_a_gpt_model_with_the_same_weights(call, tmp_path, cha
     assert len(hybrid[0]["sparsity_per_layer"]) == 2
     for key, deviation in deviations(hybrid, gpt).items():
         assert deviation <= FP32.get(key, 1e-5), key
+
+
+def test_a_pattern_on_the_command_line_needs_no_quotes_of_yaml(tmp_path):
+    tiny.write_config(tmp_path / "tiny.yaml")
+    for given in ("*E*E", "'*E*E'", "*E|*E", "-*E*"):
+        config = load_config(tmp_path / "tiny.yaml", [f"hybrid_layer_pattern={given}"])
+        assert config.flags["hybrid_layer_pattern"] == given.strip("'")
 
 
 def test_names_and_layers_of_the_equivalent_gpt_model():
