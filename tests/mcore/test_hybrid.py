@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from megatron.remoe import pattern
 from megatron.remoe.analysis.size import ModelSize
+from megatron.remoe.run.config import load_config
 from megatron.remoe.testing.cell import Cell
 from megatron.remoe.testing.cells import run_cell, save_golden_weights
 from megatron.remoe.testing.golden import CLOSED_LOOP
-from megatron.remoe.run.config import load_config
 from megatron.remoe.train import saved
 from megatron.remoe.verify.trajectories import FP32, deviations
 from tests.mcore import tiny
