@@ -123,7 +123,7 @@ def build(name, layout=None, *, settings=None, **changes):
     _, fc1, fc2 = moe_cases.weights(0.0)
     with torch.no_grad():
         if layer.router.weight is not None:
-            layer.router.weight.copy_(router_weight(name))
+            layer.router.weight.copy_(router_weight(name)[: len(layer.router.weight)])
         if name in ("relu_rms", "relu_l2"):
             layer.router.gate_scale.copy_(scale_of(name))
         for index, (ours1, ours2) in moe_cases.local_experts(layer):
@@ -420,6 +420,22 @@ def test_null_experts_share_the_auxiliary_loss_of_megatron(rank):
     (by_hand,) = torch.autograd.grad(COEFF * loss, weight)
     close(grad, by_hand)
     assert by_hand[EXPERTS:].abs().max() > 0  # those of null experts
+
+
+def router_of_few_null_experts():
+    """Number of choices and logits, and gates and map, of 4 experts, 2 null experts and k = 2."""
+    layer = build("null_experts", settings={"num_null_experts": 2}, moe_router_topk=2)
+    with torch.no_grad():
+        probs, routing_map = layer.router(moe_cases.inputs(0))
+    return layer.router.topk, layer.router.weight, probs, routing_map
+
+
+def test_there_may_be_fewer_null_experts_than_experts(rank):
+    topk, weight, probs, routing_map = rank(router_of_few_null_experts)
+    assert topk == 3 and len(weight) == EXPERTS + 2
+    logits = moe_cases.inputs(0).view(-1, HIDDEN) @ weight.T
+    close(probs, reference_null_experts(logits, EXPERTS, 3).detach())
+    assert torch.equal(probs > 0, routing_map)
 
 
 def hash_without_ids():

@@ -43,7 +43,7 @@ class HashRouter(CountsRouting, Router):
             self.register_parameter(name, None)
         self.token_ids: Tensor | None = None
         self.routing_settings = routing
-        self.register_selection(routing, self.num_experts)
+        self.register_selection(routing, self.num_experts, config.moe_router_topk)
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route the tokens, as `SelectionRouter` does.
