@@ -137,7 +137,11 @@ class ExpertThresholdRouting(Routing):
         return expert_cutoffs(logits_TE, topk=topk, padding_mask_T=padding_mask_T)
 
     def moved(self, state: Tensors, step: StepReport) -> dict[str, Tensor]:
-        """Return the next thresholds; they stay in a step without real tokens."""
+        """Return the next thresholds of layers whose cutoffs are finite.
+
+        The others stay as they were: in a step without real tokens, or whose forward overflowed, so
+        that the optimizer skips it. An infinite threshold would stay so in all later averages.
+        """
         assert step.observed_LE is not None
         updates_L1 = state["num_updates"].unsqueeze(1)
         next_LE = next_thresholds(
@@ -146,7 +150,7 @@ class ExpertThresholdRouting(Routing):
             num_updates=updates_L1,
             decay=self.expert_threshold_decay,
         )
-        is_measured_L1 = ~step.observed_LE.isnan().any(dim=1, keepdim=True)
+        is_measured_L1 = step.observed_LE.isfinite().all(dim=1, keepdim=True)
         return {
             "thresholds": torch.where(is_measured_L1, next_LE, state["thresholds"]),
             "num_updates": (updates_L1 + is_measured_L1).squeeze(1),

@@ -455,8 +455,8 @@ def test_ranks_share_the_experts_of_a_soft_mixture_after_granularity(call):
             "moe_relu_max_assignments is 64, but hash routing always has the same number of",
         ),
         (
-            [*NAMED, "top_p", "--moe-top-p-init", "1.5"],
-            "moe_top_p_init is 1.5; it must be a finite number that is in (0, 1] (it can be left",
+            [*NAMED, "top_p", "--moe-top-p-init", "1.0"],
+            "moe_top_p_init is 1.0; it must be a finite number that is in (0, 1) (it can be left",
         ),
         (
             [*NAMED, "top_p", "--moe-router-score-function", "sigmoid"],
