@@ -24,7 +24,6 @@ from remoe.selections.base import Budget, Routing, Tensors, scalar
 from remoe.settings import setting
 from remoe.statistics import StepReport
 
-
 # Bounds of the odds: below the first p rounds to one, and below the second it is less than any
 # softmax that is the largest of 2^24 experts. Odds that went on would be zero or infinite some day,
 # and no factor could move them again.
