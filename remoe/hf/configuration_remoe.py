@@ -198,6 +198,15 @@ class ReMoEConfig(LlamaConfig):
                 f"num_null_experts is {self.num_null_experts}; k (E + n) / E must be whole, with k "
                 f"{self.num_experts_per_tok} and E {self.num_experts}"
             )
+        for name, bound in (
+            ("max_active_experts", self.max_active_experts is not None),
+            ("at_least_one_expert", self.at_least_one_expert),
+        ):
+            if bound and self.router_type != "relu":
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, which is a bound on the gates of ReLU "
+                    f"routing, and router_type is {self.router_type}; leave it out"
+                )
         if self.router_type == "hash" and self.recurrence != "none":
             raise ValueError(
                 f"recurrence is {self.recurrence!r}; a hash router has no logits, so that it must "
