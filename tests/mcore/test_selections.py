@@ -452,8 +452,33 @@ def hash_without_ids():
 
 def test_hash_routing_refuses_tokens_whose_ids_it_does_not_know(rank):
     unknown, others = rank(hash_without_ids)
-    assert unknown.startswith("hash routing does not know the ids of the tokens; let megatron")
+    assert unknown.startswith("hash routing does not know the ids of the tokens; pass input_ids")
     assert others.startswith(f"hash routing has ids of {(SEQUENCE - 1, BATCH)} tokens, and is give")
+
+
+def kept_ids():
+    """The ids that a router has after calls of its model in several ways."""
+    from megatron.remoe.moe.hash_router import keep_token_ids
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = build("hash")
+
+        def forward(self, input_ids=None, decoder_input=None):
+            return self.layer.router.token_ids
+
+    (model,) = keep_token_ids([Model()])
+    ids, hidden = token_ids(0), moe_cases.inputs(0)
+    kept = [model(ids), model(input_ids=ids), model(None, hidden), model(ids, hidden)]
+    return [*kept, model(decoder_input=hidden)]
+
+
+def test_the_ids_are_those_of_the_call_however_they_are_passed(rank):
+    by_place, by_name, none, beside, left_out = rank(kept_ids)
+    assert none is left_out is None  # and not those of the call before
+    for found in (by_place, by_name, beside):
+        assert torch.equal(found, token_ids(0))
 
 
 def expert_choice_with_padding(padding):
