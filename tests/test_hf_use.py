@@ -68,7 +68,7 @@ def padded(left: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ({"at_least_one_expert": "no"}, "at_least_one_expert is 'no'"),
         (
             {"router_type": "relu_rms", "max_active_experts": 2},
-            "max_active_experts is 2, which is a bound on the gates of ReLU routing, and router_typ",
+            "max_active_experts is 2, which is a bound on the gates of ReLU routing, and router_",
         ),
         ({"router_type": "top_p", "at_least_one_expert": True}, "at_least_one_expert is True, wh"),
         ({"mlp_only_layers": [3]}, r"mlp_only_layers is \[3\]; .* from 0 to 2"),

@@ -102,6 +102,7 @@ class ExpertThresholdRouting(Routing):
     source: ClassVar[str] = "arXiv 2603.11535"
     budget: ClassVar[Budget] = "threshold"
     state: ClassVar[str] = "a threshold of every expert"
+    starts_dense: ClassVar[bool] = True  # in the first step, without thresholds
     reports: ClassVar[str | None] = "expert_threshold"
 
     expert_threshold_decay: float = setting(

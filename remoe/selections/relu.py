@@ -26,6 +26,7 @@ class L1Routing(L1Coefficient, Routing):
 
     budget: ClassVar[Budget] = "l1"
     state: ClassVar[str] = "the coefficient of the penalty"
+    starts_dense: ClassVar[bool] = True
     reports: ClassVar[str | None] = "l1_coeff"
 
     load_balancing: LoadBalancing = setting(

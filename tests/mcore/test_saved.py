@@ -24,6 +24,7 @@ SOFT = BOTH | {"moe_soft_routing": True, "masked_lm": True, "moe_soft_slots_per_
 ENCODER = TOPK | {"masked_lm": True}
 DENSE: dict[str, Any] = {"num_experts": None, "ffn_hidden_size": 64}
 ROUTER, CELL = "decoder.layers.0.mlp.router.weight", "decoder.recurrent_cell.weight_hh"
+BIAS = "decoder.layers.0.mlp.router.bias"
 PURPOSE = "pass --moe-change-routing to change"
 
 
@@ -195,6 +196,7 @@ def test_a_checkpoint_of_something_else_is_refused_with_the_remedy(
         ({}, ("decoder.layers.0.mlp.router.l1_coeff",), TOPK, "has ReLU routing"),
         (BOTH, ("decoder.layers.0.mlp.router.l1_coeff",), TOPK, "has ReLU routing"),
         ({}, ("decoder.layers.0.mlp.router.l1_coeff",), RELU, None),
+        ({}, (ROUTER, BIAS, "decoder.layers.0.mlp.router.l1_coeff"), TOPK, "has ReLU routing"),
         ({}, ("decoder.layers.0.mlp.router.odds",), RELU, "has top-p routing"),
         ({}, ("decoder.layers.0.mlp.router.odds",), TOP_P, None),
         ({}, (ROUTER,), RELU, "has TopK routing"),

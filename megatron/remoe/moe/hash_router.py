@@ -69,8 +69,8 @@ class HashRouter(CountsRouting, Router):
         """Return the ids of the tokens of this rank, `[T]`, in the order of `[s, b]`."""
         if self.token_ids is None:
             raise ValueError(
-                "hash routing does not know the ids of the tokens; pass input_ids to the model, and "
-                "let megatron.remoe.arguments.configure set it up, or add "
+                "hash routing does not know the ids of the tokens; pass input_ids to the model, "
+                "and let megatron.remoe.arguments.configure set it up, or add "
                 "moe.hash_router.keep_token_ids to its pre_wrap_hooks"
             )
         ids = self.token_ids.transpose(0, 1)

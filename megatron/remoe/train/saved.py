@@ -136,7 +136,8 @@ def _has_tensors(shapes: Mapping[str, Sequence[int]], selection: Selection) -> b
     """Return whether these are the tensors of the routers of a selection that has some."""
     learned = selection.parameters(2, 1)
     own = {*selection.buffers(2, 1), *learned}
-    return own == shapes.keys() - {"weight", "projection", "load"} != set() and all(
+    of_any = {"weight", "bias", "projection", "load"}
+    return own == shapes.keys() - of_any != set() and all(
         (shapes[name][-1] == 1) == (value.shape[-1] == 1) for name, value in learned.items()
     )
 
