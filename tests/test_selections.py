@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from remoe.config import ControllerConfig
+from remoe.config import ROUTINGS, ControllerConfig, Routing
 from remoe.controller import next_l1_coeff
 from remoe.reference import (
     reference_expert_threshold,
@@ -287,6 +287,21 @@ def test_the_penalty_reaches_the_target(name, topk):
     assert actives[0] > 3
     assert sum(actives[-100:]) / 100 == pytest.approx(topk, rel=0.1)
     assert scale.min() > 0.5
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_a_router_says_whether_it_starts_dense(name):
+    """With the small logits of a new model, and the state that it starts with."""
+    kind = ROUTINGS[name]
+    if not issubclass(kind, Routing):
+        assert not kind.starts_dense
+        return
+    selection = kind()
+    shape = (1000, selection.num_logits(8))
+    logits = 0.01 * torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    tensors = {**selection.parameters(8, 1), **selection.buffers(8, 1)}
+    active = selection.select(logits, tensors, topk=1)[1].sum(dim=1).float().mean()
+    assert active > 3 if kind.starts_dense else active < 1.2
 
 
 # Top-p.

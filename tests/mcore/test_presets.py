@@ -108,18 +108,6 @@ def test_describe_prints_the_published_size_and_cost(call, tmp_path, size, route
     assert float(rows["hours at this throughput"]) == pytest.approx(hours, rel=2e-3)
 
 
-@pytest.mark.parametrize(
-    ("router", "dense"), [("relu", True), ("expert_threshold", True), ("top_p", False)]
-)
-def test_describe_knows_which_routers_start_dense(call, tmp_path, router, dense):
-    path = str(EXAMPLES / "llama_182m/remoe.yaml")
-    code, out, error = call(tiny.remoe, tmp_path, "describe", path, f"moe_routing={router}")
-    assert code == 0, error
-    rows = {row[0].strip(): row[1].strip() for row in table(out)}
-    at_once, stable = rows["activations, dense at once"], rows["activations, stable stage"]
-    assert (float(at_once.split()[0]) > float(stable.split()[0])) == dense
-
-
 def table(out: str) -> list[list[str]]:
     return [line.strip("│").split("│") for line in out.splitlines() if line.startswith("│")]
 
