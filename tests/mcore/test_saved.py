@@ -21,6 +21,7 @@ TOP_P = BOTH | {"moe_routing": "top_p", "moe_relu_routing": False}
 GLOBAL = RELU | {"moe_relu_load_balancing": "global_batch"}
 GRU = {"moe_router_recurrence": "gru", "moe_router_recurrent_size": 8}
 SOFT = BOTH | {"moe_soft_routing": True, "masked_lm": True, "moe_soft_slots_per_expert": 4}
+CHOICE = BOTH | {"moe_routing": "expert_choice", "masked_lm": True}
 ENCODER = TOPK | {"masked_lm": True}
 DENSE: dict[str, Any] = {"num_experts": None, "ffn_hidden_size": 64}
 ROUTER, CELL = "decoder.layers.0.mlp.router.weight", "decoder.recurrent_cell.weight_hh"
@@ -107,6 +108,11 @@ def run(folder: Path, **changes: Any) -> Namespace:
         (
             RELU | GRU,
             RELU | {"moe_change_routing": True},
+            "was trained with moe_router_recurrence gru, and this run has none, with which its",
+        ),
+        (
+            RELU | GRU | {"masked_lm": True},
+            CHOICE | {"moe_change_routing": True},
             "was trained with moe_router_recurrence gru, and this run has none, with which its",
         ),
         (

@@ -186,7 +186,7 @@ def check(args: argparse.Namespace, saved: Saved) -> None:
         )
     _refuse_other_task(args, saved)
     if all(
-        name in ROUTINGS and issubclass(ROUTINGS[name], Routing) for name in (saved.router, now)
+        name in ROUTINGS and issubclass(ROUTINGS[name], Selection) for name in (saved.router, now)
     ):
         _refuse_other_recurrence(args, saved)
     if saved.router != now:
