@@ -496,7 +496,7 @@ def _pattern(text: str) -> Any:
 
 _SETTINGS_TITLE = """## The settings of the routers
 
-Each is a field of a class in `remoe/config.py`. A YAML config has the flag's name with underscores.
+Each is a field of a class in `remoe/selections/`. A YAML config has the flag's name with underscores.
 The last column says what happens to a run whose checkpoint was trained with another value."""
 _RECURRENT_TITLE = """## What a recurrent router refuses
 

@@ -1,7 +1,7 @@
 """Configuration of a ReMoE language model: LLaMA with mixture-of-experts layers.
 
 This file is exported with every model and therefore self-contained. Its fields for the router are
-the exported settings of `remoe.config.ReLURouting`; a test compares names, defaults and checks.
+the exported settings in `remoe.selections`; a test compares names, defaults and checks.
 """
 
 import difflib
