@@ -45,7 +45,7 @@ class CountingTopKRouter(CountsRouting, TopKRouter):
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.warmup = routing or TopKRouting()
         self._iteration = iteration
-        self.register_selection(self.warmup, self.num_experts)
+        self.register_selection(self.warmup, self.num_experts, config.moe_router_topk)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Turn logits `[s, b, E]` into probs and the routing map, both `[T, E]`."""
@@ -78,7 +78,7 @@ class NullExpertsRouter(CountsRouting, TopKRouter):
         wide.num_moe_experts = routing.num_logits(config.num_moe_experts)
         wide.moe_router_topk = routing.topk_of_all(config.num_moe_experts, config.moe_router_topk)
         super().__init__(config=wide, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        self.register_selection(routing, config.num_moe_experts)
+        self.register_selection(routing, config.num_moe_experts, config.moe_router_topk)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Turn logits `[s, b, E + n]` into probs and the routing map, both `[T, E]`."""
