@@ -245,23 +245,31 @@ def hybrid() -> list[Cell]:
     """Return layouts of `HybridModel`, which are compared with a GPT model of the same weights."""
     layouts = _layouts()
     some = ("one rank", "TP2 x EP2 all-to-all", "PP2", "EP2, full recompute")
-    recurrent = (*some, "PP2, 2 virtual stages", "EP2, distributed optimizer")
+    more = (
+        *some, "DP2", "EP2 all-gather", "PP2, 2 virtual stages", "EP2, distributed optimizer",
+        "PP2, a stage without experts",
+    )  # fmt: skip
     host: dict[str, Any] = {"host": "hybrid"}
     one_and_tp2 = [Cell("one rank"), Cell("TP2", 2, tp=2)]
+    of_routers = [*one_and_tp2, Cell("EP2, distributed optimizer", 2, ep=2, **DISTRIBUTED)]
+    pp2 = [Cell("PP2, full recompute", 2, pp=2, recompute="full")]
     cells = [
         *variants(layouts, "hybrid: ", **host),
-        *variants(layouts, "hybrid, TopK: ", some, router="topk", **host),
-        *variants(layouts, "hybrid, recurrent: ", recurrent, recurrence="gru", **host),
+        *variants(layouts, "hybrid, TopK: ", more, router="topk", **host),
+        *variants(layouts, "hybrid, recurrent: ", more, recurrence="gru", **host),
         *variants(layouts, "hybrid, bf16: ", some, dtype="bf16", **host),
         *variants(layouts, "hybrid, chunked: ", some, max_assignments=64, **host),
         *variants(layouts, "hybrid, padded: ", some, padding="ends", **host),
         *variants(one_and_tp2, "hybrid, dense: ", router="dense", **host),
     ]
-    for name in ROUTINGS:
-        if name not in ("relu", "topk"):
-            # Roundings of relu_rms grow (see `routers`).
-            run = (("steps", 4),) if name == "relu_rms" else ()
-            cells += variants(one_and_tp2, f"hybrid, router {name}: ", router=name, run=run, **host)
+    for name, routing in ROUTINGS.items():
+        if name in ("relu", "topk"):
+            continue
+        # Roundings of relu_rms grow (see `routers`), and token ids are on the first stage only.
+        run = (("steps", 4),) if name == "relu_rms" else ()
+        ids = issubclass(routing, Selection) and routing.reads == "ids"
+        of_router = of_routers if ids else [*of_routers, *pp2]
+        cells += variants(of_router, f"hybrid, router {name}: ", router=name, run=run, **host)
     return cells
 
 
