@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron.remoe.testing import cells
 from megatron.remoe.testing.cell import DISTRIBUTED, FOUR_RANKS, ODD_SIZES, Cell, variants
-from megatron.remoe.testing.golden import golden_tokens
+from megatron.remoe.testing.golden import Host, golden_tokens
 from megatron.remoe.verify.runs import Runner, check_all, reference_of
 from megatron.remoe.verify.trajectories import (
     Trajectory,
@@ -57,6 +57,12 @@ _LAYOUTS = [
     Cell("soft 1", router="soft"),
     Cell("soft TP2 x EP2", 2, tp=2, ep=2, router="soft"),
 ]
+_HYBRID = (
+    "1", "TP2", "PP2", "PP2, 2 virtual stages", "TopK EP2", "DP2, distributed optimizer",
+    "EP2, distributed optimizer, overlap", "TP2 x PP2", "recurrent 1", "recurrent PP2",
+    "recurrent EP2, distributed optimizer, overlap", "soft TP2 x EP2",
+)  # fmt: skip
+_LAYOUTS += variants(_LAYOUTS, "hybrid: ", _HYBRID, host="hybrid")
 # Every other router, and ReLU routing with all of its state.
 _ROUTERS: dict[str, dict[str, Any]] = {
     **{name: {"router": name} for name in ROUTINGS if name not in ("relu", "topk", "soft")},
@@ -104,8 +110,26 @@ _ACROSS = {
     # The RMS norm amplifies what layouts round differently, see `grid.routers`.
     **{f"router {n}: 1": (f"router {n}: TP2",) for n in _ROUTERS if n != "relu_rms"},
     **{f"router {n}: TP2": (f"router {n}: 1",) for n in _ROUTERS if n != "relu_rms"},
+    "hybrid: 1": ("hybrid: TP2", "hybrid: PP2"),
+    "hybrid: PP2": ("hybrid: 1", "hybrid: TP2 x PP2"),
+    "hybrid: PP2, 2 virtual stages": ("hybrid: PP2",),
+    "hybrid: EP2, distributed optimizer, overlap": ("hybrid: DP2, distributed optimizer",),
+    "hybrid: recurrent PP2": ("hybrid: recurrent 1",),
     "bf16: EP2": ("TP2",),
     "bf16: EP2, distributed optimizer, overlap": ("1, distributed optimizer",),
+}
+# From a checkpoint of a GPT model to a hybrid model.
+_TO_HYBRID = {
+    "1": ("1", "TP2"),
+    "EP2": ("PP2",),
+    "PP2, 2 virtual stages": ("PP2, 2 virtual stages",),
+    "TopK EP2": ("TopK EP2",),
+    "EP2, distributed optimizer, overlap": (
+        "EP2, distributed optimizer, overlap",
+        "DP2, distributed optimizer",
+    ),
+    "recurrent 1": ("recurrent 1", "recurrent PP2"),
+    "soft 1": ("soft TP2 x EP2",),
 }
 _IN_BF16 = (
     "1", "EP2", "DP2, distributed optimizer", "EP2, distributed optimizer, overlap",
@@ -159,9 +183,11 @@ def pairs() -> list[Pair]:
     """Return every layout paired with itself, and pairs of different layouts."""
     cells = [*_LAYOUTS, *variants(_LAYOUTS, "bf16: ", _IN_BF16, dtype="bf16")]
     layouts = {cell.name: cell for cell in cells}
+    to_hybrid = {k: tuple(f"hybrid: {name}" for name in v) for k, v in _TO_HYBRID.items()}
     across = []
-    for before in (layouts[name] for name in _ACROSS):
-        for after in (layouts[name] for name in _ACROSS[before.name]):
+    for saved in {**_ACROSS, **to_hybrid}:
+        before = layouts[saved]
+        for after in (layouts[n] for n in (*_ACROSS.get(saved, ()), *to_hybrid.get(saved, ()))):
             run = before.run or after.run  # both train the same run, in the same precision
             changes: dict[str, Any] = {"run": run, "dtype": before.dtype}
             across.append(Pair(replace(before, run=run), replace(after, **changes)))
@@ -184,13 +210,13 @@ def verify(
 
     def compare(runner: Runner, pair: Pair) -> TrajectoryComparison:
         before, after = pair.before, pair.after
-        weights = runner.weights_of(before)
         checkpoint = runner.folder / f"checkpoint{chosen.index(pair)}"
         reference = before if pair.is_same else reference_of(before)
         initial = runner.weights_of(before, host=reference.host)
         expected = runner.uninterrupted(reference, 2 * steps, initial)
-        first = runner.run(train_and_save, before, steps, weights, checkpoint)
-        second = runner.run(load_and_train, after, steps, weights, checkpoint)
+        first = runner.run(train_and_save, before, steps, runner.weights_of(before), checkpoint)
+        initial = runner.weights_of(before, host=after.host)
+        second = runner.run(load_and_train, after, steps, initial, checkpoint, before.host)
         return TrajectoryComparison.of([*first, *second], expected)
 
     return check_all(
@@ -220,11 +246,19 @@ def train_and_save(
 
 
 def load_and_train(
-    cell: Cell, golden: dict[str, Any], steps: int, weights: Path, checkpoint: Path
+    cell: Cell,
+    golden: dict[str, Any],
+    steps: int,
+    weights: Path,
+    checkpoint: Path,
+    saved_by: Host | None = None,
 ) -> Trajectory:
-    """Read the checkpoint of that step and train as many steps again."""
+    """Read the checkpoint of that step and train as many steps again.
+
+    The class of the model that saved it, `saved_by`, is that of the cell by default.
+    """
     training = ResumableTraining(cell, golden, weights)
-    training.load(checkpoint)
+    training.load(checkpoint, saved_by=saved_by or cell.host)
     return training.steps(steps, steps)
 
 
@@ -259,15 +293,29 @@ class ResumableTraining(cells.Training):
             async_strategy="mcore",
         )
 
-    def load(self, checkpoint: Path) -> None:
-        """Read model and optimizer."""
+    def load(self, checkpoint: Path, *, saved_by: Host | None = None) -> None:
+        """Read model and optimizer, also of a GPT model into a hybrid one, as Megatron's loop."""
         from megatron.core import dist_checkpointing
 
-        state = dist_checkpointing.load(self._sharded_state(is_loading=True), str(checkpoint))
+        state = self._sharded_state(is_loading=True)
+        if self.cell.host == "hybrid" and saved_by == "gpt":
+            self._look_in_gpt_checkpoint(state)
+        state = dist_checkpointing.load(state, str(checkpoint))
         keys = [key for key in state if key.startswith("model")]
         for key, chunk in zip(sorted(keys), self.chunks, strict=True):
             chunk.load_state_dict(state[key])
         self.optimizer.load_state_dict(state["optimizer"])
+
+    def _look_in_gpt_checkpoint(self, state: dict[str, Any]) -> None:
+        """Let the tensors of a hybrid model be looked up by their names in a GPT model."""
+        from megatron.core.dist_checkpointing import gpt_checkpoint_interop as interop
+        from megatron.core.utils import unwrap_model
+
+        (model, *_) = unwrap_model(self.chunks)
+        layers = interop.gpt_compatible_layer_maps(model.hybrid_layer_pattern)
+        for key, part in state.items():
+            if key.startswith(("model", "optimizer")):
+                interop.retarget_sharded_state_dict_to_gpt_checkpoint(part, layers)
 
     def _sharded_state(self, **optimizer_options: Any) -> dict[str, Any]:
         from megatron.core.utils import unwrap_model
