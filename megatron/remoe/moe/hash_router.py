@@ -35,8 +35,11 @@ class HashRouter(CountsRouting, Router):
         is_mtp_layer: bool = False,
         *,
         routing: HashRouting,
+        **newer: Any,
     ) -> None:
-        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        super().__init__(
+            config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer, **newer
+        )
         # Parameters without a gradient would keep overlapped reductions waiting.
         for name in ("weight", "bias"):
             delattr(self, name)
@@ -45,7 +48,9 @@ class HashRouter(CountsRouting, Router):
         self.routing_settings = routing
         self.register_selection(routing, self.num_experts)
 
-    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input: Tensor, padding_mask: Tensor | None = None, *newer: Any
+    ) -> tuple[Tensor, Tensor]:
         """Route the tokens, as `SelectionRouter` does.
 
         Raises:
