@@ -232,6 +232,25 @@ def is_built_and_called_as_in_dev(name: str) -> bool:
     return same and passed_on and given["layer_number"] == 3 and new.layer_number == 3
 
 
+def test_the_router_of_slots_takes_it_too(call):
+    assert call(slots_are_routed_as_in_dev)
+
+
+def slots_are_routed_as_in_dev() -> bool:
+    import torch
+
+    from megatron.remoe.moe.soft import SoftRouter
+    from remoe.config import SoftRouting
+
+    layout = moe_cases.Layout()
+    moe_cases.initialize(layout)
+    config, groups = moe_cases.transformer_config(layout), default_groups()
+    router = SoftRouter(config, groups, False, routing=SoftRouting(), layer_number=3)
+    x = moe_cases.inputs(0)
+    pairs = zip(router(x, None, None, None), router(x), strict=True)
+    return router.layer_number == 3 and all(torch.equal(a, b) for a, b in pairs)
+
+
 def default_groups():
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
