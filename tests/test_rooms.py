@@ -18,6 +18,7 @@ FLOORS = (
     ("moe", "analysis"),  # the layer; what can be seen in a run
     ("train",),  # a step, and what surrounds a run in its ranks
     ("arguments",),
+    ("session",),
     ("pretrain",),
     ("run", "testing"),  # the parent process; runs of the golden files
     ("convert",),

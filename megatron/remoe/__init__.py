@@ -5,8 +5,7 @@
     ...
     args = parse_and_validate_args(extra_args_provider=remoe.add_arguments)
     model_cfg = gpt_config_from_args(args)
-    hook = remoe.configure(model_cfg, args)
-    with remoe.running(args, hook):
+    with remoe.training(args, model_cfg):
         pretrain(pretrain_cfg_container_from_args(args, model_cfg), ...)
 
 The names are imported on first use, so that `prepare_megatron()` can run before anything imports
@@ -27,6 +26,7 @@ _MODULE_OF = {
     "prepare_megatron": "cpu",
     "routing_from_args": "arguments",
     "running": "train.session",
+    "training": "session",
 }
 
 __all__ = list(_MODULE_OF)

@@ -16,16 +16,80 @@ from pathlib import Path
 from typing import Any
 
 TESTED_VERSION = "0.19.2"
+# The minor versions that `apply` accepts, and what each of them was when it was run
+# (docs/compatibility.md).
+VERSIONS = {
+    "0.19": "megatron-core 0.19.2 from PyPI",
+    "0.20": "Megatron-LM's main of 22 August 2026 (d98e8a64)",
+}
+
+_MOE = "megatron.core.transformer.moe"
+_OPTIMIZER = "megatron.core.optimizer"
+# Every private name of Megatron's that we read, replace or override, and every public one that we
+# replace or take out of its class: what breaks without it. All but the first two groups are used
+# in this module only.
+RELIES_ON = {
+    # in modules that override or replace them
+    f"{_MOE}.token_dispatcher.MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize": (
+        "the all-to-all dispatcher (`moe.dispatcher`) would copy sizes to the host again"
+    ),
+    f"{_MOE}.token_dispatcher.maybe_move_tensor_to_cpu": (
+        "TopK with all-to-all on gloo, which takes no tensors as sizes (`cpu.enable`)"
+    ),
+    "megatron.core.tensor_parallel.random._set_cuda_rng_state": (
+        "random states where a CPU stands in (`cpu.enable`)"
+    ),
+    f"{_MOE}.router.TopKRouter.apply_input_jitter": "input jitter of `moe.router`",
+    f"{_MOE}.router.TopKRouter.apply_z_loss": "the z-loss of `moe.router`",
+    # in modules that call them
+    "megatron.training.global_vars._build_tokenizer": (
+        "the check of a tokenizer before a run (`run.rehearsal`)"
+    ),
+    "megatron.training.checkpointing._build_sharded_state_dict_metadata": (
+        "`remoe verify resume` (`verify.resume`)"
+    ),
+    # here
+    "megatron.training.global_vars._GLOBAL_TENSORBOARD_WRITER": (
+        "the metrics of steps in TensorBoard (`tensorboard_writer`, `set_tensorboard_writer`)"
+    ),
+    "megatron.core.datasets.utils.compile_helpers": (
+        "starting on a wheel, which has no Makefile (`_skip_compiling_dataset_helpers`)"
+    ),
+    f"{_OPTIMIZER}.DistributedOptimizer": "all fixes of the distributed optimizer",
+    **{
+        f"{_OPTIMIZER}.distrib_optimizer.{flag}": "knowing whose Adam is used (`adam`)"
+        for flag in ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER")
+    },
+    **{
+        f"{_OPTIMIZER}.distrib_optimizer.DistributedOptimizer.{method}": breaks
+        for method, breaks in {
+            "_build_optimizer_group_ranges": "states of weights in half precision would be mixed",
+            "sharded_param_state_fully_reshardable": "states after a padded bucket would be mixed",
+            "_get_model_param_range_map": "the check of what a fully reshardable save writes",
+            "_get_main_param_and_optimizer_states": "the same check",
+            "_get_state_key_dtype": "the state of torch's Adam before its first step",
+            "_set_main_param_and_optimizer_states": "resuming torch's Adam, fully reshardable",
+        }.items()
+    },
+    **{
+        f"megatron.core.rerun_state_machine.{name}": "`step_will_be_repeated`"
+        for name in (
+            "RerunMode.DISABLED",
+            "RerunState.INITIAL_RUN",
+            "RerunState.RERUNNING_IN_PLACE",
+        )
+    },
+}
 
 
 def apply() -> None:
     """Check the megatron.core that is imported, and apply the fixes; a second call does nothing.
 
     Raises:
-        ValueError: megatron-core is missing, or another minor version than the tested one.
+        ValueError: megatron-core is missing, or of a minor version that we have not run.
     """
     version, path = imported_version()
-    if version.split(".")[:2] != TESTED_VERSION.split(".")[:2]:
+    if ".".join(version.split(".")[:2]) not in VERSIONS:
         raise ValueError(
             f"megatron-core {version} is imported from {path}, but this release of remoe works "
             f"with {TESTED_VERSION}; take that folder off PYTHONPATH, or run: pip install "

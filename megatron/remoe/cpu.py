@@ -8,6 +8,7 @@ over gloo. Apart from the fixes in `compat`, no other module replaces functions 
 import contextlib
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -44,8 +45,13 @@ class _Stream:
 
 
 class _Event(_Stream):
+    _recorded = 0.0  # seconds
+
     def record(self, stream: object = None) -> None:
-        pass
+        self._recorded = time.perf_counter()
+
+    def elapsed_time(self, end: "_Event") -> float:
+        return 1000 * (end._recorded - self._recorded)  # milliseconds, as CUDA's
 
     def wait(self, stream: object = None) -> None:
         pass

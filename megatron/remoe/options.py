@@ -84,8 +84,15 @@ OPTIONS: dict[str, Option] = {
     "moe_grouped_gemm": _honored(
         "grouped experts: ours in torch with the local backend, or Transformer Engine's"
     ),
+    "moe_use_grouped_tensor": _refused(
+        "padding every expert's rows to a multiple of 256 (use_transformer_engine_op_fuser sets it "
+        f"too) {_UNVERIFIED}"
+    ),
     **_each(
-        _honored("layout of Transformer Engine's grouped experts"),
+        _honored(
+            "layout of Transformer Engine's grouped experts; 0.20 has it only with "
+            "moe_use_grouped_tensor, which is refused"
+        ),
         "moe_single_grouped_", "weight bias",
     ),
     "moe_layer_recompute": _honored("recomputes the layer; statistics are counted once"),
@@ -163,7 +170,8 @@ OPTIONS: dict[str, Option] = {
         "moe_", "flex_dispatcher_backend permute_fusion_into_hybridep "
         "hybridep_pad_uneven_dispatch_inputs flex_dispatcher_num_sms deepep_num_sms "
         "hybridep_num_sms hybridep_num_blocks_permute hybridep_num_blocks_unpermute "
-        "hybridep_num_sms_preprocessing ncclep_static_shape ncclep_zero_copy",
+        "hybridep_num_sms_preprocessing ncclep_static_shape ncclep_zero_copy "
+        "dispatch_fwd_dtype combine_bwd_dtype",
     ),
     "moe_paged_stash": _refused(f"the paged stash {_UNVERIFIED}"),
     **_each(
@@ -177,7 +185,7 @@ OPTIONS: dict[str, Option] = {
     **_each(
         _irrelevant("only with multi-token prediction, which is refused"),
         "mtp_", "grad_scale_func loss_scaling_factor use_repeated_layer detach_heads "
-        "hybrid_override_pattern",
+        "hybrid_override_pattern hsm",
     ),
     **_each(
         _refused("buffer sizes change with every step; leave it out"),
@@ -194,6 +202,21 @@ OPTIONS: dict[str, Option] = {
     ),
     "delay_offload_until_cuda_graph": _WITH_GRAPHS,
 }  # fmt: skip
+
+# Options that only one of the versions in `compat.VERSIONS` has, and which.
+ONLY_IN: dict[str, str] = {
+    "moe_ncclep_static_shape": "0.19",
+    **dict.fromkeys(
+        ("moe_use_grouped_tensor", "moe_dispatch_fwd_dtype", "moe_combine_bwd_dtype", "mtp_hsm"),
+        "0.20",
+    ),
+}
+
+
+def fields_of(version: str) -> set[str]:
+    """Return the options with an answer that a version such as "0.20.0" has."""
+    minor = ".".join(version.split(".")[:2])
+    return {name for name in OPTIONS if ONLY_IN.get(name, minor) == minor}
 
 
 # Megatron's logs that mean something else, or nothing, under ReLU routing: flag and what to know.
@@ -517,7 +540,10 @@ Megatron counts k experts per token wherever it counts experts."""
 
 def to_markdown() -> str:
     """Return the tables of `docs/options.md`."""
-    options = [(f"`{name}`", o.answer, _describe(o)) for name, o in OPTIONS.items()]
+    options = [
+        (f"`{name}`" + (f" ({ONLY_IN[name]})" if name in ONLY_IN else ""), o.answer, _describe(o))
+        for name, o in OPTIONS.items()
+    ]
     settings = {s.dest: s for routing in ROUTINGS.values() for s in settings_of(routing)}
     routers = [
         (

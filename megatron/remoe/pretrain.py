@@ -217,15 +217,14 @@ def _pretrain() -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron.remoe.arguments import add_arguments, configure, model_config_of
-    from megatron.remoe.train.session import running
+    from megatron.remoe.arguments import add_arguments, model_config_of
+    from megatron.remoe.session import training
 
     args = parse_and_validate_args(extra_args_provider=add_arguments)
     model_config = model_config_of(args)
     with processes.mistakes_in_one_line():
         unsupported.refuse_unused(args)
-        hook = configure(model_config, args, hides_tokens=args.masked_lm)
-    with running(args, hook):
+    with training(args, model_config, hides_tokens=args.masked_lm):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             datasets_provider,

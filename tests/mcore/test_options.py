@@ -1,11 +1,12 @@
 """Every MoE option of Megatron has an answer, and the answers are true."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron.remoe import options
+from megatron.remoe import compat, options
 from megatron.remoe.ranks import Ranks
 from tests.mcore import moe_cases
 from tests.mcore.moe_cases import Layout
@@ -21,7 +22,24 @@ def rank():
 
 def test_every_field_is_classified(rank):
     """Fails when a new megatron-core brings a field: give it an answer in `options`."""
-    assert set(rank(options.moe_fields)) == set(options.OPTIONS)
+    version, _ = compat.imported_version()
+    assert set(rank(options.moe_fields)) == options.fields_of(version)
+
+
+def test_what_only_one_version_has_is_classified_once():
+    assert set(options.ONLY_IN) <= set(options.OPTIONS)
+    assert set(options.ONLY_IN.values()) == set(compat.VERSIONS)
+    older, newer = (options.fields_of(f"{minor}.0") for minor in compat.VERSIONS)
+    assert older - newer == {"moe_ncclep_static_shape"}
+    assert newer - older == set(options.ONLY_IN) - older
+
+
+def test_what_only_the_next_version_has_is_refused_by_its_value():
+    config = SimpleNamespace(moe_use_grouped_tensor=True)
+    with pytest.raises(ValueError, match="^moe_use_grouped_tensor is True, which ReLU routing"):
+        options.check(config)
+    config.moe_use_grouped_tensor = False
+    options.check(config)
 
 
 def test_documentation_is_the_table():

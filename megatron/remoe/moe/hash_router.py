@@ -36,8 +36,11 @@ class HashRouter(CountsRouting, Router):
         is_mtp_layer: bool = False,
         *,
         routing: HashRouting,
+        **newer: Any,
     ) -> None:
-        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        super().__init__(
+            config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer, **newer
+        )
         # Parameters without a gradient would keep overlapped reductions waiting.
         for name in ("weight", "bias"):
             delattr(self, name)
@@ -47,7 +50,9 @@ class HashRouter(CountsRouting, Router):
         self.routing_settings = routing
         self.register_selection(routing, self.num_experts, config.moe_router_topk)
 
-    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input: Tensor, padding_mask: Tensor | None = None, *newer: Any
+    ) -> tuple[Tensor, Tensor]:
         """Route the tokens, as `SelectionRouter` does.
 
         Raises:

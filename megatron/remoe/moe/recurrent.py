@@ -73,8 +73,9 @@ class Recurrent(CountsRouting, Router):
         *,
         routing: Routing,
         cell: RecurrentCell,
+        **newer: Any,
     ) -> None:
-        super().__init__(config, pg_collection, is_mtp_layer, routing=routing)
+        super().__init__(config, pg_collection, is_mtp_layer, routing=routing, **newer)
         self.passing: RecurrentPassing = routing.recurrent_passing
         self._init_std = routing.recurrent_init_std
         self._cell = (cell,)  # a module of the model, and not of its routers
@@ -91,13 +92,14 @@ class Recurrent(CountsRouting, Router):
         return self._cell[0]
 
     def forward(
-        self, input: Tensor, padding_mask: Tensor | None = None
+        self, input: Tensor, padding_mask: Tensor | None = None, *newer: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Move the state on, and route by it.
 
         Args:
             input: `[x | state]`, or `[s, b, h]` before the first layer with experts.
             padding_mask: bool `[s, b]`, True for padding tokens, or None.
+            newer: what a newer Megatron passes on, for the base router.
 
         Returns:
             probs `[T, E]` in the dtype of `input`; routing_map, bool `[T, E]`; and the state to
@@ -111,7 +113,7 @@ class Recurrent(CountsRouting, Router):
             mask = None if padding_mask is None else padding_mask.reshape(-1)
             self.statistics.add_states(state, mask)
         state = state.view(*x.shape[:-1], -1)
-        probs, routing_map = super().forward(state, padding_mask)
+        probs, routing_map = super().forward(state, padding_mask, *newer)
         return probs.to(input.dtype), routing_map, state
 
     def _parameter(self, *shape: int) -> torch.nn.Parameter:
@@ -159,10 +161,10 @@ class RecurrentMoELayer(DroplessMoELayer):
         return output
 
     def route(
-        self, hidden_states: Tensor, padding_mask: Tensor | None = None
+        self, hidden_states: Tensor, padding_mask: Tensor | None = None, *newer: Any
     ) -> tuple[Any, Tensor]:
         """Return `(probs, state)` and the routing map."""
-        probs, routing_map, state = self.router(hidden_states, padding_mask)
+        probs, routing_map, state = self.router(hidden_states, padding_mask, *newer)
         return (probs, state), routing_map
 
     def preprocess(

@@ -6,6 +6,8 @@ hash routing has no logits (`hash_router`).
 Shapes, as in Megatron: s sequence, b micro-batch, h hidden; T = s * b local tokens, E experts.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
@@ -37,18 +39,24 @@ class SelectionRouter(CountsRouting, Router):
         is_mtp_layer: bool = False,
         *,
         routing: Selection | None = None,
+        **newer: Any,
     ) -> None:
-        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        super().__init__(
+            config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer, **newer
+        )
         self.input_jitter = None  # set by apply_input_jitter
         self.register_selection(routing or ReLURouting(), self.num_experts, config.moe_router_topk)
 
-    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input: Tensor, padding_mask: Tensor | None = None, *newer: Any
+    ) -> tuple[Tensor, Tensor]:
         """Route the tokens.
 
         Args:
             input: `[s, b, h]`.
             padding_mask: bool `[s, b]`, True for padding tokens, or None. Padding is routed like
                 any token, as in Megatron, but it is neither penalized nor counted.
+            newer: what a newer Megatron passes on to its own router, which this one has no use for.
 
         Returns:
             probs `[T, E]` in the dtype of `input`, and routing_map, bool `[T, E]`.

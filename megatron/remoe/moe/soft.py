@@ -53,10 +53,11 @@ class SoftRouter(MegatronModule):
         is_mtp_layer: bool = False,
         *,
         routing: SoftRouting,
+        layer_number: int | None = None,
     ) -> None:
         super().__init__(config=config)
         self.tp_group = pg_collection.tp
-        self.layer_number: int | None = None
+        self.layer_number = layer_number
         device, dtype = torch.cuda.current_device(), config.params_dtype
         size = (config.num_moe_experts * routing.slots_per_expert, config.hidden_size)
         weight = torch.empty(size, device=device)
@@ -73,12 +74,15 @@ class SoftRouter(MegatronModule):
         """Set the number of the layer, as Megatron's routers have one."""
         self.layer_number = layer_number
 
-    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input: Tensor, padding_mask: Tensor | None = None, *newer: Any
+    ) -> tuple[Tensor, Tensor]:
         """Return the dispatch and combine weights of the tokens of this rank, both `[b, s, S]`.
 
         Args:
             input: `[s, b, H]`.
             padding_mask: bool `[s, b]`, True for padding tokens, or None.
+            newer: as for `SelectionRouter`.
 
         Raises:
             ValueError: a mask of another shape.

@@ -8,6 +8,7 @@ on with the right k. The routing map determines the size of the dispatch.
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.router import TopKRouter
@@ -41,17 +42,22 @@ class CountingTopKRouter(CountsRouting, TopKRouter):
         *,
         routing: TopKRouting | None = None,
         iteration: Callable[[], int] = current_iteration,
+        **newer: Any,
     ) -> None:
-        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        super().__init__(
+            config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer, **newer
+        )
         self.warmup = routing or TopKRouting()
         self._iteration = iteration
         self.register_selection(self.warmup, self.num_experts, config.moe_router_topk)
 
-    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def routing(
+        self, logits: Tensor, padding_mask: Tensor | None = None, **newer: Any
+    ) -> tuple[Tensor, Tensor]:
         """Turn logits `[s, b, E]` into probs and the routing map, both `[T, E]`."""
         if self.warmup.warmup_steps:
             self.topk = self.warmup.topk_at(self._iteration(), self.config.moe_router_topk)
-        probs, routing_map = super().routing(logits, padding_mask)
+        probs, routing_map = super().routing(logits, padding_mask, **newer)
         if self.counts_now:
             self.count(routing_map, None if padding_mask is None else padding_mask.reshape(-1))
         return probs, routing_map
@@ -71,18 +77,28 @@ class NullExpertsRouter(CountsRouting, TopKRouter):
         is_mtp_layer: bool = False,
         *,
         routing: NullExpertsRouting,
+        **newer: Any,
     ) -> None:
         self.num_real = config.num_moe_experts
         wide = copy.copy(config)
         routing.check_model(config.num_moe_experts, config.moe_router_topk)
         wide.num_moe_experts = routing.num_logits(config.num_moe_experts)
         wide.moe_router_topk = routing.topk_of_all(config.num_moe_experts, config.moe_router_topk)
+<<<<<<< HEAD
         super().__init__(config=wide, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.register_selection(routing, config.num_moe_experts, config.moe_router_topk)
+=======
+        super().__init__(
+            config=wide, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer, **newer
+        )
+        self.register_selection(routing, config.num_moe_experts)
+>>>>>>> 6737d43
 
-    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def routing(
+        self, logits: Tensor, padding_mask: Tensor | None = None, **newer: Any
+    ) -> tuple[Tensor, Tensor]:
         """Turn logits `[s, b, E + n]` into probs and the routing map, both `[T, E]`."""
-        probs, routing_map = super().routing(logits, padding_mask)
+        probs, routing_map = super().routing(logits, padding_mask, **newer)
         probs, routing_map = real_gates(probs, routing_map, num_experts=self.num_real)
         if self.counts_now:
             self.count(routing_map, None if padding_mask is None else padding_mask.reshape(-1))

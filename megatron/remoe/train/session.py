@@ -1,4 +1,4 @@
-"""The context around Megatron's `pretrain`, in our entry point and in scripts that ask for it."""
+"""The context around Megatron's `pretrain`, once `configure` has made the hook."""
 
 import argparse
 import os
@@ -19,6 +19,8 @@ def running(args: argparse.Namespace, hook: FinalizeStep) -> Iterator[None]:
         hook = remoe.configure(model_config, args)
         with remoe.running(args, hook):
             pretrain(...)
+
+    `remoe.training` is both in one line.
 
     The run locks the folder of checkpoints and continues from the last checkpoint that is whole,
     writes `--metrics-file`, keeps `--save-keep-last` checkpoints, and says when the disk is full. A
