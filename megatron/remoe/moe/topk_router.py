@@ -84,15 +84,10 @@ class NullExpertsRouter(CountsRouting, TopKRouter):
         routing.check_model(config.num_moe_experts, config.moe_router_topk)
         wide.num_moe_experts = routing.num_logits(config.num_moe_experts)
         wide.moe_router_topk = routing.topk_of_all(config.num_moe_experts, config.moe_router_topk)
-<<<<<<< HEAD
-        super().__init__(config=wide, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        self.register_selection(routing, config.num_moe_experts, config.moe_router_topk)
-=======
         super().__init__(
             config=wide, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer, **newer
         )
-        self.register_selection(routing, config.num_moe_experts)
->>>>>>> 6737d43
+        self.register_selection(routing, config.num_moe_experts, config.moe_router_topk)
 
     def routing(
         self, logits: Tensor, padding_mask: Tensor | None = None, **newer: Any
