@@ -46,9 +46,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def patch(folder: Path) -> None:
+def patch(folder: Path, script: str = "pretrain_gpt.py") -> None:
     diff = (FOLDER / "remoe.diff").read_text()
-    subprocess.run(["patch", "-p1", "--fuzz=0"], input=diff, cwd=folder, text=True, check=True)
+    command = ["patch", "--fuzz=0", script]
+    subprocess.run(command, input=diff, cwd=folder, text=True, check=True)
 
 
 def run(folder: Path, *flags: str, program: tuple[str, ...] = ("pretrain_gpt.py",)):
@@ -72,6 +73,24 @@ def rows(folder: Path) -> list[dict]:
 def first(folder):
     """Metrics and checkpoints of a run that stops early."""
     done = run(folder, "--moe-relu-routing", "--exit-interval", str(STOP))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return rows(folder), iterations(folder)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    """Metrics and checkpoints of a script for hybrid models, with the same diff.
+
+    It differs from the script for GPT models as `pretrain_hybrid.py` of Megatron-LM does.
+    """
+    folder = tmp_path_factory.mktemp("hybrid")
+    script = (FOLDER / "pretrain_gpt.py").read_text()
+    renamed = script.replace("gpt_config_from_args", "hybrid_config_from_args")
+    assert renamed.count("hybrid_config_from_args") == 2
+    (folder / "pretrain_hybrid.py").write_text(renamed)
+    patch(folder, "pretrain_hybrid.py")
+    flags = ("--moe-relu-routing", "--hybrid-layer-pattern", "*E*E", "--exit-interval", str(STOP))
+    done = run(folder, *flags, program=("pretrain_hybrid.py",))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return rows(folder), iterations(folder)
 
@@ -161,6 +180,14 @@ def test_the_patched_script_trains_with_relu_routing(first):
     assert all(row["lm_loss"] > 0 for row in rows)
     assert [row["l1_coeff"] for row in rows] == pytest.approx([1e-8, 1.2e-8, 1.44e-8])
     assert all(0 < row["sparsity"] < 0.75 for row in rows)
+
+
+def test_the_patched_script_for_hybrid_models_trains_the_same_run(first, hybrid):
+    (gpt, kept), (ours, ours_kept) = first, hybrid
+    assert ours_kept == kept
+    assert len(ours) == len(gpt) == STOP
+    for key in ("lm_loss", "sparsity", "l1_coeff", "l1_reg", "grad_norm"):
+        assert [row[key] for row in ours] == pytest.approx([row[key] for row in gpt], rel=1e-5)
 
 
 def test_it_keeps_the_last_checkpoints_and_survives_a_damaged_one(first, second):
