@@ -285,6 +285,24 @@ def mark_experts(models: list[Any]) -> list[Any]:
     return models
 
 
+def make_room_for_losses(config: Any) -> None:
+    """Let a pipeline stage without experts report the losses of a hybrid model's routers.
+
+    In 0.19.2 such a stage makes room for the layers with experts, and a stage with experts for all
+    layers, so that the sum over stages cannot be taken. Room that is made before is kept.
+
+    Args:
+        config: Megatron's TransformerConfig, on a rank that knows its device.
+    """
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    if not config.is_hybrid_model:
+        return
+    for loss in ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss",
+                 "z_loss"):  # fmt: skip
+        get_moe_metrics_tracker().ensure_initialized(loss, config.num_layers)
+
+
 def step_will_be_repeated() -> bool:
     """Return whether Megatron is about to repeat this step, here or from a checkpoint.
 

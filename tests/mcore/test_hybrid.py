@@ -3,7 +3,10 @@
 The layouts are in `test_parallel`, and the published trajectories in `tests/golden`.
 """
 
+import re
 import shutil
+import signal
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron.remoe import pattern
+from megatron.remoe import checkpoint, pattern
 from megatron.remoe.analysis.size import ModelSize
 from megatron.remoe.run.config import load_config
 from megatron.remoe.testing.cell import Cell
@@ -180,18 +183,19 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     tiny.write_config(folder / "tiny.yaml", train_iters=4, save_interval=2, eval_iters=0)
 
-    def train(name, *changes):
-        process = tiny.start("train", "tiny.yaml", f"run_dir={name}", *changes, cwd=folder)
-        out, error = process.communicate(timeout=300)
-        assert process.returncode == 0, out + error
-
-    train("gpt")
-    train("hybrid", "hybrid_layer_pattern='*E*E'")
+    train(folder, "run_dir=gpt")
+    train(folder, "run_dir=hybrid", "hybrid_layer_pattern=*E*E")
     checkpoints = folder / "continued/checkpoints"
     shutil.copytree(folder / "gpt/checkpoints/iter_0000002", checkpoints / "iter_0000002")
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
-    train("continued", "hybrid_layer_pattern='*E*E'")
+    train(folder, "run_dir=continued", "hybrid_layer_pattern=*E*E")
     return folder
+
+
+def train(folder: Path, *changes: str) -> None:
+    process = tiny.start("train", "tiny.yaml", *changes, cwd=folder)
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, out + error
 
 
 @pytest.mark.processes
@@ -222,3 +226,80 @@ def test_exports_the_weights_of_the_gpt_model(call, runs):
     argv = ["hybrid", "hf-hybrid", "--tokens", "7,3,99,0,41", "--new-tokens", "3"]
     code, out, error = call(tiny.remoe, runs, "convert", "verify", *argv)
     assert code == 0, out + error
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["hybrid_layer_pattern=*-*-"], "hybrid_layer_pattern is *-*-, in which no layer has exp"),
+        (["hybrid_layer_pattern=*E*X"], "hybrid_layer_pattern is *E*X, with the unknown letter"),
+        (["hybrid_layer_pattern=*E*E*E"], "hybrid_layer_pattern is *E*E*E, which has 6 letters, "),
+        (["hybrid_layer_pattern=ME*E"], "hybrid_layer_pattern is ME*E, and Mamba (M) has CUDA k"),
+        (
+            ["hybrid_layer_pattern=E*E*", "run_dir=gpt"],
+            "checkpoint gpt/checkpoints/iter_0000004 is of a GPT model with the layers *E*E, and "
+            "this run has hybrid_layer_pattern E*E*; set it to *E*E, leave it out, or start a new",
+        ),
+        (
+            ["run_dir=hybrid"],
+            "checkpoint hybrid/checkpoints/iter_0000004 was trained with hybrid_layer_pattern "
+            "*E*E, and this run has None; set hybrid_layer_pattern to *E*E, or start a new run",
+        ),
+    ],
+)
+def test_the_command_refuses_what_cannot_be_right_and_writes_nothing(call, runs, changes, message):
+    before = written(runs)
+    code, _, error = call(tiny.remoe, runs, "train", "tiny.yaml", "run_dir=new", *changes)
+    assert code == 2
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1, error
+    assert written(runs) == before
+
+
+def written(folder: Path) -> dict[Path, float]:
+    return {path: path.stat().st_mtime for path in folder.rglob("*")}
+
+
+@pytest.mark.processes
+def test_the_auxiliary_loss_is_that_of_a_gpt_model(tmp_path):
+    """It is the mean over layers with experts, also where a pipeline stage has none of them."""
+    flags = {"moe_relu_routing": False, "moe_aux_loss_coeff": 0.01, "train_iters": 3}
+    tiny.write_config(
+        tmp_path / "tiny.yaml", moe_router_load_balancing_type="aux_loss", eval_iters=0, **flags
+    )
+    stages = ("nproc=2", "pipeline_model_parallel_size=2")
+    train(tmp_path, "run_dir=gpt", "moe_layer_freq=[0,1]", *stages)
+    train(tmp_path, "run_dir=hybrid", "hybrid_layer_pattern=*-|*E", *stages)
+    gpt, hybrid = (
+        re.findall(r"load_balancing_loss: (\S+)", (tmp_path / name / "log.txt").read_text())
+        for name in ("gpt", "hybrid")
+    )
+    assert len(gpt) == 3
+    assert [float(loss) for loss in hybrid] == pytest.approx([float(x) for x in gpt], rel=1e-5)
+    ours, theirs = ([row["lm_loss"] for row in tiny.rows(tmp_path / n)] for n in ("hybrid", "gpt"))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.processes
+def test_a_signal_ends_a_run_with_a_checkpoint_and_the_same_command_continues(tmp_path):
+    never = 10**5
+    tiny.write_config(
+        tmp_path / "tiny.yaml", hybrid_layer_pattern="*E*E", run_dir="run", train_iters=never,
+        save_interval=2, save_keep_last=2, eval_interval=never,
+    )  # fmt: skip
+    process = tiny.start("train", "tiny.yaml", cwd=tmp_path)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while process.poll() is None and not (
+        metrics.exists() and len(tiny.rows(tmp_path / "run")) > 5
+    ):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, out + error
+    assert "stopped by SIGTERM after a checkpoint; the same command continues\n" in out
+    done = [row["iteration"] for row in tiny.rows(tmp_path / "run")]
+    kept = [found.iteration for found in checkpoint.find(tmp_path / "run/checkpoints")]
+    assert len(kept) == 2 and kept[-1] == done[-1]
+    train(tmp_path, "exit_interval=1")
+    now = [row["iteration"] for row in tiny.rows(tmp_path / "run") if "split" not in row]
+    assert now == list(range(1, done[-1] + 2))

@@ -139,6 +139,7 @@ class FinalizeStep:
         """
         if self._selections is None:
             check_installed(model, self.cells)
+            compat.make_room_for_losses(get_model_config(model[0]))
         megatron_finalize_model_grads(
             model, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce
         )
