@@ -123,6 +123,7 @@ def check(args: argparse.Namespace) -> None:
     if "M" in whole:
         _check_mamba(args, subject)
     _check_num_layers(args, subject, whole)
+    _check_stages(args, subject, pattern)
     _check_experts(args, subject, whole)
 
 
@@ -153,6 +154,27 @@ def _check_num_layers(args: argparse.Namespace, subject: str, whole: str) -> Non
         raise ValueError(
             f"{subject}, which has {len(whole)} letters, but num_layers is {args.num_layers}; "
             f"leave num_layers out, or set it to {remedy}"
+        )
+
+
+def _check_stages(args: argparse.Namespace, subject: str, pattern: str) -> None:
+    """Refuse stages that are no multiple of the ranks of a pipeline, and letters that are none."""
+    count, ranks = len(stages(pattern)), args.pipeline_model_parallel_size
+    if count > 1 and ranks == 1:
+        raise ValueError(
+            f"{subject}, with {count} pipeline stages, but pipeline_model_parallel_size is 1; "
+            f"leave | out, or set pipeline_model_parallel_size"
+        )
+    if count > 1 and count % ranks:
+        raise ValueError(
+            f"{subject}, with {count} pipeline stages, but pipeline_model_parallel_size is "
+            f"{ranks}; write | so that the stages are a multiple of {ranks}"
+        )
+    uneven = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
+    if count == 1 and len(pattern) % ranks and uneven == (None, None):
+        raise ValueError(
+            f"{subject}, with {len(pattern)} letters, which {ranks} pipeline stages cannot share "
+            f"equally; write | where a stage ends"
         )
 
 

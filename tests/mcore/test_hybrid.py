@@ -51,7 +51,7 @@ def test_trains_the_run_of_a_gpt_model_with_the_same_weights(call, tmp_path, cha
 
 def test_a_pattern_on_the_command_line_needs_no_quotes_of_yaml(tmp_path):
     tiny.write_config(tmp_path / "tiny.yaml")
-    for given in ("*E*E", "'*E*E'", "*E|*E", "-*E*"):
+    for given in ("*E*E", "'*E*E'", "*E|*E", "-*E*", "|*E*E"):
         config = load_config(tmp_path / "tiny.yaml", [f"hybrid_layer_pattern={given}"])
         assert config.flags["hybrid_layer_pattern"] == given.strip("'")
 
@@ -84,6 +84,7 @@ def test_counts_the_equivalent_gpt_model():
         ModelSize.from_flags(flags | {"hybrid_layer_pattern": "E*"})
 
 
+PP2 = ("--pipeline-model-parallel-size", "2")
 EXPERTS = ("--num-experts", "4", "--moe-relu-routing", "--ffn-hidden-size", "64")
 
 
@@ -107,7 +108,19 @@ EXPERTS = ("--num-experts", "4", "--moe-relu-routing", "--ffn-hidden-size", "64"
         (("*E/*E", *EXPERTS), "is *E/*E, and multi-token prediction (/) has not been run with our"),
         (("|", *EXPERTS), "is |, which has no layers; write one letter per layer, as in *E*E"),
         (
-            ("*E|", "--moe-router-recurrence", "gru", *EXPERTS),
+            ("*E|*E", *EXPERTS),
+            "is *E|*E, with 2 pipeline stages, but pipeline_model_parallel_size is 1; leave | out",
+        ),
+        (
+            ("*E|*E|*E", *PP2, *EXPERTS),
+            "is *E|*E|*E, with 3 pipeline stages, but pipeline_model_parallel_size is 2; write |",
+        ),
+        (
+            ("*E*", *PP2, *EXPERTS),
+            "is *E*, with 3 letters, which 2 pipeline stages cannot share equally; write | where",
+        ),
+        (
+            ("*E|", *PP2, "--moe-router-recurrence", "gru", *EXPERTS),
             "is *E|, with a pipeline stage without layers, and the state of recurrent routers",
         ),
     ],
@@ -268,7 +281,7 @@ def test_the_auxiliary_loss_is_that_of_a_gpt_model(tmp_path):
         tmp_path / "tiny.yaml", moe_router_load_balancing_type="aux_loss", eval_iters=0, **flags
     )
     stages = ("nproc=2", "pipeline_model_parallel_size=2")
-    train(tmp_path, "run_dir=gpt", "moe_layer_freq=[0,1]", *stages)
+    train(tmp_path, "run_dir=gpt", "moe_layer_freq='[0,1]'", *stages)
     train(tmp_path, "run_dir=hybrid", "hybrid_layer_pattern=*-|*E", *stages)
     gpt, hybrid = (
         re.findall(r"load_balancing_loss: (\S+)", (tmp_path / name / "log.txt").read_text())

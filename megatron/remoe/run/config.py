@@ -118,7 +118,7 @@ def bases_of(base: Any, what: object) -> list[str]:
 
 def _resolve(merged: DictConfig, overrides: list[str], default_dir: Path, what: str) -> RunConfig:
     with _yaml_in_one_line(what):
-        changes = OmegaConf.from_dotlist([_without_alias(o) for o in overrides])
+        changes = OmegaConf.from_dotlist([_quoted_pattern(o) for o in overrides])
         config = _plain(_merged(merged, changes), resolve=True)
     last = {str(key): config[str(key)] for key in changes}
     config = {key: value for key, value in config.items() if key not in last} | last
@@ -137,10 +137,10 @@ def _resolve(merged: DictConfig, overrides: list[str], default_dir: Path, what: 
     return RunConfig(Path(run_dir or default_dir), nproc, config)
 
 
-def _without_alias(override: str) -> str:
-    """Quote a value that YAML would take for an alias, as the pattern `*E*E`."""
+def _quoted_pattern(override: str) -> str:
+    """Quote a value that YAML would take for an alias or a block, as `*E*E` or `|*E*E`."""
     key, _, value = override.partition("=")
-    return f"{key}='{value}'" if value.startswith("*") and "'" not in value else override
+    return f"{key}='{value}'" if value.startswith(("*", "|")) and "'" not in value else override
 
 
 def _concerns_experts(key: str) -> bool:
