@@ -27,6 +27,10 @@ def _is_masked_lm(args: argparse.Namespace) -> bool:
     return bool(getattr(args, "masked_lm", False))
 
 
+def _is_hybrid(args: argparse.Namespace) -> bool:
+    return args.hybrid_layer_pattern is not None
+
+
 class Refusal(NamedTuple):
     """A flag of which only some values are accepted.
 
@@ -52,6 +56,8 @@ _NO_FSDP = (
     "use_distributed_optimizer"
 )
 _LOCAL_IGNORES_IT = f"the layers of transformer_impl local ignore it; {_OR_TE}"
+_OR_GPT = "leave it out, or leave hybrid_layer_pattern out"
+_COUNTS_LETTERS = f"it would count all letters of hybrid_layer_pattern as layers; {_OR_GPT}"
 _SAVED_BY_TE = (
     "Megatron takes what it saves from Transformer Engine's layers; leave it out (metrics_file has "
     "the load of the experts)"
@@ -75,6 +81,14 @@ REFUSALS = (
             "experts)",
             when=lambda args: not args.num_experts or cpu.is_enabled()
             or options.router_name(vars(args)) != "topk"),
+    # hybrid models
+    Refusal("rotary_interleaved", f"Megatron's HybridModel ignores it; {_OR_GPT}", when=_is_hybrid),
+    Refusal("use_rope_scaling", f"Megatron's HybridModel ignores it; {_OR_GPT}", when=_is_hybrid),
+    Refusal("position_embedding_type", "it has not been run in hybrid models; use rope, "
+            "learned_absolute or none, or leave hybrid_layer_pattern out",
+            ("rope", "learned_absolute", "none"), _is_hybrid),
+    Refusal("no_rope_freq", _COUNTS_LETTERS, when=_is_hybrid),
+    Refusal("window_attn_skip_freq", _COUNTS_LETTERS, when=_is_hybrid),
     # encoders
     Refusal("transformer_impl", "masked_lm has not been run with it; use transformer_impl local",
             ("local",), when=_is_masked_lm),

@@ -132,6 +132,31 @@ def test_refuses_a_wrong_pattern_in_one_line(call, flags, message):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ("--rotary-interleaved",),
+            "rotary_interleaved is set, but Megatron's HybridModel ignores",
+        ),
+        (("--use-rope-scaling",), "use_rope_scaling is set, but Megatron's HybridModel ignores it"),
+        (
+            ("--position-embedding-type", "mrope"),
+            "position_embedding_type is mrope, but it has not been run in hybrid models; use rope,",
+        ),
+        (("--no-rope-freq", "2"), "no_rope_freq is 2, but it would count all letters of hybrid_l"),
+        (
+            ("--window-size", "8,0", "--window-attn-skip-freq", "2"),
+            "window_attn_skip_freq is 2, but it would count all letters of hybrid_layer_pattern",
+        ),
+    ],
+)
+def test_refuses_what_a_hybrid_model_would_do_otherwise(call, flags, message):
+    parsed, error = call(tiny.parse, "--hybrid-layer-pattern", "*E*E", *EXPERTS, *flags)
+    assert parsed == {} and error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert call(tiny.parse, "--num-layers", "2", *EXPERTS, *flags)[1] == ""
+
+
 @pytest.mark.parametrize("layers", ["4", "2"])
 def test_accepts_the_number_of_letters_and_of_gpt_layers(call, layers):
     parsed, error = call(
@@ -152,7 +177,12 @@ GPT = {"num_layers": 2, "num_experts": 4, "moe_layer_freq": 1, "hybrid_layer_pat
         (
             {"moe_layer_freq": [0, 1]},
             {"hybrid_layer_pattern": "*-*E"},
-            "is of a GPT model with dense layers and layers of experts, which Megatron does not",
+            "is of a GPT model with moe_layer_freq [0, 1], whose layers are stored one by one",
+        ),
+        (
+            {"moe_layer_freq": [1, 1]},
+            {"hybrid_layer_pattern": "*E*E"},
+            "is of a GPT model with moe_layer_freq [1, 1], whose layers are stored one by one",
         ),
         (
             {"hybrid_layer_pattern": "*E*E"},

@@ -201,7 +201,8 @@ def _models(cell: Cell, config: dict[str, Any], *, wrap: bool) -> tuple[list[Any
         "sequence_parallel": cell.tp > 1,
         "moe_token_dispatcher_type": cell.dispatcher,
         "moe_grouped_gemm": cell.experts == "grouped",
-        "moe_layer_freq": list(config.get("moe_layer_freq", [1] * config["L"])),
+        # A list makes Megatron store layers one by one, even if all have experts.
+        "moe_layer_freq": list(config["moe_layer_freq"]) if "moe_layer_freq" in config else 1,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": cell.dtype == "bf16",

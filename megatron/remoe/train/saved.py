@@ -297,11 +297,12 @@ def _refuse_other_layers(args: argparse.Namespace, saved: Saved) -> None:
             f"and this run has hybrid_layer_pattern {now}; set it to {patterns.of_gpt(layers)}, "
             f"leave it out, {remedy}"
         )
-    if len(set(layers)) > 1:
+    frequency = saved.get("moe_layer_freq")
+    if isinstance(frequency, list) or len(set(layers)) > 1:
         raise ValueError(
-            f"checkpoint {saved.path} is of a GPT model with dense layers and layers of experts, "
-            f"which Megatron does not load into a hybrid model; leave hybrid_layer_pattern out, "
-            f"{remedy}"
+            f"checkpoint {saved.path} is of a GPT model with moe_layer_freq {frequency}, whose "
+            f"layers are stored one by one, and Megatron does not load such layers into a hybrid "
+            f"model; leave hybrid_layer_pattern out, {remedy}"
         )
     loads_optimizer = not (args.no_load_optim or saved.get("no_save_optim", False))
     if (
