@@ -96,8 +96,13 @@ def fill_with_golden_weights(model: torch.nn.Module, seed: int) -> None:
 
 
 def gpt_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters of a whole model, by their names in the equivalent GPT model."""
-    pattern: Any = getattr(model, "hybrid_layer_pattern", None)
+    """Return the parameters of a whole model, by their names in the equivalent GPT model.
+
+    The model may be wrapped, as Megatron wraps one in half precision.
+    """
+    from megatron.core.utils import unwrap_model
+
+    pattern: Any = getattr(unwrap_model(model), "hybrid_layer_pattern", None)
     return {
         name if pattern is None else patterns.gpt_name(name, pattern): parameter
         for name, parameter in model.named_parameters()
