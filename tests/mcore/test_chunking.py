@@ -264,18 +264,20 @@ def test_layers_share_a_budget():
 
 
 @pytest.mark.parametrize(
-    ("recompute", "held"),
-    [({}, 6), ({"recompute_granularity": "selective", "recompute_modules": ["moe"]}, 1),
+    ("recompute", "held", "held_of_letters"),
+    [({}, 6, 3), ({"recompute_granularity": "selective", "recompute_modules": ["moe"]}, 1, 1),
      ({"recompute_granularity": "full", "recompute_method": "uniform",
-       "recompute_num_layers": 2}, 2),
+       "recompute_num_layers": 2}, 2, 1),
      ({"recompute_granularity": "full", "recompute_method": "block",
-       "recompute_num_layers": 2}, 4)],
+       "recompute_num_layers": 2}, 4, 2)],
 )  # fmt: skip
-def test_the_budget_is_of_layers_that_are_held_together(recompute, held):
+def test_the_budget_is_of_layers_that_are_held_together(recompute, held, held_of_letters):
+    """Those are layers of a GPT model, or letters of `*E*E*E`."""
     from megatron.remoe.moe.chunking import budget_of
 
     config = moe_cases.transformer_config(Layout(), **recompute)
-    assert budget_of(config, 6, None).num_layers == held
+    assert budget_of(config, [True] * 6, None).num_layers == held
+    assert budget_of(config, [False, True] * 3, None).num_layers == held_of_letters
 
 
 def test_experts_that_cannot_be_split_are_refused_with_a_limit(rank):

@@ -37,7 +37,13 @@ def trajectory(host, folder, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"per_layer": True}, {"recurrence": "gru"}, {"recompute": "full"}, {"max_assignments": 64}],
+    [
+        {"per_layer": True},
+        {"recurrence": "gru"},
+        {"recompute": "full"},
+        {"max_assignments": 64},
+        {"dtype": "bf16"},
+    ],
     ids=str,
 )
 def test_trains_the_run_of_a_gpt_model_with_the_same_weights(call, tmp_path, changes):

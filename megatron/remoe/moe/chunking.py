@@ -19,19 +19,26 @@ from remoe.kernels.chunks import AssignmentBudget, Chunk, plan_over_ranks, run_c
 
 
 def budget_of(
-    config: TransformerConfig, num_layers: int, max_assignments: int | None
+    config: TransformerConfig, with_experts: list[bool], max_assignments: int | None
 ) -> AssignmentBudget:
-    """Return the budget of a model chunk with `num_layers` layers of experts.
+    """Return the budget of the layers with experts of a model chunk.
 
     Layers that are recomputed in backward keep nothing, except those that are recomputed together.
+
+    Args:
+        config: of the model.
+        with_experts: which layers of the chunk have experts; in a hybrid model, which letters.
+        max_assignments: largest number of assignments of a layer; None is an automatic limit.
     """
+    held = sum(with_experts)
     if config.recompute_granularity == "full":
         again = config.recompute_num_layers or 1
-        held = again if config.recompute_method == "uniform" else num_layers - again
-        num_layers = max(1, min(held, num_layers))
+        starts = range(0, len(with_experts), again)
+        together = max((sum(with_experts[i : i + again]) for i in starts), default=0)
+        held = together if config.recompute_method == "uniform" else sum(with_experts[again:])
     elif "moe" in (config.recompute_modules or ()):
-        num_layers = 1
-    return AssignmentBudget(num_layers, max_assignments)
+        held = 1
+    return AssignmentBudget(max(1, held), max_assignments)
 
 
 @dataclass

@@ -154,8 +154,8 @@ def with_our_modules(
         router = partial(kind, routing=routing, cell=cell)
     budget = {}
     if routing.varies and is_dropless(config):
-        num_layers = sum(has_experts(spec) for spec in layers)
-        budget = {"budget": budget_of(config, num_layers, routing.max_assignments)}
+        with_experts = [has_experts(spec) for spec in layers]
+        budget = {"budget": budget_of(config, with_experts, routing.max_assignments)}
     return [
         _with_routing(spec, config, router, **budget) if has_experts(spec) else spec
         for spec in layers
