@@ -286,7 +286,7 @@ def test_exports_the_weights_of_the_gpt_model(call, runs):
         (["hybrid_layer_pattern=*E*E*E"], "hybrid_layer_pattern is *E*E*E, which has 6 letters, "),
         (["hybrid_layer_pattern=ME*E"], "hybrid_layer_pattern is ME*E, and Mamba (M) has CUDA k"),
         (
-            ["hybrid_layer_pattern=E*E*", "run_dir=gpt"],
+            ["hybrid_layer_pattern=E*E*", "num_layers=null", "run_dir=gpt"],
             "checkpoint gpt/checkpoints/iter_0000004 is of a GPT model with the layers *E*E, and "
             "this run has hybrid_layer_pattern E*E*; set it to *E*E, leave it out, or start a new",
         ),
