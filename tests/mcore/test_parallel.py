@@ -28,6 +28,7 @@ HYBRID = (
     ": TP2 x EP2 all-to-all", ": PP2", ": PP2, a stage without experts", ": EP2, full recompute",
     ", recurrent: PP2, 2 virtual stages", ", recurrent: TP2 x EP2 all-to-all", ", TopK: PP2",
     ", router hash: TP2", ", router soft: TP2", ", dense: TP2", ", chunked: EP2, full recompute",
+    ", padded: TP2 x EP2 all-to-all", ", bf16: PP2",
 )  # fmt: skip
 ROUTERS = (": TP2 x EP2", ": PP2, a stage without experts")
 SUBSET = [
