@@ -347,6 +347,6 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_same_command_continues(tm
     done = [row["iteration"] for row in tiny.rows(tmp_path / "run")]
     kept = [found.iteration for found in checkpoint.find(tmp_path / "run/checkpoints")]
     assert len(kept) == 2 and kept[-1] == done[-1]
-    train(tmp_path, "exit_interval=1")
+    train(tmp_path, "exit_interval=1", "--force")
     now = [row["iteration"] for row in tiny.rows(tmp_path / "run") if "split" not in row]
     assert now == list(range(1, done[-1] + 2))
