@@ -26,6 +26,7 @@ MODELS = {
     "relu_gru": RELU_ROUTER | RECURRENT,
     "relu_l2": RELU_ROUTER | {"router_type": "relu_l2"},
     "topk": {"router_type": "topk_pre_softmax"},
+    "topk_sigmoid_gru": {"router_type": "topk_sigmoid"} | RECURRENT,
     "topk_gru": {"router_type": "topk_post_softmax"} | RECURRENT,
 }
 
@@ -101,6 +102,8 @@ def plain_gates(model) -> list[torch.Tensor]:
                     gates.append(logits.relu())
                 case "relu_l2":  # the size of its gates, of a scale of -1/2
                     gates.append(functional.normalize(logits, dim=1).relu() / 2)
+                case "topk_sigmoid":
+                    gates.append(torch.sigmoid(logits))
                 case _:
                     gates.append(torch.softmax(logits, dim=1))
     return gates
