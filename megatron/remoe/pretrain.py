@@ -226,6 +226,7 @@ def _pretrain() -> None:
     args = parse_and_validate_args(extra_args_provider=add_arguments)
     model_config = gpt_config_from_args(args)
     with processes.mistakes_in_one_line():
+        unsupported.refuse_unused(args)
         unsupported.refuse_in_training(args)
         hook = configure(model_config, args, hides_tokens=args.masked_lm)
     with running(args, hook):

@@ -163,7 +163,7 @@ _UNUSED = tuple(
         "per_dataset_sequences_path", "perform_rl_step", "sft",
     )
 )  # fmt: skip
-# What no run should train with, though a model that did so can be converted and evaluated.
+# What `refuse_in_training` refuses.
 _NO_BUDGET = "nothing but an auxiliary loss keeps a mean of k experts with null experts; set it to"
 _TRAINS_WRONG = (
     Refusal("moe_router_load_balancing_type", f"{_NO_BUDGET} aux_loss",
@@ -218,13 +218,18 @@ def refuse(args: argparse.Namespace) -> None:
     _refuse(args, REFUSALS)
 
 
+def refuse_unused(args: argparse.Namespace) -> None:
+    """Refuse flags that our pretraining would ignore; raises a ValueError as `check` does."""
+    _refuse(args, _UNUSED)
+
+
 def refuse_in_training(args: argparse.Namespace) -> None:
-    """Refuse flags that our pretraining would ignore, or that would make it train wrong.
+    """Refuse what would train wrong, though such a model can be built and converted.
 
     Raises:
         ValueError: as `check` does.
     """
-    _refuse(args, (*_UNUSED, *_TRAINS_WRONG))
+    _refuse(args, _TRAINS_WRONG)
 
 
 def _refuse(args: argparse.Namespace, refusals: Iterable[Refusal]) -> None:

@@ -92,7 +92,7 @@ def _validated(argv: list[str], nproc: int, *, paths: bool) -> argparse.Namespac
             validate_args(args)
             core_transformer_config_from_args(args)
             _check_what_megatron_finds_late(args)
-            unsupported.refuse_in_training(args)
+            unsupported.refuse_unused(args)
             saved.check_before_start(args)
             warning = rehearse(args, tokenizer=paths)
     except Foreign:
