@@ -46,7 +46,6 @@ _REQUIRED: dict[str, Any] = {
     "moe_latent_size": None,
     "moe_apply_probs_on_input": False,
     "moe_expert_capacity_factor": None,
-    "moe_router_score_function": "softmax",
     "moe_router_num_groups": None,
     "moe_router_group_topk": None,
     "moe_router_topk_scaling_factor": None,
@@ -87,11 +86,12 @@ _NOT_EXPORTED = {
     "soft": "has slots, of which the exported model has none",
     "expert_choice": "looks at whole sequences, and the exported model is causal",
 }
-_OF_TOPK = {True: "topk_pre_softmax", False: "topk_post_softmax"}  # whether the softmax is first
 # The types of routers in a config for transformers.
 ROUTER_TYPES = (
     *(name for name in ROUTINGS if name != "topk" and name not in _NOT_EXPORTED),
-    *_OF_TOPK.values(),
+    "topk_pre_softmax",
+    "topk_post_softmax",
+    "topk_sigmoid",
 )
 
 
@@ -133,7 +133,7 @@ def to_config(args: argparse.Namespace) -> Config:
     config |= {hf: given[megatron] for megatron, hf in _EXPERTS.items()} | {
         "model_type": "remoe",
         "architectures": ["ReMoEForCausalLM"],
-        "router_type": _OF_TOPK[args.moe_router_pre_softmax] if router == "topk" else router,
+        "router_type": _topk_type(given) if router == "topk" else router,
         "router_dtype": ROUTER_DTYPES[args.moe_router_dtype],
         "mlp_only_layers": dense or None,
         "target_sparsity": 1 - args.moe_router_topk / args.num_experts,
@@ -141,6 +141,18 @@ def to_config(args: argparse.Namespace) -> Config:
     # The published code has some of these arguments only; it does as our defaults do.
     settings = exported_settings(router)
     return config | {s.name: getattr(args, s.dest, s.default) for s in settings}
+
+
+def _topk_type(given: dict[str, Any]) -> str:
+    score = given.get("moe_router_score_function", "softmax")
+    if score == "sigmoid":
+        return "topk_sigmoid"
+    if score == "softmax":
+        return "topk_pre_softmax" if given["moe_router_pre_softmax"] else "topk_post_softmax"
+    raise ValueError(
+        f"the run has moe_router_score_function={score!r}, which the exported model does not do; "
+        f"only softmax and sigmoid can be converted"
+    )
 
 
 def check_expressible(config: Config) -> None:
@@ -196,7 +208,8 @@ def to_flags(config: Config, padded_vocab_size: int) -> dict[str, Any]:
     router = config["router_type"]
     dtypes = {value: key for key, value in ROUTER_DTYPES.items()}
     flags |= {megatron: config[hf] for megatron, hf in _EXPERTS.items()} | {
-        "moe_router_pre_softmax": router != "topk_post_softmax",
+        "moe_router_pre_softmax": router not in ("topk_post_softmax", "topk_sigmoid"),
+        "moe_router_score_function": "sigmoid" if router == "topk_sigmoid" else "softmax",
         "moe_router_dtype": dtypes[config["router_dtype"]],
         "moe_grouped_gemm": True,
         "moe_token_dispatcher_type": "alltoall",
