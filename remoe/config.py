@@ -196,7 +196,9 @@ class SoftMoELayerConfig(SoftRouting):
     @property
     def num_params(self) -> int:
         """Number of parameters of the layer: slots, scale and experts."""
-        return self.num_slots * self.hidden_size + 1 + self.num_experts * self._per_expert
+        biases = self.hidden_size + self.ffn_hidden_size if self.activation == "gelu" else 0
+        expert = self._weights_per_expert + biases
+        return self.num_slots * self.hidden_size + 1 + self.num_experts * expert
 
     @property
     def num_active_params(self) -> int:
@@ -209,12 +211,11 @@ class SoftMoELayerConfig(SoftRouting):
         They are those of the matrix products: logits, slots and outputs of 2TSH each, and the
         experts on their slots.
         """
-        matrices = 3 if self.activation == "swiglu" else 2
-        experts = 2 * self.num_slots * matrices * self.hidden_size * self.ffn_hidden_size
+        experts = 2 * self.num_slots * self._weights_per_expert
         return 3 * 2 * num_tokens * self.num_slots * self.hidden_size + experts
 
     @property
-    def _per_expert(self) -> int:
-        if self.activation == "swiglu":
-            return 3 * self.hidden_size * self.ffn_hidden_size
-        return 2 * self.hidden_size * self.ffn_hidden_size + self.hidden_size + self.ffn_hidden_size
+    def _weights_per_expert(self) -> int:
+        """Number of weights of the matrices of one expert."""
+        matrices = 3 if self.activation == "swiglu" else 2
+        return matrices * self.hidden_size * self.ffn_hidden_size

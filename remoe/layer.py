@@ -124,15 +124,22 @@ class ReMoELayer(ExactBuffers):
         return cell
 
     def reset_parameters(self) -> None:
-        """Draw the layer's own weights from a normal distribution with mean zero.
+        """Draw the layer's own weights, and let its coefficient, loads and counts start again.
 
-        Its standard deviation is `init_std`, or `recurrent_init_std` for a recurrent router.
+        Weights have a normal distribution with mean zero, whose standard deviation is `init_std`,
+        or `recurrent_init_std` for a recurrent router. A layer that was made on the meta device
+        has neither weights nor state before.
         """
         config = self.config
         router_std = config.recurrent_init_std if config.is_recurrent else config.init_std
         for name, parameter in self.named_parameters(recurse=False):
             is_router = name in ("router", "projection")
             nn.init.normal_(parameter, std=router_std if is_router else config.init_std)
+        with torch.no_grad():
+            self.l1_coeff.fill_(config.controller.l1_coeff_init)
+            self.counts.zero_()
+            if self.load is not None:
+                self.load.fill_(1)
 
     @overload
     def forward(self, hidden_states: Tensor) -> Tensor: ...

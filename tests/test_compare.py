@@ -392,6 +392,17 @@ def test_a_group_is_one_line_with_its_name_at_the_end_and_a_band(
     assert all(b - a > 0.04 for a, b in pairwise(places))
 
 
+def test_a_run_that_lacks_a_quantity_does_not_hide_the_others_of_its_group(monkeypatch, tmp_path):
+    for seed in (1, 2):
+        remoe(tmp_path / "runs", f"{seed}", 2.0, seed=seed)
+    comparison = tables.compare(tables.load_runs([tmp_path / "runs"]))
+    for row in comparison.groups[0].runs[2].train:
+        del row["sparsity"]
+    axis = drawn(monkeypatch, comparison, tmp_path)["sparsity.svg"]
+    assert [line.get_label() for line in axis.lines][0] == "ReMoE"
+    assert set(axis.lines[0].get_ydata()) == {TARGET}
+
+
 def test_many_groups_differ_in_color_or_style(monkeypatch, tmp_path):
     for i in range(16):
         topk(tmp_path / "runs", f"{i}", 2.0, moe_routing=f"router_{i:02d}")

@@ -66,6 +66,11 @@ def padded(left: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ({"head_dim": 7}, "head_dim is 7"),
         ({"max_active_experts": 0}, "max_active_experts is 0"),
         ({"at_least_one_expert": "no"}, "at_least_one_expert is 'no'"),
+        (
+            {"router_type": "relu_rms", "max_active_experts": 2},
+            "max_active_experts is 2, which is a bound on the gates of ReLU routing, and router_",
+        ),
+        ({"router_type": "top_p", "at_least_one_expert": True}, "at_least_one_expert is True, wh"),
         ({"mlp_only_layers": [3]}, r"mlp_only_layers is \[3\]; .* from 0 to 2"),
         ({"mlp_only_layers": "1"}, "mlp_only_layers is '1'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
@@ -337,6 +342,18 @@ def test_the_coefficient_moves_as_in_pretraining(target):
     before = model.config.l1_coeff
     assert model.update_l1_coeff() is None
     assert model.config.l1_coeff == before
+
+
+def test_bounds_of_a_token_do_not_mislead_the_coefficient():
+    """As in pretraining, what the router activates is penalized and counted."""
+    tokens, found = some_tokens(2, 9), []
+    for bounds in ({}, {"max_active_experts": 1, "at_least_one_expert": True}):
+        model = trained(**bounds)
+        output = model(tokens, labels=tokens, output_routing=True)
+        found.append((output.l1_reg[0].item(), model.model.routed[0].tolist()))
+        counts = output.active_experts[0]
+    assert (counts == 1).all() and sum(found[0][1][1:]) != counts.sum()
+    assert found[0] == found[1]
 
 
 def test_the_coefficient_moves_by_the_tokens_of_all_processes(monkeypatch):

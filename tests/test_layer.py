@@ -179,6 +179,18 @@ def test_materialises_from_the_meta_device():
     assert layer.counts.dtype == torch.float64
 
 
+def test_a_reset_also_sets_the_state_of_a_layer_from_the_meta_device():
+    config = ReMoELayerConfig(hidden_size=8, ffn_hidden_size=16, load_balancing="global_batch")
+    layer = ReMoELayer(config, device="meta").to_empty(device="cpu")
+    for buffer in layer.buffers():
+        buffer.fill_(7)  # what is in new memory
+    layer.reset_parameters()
+    new = ReMoELayer(config)
+    assert {name for name, _ in new.named_buffers()} == {"l1_coeff", "load", "counts"}
+    for name, buffer in new.named_buffers():
+        assert torch.equal(layer.get_buffer(name), buffer), name
+
+
 def test_sparsity_reaches_its_target_in_a_training_loop():
     torch.manual_seed(0)
     config = ReMoELayerConfig(16, 32, num_experts=8, topk=1, l1_coeff_init=1e-4)

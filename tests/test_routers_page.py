@@ -43,7 +43,7 @@ def test_a_row_says_what_the_class_says(name):
 def test_settings_that_the_page_names_exist():
     named = set(re.findall(r"`(moe_\w+)`", PAGE))
     known = {s.dest for routing in ROUTINGS.values() for s in settings_of(routing)}
-    megatron = {"moe_router_pre_softmax"}
+    megatron = {"moe_router_pre_softmax", "moe_router_dtype", "moe_aux_loss_coeff"}
     assert named - megatron <= known
 
 

@@ -1,5 +1,6 @@
 """Selections: against loops in double precision, by hand, and their invariants."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from remoe.config import ControllerConfig
+from remoe.config import ROUTINGS, ControllerConfig, Routing
 from remoe.controller import next_l1_coeff
 from remoe.reference import (
     reference_expert_threshold,
@@ -27,6 +28,7 @@ from remoe.selections import (
     relu_rms,
     top_p,
 )
+from remoe.statistics import RoutingStatistics, StepReport
 
 E = 5  # experts
 SCALE = torch.tensor([0.5, 1.0, 2.0, 1.5, 0.7], dtype=torch.float64)
@@ -287,6 +289,21 @@ def test_the_penalty_reaches_the_target(name, topk):
     assert scale.min() > 0.5
 
 
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_a_router_says_whether_it_starts_dense(name):
+    """With the small logits of a new model, and the state that it starts with."""
+    kind = ROUTINGS[name]
+    if not issubclass(kind, Routing):
+        assert not kind.starts_dense
+        return
+    selection = kind()
+    shape = (1000, selection.num_logits(8))
+    logits = 0.01 * torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    tensors = {**selection.parameters(8, 1), **selection.buffers(8, 1)}
+    active = selection.select(logits, tensors, topk=1)[1].sum(dim=1).float().mean()
+    assert active > 3 if kind.starts_dense else active < 1.2
+
+
 # Top-p.
 
 
@@ -321,7 +338,49 @@ def test_more_odds_against_p_give_fewer_experts():
     assert counts[-1] == 500  # one each, whatever p
 
 
+def one_step(counts: list[int], observed: list[float] | None = None) -> StepReport:
+    """What a step measures in one layer, of 4 experts and 10 tokens, with k = 1."""
+    sums = torch.tensor([[0.0, 1, 10, *counts, 0]], dtype=torch.float64)
+    found = None if observed is None else torch.tensor([[1.0, *observed]], dtype=torch.float64)
+    statistics = RoutingStatistics(sums, torch.ones(1))
+    return StepReport.of(statistics, topk=1, observed=found)
+
+
+@pytest.mark.parametrize(
+    ("counts", "start", "end"),
+    [
+        ([3, 2, 3, 2], 0.0, 2.0**-24),  # as sparse as it should be, which counts as too sparse
+        ([9, 9, 9, 9], 0.0, 2.0**-24),
+        ([9, 9, 9, 9], 1.0, 1.02),
+        ([9, 9, 9, 9], 3e38, 2.0**24),
+        ([9, 9, 9, 9], math.inf, 2.0**24),
+    ],
+)
+def test_odds_never_reach_where_no_factor_moves_them(counts, start, end):
+    selection = top_p.TopPRouting()
+    moved = selection.moved({"odds": torch.tensor([start])}, one_step(counts))
+    assert moved["odds"].item() == pytest.approx(end)
+
+
+def test_the_bounds_of_the_odds_are_where_p_ends():
+    assert top_p.probability(torch.tensor(top_p.LEAST_ODDS)) == 1.0
+    assert 0 < top_p.probability(torch.tensor(top_p.MOST_ODDS)) < 1e-7
+    assert top_p.TopPRouting().buffers(4, 4)["odds"] == 0  # k = E: the start is dense
+    with pytest.raises(ValueError, match=r"top_p_init is 1.0; it must be a .* in \(0, 1\)"):
+        top_p.TopPRouting(top_p_init=1.0)
+
+
 # Expert thresholds.
+
+
+@pytest.mark.parametrize("cutoff", [math.inf, -math.inf, math.nan])
+def test_cutoffs_that_overflowed_do_not_move_thresholds(cutoff):
+    selection = expert_threshold.ExpertThresholdRouting()
+    state = {"thresholds": torch.tensor([[0.1, 0.2, 0.3, 0.4]]), "num_updates": torch.ones(1)}
+    moved = selection.moved(state, one_step([1, 2, 3, 4], [1.0, cutoff, 1, 1]))
+    assert torch.equal(moved["thresholds"], state["thresholds"]) and moved["num_updates"] == 1
+    moved = selection.moved(state, one_step([1, 2, 3, 4], [1.0, 1, 1, 1]))
+    assert (moved["thresholds"] > state["thresholds"]).all() and moved["num_updates"] == 2
 
 
 def test_cutoffs_are_reached_by_a_share_of_k_of_e():

@@ -1,7 +1,7 @@
 """Our command-line flags beside Megatron's, and what they do to a model's configuration.
 
 The published flags keep their names, so that published launch scripts carry over. Those of the
-routers are declared in `remoe.config`.
+routers are declared in `remoe.selections`.
 """
 
 import argparse

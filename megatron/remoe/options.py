@@ -519,8 +519,9 @@ def _pattern(text: str) -> Any:
 
 _SETTINGS_TITLE = """## The settings of the routers
 
-Each is a field of a class in `remoe/config.py`. A YAML config has the flag's name with underscores.
-The last column says what happens to a run whose checkpoint was trained with another value."""
+Each is a field of a class in `remoe/selections/`. A YAML config has the flag's name with
+underscores. The last column says what happens to a run whose checkpoint was trained with another
+value."""
 _RECURRENT_TITLE = """## What a recurrent router refuses
 
 TopK routing with `--moe-router-recurrence` refuses these options, and ReLU routing with it refuses

@@ -73,7 +73,7 @@ REFUSALS = (
             "only, and would write empty files; leave it out (metrics_file has the load of the "
             "experts)",
             when=lambda args: not args.num_experts or cpu.is_enabled()
-            or options.router_name(vars(args)) not in ("topk", "null_experts")),
+            or options.router_name(vars(args)) != "topk"),
     # encoders
     Refusal("transformer_impl", "masked_lm has not been run with it; use transformer_impl local",
             ("local",), when=_is_masked_lm),

@@ -1,7 +1,7 @@
 """Configuration of a ReMoE language model: LLaMA with mixture-of-experts layers.
 
 This file is exported with every model and therefore self-contained. Its fields for the router are
-the exported settings of `remoe.config.ReLURouting`; a test compares names, defaults and checks.
+the exported settings in `remoe.selections`; a test compares names, defaults and checks.
 """
 
 import difflib
@@ -198,6 +198,15 @@ class ReMoEConfig(LlamaConfig):
                 f"num_null_experts is {self.num_null_experts}; k (E + n) / E must be whole, with k "
                 f"{self.num_experts_per_tok} and E {self.num_experts}"
             )
+        for name, bound in (
+            ("max_active_experts", self.max_active_experts is not None),
+            ("at_least_one_expert", self.at_least_one_expert),
+        ):
+            if bound and self.router_type != "relu":
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, which is a bound on the gates of ReLU "
+                    f"routing, and router_type is {self.router_type}; leave it out"
+                )
         if self.router_type == "hash" and self.recurrence != "none":
             raise ValueError(
                 f"recurrence is {self.recurrence!r}; a hash router has no logits, so that it must "

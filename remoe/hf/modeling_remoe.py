@@ -298,18 +298,19 @@ class ReMoERouter(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return the gates, the map of active experts, what is penalized, and the state.
 
-        What is penalized is `[T, E]`, or None for a router without the L1 penalty; the state is
-        None if there is no cell.
+        What is penalized is `[T, E]`, above zero for what the router activates before any bounds,
+        or None for a router without the L1 penalty; the state is None if there is no cell.
         """
         # A cast is not enough under autocast, which would cast it back.
         with torch.autocast(x_TH.device.type, enabled=False):
             logits_TE, state_Tp = self.score(x_TH, state_Tp, cell)
             probs_TE, active_TE = self.select(logits_TE)
+            penalized_TE = self.penalized(logits_TE, probs_TE)
             if self.max_active is not None or self.at_least_one:
                 probs_TE, active_TE = bounded_routing(
                     logits_TE, probs_TE, max_active=self.max_active, at_least_one=self.at_least_one
                 )
-            return probs_TE, active_TE, self.penalized(logits_TE, probs_TE), state_Tp
+            return probs_TE, active_TE, penalized_TE, state_Tp
 
     def select(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Return gates and the map of active experts, both `[T, E]`."""
@@ -689,15 +690,15 @@ class ReMoEModel(ReMoEPreTrainedModel):
         device = routing[0][0].device  # layers may be on several
         real_T = _real_tokens(mask, routing[0][0].shape[1])
         regularizers, counted = [], []
-        for layer, (_, active, penalized) in zip(self.config.moe_layers, routing, strict=True):
-            penalized_TE, active_TE = penalized.flatten(0, 1), active.flatten(0, 1)
-            num_tokens = torch.full((), len(active_TE), device=active.device)
+        for layer, (*_, penalized) in zip(self.config.moe_layers, routing, strict=True):
+            penalized_TE = penalized.flatten(0, 1)
+            num_tokens = torch.full((), len(penalized_TE), device=penalized.device)
             if real_T is not None:
-                padding_T1 = ~real_T.to(active.device)[:, None]
+                padding_T1 = ~real_T.to(penalized.device)[:, None]
                 penalized_TE = penalized_TE.masked_fill(padding_T1, 0)
-                active_TE = active_TE & ~padding_T1
                 num_tokens = (~padding_T1).sum()
-            tokens_per_expert_E = active_TE.sum(dim=0)
+            # Counted is what the router activates: bounds would mislead the coefficients.
+            tokens_per_expert_E = (penalized_TE > 0).sum(dim=0)
             weights_E = None
             if self.config.load_balancing == "global_batch":
                 weights_E = self.layers[layer].mlp.router.load

@@ -36,6 +36,7 @@ class AnyRouting(Settings):
         budget: what keeps the mean number of active experts: the adaptive L1 penalty, a fixed k, a
             threshold that moves with what was measured, or nothing.
         state: what the router keeps from step to step, in words.
+        starts_dense: whether far more than k experts are active in the first steps.
     """
 
     title: ClassVar[str]
@@ -43,6 +44,7 @@ class AnyRouting(Settings):
     causal: ClassVar[bool] = True
     budget: ClassVar[Budget] = "none"
     state: ClassVar[str] = ""
+    starts_dense: ClassVar[bool] = False
 
     @property
     def is_recurrent(self) -> bool:

@@ -2,14 +2,15 @@
 
 The threshold of an expert is a moving average of its cutoffs, which are the logits that a share of
 k/E of the tokens of a step reached. A token is routed by thresholds of earlier steps alone, so that
-routing is causal, in training too. We have not seen the paper (arXiv 2603.11535), but the code of
-its model with a full description of routing: a gate is the sigmoid of the logit, without a
-normalization; thresholds are compared with logits; a cutoff is the m-th largest logit of a
-micro-batch, of m = k T / E tokens; the mean over the micro-batches of a step enters the average,
-whose bias towards its start is corrected. That code trains the first 4000 steps by Expert Choice,
-which is not causal, and may bound the tokens of an expert; neither is here. Instead, thresholds of
-the first step are zero, as they are for a ReLU router, and half of the experts are active in it if
-logits are symmetric; the second step has the cutoffs of the first one.
+routing is causal, in training too. We have not seen the paper (arXiv 2603.11535). What we have read
+is a file of code with a full description of such routing, which a search for strings found without
+the name of its repository: that it is the code of the paper's model is our guess. There, a gate is
+the sigmoid of the logit, without a normalization; thresholds are compared with logits; a cutoff is
+the m-th largest logit of a micro-batch, of m = k T / E tokens; the mean over the micro-batches of a
+step enters the average, whose bias towards its start is corrected. That code trains the first 4000
+steps by Expert Choice, which is not causal, and may bound the tokens of an expert; neither is here.
+Instead, thresholds of the first step are zero, as they are for a ReLU router, and half of the
+experts are active in it if logits are symmetric; the second step has the cutoffs of the first one.
 
 Shapes: T tokens, E experts.
 """
@@ -74,8 +75,8 @@ def next_thresholds(
     """Return the thresholds of the next step: the average of all cutoffs until now, `[E]`.
 
     A cutoff has a weight of `decay` to the power of the number of steps after its own. After the
-    first step, thresholds are its cutoffs, whatever they were before it. This equals the published
-    average, which starts at zero and is divided by `1 - decay^n`.
+    first step, thresholds are its cutoffs, whatever they were before it. This equals the average of
+    the code that we have read, which starts at zero and is divided by `1 - decay^n`.
 
     Args:
         thresholds_E: thresholds of the step, `[E]`.
@@ -101,6 +102,7 @@ class ExpertThresholdRouting(Routing):
     source: ClassVar[str] = "arXiv 2603.11535"
     budget: ClassVar[Budget] = "threshold"
     state: ClassVar[str] = "a threshold of every expert"
+    starts_dense: ClassVar[bool] = True  # in the first step, without thresholds
     reports: ClassVar[str | None] = "expert_threshold"
 
     expert_threshold_decay: float = setting(
@@ -137,7 +139,11 @@ class ExpertThresholdRouting(Routing):
         return expert_cutoffs(logits_TE, topk=topk, padding_mask_T=padding_mask_T)
 
     def moved(self, state: Tensors, step: StepReport) -> dict[str, Tensor]:
-        """Return the next thresholds; they stay in a step without real tokens."""
+        """Return the next thresholds of layers whose cutoffs are finite.
+
+        The others stay as they were: in a step without real tokens, or whose forward overflowed, so
+        that the optimizer skips it. An infinite threshold would stay so in all later averages.
+        """
         assert step.observed_LE is not None
         updates_L1 = state["num_updates"].unsqueeze(1)
         next_LE = next_thresholds(
@@ -146,7 +152,7 @@ class ExpertThresholdRouting(Routing):
             num_updates=updates_L1,
             decay=self.expert_threshold_decay,
         )
-        is_measured_L1 = ~step.observed_LE.isnan().any(dim=1, keepdim=True)
+        is_measured_L1 = step.observed_LE.isfinite().all(dim=1, keepdim=True)
         return {
             "thresholds": torch.where(is_measured_L1, next_LE, state["thresholds"]),
             "num_updates": (updates_L1 + is_measured_L1).squeeze(1),

@@ -26,6 +26,7 @@ class L1Routing(L1Coefficient, Routing):
 
     budget: ClassVar[Budget] = "l1"
     state: ClassVar[str] = "the coefficient of the penalty"
+    starts_dense: ClassVar[bool] = True
     reports: ClassVar[str | None] = "l1_coeff"
 
     load_balancing: LoadBalancing = setting(
@@ -43,7 +44,8 @@ class L1Routing(L1Coefficient, Routing):
         flag="--moe-relu-l1-reg-coeff-per-layer",
         help="Move the coefficient of every layer by the sparsity of that layer, instead of all by "
         "the mean.",
-        on_resume="warned",
+        # Coefficients that have moved apart stay apart, and no one of them is that of all.
+        on_resume="refused",
         exported=True,
     )
 

@@ -6,7 +6,7 @@ gates are the softmax, which is not renormalized over the chosen experts, as in 
 (arXiv 2512.13996) moves p by a PI controller, so that the mean number of active experts is k, and
 normalizes logits per layer; we have seen its abstract only. Here p is moved by the rule of ReMoE's
 coefficient (arXiv 2412.14711, Eq. 7), by way of the odds against it, `u = (1 - p) / p`: a model
-that is too dense has u multiplied by alpha, so that p falls and never leaves (0, 1). Neither the
+that is too dense has u multiplied by alpha, so that p falls. Neither the
 entropy loss nor the normalization of logits is here.
 
 Shapes: T tokens, E experts.
@@ -23,6 +23,11 @@ from remoe.routing import at_least_fp32
 from remoe.selections.base import Budget, Routing, Tensors, scalar
 from remoe.settings import setting
 from remoe.statistics import StepReport
+
+# Bounds of the odds: below the first p rounds to one, and below the second it is less than any
+# softmax that is the largest of 2^24 experts. Odds that went on would be zero or infinite some day,
+# and no factor could move them again.
+LEAST_ODDS, MOST_ODDS = 2.0**-24, 2.0**24
 
 
 def top_p_routing(logits_TE: Tensor, p: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -77,7 +82,7 @@ class TopPRouting(Routing):
         flag="--moe-top-p-init",
         help="Initial p of top-p routing. Default: k/E, with which k experts are active if the "
         "softmax is nearly uniform.",
-        within="(0, 1]",
+        within="(0, 1)",
     )
     top_p_multiplier: float = setting(
         1.02,
@@ -100,7 +105,10 @@ class TopPRouting(Routing):
         """Return the next odds: more against p if the step was too dense."""
         rule = ControllerConfig(
             target_sparsity=1 - step.topk / step.tokens_per_expert_LE.shape[1],
+            l1_coeff_init=1.0,
             l1_coeff_multiplier=self.top_p_multiplier,
+            floor=LEAST_ODDS,
+            ceiling=MOST_ODDS,
         )
         return {"odds": next_l1_coeff(state["odds"], step.sparsity, rule)}
 

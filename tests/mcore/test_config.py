@@ -2,13 +2,17 @@
 
 import argparse
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from megatron.remoe import cpu
 from megatron.remoe.options import router_name
 from megatron.remoe.run import rundir
 from megatron.remoe.run.argv import to_argv
 from megatron.remoe.run.config import RunConfig, load_config
+from megatron.remoe.unsupported import REFUSALS
+from remoe.config import ROUTINGS
 from tests.mcore import tiny
 
 
@@ -455,8 +459,8 @@ def test_ranks_share_the_experts_of_a_soft_mixture_after_granularity(call):
             "moe_relu_max_assignments is 64, but hash routing always has the same number of",
         ),
         (
-            [*NAMED, "top_p", "--moe-top-p-init", "1.5"],
-            "moe_top_p_init is 1.5; it must be a finite number that is in (0, 1] (it can be left",
+            [*NAMED, "top_p", "--moe-top-p-init", "1.0"],
+            "moe_top_p_init is 1.0; it must be a finite number that is in (0, 1) (it can be left",
         ),
         (
             [*NAMED, "top_p", "--moe-router-score-function", "sigmoid"],
@@ -569,3 +573,16 @@ def test_flags_that_do_not_fit_are_one_line_with_the_remedy(call, argv, message)
     assert args == {}
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
+
+
+def test_a_router_without_k_experts_of_every_token_is_not_traced():
+    """Megatron's tracer leaves out, without a word, tokens of which it does not find k experts."""
+    refused = next(r.when for r in REFUSALS if r.name == "moe_routing_trace_path")
+    assert refused is not None
+    with mock.patch.object(cpu, "is_enabled", return_value=False):
+        traced = [
+            name
+            for name in ROUTINGS
+            if not refused(argparse.Namespace(num_experts=4, moe_routing=name))
+        ]
+    assert traced == ["topk"]

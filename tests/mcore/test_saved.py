@@ -15,12 +15,17 @@ from tests.mcore import tiny
 BOTH = {"num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_granularity": 2}
 RELU = BOTH | {"moe_relu_routing": True, "moe_relu_load_balancing": "aux_loss"}
 TOPK = BOTH | {"moe_relu_routing": False, "moe_router_pre_softmax": True}
+RMS = BOTH | {"moe_routing": "relu_rms", "moe_change_routing": True}
+L2 = BOTH | {"moe_routing": "relu_l2"}
 TOP_P = BOTH | {"moe_routing": "top_p", "moe_relu_routing": False}
+GLOBAL = RELU | {"moe_relu_load_balancing": "global_batch"}
 GRU = {"moe_router_recurrence": "gru", "moe_router_recurrent_size": 8}
 SOFT = BOTH | {"moe_soft_routing": True, "masked_lm": True, "moe_soft_slots_per_expert": 4}
+CHOICE = BOTH | {"moe_routing": "expert_choice", "masked_lm": True}
 ENCODER = TOPK | {"masked_lm": True}
 DENSE: dict[str, Any] = {"num_experts": None, "ffn_hidden_size": 64}
 ROUTER, CELL = "decoder.layers.0.mlp.router.weight", "decoder.recurrent_cell.weight_hh"
+BIAS = "decoder.layers.0.mlp.router.bias"
 PURPOSE = "pass --moe-change-routing to change"
 
 
@@ -67,6 +72,27 @@ def run(folder: Path, **changes: Any) -> Namespace:
             "has top-p routing, and this run has hash routing, whose routers have other weights",
         ),
         (
+            TOPK,
+            RMS,
+            "has TopK routing, and this run has ReLU routing with RMS norm, of which only one "
+            "learns gate_scale, so that the state of the optimizer does not fit; start with new",
+        ),
+        (
+            RMS,
+            TOPK | {"moe_change_routing": True},
+            "has ReLU routing with RMS norm, and this run has TopK routing, of which only one lea",
+        ),
+        (
+            L2,
+            RMS | {"no_load_optim": True},
+            "has ReLU routing with L2 norm, and this run has ReLU routing with RMS norm, whose rou",
+        ),
+        (
+            RELU | {"moe_relu_l1_reg_coeff_per_layer": True},
+            RELU,
+            "was trained with moe_relu_l1_reg_coeff_per_layer True, and this run has False",
+        ),
+        (
             BOTH | {"moe_routing": "null_experts"},
             BOTH | {"moe_routing": "null_experts", "moe_null_experts": 16},
             "was trained with moe_null_experts None, and this run has 16",
@@ -82,6 +108,11 @@ def run(folder: Path, **changes: Any) -> Namespace:
         (
             RELU | GRU,
             RELU | {"moe_change_routing": True},
+            "was trained with moe_router_recurrence gru, and this run has none, with which its",
+        ),
+        (
+            RELU | GRU | {"masked_lm": True},
+            CHOICE | {"moe_change_routing": True},
             "was trained with moe_router_recurrence gru, and this run has none, with which its",
         ),
         (
@@ -171,6 +202,7 @@ def test_a_checkpoint_of_something_else_is_refused_with_the_remedy(
         ({}, ("decoder.layers.0.mlp.router.l1_coeff",), TOPK, "has ReLU routing"),
         (BOTH, ("decoder.layers.0.mlp.router.l1_coeff",), TOPK, "has ReLU routing"),
         ({}, ("decoder.layers.0.mlp.router.l1_coeff",), RELU, None),
+        ({}, (ROUTER, BIAS, "decoder.layers.0.mlp.router.l1_coeff"), TOPK, "has ReLU routing"),
         ({}, ("decoder.layers.0.mlp.router.odds",), RELU, "has top-p routing"),
         ({}, ("decoder.layers.0.mlp.router.odds",), TOP_P, None),
         ({}, (ROUTER,), RELU, "has TopK routing"),
@@ -213,15 +245,27 @@ def test_a_change_on_purpose_passes_and_is_said(call, tmp_path):
     assert "moe_relu_l1_reg_coeff_multiplier was 1.2 in " in out and "and is now 1.5\n" in out
 
 
-def test_without_coefficients_in_the_checkpoint_they_need_not_be_found(call, tmp_path):
-    assert call(strictness, tmp_path / "topk", TOPK) == "log_unexpected"
-    assert call(strictness, tmp_path / "relu", RELU) == "assume_ok_unexpected"
+@pytest.mark.parametrize(
+    ("before", "tensors", "now", "expected"),
+    [
+        (TOPK, (), RELU, "log_unexpected"),
+        (RELU, ("l1_coeff",), RELU, "assume_ok_unexpected"),
+        (RELU, ("l1_coeff",), TOPK, "assume_ok_unexpected"),
+        (RELU, ("l1_coeff",), GLOBAL, "log_unexpected"),
+        (GLOBAL, ("l1_coeff", "load"), RELU, "assume_ok_unexpected"),
+        (TOPK, (), RMS | {"no_load_optim": True}, "log_unexpected"),
+    ],
+)
+def test_state_that_the_checkpoint_lacks_need_not_be_found(
+    call, tmp_path, before, tensors, now, expected
+):
+    assert call(strictness, tmp_path, before, tensors, now) == expected
 
 
-def strictness(folder: Path, before: dict) -> str:
-    """Of loading, for ReLU routing that may change the router."""
-    check(folder, before, before)
-    args = run(folder, **RELU, moe_change_routing=True)
+def strictness(folder: Path, before: dict, tensors: tuple[str, ...], now: dict) -> str:
+    """Of loading, for a run that may change the router."""
+    check(folder, before, before, tuple(f"decoder.layers.0.mlp.router.{t}" for t in tensors))
+    args = run(folder, **now | {"moe_change_routing": True})
     with contextlib.redirect_stdout(io.StringIO()):
         saved.check_before_start(args)
     return args.dist_ckpt_strictness

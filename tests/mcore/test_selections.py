@@ -123,7 +123,7 @@ def build(name, layout=None, *, settings=None, **changes):
     _, fc1, fc2 = moe_cases.weights(0.0)
     with torch.no_grad():
         if layer.router.weight is not None:
-            layer.router.weight.copy_(router_weight(name))
+            layer.router.weight.copy_(router_weight(name)[: len(layer.router.weight)])
         if name in ("relu_rms", "relu_l2"):
             layer.router.gate_scale.copy_(scale_of(name))
         for index, (ours1, ours2) in moe_cases.local_experts(layer):
@@ -422,6 +422,22 @@ def test_null_experts_share_the_auxiliary_loss_of_megatron(rank):
     assert by_hand[EXPERTS:].abs().max() > 0  # those of null experts
 
 
+def router_of_few_null_experts():
+    """Number of choices and logits, and gates and map, of 4 experts, 2 null experts and k = 2."""
+    layer = build("null_experts", settings={"num_null_experts": 2}, moe_router_topk=2)
+    with torch.no_grad():
+        probs, routing_map = layer.router(moe_cases.inputs(0))
+    return layer.router.topk, layer.router.weight, probs, routing_map
+
+
+def test_there_may_be_fewer_null_experts_than_experts(rank):
+    topk, weight, probs, routing_map = rank(router_of_few_null_experts)
+    assert topk == 3 and len(weight) == EXPERTS + 2
+    logits = moe_cases.inputs(0).view(-1, HIDDEN) @ weight.T
+    close(probs, reference_null_experts(logits, EXPERTS, 3).detach())
+    assert torch.equal(probs > 0, routing_map)
+
+
 def hash_without_ids():
     layer = build("hash")
     said = []
@@ -436,8 +452,33 @@ def hash_without_ids():
 
 def test_hash_routing_refuses_tokens_whose_ids_it_does_not_know(rank):
     unknown, others = rank(hash_without_ids)
-    assert unknown.startswith("hash routing does not know the ids of the tokens; let megatron")
+    assert unknown.startswith("hash routing does not know the ids of the tokens; pass input_ids")
     assert others.startswith(f"hash routing has ids of {(SEQUENCE - 1, BATCH)} tokens, and is give")
+
+
+def kept_ids():
+    """The ids that a router has after calls of its model in several ways."""
+    from megatron.remoe.moe.hash_router import keep_token_ids
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = build("hash")
+
+        def forward(self, input_ids=None, decoder_input=None):
+            return self.layer.router.token_ids
+
+    (model,) = keep_token_ids([Model()])
+    ids, hidden = token_ids(0), moe_cases.inputs(0)
+    kept = [model(ids), model(input_ids=ids), model(None, hidden), model(ids, hidden)]
+    return [*kept, model(decoder_input=hidden)]
+
+
+def test_the_ids_are_those_of_the_call_however_they_are_passed(rank):
+    by_place, by_name, none, beside, left_out = rank(kept_ids)
+    assert none is left_out is None  # and not those of the call before
+    for found in (by_place, by_name, beside):
+        assert torch.equal(found, token_ids(0))
 
 
 def expert_choice_with_padding(padding):

@@ -378,7 +378,6 @@ def test_the_recurrence_example_is_seven_routers_at_two_depths_with_three_seeds(
 def test_the_family_example_is_every_causal_router_with_three_seeds(call):
     from remoe.config import ROUTINGS
 
-    pytest.importorskip("remoe.selections")
     path = tiny.EXAMPLES / "ablations/family.yaml"
     assert len(call(names_of, path)) == 16 * 3
     runs = yaml.safe_load(path.read_text())["sweep"]["list"].values()

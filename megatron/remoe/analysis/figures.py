@@ -91,9 +91,11 @@ def _curves(
             rows = [row for row in run.train if row.get(key) is not None]
             if geometric:
                 rows = [row for row in rows if row[key] > 0]
+            if not rows:  # an older run does not have it
+                continue
             smooth = _smooth([row[key] for row in rows], window)
             series.append(dict(zip([row["iteration"] for row in rows], smooth, strict=True)))
-        common = sorted(set.intersection(*map(set, series)))
+        common = sorted(set.intersection(*map(set, series))) if series else []
         stride = math.ceil(len(common) * len(groups) / _POINTS)
         steps = common[::-1][:: max(stride, 1)][::-1]  # the last one is among them
         if not steps:

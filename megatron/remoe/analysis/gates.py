@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from remoe.config import ROUTINGS, Selection
-from remoe.routing import topk_routing
 from remoe.selections.expert_choice import ExpertChoiceRouting
 from remoe.selections.hashed import HashRouting
 from remoe.selections.null_experts import null_experts_routing
@@ -41,8 +40,6 @@ def _routed(name: str, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     settings = ROUTINGS[name]()
     assert isinstance(settings, Selection)
     num_experts = logits_TE.shape[1]
-    if name == "topk":
-        return topk_routing(logits_TE, topk=_TOPK)
     if name == "null_experts":
         nulls = torch.full_like(logits_TE, _NULL_LOGIT)
         return null_experts_routing(

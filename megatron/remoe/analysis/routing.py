@@ -27,7 +27,8 @@ class LayerGates:
     """The gates of one layer for some tokens.
 
     Attributes:
-        scores: fp64 `[T, E]`; the softmax over all experts before selection, or the gates of ReLU
+        scores: fp64 `[T, E]`; the softmax over all experts before selection (of which null experts
+            have a part), the sigmoids of expert threshold routing, or the gates of ReLU and of hash
             routing (see `remoe.analysis`).
         active: bool `[T, E]`, the map of active experts.
     """

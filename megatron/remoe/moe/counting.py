@@ -39,15 +39,16 @@ class CountsRouting(ExactBuffers):
     tp_cp_group: Any
     tp_dp_cp_group: Any
 
-    def register_selection(self, selection: Selection, num_experts: int) -> None:
-        """Register the buffers and the parameters of a selection out of E experts.
+    def register_selection(self, selection: Selection, num_experts: int, topk: int) -> None:
+        """Register the buffers and the parameters of a selection of k out of E experts.
+
+        Both are those of the model; a router with null experts has a config of its own.
 
         Raises:
             ValueError: the selection cannot have these experts.
         """
         self.selection = selection
         config, device = self.config, torch.cuda.current_device()
-        topk = config.moe_router_topk
         selection.check_model(num_experts, topk)
         buffers = selection.buffers(num_experts, topk)
         for name, value in buffers.items():

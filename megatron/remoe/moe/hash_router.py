@@ -46,7 +46,7 @@ class HashRouter(CountsRouting, Router):
             self.register_parameter(name, None)
         self.token_ids: Tensor | None = None
         self.routing_settings = routing
-        self.register_selection(routing, self.num_experts)
+        self.register_selection(routing, self.num_experts, config.moe_router_topk)
 
     def forward(
         self, input: Tensor, padding_mask: Tensor | None = None, *newer: Any
@@ -74,9 +74,9 @@ class HashRouter(CountsRouting, Router):
         """Return the ids of the tokens of this rank, `[T]`, in the order of `[s, b]`."""
         if self.token_ids is None:
             raise ValueError(
-                "hash routing does not know the ids of the tokens; let megatron.remoe.arguments."
-                "configure set up the model, or add moe.hash_router.keep_token_ids to its "
-                "pre_wrap_hooks"
+                "hash routing does not know the ids of the tokens; pass input_ids to the model, "
+                "and let megatron.remoe.arguments.configure set it up, or add "
+                "moe.hash_router.keep_token_ids to its pre_wrap_hooks"
             )
         ids = self.token_ids.transpose(0, 1)
         if self.config.sequence_parallel:
@@ -103,7 +103,7 @@ def keep_token_ids(models: list[Any]) -> list[Any]:
             kwargs: dict[str, Any],
             routers: list[HashRouter] = routers,
         ) -> None:
-            ids = args[0] if args else kwargs["input_ids"]
+            ids = args[0] if args else kwargs.get("input_ids")
             for router in routers:
                 router.token_ids = ids
 

@@ -45,7 +45,7 @@ class SelectionRouter(CountsRouting, Router):
             config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer, **newer
         )
         self.input_jitter = None  # set by apply_input_jitter
-        self.register_selection(routing or ReLURouting(), self.num_experts)
+        self.register_selection(routing or ReLURouting(), self.num_experts, config.moe_router_topk)
 
     def forward(
         self, input: Tensor, padding_mask: Tensor | None = None, *newer: Any

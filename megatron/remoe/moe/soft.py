@@ -23,8 +23,6 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.moe_layer import MoESubmodules
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -107,31 +105,22 @@ class SoftMoELayer(DroplessMoELayer):
         ValueError: a parallel layout that cannot share the slots.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: MoESubmodules | None = None,
-        layer_number: int | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-        is_mtp_layer: bool = False,
-        name: str | None = None,
-    ) -> None:
-        pg_collection = pg_collection or get_default_pg_collection()
-        if pg_collection.tp.size() > 1 and not config.sequence_parallel:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        tensor_ranks = self.attn_tp_group.size()
+        if tensor_ranks > 1 and not self.config.sequence_parallel:
             raise ValueError(
                 "sequence_parallel is false with tensor parallelism: every rank would add all "
                 "tokens to the slots; set sequence_parallel"
             )
-        super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
-        tensor_ranks = pg_collection.tp.size()
         # Megatron numbers the ranks of tensor parallelism first.
-        ranks = torch.distributed.get_process_group_ranks(pg_collection.ep)
+        ranks = torch.distributed.get_process_group_ranks(self.ep_group)
         self.exchange = Exchange.of(
-            config.num_moe_experts,
+            self.config.num_moe_experts,
             num_parts=tensor_ranks,
             part_of=[rank % tensor_ranks for rank in ranks],
-            rank=pg_collection.ep.rank(),
-            group=pg_collection.ep,
+            rank=self.ep_group.rank(),
+            group=self.ep_group,
         )
 
     def routed_experts_compute(self, hidden_states: Tensor, probs: Any) -> tuple[Tensor, None]:
@@ -241,5 +230,5 @@ class Exchange:
     def _reorder(self, rows: Tensor, order: list[int]) -> Tensor:
         if order == sorted(order):
             return rows
-        index = torch.tensor(order, device=rows.device)
-        return rows.reshape(len(order), -1, rows.shape[-1])[index].flatten(end_dim=1)
+        parts = rows.chunk(len(order))
+        return torch.cat([parts[part] for part in order])  # without a copy of the order to a device

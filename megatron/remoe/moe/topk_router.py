@@ -49,7 +49,7 @@ class CountingTopKRouter(CountsRouting, TopKRouter):
         )
         self.warmup = routing or TopKRouting()
         self._iteration = iteration
-        self.register_selection(self.warmup, self.num_experts)
+        self.register_selection(self.warmup, self.num_experts, config.moe_router_topk)
 
     def routing(
         self, logits: Tensor, padding_mask: Tensor | None = None, **newer: Any
@@ -87,7 +87,7 @@ class NullExpertsRouter(CountsRouting, TopKRouter):
         super().__init__(
             config=wide, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer, **newer
         )
-        self.register_selection(routing, config.num_moe_experts)
+        self.register_selection(routing, config.num_moe_experts, config.moe_router_topk)
 
     def routing(
         self, logits: Tensor, padding_mask: Tensor | None = None, **newer: Any

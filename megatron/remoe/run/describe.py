@@ -101,7 +101,7 @@ def describe(config: RunConfig, world: int) -> Description:
     sequences = args.train_samples or args.train_iters * args.global_batch_size
     layout = _rank_load(args)
     stable = size.rows_per_token
-    starts_dense = bool(size.num_experts) and ROUTINGS[args.moe_routing].budget == "l1"
+    starts_dense = bool(size.num_experts) and ROUTINGS[args.moe_routing].starts_dense
     most = args.moe_topk_warmup_topk or (size.num_experts if starts_dense else stable)
     return Description(
         size=size,

@@ -136,7 +136,8 @@ def _has_tensors(shapes: Mapping[str, Sequence[int]], selection: Selection) -> b
     """Return whether these are the tensors of the routers of a selection that has some."""
     learned = selection.parameters(2, 1)
     own = {*selection.buffers(2, 1), *learned}
-    return own == shapes.keys() - {"weight", "projection", "load"} != set() and all(
+    of_any = {"weight", "bias", "projection", "load"}
+    return own == shapes.keys() - of_any != set() and all(
         (shapes[name][-1] == 1) == (value.shape[-1] == 1) for name, value in learned.items()
     )
 
@@ -185,7 +186,7 @@ def check(args: argparse.Namespace, saved: Saved) -> None:
         )
     _refuse_other_task(args, saved)
     if all(
-        name in ROUTINGS and issubclass(ROUTINGS[name], Routing) for name in (saved.router, now)
+        name in ROUTINGS and issubclass(ROUTINGS[name], Selection) for name in (saved.router, now)
     ):
         _refuse_other_recurrence(args, saved)
     if saved.router != now:
@@ -193,6 +194,7 @@ def check(args: argparse.Namespace, saved: Saved) -> None:
     elif now != "dense":
         _refuse_other_shape(args, saved)
         _refuse_other_settings(args, saved)
+    _let_state_begin(args, saved, now)
     _refuse_other_adam(args, saved)
     if args.rank == 0:
         _say_what_changes(args, saved)
@@ -211,7 +213,7 @@ def _refuse_other_router(args: argparse.Namespace, saved: Saved, now: str) -> No
         raise ValueError(
             f"{subject}; pass{flag} --num-experts and the other flags that it was trained with"
         )
-    if _weights(before) != _weights(now):
+    if _have_other_weights(before, now):
         raise ValueError(
             f"{subject}, whose routers have other weights; pass the flags that it was trained "
             f"with, or start a new run"
@@ -221,16 +223,39 @@ def _refuse_other_router(args: argparse.Namespace, saved: Saved, now: str) -> No
             f"{subject}; pass --moe-routing {before}, or pass --moe-change-routing to change the "
             f"router on purpose"
         )
-    # The checkpoint may lack coefficients and other state, which then begin at their initial
-    # values. Megatron's log names what it does not find.
-    if now != "topk":
-        args.dist_ckpt_strictness = "log_unexpected"
+    more = sorted(_learned(before).keys() ^ _learned(now).keys())
+    if more and not (args.no_load_optim or args.finetune):
+        raise ValueError(
+            f"{subject}, of which only one learns {', '.join(more)}, so that the state of the "
+            f"optimizer does not fit; start with new moments (no_load_optim=true)"
+        )
 
 
-def _weights(router: str) -> int | str:
-    """Return what routers of one kind of weight have in common: the logits of an expert."""
+def _have_other_weights(before: str, now: str) -> bool:
+    """Return whether routers have numbers of logits, or learned tensors, that do not fit."""
+    kinds = [ROUTINGS[router] for router in (before, now)]
+    logits = {kind().num_logits(1) if issubclass(kind, Selection) else None for kind in kinds}
+    a, b = _learned(before), _learned(now)
+    return len(logits) > 1 or any(a[name] != b[name] for name in a.keys() & b.keys())
+
+
+def _learned(router: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes, for 2 experts, of what a router learns beside its weight."""
     routing = ROUTINGS[router]
-    return routing().num_logits(1) if issubclass(routing, Selection) else router
+    learned = routing().parameters(2, 1) if issubclass(routing, Selection) else {}
+    return {name: tuple(value.shape) for name, value in learned.items()}
+
+
+def _let_state_begin(args: argparse.Namespace, saved: Saved, now: str) -> None:
+    """Let state that the checkpoint lacks begin at its initial value; Megatron's log names it."""
+    routing = ROUTINGS.get(now)
+    if not args.moe_change_routing or routing is None or not issubclass(routing, Selection):
+        return
+    settings = settings_of(routing)
+    selection = routing(**{s.name: getattr(args, s.dest, s.default) for s in settings})
+    needed = {*selection.buffers(2, 1), *selection.parameters(2, 1)}
+    if needed - {name.rpartition(".router.")[2] for name in TorchDistReader(saved.path).meta}:
+        args.dist_ckpt_strictness = "log_unexpected"
 
 
 def _refuse_other_task(args: argparse.Namespace, saved: Saved) -> None:
