@@ -133,7 +133,7 @@ def to_config(args: argparse.Namespace) -> Config:
     config |= {hf: given[megatron] for megatron, hf in _EXPERTS.items()} | {
         "model_type": "remoe",
         "architectures": ["ReMoEForCausalLM"],
-        "router_type": _OF_TOPK[args.moe_router_pre_softmax] if router == "topk" else router,
+        "router_type": router_type_of(router, args.moe_router_pre_softmax),
         "router_dtype": ROUTER_DTYPES[args.moe_router_dtype],
         "mlp_only_layers": dense or None,
         "target_sparsity": 1 - args.moe_router_topk / args.num_experts,
@@ -221,8 +221,18 @@ def exported_settings(router: str) -> list[Setting]:
     Args:
         router: the name of the router, or its type in the config for transformers.
     """
-    routing = ROUTINGS["topk" if router.startswith("topk") else router]
-    return [setting for setting in settings_of(routing) if setting.exported]
+    settings = settings_of(ROUTINGS[routing_of(router)])
+    return [setting for setting in settings if setting.exported]
+
+
+def router_type_of(router: str, pre_softmax: bool) -> str:
+    """Return the type of a router in the config for transformers, by the router's name."""
+    return _OF_TOPK[pre_softmax] if router == "topk" else router
+
+
+def routing_of(router_type: str) -> str:
+    """Return the name of a router, by its type in the config for transformers, or its name."""
+    return "topk" if router_type.startswith("topk") else router_type
 
 
 def moe_layers(config: Config) -> list[int]:
