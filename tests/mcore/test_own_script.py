@@ -58,10 +58,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 
 
 def start(folder: Path, *command: str, **variables: str) -> subprocess.Popen:
-    """Python in the folder, with a Megatron that may come first on the path of the tests."""
+    """Python in the folder, with the Megatron of these tests, which `PYTHONPATH` may name."""
     paths = [str(folder / "path"), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    if "MEGATRON" in os.environ:  # of make test-megatron
-        paths.insert(0, os.environ["MEGATRON"])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     environment |= {"PYTHONPATH": ":".join(filter(None, paths)), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
