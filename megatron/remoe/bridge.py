@@ -130,11 +130,12 @@ class VocabularyMapping(AutoMapping):
         super().__init__(megatron_param, hf_param)
         self.vocab_size = vocab_size
 
-    def hf_to_megatron(self, hf_weights: Tensor, megatron_module: torch.nn.Module) -> Tensor:
+    def hf_to_megatron(self, hf_weights: Tensor, megatron_module: Any) -> Tensor:
         """Return the rows of this rank."""
-        rows = megatron_module.weight.shape[0] * self.tp_size
-        padding = hf_weights.new_zeros(rows - len(hf_weights), hf_weights.shape[1])
-        return super().hf_to_megatron(torch.cat([hf_weights, padding]), megatron_module)
+        missing = len(megatron_module.weight) * self.tp_size - len(hf_weights)
+        padding = hf_weights.new_zeros(missing, hf_weights.shape[1])
+        rows: Tensor = super().hf_to_megatron(torch.cat([hf_weights, padding]), megatron_module)
+        return rows
 
     def megatron_to_hf(
         self, megatron_weights: Tensor | None, megatron_module: torch.nn.Module | None
@@ -201,8 +202,8 @@ class ConfigMapping(MegatronParamMapping):
     def resolve(self, captures: tuple[str, ...]) -> "ConfigMapping":
         """Return the mapping of a layer."""
         (layer,) = captures
-        names = (name.replace("*", layer) for name in (self.megatron_param, self.name))
-        return ConfigMapping(*names, self.config)
+        param, name = (n.replace("*", layer) for n in (str(self.megatron_param), self.name))
+        return ConfigMapping(param, name, self.config)
 
     def hf_to_megatron(
         self, hf_weights: Mapping[str, Tensor], megatron_module: torch.nn.Module
@@ -397,7 +398,8 @@ def _names(mapping: MegatronParamMapping) -> Iterator[str]:
 def update_config(bridge: Any, model: Any) -> None:
     """Give the config of a bridge the values of the routers of a Megatron model.
 
-    All ranks call this.
+    Its facts about the training are removed, because Bridge does not know how it went on. All ranks
+    call this.
 
     Args:
         bridge: an `AutoBridge` for `ReMoEForCausalLM`.
@@ -410,6 +412,7 @@ def update_config(bridge: Any, model: Any) -> None:
     config = getattr(bridge.hf_pretrained, "config", bridge.hf_pretrained)
     for key, value in values.items():
         setattr(config, key, value)
+    config.training_facts = None
 
 
 def save_hf_pretrained(bridge: Any, model: Any, path: str | Path, **options: Any) -> None:
