@@ -6,6 +6,7 @@ of Bridge by packages that import nothing.
 """
 
 import contextlib
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -87,9 +88,8 @@ def ours():
             setattr(sys.modules[parent], child, package)
         sys.meta_path.append(_Absent())
         logging.getLogger("megatron.bridge").setLevel(logging.ERROR)
-        from modelopt.torch.quantization import utils
-
-        utils.is_quantized = lambda model: False
+        quantization = importlib.import_module("modelopt.torch.quantization.utils")
+        quantization.is_quantized = lambda model: False
         import megatron.remoe.bridge  # noqa: F401
 
         # What asks later finds no Transformer Engine: our checks, and Bridge's of its fusions.
@@ -193,6 +193,8 @@ def _write_tokenizer(folder: Path) -> None:
 
 def _train(flags: dict[str, Any], home: Path, outcome: Outcome) -> None:
     """Train Bridge's model for three steps, and export it by Bridge and by us."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
     from megatron.remoe.convert.export import to_hf
     from megatron.remoe.convert.source import MegatronSource
     from megatron.remoe.moe.counting import CountsRouting
@@ -201,6 +203,7 @@ def _train(flags: dict[str, Any], home: Path, outcome: Outcome) -> None:
     with quiet():
         bridge = auto_bridge(home / "hf")
         provider, model = provided(bridge, moe_grouped_gemm=flags["moe_grouped_gemm"])
+        MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # as Megatron's schedules do
         model.train()
         tokens = torch.tensor([TOKENS])
         for _ in range(3):

@@ -23,7 +23,7 @@ from tests.mcore.bridge_cases import (
     through_bridge,
 )
 from tests.mcore.convert_cases import RELU, UNTIED
-from tests.mcore.test_convert import CASES
+from tests.mcore.test_convert import CASES, GRU
 
 pytestmark = pytest.mark.skipif(
     bridge_folder() is None,
@@ -39,6 +39,12 @@ def test_the_way_to_megatron_and_back_is_exact(call, tmp_path, flags):
     assert outcome.different == [] and outcome.config == []
     assert len(outcome.names) > 10
     assert outcome.logits <= 1e-5
+    assert outcome.to_ours == 0
+
+
+def test_bf16_keeps_the_cell_and_the_coefficients_in_fp32(call, tmp_path):
+    outcome = call(through_bridge, RELU | UNTIED | GRU | {"bf16": True}, tmp_path)
+    assert outcome.different == [] and outcome.config == []
     assert outcome.to_ours == 0
 
 
