@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 import types
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -219,8 +220,9 @@ def _train(flags: dict[str, Any], home: Path, outcome: Outcome) -> None:
             update_routers(routers, provider, provider.routing)
         before = json.loads((home / "hf/config.json").read_text())
         ours().save_hf_pretrained(bridge, [model], home / "by_bridge")
-        args = MegatronSource(home / "iter_0000003").args
-        args.padded_vocab_size = 100
+        given = vars(MegatronSource(home / "iter_0000003").args) | {"padded_vocab_size": 100}
+        plain = {k: v for k, v in given.items() if isinstance(v, convert_cases.PLAIN)}
+        args = Namespace(**plain)
         convert_cases._save(model, args, home / "trained/iter_0000003")
         to_hf(home / "trained/iter_0000003", home / "by_us")
     outcome.trained, names = compare(home / "by_us", home / "by_bridge")
