@@ -37,7 +37,7 @@ def write(folder: Path, name: str, loss: float | None, sparsity: list[float] | N
     for i, value in enumerate(sparsity or [0.0] * 30, start=1):
         row = {"iteration": i, "lm_loss": 9.0 / i, "tokens_per_second": 100.0}
         if "num_experts" in config:
-            row |= {"sparsity": value, "dead_experts": 2}
+            row |= {"sparsity": value, "dead_experts": 2, "active_experts": 8 * (1 - value)}
         if config.get("moe_relu_routing"):
             row |= {"l1_coeff": 1e-8, "l1_reg": 1.0, "sparsity_per_layer": [value]}
         rows.append(row)
@@ -151,6 +151,14 @@ def test_seeds_are_one_row_with_mean_and_deviation(four_routers):
     # 2 embeddings of 32 x 8, 2 layers of attention 4 x 64 and MLP 3 x 128, 5 norms of 8
     assert rows["dense"]["total_params"] == str(512 + 2 * (256 + 384) + 40)
     assert rows["ReMoE"]["total_params"] == str(512 + 2 * (256 + 8 * 384) + 40)
+
+
+def test_a_dense_start_counts_among_the_active_experts_of_all_steps(tmp_path):
+    remoe(tmp_path, "a", 1.0, [0.0] * 20 + [TARGET] * 20, seed=1)
+    remoe(tmp_path, "b", 1.0, [TARGET] * 40, seed=2)
+    (group,) = tables.compare(tables.load_runs([tmp_path])).groups
+    assert group.row["active_all_steps"] == pytest.approx((8 + 2 + 2 * 2) / 4)
+    assert group.row["sparsity"] == TARGET
 
 
 def test_differences_are_paired_by_seed(four_routers):

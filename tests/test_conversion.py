@@ -37,6 +37,7 @@ OF_ROUTERS = {
     "relu_l2": {"weight": (5, 4), "gate_scale": (1,), "l1_coeff": ()},
     "topk_pre_softmax": {"weight": (5, 4)},
     "topk_post_softmax": {"weight": (5, 4)},
+    "topk_sigmoid": {"weight": (5, 4)},
     "null_experts": {"weight": (10, 4)},
     "top_p": {"weight": (5, 4), "odds": ()},
     "expert_threshold": {"weight": (5, 4), "thresholds": (5,), "num_updates": ()},

@@ -54,7 +54,7 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-ROUTERS = ("relu", "topk_pre_softmax", "topk_post_softmax")
+ROUTERS = ("relu", "topk_pre_softmax", "topk_post_softmax", "topk_sigmoid")
 SELECTIONS = ("relu_rms", "relu_l2", "top_p", "expert_threshold", "null_experts")
 
 

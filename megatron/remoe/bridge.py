@@ -303,7 +303,7 @@ class ReMoEBridge(MegatronModelBridge):
         ours: Config = {
             "dtype": config["torch_dtype"],
             "rope_parameters": {"rope_type": "default", "rope_theta": float(provider.rotary_base)},
-            "router_type": router_type_of(provider.moe_routing, provider.moe_router_pre_softmax),
+            "router_type": router_type_of(provider.moe_routing, vars(provider)),
             "router_dtype": ROUTER_DTYPES[provider.moe_router_dtype],
             "mlp_only_layers": dense or None,
             "target_sparsity": 1 - provider.moe_router_topk / provider.num_moe_experts,

@@ -27,6 +27,15 @@ def _is_masked_lm(args: argparse.Namespace) -> bool:
     return bool(getattr(args, "masked_lm", False))
 
 
+def _has_null_experts(args: argparse.Namespace) -> bool:
+    return bool(args.num_experts) and options.router_name(vars(args)) == "null_experts"
+
+
+def _has_null_experts_without_loss(args: argparse.Namespace) -> bool:
+    coeffs = args.moe_aux_loss_coeff
+    return _has_null_experts(args) and not any(coeffs if isinstance(coeffs, list) else [coeffs])
+
+
 class Refusal(NamedTuple):
     """A flag of which only some values are accepted.
 
@@ -154,6 +163,14 @@ _UNUSED = tuple(
         "per_dataset_sequences_path", "perform_rl_step", "sft",
     )
 )  # fmt: skip
+# What `refuse_in_training` refuses.
+_NO_BUDGET = "nothing but an auxiliary loss keeps a mean of k experts with null experts; set it to"
+_TRAINS_WRONG = (
+    Refusal("moe_router_load_balancing_type", f"{_NO_BUDGET} aux_loss",
+            ("aux_loss", "seq_aux_loss", "global_aux_loss"), _has_null_experts),
+    Refusal("moe_aux_loss_coeff", f"{_NO_BUDGET} 0.01, for example",
+            (None,), _has_null_experts_without_loss),
+)  # fmt: skip
 
 # Groups of flags by their titles, and the program that reads them.
 _OTHER_PROGRAMS = {
@@ -204,6 +221,15 @@ def refuse(args: argparse.Namespace) -> None:
 def refuse_unused(args: argparse.Namespace) -> None:
     """Refuse flags that our pretraining would ignore; raises a ValueError as `check` does."""
     _refuse(args, _UNUSED)
+
+
+def refuse_in_training(args: argparse.Namespace) -> None:
+    """Refuse what would train wrong, though such a model can be built and converted.
+
+    Raises:
+        ValueError: as `check` does.
+    """
+    _refuse(args, _TRAINS_WRONG)
 
 
 def _refuse(args: argparse.Namespace, refusals: Iterable[Refusal]) -> None:

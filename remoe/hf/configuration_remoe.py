@@ -13,7 +13,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 L1_ROUTERS = ("relu", "relu_rms", "relu_l2")  # those under the L1 penalty
 ROUTER_TYPES = (
-    *L1_ROUTERS, "topk_pre_softmax", "topk_post_softmax", "null_experts", "top_p",
+    *L1_ROUTERS, "topk_pre_softmax", "topk_post_softmax", "topk_sigmoid", "null_experts", "top_p",
     "expert_threshold", "hash",
 )  # fmt: skip
 FORMAT_VERSION = (

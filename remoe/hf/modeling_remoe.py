@@ -111,6 +111,17 @@ def topk_post_softmax(logits_TE: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     return _scatter(torch.softmax(chosen_Tk, dim=-1, dtype=torch.float32), index_Tk, logits_TE)
 
 
+def topk_sigmoid(logits_TE: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Return the sigmoids of the k largest logits, and the active map, both `[T, E]`.
+
+    The gates of more than one expert are divided by their sum.
+    """
+    probs_Tk, index_Tk = torch.topk(torch.sigmoid(at_least_fp32(logits_TE)), topk, dim=-1)
+    if topk > 1:
+        probs_Tk = probs_Tk / (probs_Tk.sum(dim=-1, keepdim=True) + 1e-20)
+    return _scatter(probs_Tk, index_Tk, logits_TE)
+
+
 def _scatter(probs_Tk: Tensor, index_Tk: Tensor, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     probs_TE = torch.zeros_like(logits_TE).scatter(1, index_Tk, probs_Tk.to(logits_TE.dtype))
     active_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, index_Tk, True)
@@ -334,6 +345,8 @@ class ReMoERouter(nn.Module):
                 )
             case "topk_pre_softmax":
                 return topk_pre_softmax(logits_TE, self.topk)
+            case "topk_sigmoid":
+                return topk_sigmoid(logits_TE, self.topk)
             case _:
                 return topk_post_softmax(logits_TE, self.topk)
 

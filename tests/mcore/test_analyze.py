@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron.remoe.cli.app import main
+from remoe.hf import ReMoEForCausalLM
 from tests.mcore import tiny
 from tests.mcore.convert_cases import RELU, TOPK, UNTIED, write_model
 from tests.mcore.test_convert import GRU, fails
@@ -22,7 +24,9 @@ RELU_ROUTER = {"router_type": "relu", "l1_coeff": [1e-8, 1e-8]}
 MODELS = {
     "relu": RELU_ROUTER,
     "relu_gru": RELU_ROUTER | RECURRENT,
+    "relu_l2": RELU_ROUTER | {"router_type": "relu_l2"},
     "topk": {"router_type": "topk_pre_softmax"},
+    "topk_sigmoid_gru": {"router_type": "topk_sigmoid"} | RECURRENT,
     "topk_gru": {"router_type": "topk_post_softmax"} | RECURRENT,
 }
 
@@ -43,13 +47,23 @@ def tokens_of(domain: str) -> torch.Tensor:
     return torch.randint(64, (SEQUENCES[domain] * LENGTH + 1,), generator=generator)
 
 
+def made(name: str) -> ReMoEForCausalLM:
+    """A model of `MODELS`, whose gates are negative if their scale is learned."""
+    model = build(**MODELS[name])
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("gate_scale"):
+                parameter.fill_(-0.5)
+    return model
+
+
 @pytest.fixture(scope="module")
 def home(call, tmp_path_factory) -> Path:
     """Token files, and models of which the layer in the middle is dense."""
     home = tmp_path_factory.mktemp("analyze")
     call(write_tokens, home / "tokens")
-    for name, changes in MODELS.items():
-        build(**changes).save_pretrained(home / name)
+    for name in MODELS:
+        made(name).save_pretrained(home / name)
     sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_attention_heads")}
     dense = LlamaConfig(**sizes, num_hidden_layers=1, intermediate_size=48, num_key_value_heads=2)
     LlamaForCausalLM(dense).save_pretrained(home / "dense")
@@ -83,8 +97,15 @@ def plain_gates(model) -> list[torch.Tensor]:
                 cell.load_state_dict(model.model.recurrent_cell.state_dict())
                 x = state = cell(x @ router.projection.T, state)
             logits = x @ router.weight.T
-            relu = model.config.router_type == "relu"
-            gates.append(logits.relu() if relu else torch.softmax(logits, dim=1))
+            match model.config.router_type:
+                case "relu":
+                    gates.append(logits.relu())
+                case "relu_l2":  # the size of its gates, of a scale of -1/2
+                    gates.append(functional.normalize(logits, dim=1).relu() / 2)
+                case "topk_sigmoid":
+                    gates.append(torch.sigmoid(logits))
+                case _:
+                    gates.append(torch.softmax(logits, dim=1))
     return gates
 
 
@@ -113,7 +134,7 @@ def test_the_numbers_are_those_of_the_routers_weights(call, home, name):
     (report,) = found["models"]
     assert report["tokens"] == LENGTH * sum(SEQUENCES.values())
     assert [row["layer"] for row in report["layers"]] == [1, 3]
-    model = build(**MODELS[name])
+    model = made(name)
     gates, is_relu = plain_gates(model), name.startswith("relu")
     for row, scores in zip(
         [*report["layers"], report["summary"]], [*gates, torch.cat(gates)], strict=True

@@ -92,6 +92,10 @@ CASES = {
         ["check_for_spiky_loss=true"],
         "check_for_spiky_loss is set, but this entry point ignores it; leave it out, or use a",
     ),
+    "null experts without a loss": (
+        ["moe_relu_routing=false", "moe_routing=null_experts", "moe_aux_loss_coeff=0"],
+        "moe_aux_loss_coeff is 0.0, but nothing but an auxiliary loss keeps a mean of k experts",
+    ),
     "format of checkpoints": (
         ["ckpt_format=torch"],
         "ckpt_format is torch, but runs continue from torch_dist only",

@@ -41,6 +41,9 @@ CASES = {
     | {"moe_relu_max_active_experts": 2, "moe_relu_at_least_one_expert": True},
     "topk, post-softmax": TOPK | UNTIED,
     "topk, pre-softmax, G 2": TOPK | {"moe_router_pre_softmax": True, "moe_granularity": 2},
+    "topk, sigmoid": TOPK | UNTIED | {"moe_router_score_function": "sigmoid"},
+    "topk, sigmoid, k 1, G 2": TOPK
+    | {"moe_router_score_function": "sigmoid", "moe_router_topk": 1, "moe_granularity": 2},
     "relu rms, load of the step before": ROUTER
     | {"moe_routing": "relu_rms", "moe_relu_load_balancing": "global_batch"},
     "relu l2, recurrent": ROUTER | GRU | {"moe_routing": "relu_l2"},

@@ -384,4 +384,4 @@ def test_the_family_example_is_every_causal_router_with_three_seeds(call):
     causal = {name for name, routing in ROUTINGS.items() if routing.causal}
     assert {run["moe_routing"] for run in runs if "moe_routing" in run} == causal
     path = tiny.EXAMPLES / "ablations/family_long.yaml"
-    assert len(call(names_of, path)) == 6 * 3
+    assert len(call(names_of, path)) == 8 * 3

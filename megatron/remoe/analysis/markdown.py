@@ -86,6 +86,7 @@ QUALITY = {
 }
 ROUTING = {
     "run": _run,
+    "active experts, all steps": _number("active_all_steps", ".3f"),
     "sparsity": _number("sparsity", ".4f"),
     "settles at step": _settled,
     "deviation of a step": _number("deviation", ".4f"),

@@ -64,6 +64,11 @@ def last_mean(run: Run, key: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def mean_of_all_steps(run: Run, key: str) -> float | None:
+    """Return the mean of a quantity over all rows; None if no row has it."""
+    return mean_of(row.get(key) for row in run.train)
+
+
 def mean_of(values: Iterable[float | None]) -> float | None:
     """Return the mean of the values that are known; None if none is."""
     known = [value for value in values if value is not None]

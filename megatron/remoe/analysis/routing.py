@@ -28,8 +28,8 @@ class LayerGates:
 
     Attributes:
         scores: fp64 `[T, E]`; the softmax over all experts before selection (of which null experts
-            have a part), the sigmoids of expert threshold routing, or the gates of ReLU and of hash
-            routing (see `remoe.analysis`).
+            have a part), the sigmoids of TopK with sigmoids and of expert threshold routing, or the
+            sizes of the gates of ReLU and of hash routing (see `remoe.analysis`).
         active: bool `[T, E]`, the map of active experts.
     """
 

@@ -127,7 +127,8 @@ def step(
         granularity: The granularities to time at the first number of experts, by default only 1.
         recurrence: The cell of recurrent routers, which are timed as well, or none.
         recurrent_size: The number of values of their state.
-        routing: Other routers to time at the first number of experts, as remoe routers names them.
+        routing: Other routers to time at the first number of experts, by default none. Their names
+            are those of remoe routers.
     """
     _prepare()
     from megatron.remoe.bench import main

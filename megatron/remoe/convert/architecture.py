@@ -5,6 +5,7 @@ LLaMA (for models without experts) can do is refused by name.
 """
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from megatron.remoe.convert.table import Config
@@ -46,7 +47,6 @@ _REQUIRED: dict[str, Any] = {
     "moe_latent_size": None,
     "moe_apply_probs_on_input": False,
     "moe_expert_capacity_factor": None,
-    "moe_router_score_function": "softmax",
     "moe_router_num_groups": None,
     "moe_router_group_topk": None,
     "moe_router_topk_scaling_factor": None,
@@ -87,11 +87,17 @@ _NOT_EXPORTED = {
     "soft": "has slots, of which the exported model has none",
     "expert_choice": "looks at whole sequences, and the exported model is causal",
 }
-_OF_TOPK = {True: "topk_pre_softmax", False: "topk_post_softmax"}  # whether the softmax is first
+# TopK routers by `moe_router_score_function`, and by whether the softmax is over all experts.
+_OF_TOPK = {
+    ("softmax", True): "topk_pre_softmax",
+    ("softmax", False): "topk_post_softmax",
+    ("sigmoid", True): "topk_sigmoid",
+    ("sigmoid", False): "topk_sigmoid",
+}
 # The types of routers in a config for transformers.
 ROUTER_TYPES = (
     *(name for name in ROUTINGS if name != "topk" and name not in _NOT_EXPORTED),
-    *_OF_TOPK.values(),
+    *dict.fromkeys(_OF_TOPK.values()),
 )
 
 
@@ -133,7 +139,7 @@ def to_config(args: argparse.Namespace) -> Config:
     config |= {hf: given[megatron] for megatron, hf in _EXPERTS.items()} | {
         "model_type": "remoe",
         "architectures": ["ReMoEForCausalLM"],
-        "router_type": router_type_of(router, args.moe_router_pre_softmax),
+        "router_type": router_type_of(router, given),
         "router_dtype": ROUTER_DTYPES[args.moe_router_dtype],
         "mlp_only_layers": dense or None,
         "target_sparsity": 1 - args.moe_router_topk / args.num_experts,
@@ -141,6 +147,29 @@ def to_config(args: argparse.Namespace) -> Config:
     # The published code has some of these arguments only; it does as our defaults do.
     settings = exported_settings(router)
     return config | {s.name: getattr(args, s.dest, s.default) for s in settings}
+
+
+def router_type_of(router: str, given: Mapping[str, Any]) -> str:
+    """Return the type of a router in the config for transformers.
+
+    Args:
+        router: the router's name.
+        given: Megatron's arguments, or the fields of its configuration of a model.
+
+    Raises:
+        ValueError: a score that the model for transformers does not have.
+    """
+    if router != "topk":
+        return router
+    score, is_first = given.get("moe_router_score_function", "softmax"), True
+    if score == "softmax":
+        is_first = given["moe_router_pre_softmax"]
+    if (score, is_first) not in _OF_TOPK:
+        raise ValueError(
+            f"the run has moe_router_score_function={score!r}, which the exported model does not "
+            f"do; only softmax and sigmoid can be converted"
+        )
+    return _OF_TOPK[score, is_first]
 
 
 def check_expressible(config: Config) -> None:
@@ -196,7 +225,8 @@ def to_flags(config: Config, padded_vocab_size: int) -> dict[str, Any]:
     router = config["router_type"]
     dtypes = {value: key for key, value in ROUTER_DTYPES.items()}
     flags |= {megatron: config[hf] for megatron, hf in _EXPERTS.items()} | {
-        "moe_router_pre_softmax": router != "topk_post_softmax",
+        "moe_router_pre_softmax": router not in ("topk_post_softmax", "topk_sigmoid"),
+        "moe_router_score_function": "sigmoid" if router == "topk_sigmoid" else "softmax",
         "moe_router_dtype": dtypes[config["router_dtype"]],
         "moe_grouped_gemm": True,
         "moe_token_dispatcher_type": "alltoall",
@@ -223,11 +253,6 @@ def exported_settings(router: str) -> list[Setting]:
     """
     settings = settings_of(ROUTINGS[routing_of(router)])
     return [setting for setting in settings if setting.exported]
-
-
-def router_type_of(router: str, pre_softmax: bool) -> str:
-    """Return the type of a router in the config for transformers, by the router's name."""
-    return _OF_TOPK[pre_softmax] if router == "topk" else router
 
 
 def routing_of(router_type: str) -> str:

@@ -101,10 +101,10 @@ def _gates(
     """Return the gates of a call; fp64 keeps scores of a softmax apart from zero."""
     probs_TE, active_TE, *_ = output
     if router.router_type in (*L1_ROUTERS, "hash"):
-        scores_TE = probs_TE.double()
+        scores_TE = probs_TE.double().abs()  # a learned scale may be negative
     else:  # what other routers return is zero for the experts that they have not selected
         logits_TN = router.score(*inputs, **named)[0].double()
-        if router.router_type == "expert_threshold":
+        if router.router_type in ("expert_threshold", "topk_sigmoid"):
             scores_TE = torch.sigmoid(logits_TN)
         else:
             scores_TE = torch.softmax(logits_TN, dim=1)[:, : probs_TE.shape[1]]

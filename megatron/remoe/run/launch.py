@@ -87,11 +87,12 @@ def train(config: RunConfig, argv: list[str], console: Console) -> int:
     log_path, stop = config.run_dir / "log.txt", Stop()
     with log_path.open("a") as log, log_path.open(errors="replace") as own_log:
         own_log.seek(log.tell())
+        started = time.time()
         process = start(config, argv, log)
         goes_on = partial(_goes_on, process, stop, config.flags)
         with stop.when(signal.SIGTERM):
             try:
-                rows = new_rows(Path(config.flags["metrics_file"]), goes_on)
+                rows = new_rows(Path(config.flags["metrics_file"]), started, goes_on)
                 follow(rows, own_log, train_iters(config.flags), console)
             except KeyboardInterrupt:  # The terminal has sent it to torchrun too.
                 process.wait()

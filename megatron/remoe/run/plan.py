@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from megatron.remoe import cpu
+from megatron.remoe import cpu, unsupported
 from megatron.remoe.arguments import megatron_parser
 from megatron.remoe.run import rundir
 from megatron.remoe.run.argv import to_argv
@@ -61,7 +61,9 @@ def plan(config: RunConfig, place: Place) -> Plan:
     is_whole = place.purpose in ("run", "submit")
     if is_whole:
         rundir.check(config)
-    return Plan(config, argv, check(argv, place.nodes * (config.nproc or 1), paths=is_whole))
+    args = check(argv, place.nodes * (config.nproc or 1), paths=is_whole)
+    unsupported.refuse_in_training(args)
+    return Plan(config, argv, args)
 
 
 def resolve(config: RunConfig, place: Place) -> tuple[RunConfig, list[str]]:

@@ -100,17 +100,19 @@ def follow(
         display.close()
 
 
-def new_rows(path: Path, wait: Callable[[], bool]) -> Iterator[dict[str, Any] | None]:
-    """Yield the rows of a metrics file that are written from now on, until the run has ended.
+def new_rows(
+    path: Path, started: float, wait: Callable[[], bool]
+) -> Iterator[dict[str, Any] | None]:
+    """Yield the rows of a metrics file that a run writes, until the run has ended.
 
     Whenever there is nothing new, None is yielded.
 
     Args:
         path: The file, which need not exist yet.
+        started: When the run started; a file that was written before is another run's.
         wait: Waits for a moment, and returns whether the run had not ended before.
     """
-    started, position = time.time(), 0
-    goes_on = True
+    position, goes_on = 0, True
     while goes_on:
         goes_on = wait()
         if path.exists() and path.stat().st_mtime >= started:
