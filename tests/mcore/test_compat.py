@@ -99,6 +99,7 @@ def test_every_private_name_of_megatron_is_listed(call):
 def test_a_private_name_that_is_not_listed_would_be_seen():
     code = "from megatron.training import global_vars as g\ng._own = g._GLOBAL_ARGS\nx._secret(1)\n"
     assert private_names([code], {"_secret"}) == {"_own", "_GLOBAL_ARGS", "_secret"}
+    assert private_names(["self._secret = 1\nself._secret\n"], {"_secret"}) == set()
     code = "from megatron.training.training import _hidden\ndef _secret(): ...\nx._secret(1)\n"
     assert private_names([code], {"_secret"}) == {"_hidden"}
 
@@ -131,8 +132,10 @@ def private_names(sources: list[str], definitions: set[str]) -> set[str]:
                 own.add(node.name)
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and re.match("_[A-Za-z]", node.attr):
-                of_module = isinstance(node.value, ast.Name) and node.value.id in modules
-                (taken if of_module else used).add(node.attr)
+                where = node.value.id if isinstance(node.value, ast.Name) else ""
+                if where == "self" and isinstance(node.ctx, ast.Store):
+                    own.add(node.attr)
+                (taken if where in modules else used).add(node.attr)
     return taken | (used & definitions - own)
 
 
