@@ -8,6 +8,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,14 @@ def test_the_version_that_counts_is_the_one_that_is_imported(tmp_path):
         f"ValueError: megatron-core 0.18.3 is imported from {package}, but this release of remoe "
         f"works with {compat.TESTED_VERSION};"
     )
+
+
+def test_what_pip_installs_is_what_every_test_runs_with():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = f"megatron-core=={compat.TESTED_VERSION}"
+    assert pinned in project["optional-dependencies"]["megatron"]
+    assert pinned in (ROOT / "constraints.txt").read_text().splitlines()
+    assert compat.TESTED_VERSION.rpartition(".")[0] in compat.VERSIONS
 
 
 def test_whether_a_stream_is_captured_is_known_where_the_gpu_is_hidden(call):
