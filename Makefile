@@ -48,7 +48,8 @@ test-megatron: setup
 	@test -f "$(MEGATRON)/megatron/core/package_info.py" || { \
 	echo "MEGATRON is '$(MEGATRON)', which is no checkout of Megatron-LM; name one" >&2; exit 2; }
 	@for helper in $(VENV)/lib/python3*/site-packages/megatron/core/datasets/helpers_cpp*.so; do \
-	cp -n "$$helper" "$(MEGATRON)/megatron/core/datasets/"; done
+	copy="$(MEGATRON)/megatron/core/datasets/$$(basename "$$helper")"; \
+	test -e "$$copy" || cp "$$helper" "$$copy"; done
 	PYTHONPATH="$(abspath $(MEGATRON)):$(CURDIR)" $(PYTEST) $(MEGATRON_TESTS)
 
 # Megatron-Bridge's own classes, without the packages for GPUs that it depends on.
