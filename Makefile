@@ -7,7 +7,7 @@ export PYTHONWARNINGS := ignore
 # Files of an environment made by this Makefile, renewed when what it installs changes.
 STAMP := $(VENV)/.remoe-installed
 
-.PHONY: setup quickstart test test-fast check format clean
+.PHONY: setup quickstart test test-fast test-megatron test-bridge check format clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,30 @@ test: setup
 # Runs the tests that start no other process, in about a minute.
 test-fast: setup
 	$(PYTEST) -m "not processes"
+
+# A checkout of Megatron-LM whose megatron.core and megatron.training take the place of the installed
+# ones: make test-megatron MEGATRON=path. It gets the installed helper of the datasets, if it has none.
+MEGATRON ?=
+MEGATRON_TESTS = $(addprefix tests/mcore/test_,compat.py options.py router.py dispatch.py recurrent.py \
+	serving.py own_script.py parallel.py resume.py)
+
+test-megatron: setup
+	@test -f "$(MEGATRON)/megatron/core/package_info.py" || { \
+	echo "MEGATRON is '$(MEGATRON)', which is no checkout of Megatron-LM; name one" >&2; exit 2; }
+	@for helper in $(VENV)/lib/python3*/site-packages/megatron/core/datasets/helpers_cpp*.so; do \
+	copy="$(MEGATRON)/megatron/core/datasets/$$(basename "$$helper")"; \
+	test -e "$$copy" || cp "$$helper" "$$copy"; done
+	PYTHONPATH="$(abspath $(MEGATRON)):$(CURDIR)" $(PYTEST) $(MEGATRON_TESTS)
+
+# Megatron-Bridge's own classes, without the packages for GPUs that it depends on.
+BRIDGE ?= megatron-bridge==0.6.2
+BRIDGE_FOLDER = $(VENV)/$(subst ==,-,$(BRIDGE))
+
+$(BRIDGE_FOLDER): | setup
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ $(BRIDGE)
+
+test-bridge: setup $(BRIDGE_FOLDER)
+	REMOE_BRIDGE="$(abspath $(BRIDGE_FOLDER))" $(PYTEST) tests/mcore/test_bridge.py
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -22,7 +22,7 @@ FLOORS = (
     ("pretrain",),
     ("run", "testing"),  # the parent process; runs of the golden files
     ("convert",),
-    ("bench", "evaluate", "verify"),
+    ("bench", "bridge", "evaluate", "verify"),
     ("cli",),
     ("__main__", "agent"),
 )

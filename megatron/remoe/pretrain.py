@@ -224,7 +224,6 @@ def _pretrain() -> None:
     model_config = model_config_of(args)
     with processes.mistakes_in_one_line():
         unsupported.refuse_unused(args)
-        unsupported.refuse_in_training(args)
     with training(args, model_config, hides_tokens=args.masked_lm):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),

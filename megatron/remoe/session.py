@@ -4,7 +4,7 @@ import argparse
 from contextlib import _GeneratorContextManager
 from typing import Any
 
-from megatron.remoe import processes
+from megatron.remoe import processes, unsupported
 from megatron.remoe.arguments import configure
 from megatron.remoe.train.session import running
 
@@ -17,9 +17,10 @@ def training(
         with remoe.training(args, model_config):
             pretrain(pretrain_cfg_container_from_args(args, model_config), ...)
 
-    It is `configure` and `running`, which are there for scripts that need the hook in between. The
-    context is a decorator as well: `pretrain = remoe.training(args, model_config)(pretrain)`. It is
-    for one run; the configuration of Megatron may be made before it or in it.
+    It is `configure` and `running`, which scripts that need the hook in between may call, and a
+    check of what can be built but trains wrong. The context is a decorator as well:
+    `pretrain = remoe.training(args, model_config)(pretrain)`. It is for one run; the configuration
+    of Megatron may be made before it or in it.
 
     A mistake of the user ends the process with one line and code 2.
 
@@ -32,5 +33,6 @@ def training(
         The context, in which the run is as reliable as docs/reliability.md says.
     """
     with processes.mistakes_in_one_line():
+        unsupported.refuse_in_training(args)
         hook = configure(model_config, args, hides_tokens=hides_tokens)
     return running(args, hook)

@@ -8,6 +8,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,14 @@ def test_the_version_that_counts_is_the_one_that_is_imported(tmp_path):
         f"ValueError: megatron-core 0.18.3 is imported from {package}, but this release of remoe "
         f"works with {compat.TESTED_VERSION};"
     )
+
+
+def test_what_pip_installs_is_what_every_test_runs_with():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = f"megatron-core=={compat.TESTED_VERSION}"
+    assert pinned in project["optional-dependencies"]["megatron"]
+    assert pinned in (ROOT / "constraints.txt").read_text().splitlines()
+    assert compat.TESTED_VERSION.rpartition(".")[0] in compat.VERSIONS
 
 
 def test_whether_a_stream_is_captured_is_known_where_the_gpu_is_hidden(call):
@@ -99,6 +108,7 @@ def test_every_private_name_of_megatron_is_listed(call):
 def test_a_private_name_that_is_not_listed_would_be_seen():
     code = "from megatron.training import global_vars as g\ng._own = g._GLOBAL_ARGS\nx._secret(1)\n"
     assert private_names([code], {"_secret"}) == {"_own", "_GLOBAL_ARGS", "_secret"}
+    assert private_names(["self._secret = 1\nself._secret\n"], {"_secret"}) == set()
     code = "from megatron.training.training import _hidden\ndef _secret(): ...\nx._secret(1)\n"
     assert private_names([code], {"_secret"}) == {"_hidden"}
 
@@ -131,8 +141,10 @@ def private_names(sources: list[str], definitions: set[str]) -> set[str]:
                 own.add(node.name)
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and re.match("_[A-Za-z]", node.attr):
-                of_module = isinstance(node.value, ast.Name) and node.value.id in modules
-                (taken if of_module else used).add(node.attr)
+                where = node.value.id if isinstance(node.value, ast.Name) else ""
+                if where == "self" and isinstance(node.ctx, ast.Store):
+                    own.add(node.attr)
+                (taken if where in modules else used).add(node.attr)
     return taken | (used & definitions - own)
 
 

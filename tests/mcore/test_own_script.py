@@ -3,8 +3,11 @@
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,17 +55,28 @@ def patch(folder: Path, script: str = "pretrain_gpt.py") -> None:
     subprocess.run(command, input=diff, cwd=folder, text=True, check=True)
 
 
-def run(folder: Path, *flags: str, program: tuple[str, ...] = ("pretrain_gpt.py",)):
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
+
+
+def start(folder: Path, *command: str, **variables: str) -> subprocess.Popen:
+    """Python in the folder, with the Megatron of these tests, which `PYTHONPATH` may name."""
+    paths = [str(folder / "path"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment |= {"PYTHONPATH": f"{folder / 'path'}:{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return subprocess.run(
-        [*torchrun, *program, *FLAGS, *flags],
+    environment |= {"PYTHONPATH": ":".join(filter(None, paths)), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, *command],
         cwd=folder,
-        env=environment,
-        capture_output=True,
+        env=environment | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def run(folder: Path, *flags: str, program: tuple[str, ...] = ("pretrain_gpt.py",)):
+    process = start(folder, *TORCHRUN, *program, *FLAGS, *flags)
+    out, error = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
 
 def rows(folder: Path) -> list[dict]:
@@ -216,3 +230,66 @@ def test_a_forgotten_flag_is_refused_in_every_entry(forgotten):
         assert f"remoe: error: {message}\n" in done.stdout
         assert "Traceback" not in done.stdout
         assert "exitcode  : 2 " in done.stderr
+
+
+LONG = ("--moe-routing", "relu", "--train-iters", "100000", "--save-interval", "100000")
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+WITH = "    with remoe.training(args, model_cfg): pretrain("
+
+
+def edited(folder: Path, fault: str) -> str:
+    """The patched script with a fault in its step, and with the context in place of a decorator."""
+    lines = (folder / "pretrain_gpt.py").read_text().splitlines()
+    (decorated,) = (i for i, line in enumerate(lines) if "pretrain = remoe.training" in line)
+    assert lines[decorated + 1] == "    pretrain("
+    lines[decorated : decorated + 2] = [WITH]
+    step = lines.index("    device = torch.cuda.current_device()")
+    lines.insert(step, f"    {fault}")
+    (folder / "edited.py").write_text("".join(f"{line}\n" for line in lines))
+    return "edited.py"
+
+
+def test_when_a_rank_of_the_script_raises_all_end(folder):
+    """Megatron's handler of signals leaves the other rank deaf; it waits for this one forever."""
+    script = edited(folder, "if mpu.get_data_parallel_rank(): raise RuntimeError('broken')")
+    flags = ("--exit-signal-handler", "--num-workers", "1", "--save", "raises", "--load", "raises")
+    process = start(folder, *TORCHRUN, "--nproc-per-node=2", script, *FLAGS, *LONG, *flags)
+    out, error = process.communicate(timeout=120)  # torchrun gives the deaf one 30 seconds
+    assert process.returncode == 1
+    assert "remoe: error: rank 1: RuntimeError: broken\n" in out + error
+    assert not (folder / "raises/latest_checkpointed_iteration.txt").exists()
+
+
+def test_the_script_saves_at_sigterm_and_refuses_a_second_run(folder):
+    flags = ("--exit-signal-handler", "--save", "long", "--load", "long")
+    command = ("pretrain_gpt.py", *FLAGS, *LONG, *flags, "--metrics-file", "long.jsonl")
+    first = start(folder, *command, **ALONE, MASTER_PORT=str(free_port()))
+    while not (folder / "long.jsonl").exists():
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.1)
+    second = start(folder, *command, **ALONE, MASTER_PORT=str(free_port()))
+    out, error = second.communicate()
+    assert second.returncode == 2
+    assert "remoe: error: long is in use by a run (process " in out + error
+    first.send_signal(signal.SIGTERM)
+    out, error = first.communicate(timeout=60)
+    assert first.returncode == 0, out + error
+    last = json.loads((folder / "long.jsonl").read_text().splitlines()[-1])["iteration"]
+    assert checkpoint.tracked(folder / "long") == last
+
+
+def test_the_script_refuses_what_would_train_wrong(folder):
+    flags = ("--moe-routing", "null_experts", "--moe-router-load-balancing-type", "none")
+    flags += ("--save", "wrong", "--load", "wrong")
+    process = start(folder, "pretrain_gpt.py", *FLAGS, *flags, **ALONE, MASTER_PORT="1")
+    out, error = process.communicate()
+    assert process.returncode == 2
+    message = "remoe: error: moe_router_load_balancing_type is none, "
+    assert any(line.startswith(message) for line in (out + error).splitlines()), out + error
+    assert not (folder / "wrong").exists()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -5,6 +5,7 @@ LLaMA (for models without experts) can do is refused by name.
 """
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from megatron.remoe.convert.table import Config
@@ -133,7 +134,7 @@ def to_config(args: argparse.Namespace) -> Config:
     config |= {hf: given[megatron] for megatron, hf in _EXPERTS.items()} | {
         "model_type": "remoe",
         "architectures": ["ReMoEForCausalLM"],
-        "router_type": _topk_type(given) if router == "topk" else router,
+        "router_type": router_type_of(router, given),
         "router_dtype": ROUTER_DTYPES[args.moe_router_dtype],
         "mlp_only_layers": dense or None,
         "target_sparsity": 1 - args.moe_router_topk / args.num_experts,
@@ -143,7 +144,18 @@ def to_config(args: argparse.Namespace) -> Config:
     return config | {s.name: getattr(args, s.dest, s.default) for s in settings}
 
 
-def _topk_type(given: dict[str, Any]) -> str:
+def router_type_of(router: str, given: Mapping[str, Any]) -> str:
+    """Return the type of a router in the config for transformers.
+
+    Args:
+        router: the router's name.
+        given: Megatron's arguments, or the fields of its configuration of a model.
+
+    Raises:
+        ValueError: a score that the model for transformers does not have.
+    """
+    if router != "topk":
+        return router
     score = given.get("moe_router_score_function", "softmax")
     if score == "sigmoid":
         return "topk_sigmoid"
@@ -234,8 +246,13 @@ def exported_settings(router: str) -> list[Setting]:
     Args:
         router: the name of the router, or its type in the config for transformers.
     """
-    routing = ROUTINGS["topk" if router.startswith("topk") else router]
-    return [setting for setting in settings_of(routing) if setting.exported]
+    settings = settings_of(ROUTINGS[routing_of(router)])
+    return [setting for setting in settings if setting.exported]
+
+
+def routing_of(router_type: str) -> str:
+    """Return the name of a router, by its type in the config for transformers, or its name."""
+    return "topk" if router_type.startswith("topk") else router_type
 
 
 def moe_layers(config: Config) -> list[int]:

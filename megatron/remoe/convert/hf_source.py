@@ -1,6 +1,5 @@
 """A model in a Hugging Face folder, checked when it is opened and read tensor by tensor."""
 
-from collections import Counter
 from functools import cached_property
 from pathlib import Path
 
@@ -122,13 +121,10 @@ class HFSource:
             )
 
     def _check_values(self) -> None:
-        names = [name for item in self.items for name in item.hf if name.startswith(CONFIG)]
-        for key, count in Counter(map(config_key, names)).items():
-            if len(self.config.get(key) or ()) != count:
-                raise ValueError(
-                    f"{self.path / 'config.json'} has no {key} of {count} values, one for "
-                    f"every layer with experts; add it ({_INITIAL[key]})"
-                )
+        for item in self.items:
+            for name in item.hf:
+                if name.startswith(CONFIG):
+                    value_in_config(str(self.path / "config.json"), self.config, name)
 
     @cached_property
     def tokenizer(self) -> TokenizerFiles | None:
@@ -153,17 +149,13 @@ class HFSource:
 
     def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name.startswith(CONFIG):
-            key = config_key(name)
-            index = moe_layers(self.config).index(int(name.rpartition(".")[2]))
-            name, source = key, self.path / "config.json"
-            tensor = torch.tensor(self.config[key][index], dtype=torch.float32)
-        elif name.startswith(PADDING) and (
+            return value_in_config(str(self.path / "config.json"), self.config, name)
+        if name.startswith(PADDING) and (
             name not in self.reader.meta or self.reader.meta[name].shape != shape
         ):
             return torch.zeros(shape, dtype=self.dtype)
-        else:
-            source, tensor = self.path, self.reader.read(name)
-        check_finite(f"{name} of {source}", tensor)
+        tensor = self.reader.read(name)
+        check_finite(f"{name} of {self.path}", tensor)
         return tensor
 
 
@@ -178,6 +170,24 @@ def check_finite(name: str, tensor: Tensor) -> None:
             f"{name} has {int((~finite).sum())} values that are NaN or infinite; take an earlier "
             f"checkpoint, or copy it again"
         )
+
+
+def value_in_config(where: str, config: Config, name: str) -> Tensor:
+    """Return a value of a router that is no weight, by its name `config.KEY.LAYER`, in fp32.
+
+    Raises:
+        ValueError: the config has not one value for every layer with experts, or it is not finite.
+    """
+    key, layers = config_key(name), moe_layers(config)
+    values = config.get(key) or ()
+    if len(values) != len(layers):
+        raise ValueError(
+            f"{where} has no {key} of {len(layers)} values, one for every layer with experts; add "
+            f"it ({_INITIAL[key]})"
+        )
+    value = torch.tensor(values[layers.index(int(name.rpartition(".")[2]))], dtype=torch.float32)
+    check_finite(f"{key} of {where}", value)
+    return value
 
 
 def config_key(name: str) -> str:
