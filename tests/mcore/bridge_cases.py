@@ -257,8 +257,15 @@ def config_differences(first: Path, second: Path) -> list[str]:
     return sorted(key for key in keys if one[key] != two[key])
 
 
-def between_ranks(flags: dict[str, Any], layout: dict[str, Any], nproc: int, home: Path):
-    """Load a folder into a model of another layout and export it again; called on all ranks."""
+def between_ranks(
+    flags: dict[str, Any], layout: dict[str, Any], nproc: int, home: Path
+) -> tuple[dict[str, list[int]], torch.Tensor | None]:
+    """Load a folder into a model of another layout and export it again; called on all ranks.
+
+    Returns:
+        The shapes of this rank's parameters, and the loss of every token, `[T]`, unless a rank has
+        only some of the layers.
+    """
     from megatron.remoe.convert.forward import build_model
 
     bridges = ours()
@@ -267,7 +274,24 @@ def between_ranks(flags: dict[str, Any], layout: dict[str, Any], nproc: int, hom
         bridge = auto_bridge(home / "hf")
         bridge.load_hf_weights([model])
         bridges.save_hf_pretrained(bridge, [model], home / "ranks")
-    return {name: list(weight.shape) for name, weight in model.named_parameters()}
+    shapes = {name: list(weight.shape) for name, weight in model.named_parameters()}
+    if "pipeline_model_parallel_size" in layout:
+        return shapes, None
+    tokens = torch.tensor([TOKENS])
+    with torch.no_grad():
+        losses = model(tokens, torch.arange(len(TOKENS))[None], None, labels=tokens.roll(-1, 1))
+    return shapes, losses[0]
+
+
+def losses_in_transformers(folder: Path, num_logits: int) -> torch.Tensor:
+    """The loss of every token, `[T]`, with further logits of zero, as Megatron has them."""
+    from megatron.remoe.convert.exported import load
+
+    tokens = torch.tensor(TOKENS)
+    with torch.no_grad():
+        logits = load(folder, torch.float32)(tokens[None]).logits[0]
+    padded = torch.nn.functional.pad(logits, (0, num_logits - logits.shape[1]))
+    return torch.nn.functional.cross_entropy(padded, tokens.roll(-1), reduction="none")
 
 
 def names_of_transformer_engine(home: Path) -> list[str]:

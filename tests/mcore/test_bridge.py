@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from megatron.remoe.ranks import Ranks
@@ -18,11 +19,12 @@ from tests.mcore.bridge_cases import (
     bridge_folder,
     compare,
     config_and_hook,
+    losses_in_transformers,
     names_of_transformer_engine,
     refusals,
     through_bridge,
 )
-from tests.mcore.convert_cases import RELU, UNTIED
+from tests.mcore.convert_cases import FLAGS, RELU, UNTIED
 from tests.mcore.test_convert import CASES, GRU
 
 pytestmark = pytest.mark.skipif(
@@ -86,17 +88,26 @@ def two():
 def test_ranks_have_their_parts(two, model, layout):
     sizes, experts = LAYOUTS[layout]
     shutil.rmtree(model / "ranks", ignore_errors=True)
-    two.run(between_ranks, RELU | UNTIED | experts, sizes, 2, model)
-    assert compare(model / "hf", model / "ranks")[0] == []
+    results = two.run(between_ranks, RELU | UNTIED | experts, sizes, 2, model)
+    check(results, model)
 
 
 def test_experts_of_which_ranks_have_a_part(two, model):
     shutil.rmtree(model / "ranks", ignore_errors=True)
     layout = {"tensor_model_parallel_size": 2, "moe_token_dispatcher_type": "allgather"}
     changes = {"expert_tensor_parallel_size": 2}
-    shapes = two.run(between_ranks, RELU | UNTIED | changes, layout, 2, model)
-    assert shapes[0]["decoder.layers.0.mlp.experts.linear_fc1"] == [4, 48, 32]
+    results = two.run(between_ranks, RELU | UNTIED | changes, layout, 2, model)
+    assert results[0][0]["decoder.layers.0.mlp.experts.linear_fc1"] == [4, 48, 32]
+    check(results, model)
+
+
+def check(results, model: Path) -> None:
+    """What ranks have is the model, which two wrongs that undo each other would not be."""
     assert compare(model / "hf", model / "ranks")[0] == []
+    expected = losses_in_transformers(model / "hf", FLAGS["padded_vocab_size"])
+    for _, losses in results:
+        if losses is not None:
+            torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused_by_name(call, model):
