@@ -99,6 +99,7 @@ class ReMoEModelProvider(GPTModelProvider):
         super().__post_init__()
         compat.apply()
         self.register_pre_wrap_hook(compat.mark_experts)
+        self.register_pre_wrap_hook(compat.split_padding)
         cells = SharedCells.of(self.routing)
         if cells is not None:
             self.register_pre_wrap_hook(cells.prepare)

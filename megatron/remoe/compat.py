@@ -285,6 +285,32 @@ def mark_experts(models: list[Any]) -> list[Any]:
     return models
 
 
+def split_padding(models: list[Any]) -> list[Any]:
+    """Split padding over tensor-parallel ranks on every pipeline stage.
+
+    With sequence parallelism, 0.19.2 does so on the first stage of a GPT model and nowhere in a
+    hybrid model, and hands on the padding of whole sequences, bool `[b, s]`, to routers that have a
+    part of them. This function is for `pre_wrap_hooks` of Megatron's model configuration.
+    """
+    from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+
+    def split(decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        padding_mask = kwargs.get("padding_mask")
+        if padding_mask is None:
+            return args, kwargs
+        tokens = kwargs["hidden_states"] if decoder.pre_process else decoder.input_tensor
+        if padding_mask.shape[1] == len(tokens):
+            return args, kwargs
+        whole_sb = padding_mask.transpose(0, 1).contiguous()
+        ours_sb = scatter_to_sequence_parallel_region(whole_sb)
+        return args, kwargs | {"padding_mask": ours_sb.transpose(0, 1).contiguous()}
+
+    for model in models:
+        if model.config.sequence_parallel:
+            model.decoder.register_forward_pre_hook(split, with_kwargs=True)
+    return models
+
+
 def make_room_for_losses(config: Any) -> None:
     """Let a pipeline stage without experts report the losses of a hybrid model's routers.
 

@@ -4,10 +4,12 @@ The whole grid, with 4 ranks and all steps, is `remoe verify parallel`.
 """
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron.remoe import compat
 from megatron.remoe.ranks import Ranks
 from megatron.remoe.testing.cell import Cell
 from megatron.remoe.testing.cells import Training, initialize, run_cell, save_golden_weights
@@ -99,6 +101,36 @@ def replicas_after(changed):
         with torch.no_grad():
             training.chunks[0].module.get_parameter(changed)[0, 0, 0] += 1
     return training.replicas_that_differ()
+
+
+@pytest.mark.processes
+def test_a_later_stage_gets_its_part_of_the_padding():
+    """The cells with such a stage and padding, `padded: TP2 x PP2, 4 ranks`, need four ranks."""
+    with Ranks(2) as ranks:
+        assert ranks.run(padding_of_a_later_stage) == [
+            ([[False, True]], [[True, True]]),
+            ([[True, False]], [[True, True]]),
+        ]
+
+
+def padding_of_a_later_stage():
+    """Return the masks that its layers see of whole sequences, and of a part of them."""
+
+    class Stage(torch.nn.Module):
+        pre_process = False
+        input_tensor = torch.zeros(2, 1, 8)  # [s / 2, b, h]
+
+        def forward(self, hidden_states, padding_mask):
+            return padding_mask
+
+    initialize(Cell("TP2", 2, tp=2))
+    stage = Stage()
+    model = SimpleNamespace(decoder=stage, config=SimpleNamespace(sequence_parallel=True))
+    compat.split_padding([model])
+    masks = [[False, True, True, False]], [[True, True]]
+    return tuple(
+        stage(hidden_states=None, padding_mask=torch.tensor(mask)).tolist() for mask in masks
+    )
 
 
 @pytest.mark.processes

@@ -12,12 +12,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as stock_spec
 from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
-from torch import Tensor
 
 from megatron.remoe import pattern as patterns
 from megatron.remoe.moe.backend import TorchSpecProvider
@@ -117,19 +115,6 @@ class RoutedHybridStack(HybridStack):
                 if isinstance(module, HashRouter):
                     # The same table as in a GPT model, and in one that is exported.
                     module.seed = 1 + patterns.gpt_layer_of(pattern, index)
-
-    def forward(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Run the layers of the stage; with sequence parallelism, split the padding as well.
-
-        `GPTModel` does that itself. `HybridModel` of 0.19.2 hands on the padding of the whole
-        sequences, bool `[b, s]`, to routers that have a part of them.
-        """
-        if padding_mask is not None and self.config.sequence_parallel:
-            whole_sb = padding_mask.transpose(0, 1).contiguous()
-            ours_sb = scatter_to_sequence_parallel_region(whole_sb, group=self.tp_group)
-            padding_mask = ours_sb.transpose(0, 1).contiguous()
-        output: Tensor = super().forward(*args, padding_mask=padding_mask, **kwargs)
-        return output
 
 
 class _LayerOfStage:

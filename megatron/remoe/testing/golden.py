@@ -267,7 +267,7 @@ def model_config_of(
         position_embedding_type="rope",
         rotary_base=1_000_000,
         share_embeddings_and_output_weights=False,
-        pre_wrap_hooks=[compat.mark_experts],
+        pre_wrap_hooks=[compat.mark_experts, compat.split_padding],
     )
     hash_router.install(model_config, routing)
     if cells := SharedCells.of(routing):

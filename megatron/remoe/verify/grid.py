@@ -86,7 +86,9 @@ def grid() -> list[Cell]:
     bf16 = ("one rank", *dp2_ep2_tp2, "PP2", "EP2, distributed optimizer")
     dense_stage = (*dp2_ep2_tp2, "EP2 all-gather", "PP2")
     dense_run = (("coeff_init", PUBLISHED_COEFF_INIT), ("steps", OPEN_LOOP_STEPS))
-    padded = (*dp2_ep2_tp2, "TP2 x EP2 all-to-all", "EP2, full recompute")
+    padded = (
+        *dp2_ep2_tp2, "TP2 x EP2 all-to-all", "EP2, full recompute", "TP2 x PP2, 4 ranks",
+    )  # fmt: skip
     # With tensor parallelism, the ranks' parts of a sequence have unequal numbers of real tokens.
     per_token = ("DP2", "TP2", "TP2 x EP2 all-to-all")
     return [
@@ -259,7 +261,9 @@ def hybrid() -> list[Cell]:
         *variants(layouts, "hybrid, recurrent: ", more, recurrence="gru", **host),
         *variants(layouts, "hybrid, bf16: ", some, dtype="bf16", **host),
         *variants(layouts, "hybrid, chunked: ", some, max_assignments=64, **host),
-        *variants(layouts, "hybrid, padded: ", some, padding="ends", **host),
+        *variants(
+            layouts, "hybrid, padded: ", (*some, "TP2 x PP2, 4 ranks"), padding="ends", **host
+        ),
         *variants(one_and_tp2, "hybrid, dense: ", router="dense", **host),
     ]
     for name, routing in ROUTINGS.items():
