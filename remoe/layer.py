@@ -28,13 +28,20 @@ from remoe.kernels import (
     Chunk,
     Permutation,
     combine,
+    fuses,
     grouped_swiglu,
     permute,
     plan_chunks,
+    relu_router,
     run_chunks,
 )
 from remoe.recurrent import RecurrentCell, passed_on
-from remoe.regularization import load_weights, penalty, router_regularization
+from remoe.regularization import (
+    load_weights,
+    penalty,
+    regularization_of_sums,
+    router_regularization,
+)
 from remoe.routing import bounded_routing, relu_routing, tokens_per_expert
 from remoe.statistics import TokenCounts
 
@@ -176,16 +183,7 @@ class ReMoELayer(ExactBuffers):
         """Compute the layer, `[T, H]`; the router reads `routed_by`, `[T, H]` or `[T, p]`."""
         router_dtype = torch.promote_types(x_TH.dtype, torch.float32)
         logits_TE = F.linear(routed_by.to(router_dtype), self.router.to(router_dtype))
-        probs_TE, routing_map_TE = relu_routing(logits_TE)
-        if self.training and torch.is_grad_enabled():
-            self._observe(probs_TE, routing_map_TE)
-        most, at_least_one = self.config.max_active_experts, self.config.at_least_one_expert
-        if most is not None or at_least_one:
-            most = None if most is None else most * self.config.granularity
-            probs_TE, routing_map_TE = bounded_routing(
-                logits_TE, probs_TE, max_active=most, at_least_one=at_least_one
-            )
-
+        probs_TE, routing_map_TE = self._route(logits_TE, x_TH.dtype)
         balanced = self.config.experts.topk * max(1, len(x_TH))
         limit = self.config.max_assignments
         return routed_experts(
@@ -196,6 +194,28 @@ class ReMoELayer(ExactBuffers):
             self.down,
             max_assignments=limit or 2 * balanced,
             max_rows_per_chunk=limit or max(1, balanced // 3),
+        )
+
+    def _route(self, logits_TE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the gates, of any dtype from which `dtype` rounds, and the map, both `[T, E]`."""
+        observes = self.training and torch.is_grad_enabled()
+        most, at_least_one = self.config.max_active_experts, self.config.at_least_one_expert
+        is_bounded = most is not None or at_least_one
+        if not is_bounded and fuses(logits_TE):
+            routed = relu_router(logits_TE, dtype=dtype)
+            if observes:
+                self._observe_sums(routed.sum_E, routed.counts)
+            return routed.probs_TE, routed.routing_map_TE
+        probs_TE, routing_map_TE = relu_routing(logits_TE)
+        if observes:
+            self._observe(probs_TE, routing_map_TE)
+        if not is_bounded:
+            return probs_TE, routing_map_TE
+        return bounded_routing(
+            logits_TE,
+            probs_TE,
+            max_active=None if most is None else most * self.config.granularity,
+            at_least_one=at_least_one,
         )
 
     def extra_repr(self) -> str:
@@ -211,6 +231,17 @@ class ReMoELayer(ExactBuffers):
             probs_TE,
             tokens_per_expert_E=counts.per_expert,
             num_tokens=probs_TE.shape[0],
+            topk=self.config.experts.topk,
+            load_balancing=self.config.load_balancing,
+            last_load_E=self.load,
+        )
+        self.counts += counts.flat
+
+    def _observe_sums(self, sum_E: Tensor, counts: TokenCounts) -> None:
+        self.l1_reg = regularization_of_sums(
+            sum_E,
+            tokens_per_expert_E=counts.per_expert,
+            num_tokens=counts.num_tokens,
             topk=self.config.experts.topk,
             load_balancing=self.config.load_balancing,
             last_load_E=self.load,
