@@ -4,7 +4,6 @@ They run in plain torch, or on GPUs in Triton (`remoe.kernels.backend`). The tes
 the loops of `remoe.reference`, and the kernels in Triton with torch.
 """
 
-
 from remoe.kernels.chunks import Chunk, plan_chunks, run_chunks
 from remoe.kernels.experts import grouped_swiglu
 from remoe.kernels.permutation import Permutation, combine, permute

@@ -29,7 +29,7 @@ def route(
     TILE_T: "tl.constexpr",
     TILE_E: "tl.constexpr",
 ):
-    """Gates and map of a program's tokens, and its sums, counts, and three counts of tokens."""
+    """Write gates and map of a program's tokens, and its sums, counts, and counts of tokens."""
     program = tl.program_id(0)
     row = tl.arange(0, TILE_T)
     expert = tl.arange(0, TILE_E)
@@ -83,7 +83,7 @@ def route_sums(
     TILE_P: "tl.constexpr",
     TILE_E: "tl.constexpr",
 ):
-    """Sums over the programs of `route`, in their order; `counts` is `TokenCounts.flat`."""
+    """Sum over the programs of `route`, in their order; `counts` is `TokenCounts.flat`."""
     expert = tl.program_id(0) * TILE_E + tl.arange(0, TILE_E)
     row = tl.arange(0, TILE_P)
     sums = tl.zeros([TILE_P, TILE_E], ACC)
@@ -124,7 +124,7 @@ def route_backward(
     TILE_T: "tl.constexpr",
     TILE_E: "tl.constexpr",
 ):
-    """Gradient of the logits: that of the gates, and that of the sums, where experts are active."""
+    """Add the gradients of gates and sums where experts are active, and write zeros elsewhere."""
     first = tl.program_id(0).to(tl.int64) * TILE_T
     row = tl.arange(0, TILE_T)
     expert = tl.arange(0, TILE_E)
@@ -152,7 +152,7 @@ def count_pairs(
     TILE_T: "tl.constexpr",
     TILE_E: "tl.constexpr",
 ):
-    """Active tokens of every expert in a tile, `[E, tiles]`, and after them, experts by token."""
+    """Count a tile's tokens of every expert, `[E, tiles]`, and after these its experts by token."""
     tile = tl.program_id(0)
     first = tile.to(tl.int64) * TILE_T
     row = tl.arange(0, TILE_T)
