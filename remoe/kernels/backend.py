@@ -9,13 +9,10 @@ import importlib.util
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from remoe.kernels import fused
 
 VARIABLE = "REMOE_KERNELS"
 CHOICES = ("auto", "torch", "triton")
@@ -59,7 +56,7 @@ def is_interpreted() -> bool:
     return os.environ.get(INTERPRETER, "0") in ("1", "true", "on", "yes", "y")
 
 
-def triton_kernels() -> "type[fused] | Any":
+def triton_kernels() -> Any:
     """Return the module with the operations in Triton, which takes Triton a while to import."""
     from remoe.kernels import fused
 

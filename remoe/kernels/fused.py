@@ -17,7 +17,7 @@ from remoe.kernels import jit
 from remoe.kernels.backend import device_of
 
 MAX_EXPERTS = 4096  # a tile has all experts of a token
-_TILE = 2048  # values of a tile, 16 for each of 128 threads
+_TILE = 1024  # values of a tile, 8 for each of 128 threads
 _PROGRAMS = 512  # partial sums of the router
 _TILE_H = 256
 
@@ -51,9 +51,8 @@ class _ReLURouter(torch.autograd.Function):
         per_program = max(1, _ceil(tiles, _PROGRAMS))
         programs = _ceil(tiles, per_program)
         sum_E = logits_TE.new_empty(num_experts, dtype=acc)
-        counts, silent, most = logits_TE.new_empty(3 + num_experts, dtype=torch.int64).split(
-            [1 + num_experts, 1, 1]
-        )
+        counted = logits_TE.new_empty(3 + num_experts, dtype=torch.int64)
+        counts, silent, most = counted[:-2], counted[-2], counted[-1]
         sums_PE = logits_TE.new_empty(programs, num_experts, dtype=acc)
         counts_PE = logits_TE.new_empty(programs, num_experts, dtype=torch.int32)
         tokens_3P = logits_TE.new_empty(3, programs, dtype=torch.int32)
@@ -89,7 +88,6 @@ class _ReLURouter(torch.autograd.Function):
                 TILE_P=64,
                 TILE_E=16,
             )
-        silent, most = silent.view(()), most.view(())
         ctx.save_for_backward(map_TE, padding_mask_T)
         ctx.logits_dtype, ctx.acc = logits_TE.dtype, acc
         ctx.mark_non_differentiable(map_TE, counts, silent, most)

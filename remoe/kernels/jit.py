@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The kernels, in Triton's language. `remoe.kernels.fused` launches them and says what they do.
 
 Sums are taken in the type ACC: fp32, or fp64 for fp64 inputs. Offsets that can exceed 2^31 are
@@ -6,6 +7,8 @@ int64. No kernel adds atomically, so that every run gives the same bits.
 Shapes: T tokens, H hidden, E experts, A active (token, expert) pairs. A tile is a number of tokens
 or rows by a number of experts or columns, and tiles are numbered by token.
 """
+
+from __future__ import annotations
 
 from remoe.kernels.backend import import_triton, jit
 
@@ -23,11 +26,11 @@ def route(
     tokens_3P,
     num_tokens,
     tiles_per_program,
-    E: "tl.constexpr",
-    HAS_PADDING: "tl.constexpr",
-    ACC: "tl.constexpr",
-    TILE_T: "tl.constexpr",
-    TILE_E: "tl.constexpr",
+    E: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    ACC: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_E: tl.constexpr,
 ):
     """Write gates and map of a program's tokens, and its sums, counts, and counts of tokens."""
     program = tl.program_id(0)
@@ -78,10 +81,10 @@ def route_sums(
     silent,
     most_active,
     num_programs,
-    E: "tl.constexpr",
-    ACC: "tl.constexpr",
-    TILE_P: "tl.constexpr",
-    TILE_E: "tl.constexpr",
+    E: tl.constexpr,
+    ACC: tl.constexpr,
+    TILE_P: tl.constexpr,
+    TILE_E: tl.constexpr,
 ):
     """Sum over the programs of `route`, in their order; `counts` is `TokenCounts.flat`."""
     expert = tl.program_id(0) * TILE_E + tl.arange(0, TILE_E)
@@ -118,11 +121,11 @@ def route_backward(
     padding_T,
     grad_logits_TE,
     num_tokens,
-    E: "tl.constexpr",
-    HAS_PADDING: "tl.constexpr",
-    ACC: "tl.constexpr",
-    TILE_T: "tl.constexpr",
-    TILE_E: "tl.constexpr",
+    E: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    ACC: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_E: tl.constexpr,
 ):
     """Add the gradients of gates and sums where experts are active, and write zeros elsewhere."""
     first = tl.program_id(0).to(tl.int64) * TILE_T
@@ -148,9 +151,9 @@ def count_pairs(
     stride_e,
     counts,
     num_tokens,
-    E: "tl.constexpr",
-    TILE_T: "tl.constexpr",
-    TILE_E: "tl.constexpr",
+    E: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_E: tl.constexpr,
 ):
     """Count a tile's tokens of every expert, `[E, tiles]`, and after these its experts by token."""
     tile = tl.program_id(0)
@@ -178,9 +181,9 @@ def place_pairs(
     starts_T,
     num_tokens,
     num_pairs,
-    E: "tl.constexpr",
-    TILE_T: "tl.constexpr",
-    TILE_E: "tl.constexpr",
+    E: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_E: tl.constexpr,
 ):
     """Write a tile's pairs where they belong, given the running sums of what `count_pairs` counts.
 
@@ -224,11 +227,11 @@ def gather(
     entry_A,
     prob_A,
     num_pairs,
-    H: "tl.constexpr",
-    E: "tl.constexpr",
-    HAS_PROBS: "tl.constexpr",
-    TILE_A: "tl.constexpr",
-    TILE_H: "tl.constexpr",
+    H: tl.constexpr,
+    E: tl.constexpr,
+    HAS_PROBS: tl.constexpr,
+    TILE_A: tl.constexpr,
+    TILE_H: tl.constexpr,
 ):
     """Copy the rows of the pairs' tokens, and their probabilities."""
     pair = tl.program_id(0).to(tl.int64) * TILE_A + tl.arange(0, TILE_A)
@@ -256,11 +259,11 @@ def sum_by_token(
     grad_probs_TE,
     num_tokens,
     num_pairs,
-    H: "tl.constexpr",
-    HAS_PROBS: "tl.constexpr",
-    ACC: "tl.constexpr",
-    TILE_T: "tl.constexpr",
-    TILE_H: "tl.constexpr",
+    H: tl.constexpr,
+    HAS_PROBS: tl.constexpr,
+    ACC: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_H: tl.constexpr,
 ):
     """Sum the rows of every token's pairs, in the order of `by_token_A`.
 
