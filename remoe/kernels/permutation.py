@@ -92,7 +92,10 @@ class _Permute(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.permutation, ctx.probs_shape = permutation, probs_TE.shape
         if uses_triton(x_TH):
-            return triton_kernels().gather(x_TH, permutation.token_A, probs_TE, permutation.entry_A)  # type: ignore[no-any-return]
+            gathered: tuple[Tensor, Tensor] = triton_kernels().gather(
+                x_TH, permutation.token_A, probs_TE, permutation.entry_A
+            )
+            return gathered
         x_AH = x_TH.index_select(0, permutation.token_A)
         return x_AH, probs_TE.flatten().index_select(0, permutation.entry_A)
 

@@ -180,7 +180,7 @@ def _deviation(actual: Tensor, expected: Tensor) -> float:
         return float("inf")
     if expected.numel() == 0:
         return 0.0
-    a, b = actual.double(), expected.double()
+    a, b = actual.detach().double(), expected.detach().double()
     return float((a - b).abs().max() / b.abs().max().clamp(min=1))
 
 
@@ -232,7 +232,12 @@ def resources(kernel: str, capability: int, dump: str) -> Compiled:
     if "REG" not in found:
         raise ValueError(f"cuobjdump says nothing about registers of {kernel}: {dump[:200]!r}")
     return Compiled(
-        kernel, capability, *(found.get(key, 0) for key in ("REG", "STACK", "LOCAL", "SHARED"))
+        kernel,
+        capability,
+        registers=found["REG"],
+        stack=found.get("STACK", 0),
+        local=found.get("LOCAL", 0),
+        shared=found.get("SHARED", 0),
     )
 
 
