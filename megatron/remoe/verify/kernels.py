@@ -25,9 +25,10 @@ from remoe.kernels.backend import INTERPRETER, VARIABLE, has_triton
 from remoe.kernels.router import relu_router, relu_router_in_torch
 
 CAPABILITIES = (80, 90, 100)  # A100, H100, B200
-# Sums in another order: relative to the largest value, or to 1. Values in bf16 have 8 bits, and
-# both sides round the same sums, except where those of another order fall to another side.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3}
+# Sums in another order, relative to the largest value or to 1. In bf16, which has 8 bits, Triton's
+# interpreter cuts values off where torch rounds them; products of two such values differ by twice
+# as much.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
 _NAMES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
