@@ -4,7 +4,6 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from scipy.special import stdtrit
 
@@ -60,8 +59,7 @@ def accuracy(run: Run) -> float | None:
 
 def last_mean(run: Run, key: str) -> float | None:
     """Return the mean of a quantity over the last 20 rows; None if no row has it."""
-    values: list[Any] = [row[key] for row in run.train[-_LAST_ROWS:] if row.get(key) is not None]
-    return statistics.fmean(values) if values else None
+    return mean_of(row.get(key) for row in run.train[-_LAST_ROWS:])
 
 
 def mean_of_all_steps(run: Run, key: str) -> float | None:

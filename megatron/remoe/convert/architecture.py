@@ -86,17 +86,12 @@ _NOT_EXPORTED = {
     "soft": "has slots, of which the exported model has none",
     "expert_choice": "looks at whole sequences, and the exported model is causal",
 }
-# TopK routers by `moe_router_score_function`, and by whether the softmax is over all experts.
-_OF_TOPK = {
-    ("softmax", True): "topk_pre_softmax",
-    ("softmax", False): "topk_post_softmax",
-    ("sigmoid", True): "topk_sigmoid",
-    ("sigmoid", False): "topk_sigmoid",
-}
 # The types of routers in a config for transformers.
 ROUTER_TYPES = (
     *(name for name in ROUTINGS if name != "topk" and name not in _NOT_EXPORTED),
-    *dict.fromkeys(_OF_TOPK.values()),
+    "topk_pre_softmax",
+    "topk_post_softmax",
+    "topk_sigmoid",
 )
 
 
@@ -149,15 +144,15 @@ def to_config(args: argparse.Namespace) -> Config:
 
 
 def _topk_type(given: dict[str, Any]) -> str:
-    score, is_first = given.get("moe_router_score_function", "softmax"), True
+    score = given.get("moe_router_score_function", "softmax")
+    if score == "sigmoid":
+        return "topk_sigmoid"
     if score == "softmax":
-        is_first = given["moe_router_pre_softmax"]
-    if (score, is_first) not in _OF_TOPK:
-        raise ValueError(
-            f"the run has moe_router_score_function={score!r}, which the exported model does not "
-            f"do; only softmax and sigmoid can be converted"
-        )
-    return _OF_TOPK[score, is_first]
+        return "topk_pre_softmax" if given["moe_router_pre_softmax"] else "topk_post_softmax"
+    raise ValueError(
+        f"the run has moe_router_score_function={score!r}, which the exported model does not do; "
+        f"only softmax and sigmoid can be converted"
+    )
 
 
 def check_expressible(config: Config) -> None:
