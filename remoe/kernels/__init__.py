@@ -3,7 +3,7 @@
 The tests compare them with the loops of `remoe.reference`.
 """
 
-from remoe.kernels.chunks import Chunk, plan_chunks, run_chunks
+from remoe.kernels.chunks import Chunk, counts_of_chunks, plan_chunks, run_chunks
 from remoe.kernels.experts import grouped_swiglu
 from remoe.kernels.permutation import Permutation, combine, permute
 
@@ -11,6 +11,7 @@ __all__ = [
     "Chunk",
     "Permutation",
     "combine",
+    "counts_of_chunks",
     "grouped_swiglu",
     "permute",
     "plan_chunks",
