@@ -182,7 +182,9 @@ def counts_of_chunks(
     """
     split = [chunk for chunk in chunks if chunk.parts > 1]
     sizes = [chunk.experts.stop - chunk.experts.start for chunk in split]
-    found = dict(zip(split, count(split).split(sizes, dim=-1), strict=True)) if split else {}
+    found = (
+        dict(zip(split, count(split).split_with_sizes(sizes, dim=-1), strict=True)) if split else {}
+    )
     return {c: found[c] if c.parts > 1 else counts[..., c.experts] for c in chunks}
 
 

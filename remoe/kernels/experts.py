@@ -128,7 +128,9 @@ class _WeightGrads:
         if segments is None:
             buffer[expert].addmm_(a, b, beta=beta)
             return
-        parts = zip(buffer, a.split(segments, dim=1), b.split(segments), strict=True)
+        parts = zip(
+            buffer, a.split_with_sizes(segments, dim=1), b.split_with_sizes(segments), strict=True
+        )
         for part, columns, rows in parts:
             if len(rows):
                 part.addmm_(columns, rows, beta=beta)
@@ -222,7 +224,9 @@ def _matmul(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
     if segments is None:
         return torch.mm(b.mT, a.mT).mT if len(a) <= _FEW_TOKENS else torch.mm(a, b)
     product = a.new_empty(len(a), b.shape[2])
-    for part, rows, factor in zip(product.split(segments), a.split(segments), b, strict=True):
+    for part, rows, factor in zip(
+        product.split_with_sizes(segments), a.split_with_sizes(segments), b, strict=True
+    ):
         if len(rows):
             torch.mm(rows, factor, out=part)
     return product

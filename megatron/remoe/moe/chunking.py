@@ -126,12 +126,13 @@ class ChunkedExperts:
         """Count the tokens of every chunk, so that none waits for the device later."""
         ep = self.groups.ep.size()
         routed = _RoutedChunks(self.parts, routing_map, self._dispatcher_for, ep)
-        by_owner = counts.unflatten(2, (ep, -1))
+        by_owner = counts.view(*counts.shape[:2], ep, -1)
 
         def count(split: list[Chunk]) -> Tensor:
             parts = [tokens_per_expert(routed.map_of(chunk)).view(ep, -1) for chunk in split]
             flat = torch.cat(parts, dim=1).flatten()
-            return self._dispatcher_for(1).of_all_ranks(flat).unflatten(2, (ep, -1))
+            gathered = self._dispatcher_for(1).of_all_ranks(flat)
+            return gathered.view(*gathered.shape[:2], ep, -1)
 
         found = counts_of_chunks(chunks, by_owner, count)
         routed.counts = {chunk: part.flatten(start_dim=2) for chunk, part in found.items()}
