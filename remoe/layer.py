@@ -28,6 +28,7 @@ from remoe.kernels import (
     Chunk,
     Permutation,
     combine,
+    counts_of_chunks,
     fuses,
     grouped_swiglu,
     permute,
@@ -289,7 +290,8 @@ def routed_experts(
 ) -> Tensor:
     """Compute `y_t = sum_e p_te FFN_e(x_t)` over the active pairs (Eq. 1) of any router, `[T, H]`.
 
-    This copies once to the host: the token counts, which size the experts' inputs.
+    This copies once to the host: the token counts, which size the experts' inputs; and a second
+    time if there are chunks of some tokens.
 
     Args:
         x_TH: tokens.
@@ -301,11 +303,18 @@ def routed_experts(
             backward; None is no limit.
         max_rows_per_chunk: largest number of pairs in a chunk; None is `max_assignments`.
     """
-    counts = tokens_per_expert(routing_map_TE).tolist()
+    counts_E = tokens_per_expert(routing_map_TE).cpu()
+    counts = counts_E.tolist()
     if max_assignments is None or sum(counts) <= max_assignments:
         return _experts_at_once(x_TH, probs_TE, routing_map_TE, gate_up, down, counts)
     chunks = plan_chunks(counts, max_rows_per_chunk or max_assignments)
-    return run_chunks(_ChunkedSwiGLU(routing_map_TE), chunks, x_TH, probs_TE, (gate_up, down))
+
+    def count(split: list[Chunk]) -> Tensor:
+        parts = (routing_map_TE[c.tokens(len(x_TH)), c.experts] for c in split)
+        return torch.cat([tokens_per_expert(part) for part in parts]).cpu()
+
+    experts = _ChunkedSwiGLU(routing_map_TE, counts_of_chunks(chunks, counts_E, count))
+    return run_chunks(experts, chunks, x_TH, probs_TE, (gate_up, down))
 
 
 def _experts_at_once(
@@ -326,8 +335,8 @@ def _experts_at_once(
 class _ChunkedSwiGLU:
     """Stacked SwiGLU experts on one device, as a `ChunkOfExperts`."""
 
-    def __init__(self, routing_map_TE: Tensor) -> None:
-        self.routing_map_TE = routing_map_TE
+    def __init__(self, routing_map_TE: Tensor, counts: dict[Chunk, Tensor]) -> None:
+        self.routing_map_TE, self.counts = routing_map_TE, counts
 
     def weights_of(self, chunk: Chunk, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensor[chunk.experts] for tensor in tensors]
@@ -342,7 +351,7 @@ class _ChunkedSwiGLU:
     ) -> Tensor:
         rows = chunk.tokens(len(self.routing_map_TE))
         routing_map = self.routing_map_TE[rows, chunk.experts]
-        counts = tokens_per_expert(routing_map).tolist()
+        counts = self.counts[chunk].tolist()
         probs = probs_TE[:, chunk.experts]
         gate_up, down = weights
         return _experts_at_once(x_TH, probs, routing_map, gate_up, down, counts, only_for_backward)
@@ -394,9 +403,9 @@ def update_l1_coeff(model: nn.Module) -> Tensor:
     for layer, own in zip(layers, sparsity_L, strict=True):
         decides = own if layer.config.l1_coeff_per_layer else mean
         move_l1_coeff([layer.l1_coeff], decides, layer.config.controller)
-        if layer.load is not None and not own.isnan():
+        if layer.load is not None:
             counts, topk = TokenCounts(layer.counts), layer.config.experts.topk
             load_E = load_weights(counts.per_expert, num_tokens=counts.num_tokens, topk=topk)
-            layer.load.copy_(load_E)
+            layer.load.copy_(torch.where(own.isnan(), layer.load, load_E))
         layer.counts.zero_()
     return sparsity_L

@@ -4,7 +4,7 @@ They run in plain torch, or on GPUs in Triton (`remoe.kernels.backend`). The tes
 the loops of `remoe.reference`, and the kernels in Triton with torch.
 """
 
-from remoe.kernels.chunks import Chunk, plan_chunks, run_chunks
+from remoe.kernels.chunks import Chunk, counts_of_chunks, plan_chunks, run_chunks
 from remoe.kernels.experts import grouped_swiglu
 from remoe.kernels.permutation import Permutation, combine, permute
 from remoe.kernels.router import ReLURouted, fuses, relu_router
@@ -14,6 +14,7 @@ __all__ = [
     "Permutation",
     "ReLURouted",
     "combine",
+    "counts_of_chunks",
     "fuses",
     "grouped_swiglu",
     "permute",
