@@ -11,13 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.remoe.verify.kernels import Case, compare
+from megatron.remoe.verify.kernels import Case, compare, quantities
 from remoe.config import ReMoELayerConfig
 from remoe.kernels import Permutation, ReLURouted, combine, permute, relu_router
 from remoe.kernels.backend import VARIABLE
 from remoe.layer import ReMoELayer, l1_penalty
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: too large to interpret")
 
 
 @st.composite
@@ -49,6 +50,29 @@ def forced(choice, run):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, choice)
         return run()
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "shift"), [(16384, 8, -1.15), (16381, 128, -2.4), (4099, 1024, -2.9)]
+)
+def test_sizes_of_real_models_equal_torch(dtype, tokens, experts, shift):
+    case = Case(tokens, experts, 768, shift=shift, padding=True, dtype=dtype)
+    wrong = [row for row in compare(case, DEVICE) if not row.ok]
+    assert not wrong
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_run_gives_the_same_bits(dtype, monkeypatch):
+    """An interpreter, which runs one program after another, could not differ."""
+    monkeypatch.setenv(VARIABLE, "triton")
+    case = Case(16384, 64, 768, shift=-1, dtype=dtype)
+    first = dict(quantities(case, DEVICE))
+    for _ in range(3):
+        for name, again in quantities(case, DEVICE):
+            assert torch.equal(first[name], again), name
 
 
 def test_gradients_by_finite_differences(monkeypatch):

@@ -121,7 +121,7 @@ def compare(case: Case, device: str = "cpu") -> list[Compared]:
     try:
         for choice in ("torch", "triton"):
             os.environ[VARIABLE] = choice
-            found[choice] = list(_quantities(case, device))
+            found[choice] = list(quantities(case, device))
     finally:
         os.environ.pop(VARIABLE)
         if before is not None:
@@ -132,7 +132,8 @@ def compare(case: Case, device: str = "cpu") -> list[Compared]:
     ]
 
 
-def _quantities(case: Case, device: str) -> Iterator[tuple[str, Tensor]]:
+def quantities(case: Case, device: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield all outputs and gradients of a case, by name, with the kernels of REMOE_KERNELS."""
     generator = torch.Generator().manual_seed(case.seed)
     dtype = _NAMES[case.dtype]
     exact = torch.promote_types(dtype, torch.float32)
