@@ -233,7 +233,8 @@ def _tiles(num_tokens: int, num_experts: int) -> tuple[int, int, int]:
 
 
 def _row_tile(hidden: int) -> tuple[int, int]:
-    tile_h = min(_TILE_H, _power_of_two(hidden))
+    # Triton 3.7 fails to compile the sums for a tile of one column.
+    tile_h = min(_TILE_H, max(16, _power_of_two(hidden)))
     return min(64, max(1, _TILE // tile_h)), tile_h
 
 

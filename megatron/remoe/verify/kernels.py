@@ -191,7 +191,7 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def compile_all(capability: int) -> Iterator[Compiled]:
-    """Compile every kernel for a GPU, which need not be there, at sizes of real models."""
+    """Compile every kernel for a GPU, which need not be there, at sizes of real models and at 1."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as triton_compile
@@ -247,7 +247,7 @@ def _sources() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     """Yield a name, the kernel, the types of its arguments, and its constants."""
     from remoe.kernels import fused, jit
 
-    acc, hidden = {"ACC": jit.tl.float32}, 768
+    acc = {"ACC": jit.tl.float32}
     gates, tokens, i64 = "*bf16", "*bf16", "*i64"
     for experts in (8, 128, 1024):
         tile_t, tile_e, _ = fused._tiles(1, experts)
@@ -263,15 +263,16 @@ def _sources() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         ]
         for kernel, types, constants in table:
             yield f"{kernel.__name__} E={experts}", kernel, _signature(kernel, types), constants
-    tile_t, tile_h = fused._row_tile(hidden)
-    rows = {"H": hidden, "HAS_PROBS": True, "TILE_H": tile_h}
-    types = [tokens, i64, tokens, gates, "i32", "i32", i64, gates]
-    one = {**rows, "E": 128, "TILE_A": tile_t}
-    yield f"gather H={hidden}", jit.gather, _signature(jit.gather, types), one
-    types = [tokens, i64, i64, tokens, gates, i64, gates]
-    two = {**rows, **acc, "TILE_T": tile_t}
-    signature = _signature(jit.sum_by_token, types)
-    yield f"sum_by_token H={hidden}", jit.sum_by_token, signature, two
+    for hidden in (1, 768):
+        tile_t, tile_h = fused._row_tile(hidden)
+        rows = {"H": hidden, "HAS_PROBS": True, "TILE_H": tile_h}
+        types = [tokens, i64, tokens, gates, "i32", "i32", i64, gates]
+        one = {**rows, "E": 128, "TILE_A": tile_t}
+        yield f"gather H={hidden}", jit.gather, _signature(jit.gather, types), one
+        types = [tokens, i64, i64, tokens, gates, i64, gates]
+        two = {**rows, **acc, "TILE_T": tile_t}
+        signature = _signature(jit.sum_by_token, types)
+        yield f"sum_by_token H={hidden}", jit.sum_by_token, signature, two
 
 
 def _signature(kernel: Any, types: list[str]) -> dict[str, str]:
