@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
+from remoe.kernels.backend import triton_kernels, uses_triton
+
 
 @dataclass(frozen=True)
 class Permutation:
@@ -39,6 +41,8 @@ class Permutation:
                 have to wait for a GPU that counts them.
         """
         num_tokens, num_experts = routing_map_TE.shape
+        if uses_triton(routing_map_TE) and num_experts <= triton_kernels().MAX_EXPERTS:
+            return cls(*triton_kernels().count_permutation(routing_map_TE, num_pairs))
         pairs = _nonzero(routing_map_TE.T.flatten(), num_pairs)
         expert_A = pairs // max(num_tokens, 1)
         token_A = pairs - expert_A * num_tokens
@@ -75,6 +79,9 @@ def _nonzero(flags: Tensor, count: int) -> Tensor:
 def _sum_by_token(rows_AH: Tensor, by_token_A: Tensor, starts_T: Tensor) -> Tensor:
     if len(rows_AH) == 0 or len(starts_T) == 0:
         return rows_AH.new_zeros(len(starts_T), rows_AH.shape[1])
+    if uses_triton(rows_AH):
+        sums: Tensor = triton_kernels().sum_by_token(rows_AH, by_token_A, starts_T)
+        return sums
     return F.embedding_bag(by_token_A, rows_AH, starts_T, mode="sum")
 
 
@@ -84,6 +91,11 @@ class _Permute(torch.autograd.Function):
         ctx: Any, x_TH: Tensor, probs_TE: Tensor, permutation: Permutation
     ) -> tuple[Tensor, Tensor]:
         ctx.permutation, ctx.probs_shape = permutation, probs_TE.shape
+        if uses_triton(x_TH):
+            gathered: tuple[Tensor, Tensor] = triton_kernels().gather(
+                x_TH, permutation.token_A, probs_TE, permutation.entry_A
+            )
+            return gathered
         x_AH = x_TH.index_select(0, permutation.token_A)
         return x_AH, probs_TE.flatten().index_select(0, permutation.entry_A)
 
@@ -94,6 +106,12 @@ class _Permute(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None]:
         p: Permutation = ctx.permutation
         grad_x = grad_probs = None
+        if uses_triton(grad_x_AH) and all(ctx.needs_input_grad[:2]):
+            grad_probs = grad_prob_A.new_zeros(ctx.probs_shape)
+            grad_x = triton_kernels().sum_by_token(
+                grad_x_AH, p.by_token_A, p.starts_T, grad_prob_A, p.entry_A, grad_probs
+            )
+            return grad_x, grad_probs, None
         if ctx.needs_input_grad[0]:
             grad_x = _sum_by_token(grad_x_AH.contiguous(), p.by_token_A, p.starts_T)
         if ctx.needs_input_grad[1]:
@@ -111,4 +129,6 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y_TH: Tensor) -> tuple[Tensor, None]:
+        if uses_triton(grad_y_TH):
+            return triton_kernels().gather(grad_y_TH, ctx.token_A)[0], None
         return grad_y_TH.index_select(0, ctx.token_A), None

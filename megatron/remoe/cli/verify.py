@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 app = typer.Typer(
-    help="Check that a run is the same in every parallel layout and after it is resumed, and prove "
-    "everything on a GPU.",
+    help="Check that a run is the same in every parallel layout, after it is resumed, and with "
+    "kernels in Triton; and prove everything on a GPU.",
     no_args_is_help=True,
 )
 
@@ -103,6 +103,29 @@ def resume(
     if same:
         console.print(f"largest difference in the same layout: {max(same):g}", highlight=False)
     _conclude(results, "pairs continue the run", console)
+
+
+@command(app)
+def kernels() -> None:
+    """Compare the Triton kernels with torch, and compile them for compute capability 8, 9 and 10.
+
+    Without a GPU, Triton interprets the kernels for the comparison. Compiling needs no GPU. Exits
+    with 1 if an output or a gradient deviates, or if a kernel spills registers.
+
+    Example: remoe verify kernels
+    """
+    from rich.console import Console
+
+    from megatron.remoe.verify import kernels
+
+    console = Console(soft_wrap=True)
+    results = kernels.verify(
+        lambda row: console.print(kernels.to_line(row), highlight=False, markup=False)
+    )
+    good = sum(row.ok for row in results)
+    console.print(f"{good} of {len(results)} kernels and quantities are as claimed")
+    if good < len(results):
+        raise typer.Exit(1)
 
 
 @command(app)
