@@ -137,7 +137,7 @@ def planned_steps(lines: list[str]) -> list[int]:
     steps = []
     for line in lines:
         config, *overrides = [w for w in shlex.split(line) if "=" in w or w.endswith(".yaml")]
-        run = load_config(Path(config), overrides)
+        run = load_config(runner.PRESETS.parent / config, overrides)
         steps.append(plan(run, Place(processes=1, purpose="describe")).args.train_iters)
     return steps
 

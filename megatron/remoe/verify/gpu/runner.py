@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from megatron.remoe.verify.gpu.stages import ON_GPU, REHEARSAL, Stage, stages
 
 # No stage is stopped sooner, so that a small budget finishes the first stages.
 LEAST_SECONDS = 180.0
+# Links to configs in examples/, which an installed package does not have. Stages use a copy.
+PRESETS = Path(__file__).parent / "presets"
 _LONGEST_LINE = 300
 _PROGRAMS = {
     "remoe": [sys.executable, "-W", "ignore", "-m", "megatron.remoe"],
@@ -98,7 +101,8 @@ def run(
     """Run the stages in order, and write the report after each of them.
 
     A stage may take its share of the budget, but at least three minutes, and no longer than the
-    budget lasts. Its commands run in the folder, and their output goes to `logs/` there.
+    budget lasts. Its commands run in the folder, which gets a copy of the presets, and their output
+    goes to `logs/` there.
 
     Args:
         stages: What to run.
@@ -115,6 +119,7 @@ def run(
         raise ValueError(f"{folder} is not empty; delete it, or choose another folder with --out")
     for name in ("logs", "results"):
         (folder / name).mkdir(parents=True)
+    shutil.copytree(PRESETS, folder / "presets")
     end = time.monotonic() + budget
     entries = [Entry(stage.name, list(stage.commands)) for stage in stages]
     report = Report(folder, facts, entries)

@@ -9,8 +9,6 @@ from pathlib import Path
 from megatron.remoe.verify.gpu import readings
 from megatron.remoe.verify.gpu.report import Found
 
-# Links to the configs in examples/, which an installed package has not.
-PRESETS = Path(__file__).parent / "presets"
 _TOKENS = "data/quickstart/tokens"
 _DOMAINS = ("cpp", "markup", "prose", "python")
 # Nothing is evaluated or saved where speed and memory are measured.
@@ -75,7 +73,7 @@ ON_GPU = Sizes(
     experts=(8, 64, 128),
     layer="--tokens 16384 --hidden 768 --ffn 2048 --dtype bf16 --rounds 20",
     router="--tokens 16384 --hidden 768 --dtype bf16 --rounds 30",
-    memory="--tokens 16384 --hidden 768 --ffn 3072 --experts 8 --experts 64 --experts 128",
+    memory="--tokens 4096 --hidden 768 --ffn 2048 --experts 8 --experts 64 --experts 128",
     preset="global_batch_size=32 seed=1",
     relu_steps=240,
     topk_steps=120,
@@ -204,10 +202,9 @@ def _golden(sizes: Sizes, folder: Path | None) -> Stage:
 
 
 def _quickstart(sizes: Sizes) -> tuple[str, ...]:
-    config = shlex.quote(str(PRESETS / "quickstart.yaml"))
     train = (
-        f"remoe train {config} expert_model_parallel_size=1 log_interval=1 {sizes.quickstart} "
-        f"--nproc 1"
+        f"remoe train presets/quickstart.yaml expert_model_parallel_size=1 log_interval=1 "
+        f"{sizes.quickstart} --nproc 1"
     )
     return (
         f"remoe data corpus data/quickstart/corpus {sizes.corpus}",
@@ -255,7 +252,6 @@ def _on_text(sizes: Sizes) -> str:
 
 
 def _preset(name: str, settings: str, run: str, sizes: Sizes) -> str:
-    config = shlex.quote(str(PRESETS / f"llama_182m/{name}.yaml"))
     mock = " vocab_size=500" if "mock_data" in settings else ""
     more = f"{sizes.preset} log_interval=1 run_dir=runs/{run}"
-    return f"remoe train {config} {settings}{mock} {more} --nproc 1"
+    return f"remoe train presets/llama_182m/{name}.yaml {settings}{mock} {more} --nproc 1"
