@@ -164,6 +164,7 @@ def python(code: str) -> str:
     return f"python -c {shlex.quote(code)}"
 
 
+@pytest.mark.processes
 def test_one_failure_ends_nothing_and_its_last_line_is_told(tmp_path):
     def unreadable(folder: Path) -> Found:
         return Found(folder.joinpath("results/none.json").read_text())
@@ -190,6 +191,7 @@ def test_one_failure_ends_nothing_and_its_last_line_is_told(tmp_path):
     assert [stage["status"] for stage in written["stages"]] == status
 
 
+@pytest.mark.processes
 def test_a_stage_that_takes_too_long_is_killed_with_its_children(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "LEAST_SECONDS", 0.0)
     child = "import time; time.sleep(1.5); open('results/late', 'w')"
@@ -212,6 +214,7 @@ def test_a_stage_that_takes_too_long_is_killed_with_its_children(tmp_path, monke
     assert (spent.status, spent.reason) == ("left out", "the budget is spent")
 
 
+@pytest.mark.processes
 def test_commands_get_their_variables_and_see_no_gpu_in_a_rehearsal(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     code = "import os; print(os.environ['A'], os.environ['CUDA_VISIBLE_DEVICES'], os.getcwd())"
@@ -258,6 +261,7 @@ def test_the_device_is_read_and_its_peak_known(tmp_path):
 SIZES = {
     "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128,
     "seq_length": 32, "padded_vocab_size": 512, "swiglu": True, "num_experts": 8,
+    "disable_bias_linear": True,
     "moe_router_topk": 1, "moe_relu_routing": True, "untie_embeddings_and_output_weights": True,
 }  # fmt: skip
 
