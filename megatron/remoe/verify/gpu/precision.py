@@ -11,7 +11,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,18 @@ from remoe import ReMoELayer, ReMoELayerConfig, SoftMoELayer, SoftMoELayerConfig
 OUTPUT_TOLERANCE = 1e-2
 GRADIENT_TOLERANCE = 2e-2
 ROUTING_TOLERANCE = 1e-3
-_BF16_STEPS = 10
+# Of the first step of a run in bf16. Its loss and norm are means over many roundings, and a logit
+# near zero may flip. Adam turns the signs of tiny gradients into steps, so that later steps differ
+# by more, with any rounding.
+FIRST_STEP = {
+    "lm_loss": 1e-3,
+    "grad_norm": 2e-2,
+    "l1_reg": 2e-2,
+    "sparsity": 1e-2,
+    "sparsity_per_layer": 1e-2,
+    "most_active": 1,
+    "l1_coeff_used": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -140,24 +151,24 @@ def run(steps: int) -> list[dict[str, Any]]:
     from megatron.remoe.verify import plain, trajectories
 
     be_one_rank()
+    fp32, bf16 = Cell("fp32"), Cell("bf16", dtype="bf16")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        weights = {name: Cell(name, dtype=name) for name in ("fp32", "bf16")}
-        for name, cell in weights.items():
-            save_golden_weights(cell, CLOSED_LOOP, Path(folder) / name)
-            count = steps if name == "fp32" else min(steps, _BF16_STEPS)
-            found[name] = run_cell(cell, CLOSED_LOOP, count, Path(folder) / name)
-    expected = plain.train(CLOSED_LOOP, steps)
-    compared = trajectories.TrajectoryComparison.of(found["fp32"], expected)
+        for cell, count in ((fp32, steps), (bf16, 1)):
+            # The golden weights of experts are named as Megatron's sequential ones.
+            weights = Path(folder) / cell.name
+            save_golden_weights(replace(cell, experts="sequential"), CLOSED_LOOP, weights)
+            found[cell.name] = run_cell(cell, CLOSED_LOOP, count, weights)
+    compared = trajectories.TrajectoryComparison.of(found["fp32"], plain.train(CLOSED_LOOP, steps))
     tolerances = trajectories.FP32 if compared.flipped is None else trajectories.FROM_A_FLIP_ON
     rows = [
-        row("run in Megatron, fp32", name, value, tolerances[name])
+        row(f"run in Megatron, fp32, {steps} steps", name, value, tolerances[name])
         for name, value in compared.deviations.items()
     ]
-    bf16 = trajectories.deviations(found["bf16"], found["fp32"][: len(found["bf16"])])
+    first = trajectories.deviations(found["bf16"], found["fp32"][:1])
     return rows + [
-        row("run in Megatron, bf16", name, value, trajectories.BF16[name])
-        for name, value in bf16.items()
+        row("run in Megatron, bf16, first step", name, value, FIRST_STEP[name])
+        for name, value in first.items()
     ]
 
 

@@ -164,7 +164,9 @@ def _run_stage(stage: Stage, entry: Entry, folder: Path, limit: float, *, on_cpu
         entry.found = Found("no result", text=_tail(log))
     entry.seconds = time.monotonic() - started
     entry.status = "failed" if problems else "passed"
-    entry.reason = "; ".join(" ".join(problem.split()) for problem in problems)
+    # What fails after a first problem mostly needed what that one should have made.
+    more = f" (and {len(problems) - 1} more; see {log.name})" if len(problems) > 1 else ""
+    entry.reason = " ".join(problems[0].split()) + more if problems else ""
 
 
 def run_command(

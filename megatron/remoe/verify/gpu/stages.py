@@ -87,7 +87,7 @@ REHEARSAL = Sizes(
     trajectories=("upstream_remoe_e8k1_closed_loop.json",),
     kernels="remoe verify kernels",
     precision="--toy",
-    corpus="--max-mb-per-domain 0.1 --valid-fraction 0.1",
+    corpus="--max-mb-per-domain 0.4 --valid-fraction 0.1",
     tokenizer="--vocab-size 512 --workers 1",
     quickstart=f"{_TINY} num_query_groups=2 padded_vocab_size=512 train_iters=4 eval_interval=4",
     experts=(4,),
