@@ -81,7 +81,7 @@ def test_routing_in_torch_by_hand():
 @needs_triton
 @pytest.mark.processes
 def test_kernels_equal_torch_over_many_shapes():
-    result = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_cases.py")
+    result = python("-m", "pytest", "-p", "no:cacheprovider", "tests/triton_cases.py")
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout
 
