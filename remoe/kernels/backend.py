@@ -56,13 +56,6 @@ def is_interpreted() -> bool:
     return os.environ.get(INTERPRETER, "0") in ("1", "true", "on", "yes", "y")
 
 
-def triton_kernels() -> Any:
-    """Return the module with the operations in Triton, which takes Triton a while to import."""
-    from remoe.kernels import fused
-
-    return fused
-
-
 def import_triton() -> tuple[Any, Any]:
     """Return Triton and its language, or None twice where it is not installed."""
     if not has_triton():

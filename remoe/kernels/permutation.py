@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
-from remoe.kernels.backend import triton_kernels, uses_triton
+from remoe.kernels.backend import uses_triton
+from remoe.kernels.loading import triton_kernels
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from remoe.kernels.backend import triton_kernels, uses_triton
+from remoe.kernels.backend import uses_triton
+from remoe.kernels.loading import triton_kernels
 from remoe.routing import active_experts, at_least_fp32, relu_routing
 from remoe.statistics import TokenCounts
 
