@@ -37,7 +37,7 @@ class ReLURouted:
 
 def fuses(logits_TE: Tensor) -> bool:
     """Return whether `relu_router` is one pass over these logits."""
-    return uses_triton(logits_TE) and logits_TE.shape[1] <= triton_kernels().MAX_EXPERTS
+    return uses_triton(logits_TE, "router") and logits_TE.shape[1] <= triton_kernels().MAX_EXPERTS
 
 
 def relu_router(
