@@ -323,6 +323,7 @@ def _launch_all(shape: Shape) -> None:
     starts_T = torch.zeros(shape.tokens, dtype=torch.int64)
     x = torch.zeros(shape.tokens, shape.hidden, dtype=shape.dtype)
     rows, prob = fused.gather(x, index_A, probs.detach(), index_A)
+    assert prob is not None
     fused.gather(x, index_A)
     fused.sum_by_token(rows, index_A, starts_T)
     fused.gather_backward(rows, prob, index_A, starts_T, index_A, shape.experts)
@@ -336,7 +337,8 @@ def _specialized(launch: Launch, target: Any) -> tuple[Any, Any, Any, Any]:
     backend = make_backend(target)
     kernel = launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    return (backend, *bind(*launch.arguments, **launch.options()))
+    bound, specialization, options = bind(*launch.arguments, **launch.options())
+    return backend, bound, specialization, options
 
 
 def _dump(cubin: bytes) -> str:
