@@ -184,7 +184,7 @@ class ReMoELayer(ExactBuffers):
         """Compute the layer, `[T, H]`; the router reads `routed_by`, `[T, H]` or `[T, p]`."""
         router_dtype = torch.promote_types(x_TH.dtype, torch.float32)
         logits_TE = F.linear(routed_by.to(router_dtype), self.router.to(router_dtype))
-        probs_TE, routing_map_TE = self._route(logits_TE, x_TH.dtype)
+        probs_TE, routing_map_TE, counts_E = self._route(logits_TE, x_TH.dtype)
         balanced = self.config.experts.topk * max(1, len(x_TH))
         limit = self.config.max_assignments
         return routed_experts(
@@ -193,12 +193,16 @@ class ReMoELayer(ExactBuffers):
             routing_map_TE,
             self.gate_up,
             self.down,
+            tokens_per_expert_E=counts_E,
             max_assignments=limit or 2 * balanced,
             max_rows_per_chunk=limit or max(1, balanced // 3),
         )
 
-    def _route(self, logits_TE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the gates, of any dtype from which `dtype` rounds, and the map, both `[T, E]`."""
+    def _route(self, logits_TE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return gates and map, both `[T, E]`, and tokens per expert if they are counted already.
+
+        The gates have any dtype from which `dtype` rounds.
+        """
         observes = self.training and torch.is_grad_enabled()
         most, at_least_one = self.config.max_active_experts, self.config.at_least_one_expert
         is_bounded = most is not None or at_least_one
@@ -206,18 +210,18 @@ class ReMoELayer(ExactBuffers):
             routed = relu_router(logits_TE, dtype=dtype)
             if observes:
                 self._observe_sums(routed.sum_E, routed.counts)
-            return routed.probs_TE, routed.routing_map_TE
+            return routed.probs_TE, routed.routing_map_TE, routed.counts.per_expert
         probs_TE, routing_map_TE = relu_routing(logits_TE)
-        if observes:
-            self._observe(probs_TE, routing_map_TE)
+        counts_E = self._observe(probs_TE, routing_map_TE) if observes else None
         if not is_bounded:
-            return probs_TE, routing_map_TE
-        return bounded_routing(
+            return probs_TE, routing_map_TE, counts_E
+        bounded = bounded_routing(
             logits_TE,
             probs_TE,
             max_active=None if most is None else most * self.config.granularity,
             at_least_one=at_least_one,
         )
+        return *bounded, None
 
     def extra_repr(self) -> str:
         """Return the sizes that a printed model shows."""
@@ -226,7 +230,8 @@ class ReMoELayer(ExactBuffers):
         experts = f"num_experts={config.num_experts}, topk={config.topk}"
         return f"{sizes}, {experts}, granularity={config.granularity}"
 
-    def _observe(self, probs_TE: Tensor, routing_map_TE: Tensor) -> None:
+    def _observe(self, probs_TE: Tensor, routing_map_TE: Tensor) -> Tensor:
+        """Return the tokens per expert, int64 `[E]`."""
         counts = TokenCounts.of(routing_map_TE)
         self.l1_reg = router_regularization(
             probs_TE,
@@ -237,6 +242,7 @@ class ReMoELayer(ExactBuffers):
             last_load_E=self.load,
         )
         self.counts += counts.flat
+        return counts.per_expert
 
     def _observe_sums(self, sum_E: Tensor, counts: TokenCounts) -> None:
         self.l1_reg = regularization_of_sums(
@@ -285,6 +291,7 @@ def routed_experts(
     gate_up: Tensor,
     down: Tensor,
     *,
+    tokens_per_expert_E: Tensor | None = None,
     max_assignments: int | None = None,
     max_rows_per_chunk: int | None = None,
 ) -> Tensor:
@@ -299,11 +306,14 @@ def routed_experts(
         routing_map_TE: bool, the active pairs.
         gate_up: `[E, 2F, H]`, gate first.
         down: `[E, H, F]`.
+        tokens_per_expert_E: the map's counts, int64 `[E]`; None is to count them.
         max_assignments: with more active pairs than this, experts run chunk by chunk, and again in
             backward; None is no limit.
         max_rows_per_chunk: largest number of pairs in a chunk; None is `max_assignments`.
     """
-    counts_E = tokens_per_expert(routing_map_TE).cpu()
+    if tokens_per_expert_E is None:
+        tokens_per_expert_E = tokens_per_expert(routing_map_TE)
+    counts_E = tokens_per_expert_E.cpu()
     counts = counts_E.tolist()
     if max_assignments is None or sum(counts) <= max_assignments:
         return _experts_at_once(x_TH, probs_TE, routing_map_TE, gate_up, down, counts)

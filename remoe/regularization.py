@@ -57,10 +57,13 @@ def l1_regularization(
         num_tokens: T of the whole micro-batch.
         load_weights_E: f of Eq. 10, `[E]`; None is f = 1 (Eq. 9), at the same scale.
     """
-    return _l1(probs_TE.sum(dim=0), num_tokens, load_weights_E)
+    return l1_of_sums(probs_TE.sum(dim=0), num_tokens=num_tokens, load_weights_E=load_weights_E)
 
 
-def _l1(sum_E: Tensor, num_tokens: Tensor | int, load_weights_E: Tensor | None) -> Tensor:
+def l1_of_sums(
+    sum_E: Tensor, *, num_tokens: Tensor | int, load_weights_E: Tensor | None = None
+) -> Tensor:
+    """Return `l1_regularization`, 0-d, given the sum over tokens of every expert's gates, `[E]`."""
     if load_weights_E is not None:
         sum_E = sum_E * load_weights_E
     return sum_E.sum() / at_least_one(num_tokens)
@@ -155,7 +158,7 @@ def regularization_of_sums(
         topk=topk,
         last_load_E=last_load_E,
     )
-    return _l1(sum_E, num_tokens, weights_E)
+    return l1_of_sums(sum_E, num_tokens=num_tokens, load_weights_E=weights_E)
 
 
 def penalty(l1_coeff: Tensor, l1_reg: Tensor, *, summed_tokens: Tensor | None = None) -> Tensor:

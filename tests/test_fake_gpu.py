@@ -20,6 +20,12 @@ TOKENS, EXPERTS = 32, 8
 WAITS = {aten.nonzero, aten.masked_select, aten._unique2, aten._local_scalar_dense}
 
 
+@pytest.fixture(autouse=True)
+def without_a_gpu(monkeypatch):
+    """Where torch sees a GPU, a fake mode lets it copy lists to the device unseen."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 class HostCopies(TorchDispatchMode):
     """Counts what the host waits for; goes over a `FakeTensorMode`, whose CPU tensors are real."""
 

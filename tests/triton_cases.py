@@ -15,6 +15,8 @@ from megatron.remoe.verify.kernels import Case, compare, quantities
 from remoe.config import ReMoELayerConfig
 from remoe.kernels import Permutation, ReLURouted, combine, permute, relu_router
 from remoe.kernels.backend import VARIABLE
+from remoe.kernels.fused import MAX_EXPERTS
+from remoe.kernels.router import relu_router_in_torch
 from remoe.layer import ReMoELayer, l1_penalty
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,6 +46,26 @@ def cases(draw):
 def test_outputs_and_gradients_equal_torch(case):
     wrong = [row for row in compare(case, DEVICE) if not row.ok]
     assert not wrong
+
+
+def test_more_experts_than_a_tile_has_run_in_torch_and_triton():
+    assert all(row.ok for row in compare(Case(3, MAX_EXPERTS + 1, 4, shift=-2), DEVICE))
+
+
+@pytest.mark.parametrize("used", ["gates", "sums"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_router_has_the_gradient_of_one_output_alone(used, padded, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "triton")
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 5, generator=generator).to(DEVICE).requires_grad_()
+    padding = torch.arange(9, device=DEVICE) % 3 == 0 if padded else None
+    grads = []
+    for route in (relu_router, relu_router_in_torch):
+        routed = route(logits, padding, dtype=torch.float32)
+        output = routed.probs_TE if used == "gates" else routed.sum_E
+        direction = torch.arange(1.0, output.numel() + 1, device=DEVICE).view_as(output)
+        grads += torch.autograd.grad(output, logits, direction)
+    assert torch.equal(*grads) and grads[0].abs().sum() > 0
 
 
 def forced(choice, run):

@@ -1,15 +1,16 @@
 """Which kernels run: those in Triton, or plain torch.
 
 The environment variable REMOE_KERNELS decides: `triton`, `torch`, or `auto` (the default), which
-takes Triton for tensors on a GPU where Triton is installed. This is the one place that imports
-Triton, which `remoe` does not need; torch's CUDA wheels bring it.
+takes Triton on a GPU where it is installed, for the operations that were measured to be faster in
+it. This is the one place that imports Triton, which `remoe` does not need; torch's CUDA wheels
+bring it.
 """
 
 import importlib.util
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,9 +19,14 @@ VARIABLE = "REMOE_KERNELS"
 CHOICES = ("auto", "torch", "triton")
 INTERPRETER = "TRITON_INTERPRET"  # Triton's own variable: kernels run in numpy, on CPU tensors
 
+Operation = Literal["router", "permutation", "gather", "sum by token"]
+# What `auto` runs in Triton. On an H200 the others were slower than torch at some of the sizes that
+# were measured (docs/performance.md), because starting a kernel takes Triton longer than torch.
+FASTER: frozenset[Operation] = frozenset({"permutation", "sum by token"})
 
-def uses_triton(tensor: Tensor) -> bool:
-    """Return whether operations on a tensor run as Triton kernels.
+
+def uses_triton(tensor: Tensor, operation: Operation) -> bool:
+    """Return whether an operation on a tensor runs as Triton kernels.
 
     Raises:
         ValueError: REMOE_KERNELS has a value that is not known, or asks for Triton where it cannot
@@ -35,7 +41,7 @@ def uses_triton(tensor: Tensor) -> bool:
         return False
     on_gpu = tensor.device.type == "cuda"
     if choice == "auto":
-        return on_gpu and has_triton()
+        return on_gpu and operation in FASTER and has_triton()
     if not has_triton():
         raise ValueError(f"{VARIABLE} is triton, but Triton is not installed; install it, or unset")
     if not on_gpu and not is_interpreted():
@@ -54,13 +60,6 @@ def has_triton() -> bool:
 def is_interpreted() -> bool:
     """Return whether Triton interprets kernels, as it decides when it is imported."""
     return os.environ.get(INTERPRETER, "0") in ("1", "true", "on", "yes", "y")
-
-
-def triton_kernels() -> Any:
-    """Return the module with the operations in Triton, which takes Triton a while to import."""
-    from remoe.kernels import fused
-
-    return fused
 
 
 def import_triton() -> tuple[Any, Any]:

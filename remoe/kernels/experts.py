@@ -75,13 +75,14 @@ class _GroupedSwiGLU(torch.autograd.Function):
     ) -> Tensor:
         y_AH = torch.empty_like(x_AH)
         products = []
-        for rows, expert, segments in _blocks(x_AH, tokens_per_expert, down.shape[2]):
+        blocks = list(_blocks(x_AH, tokens_per_expert, down.shape[2]))
+        for rows, expert, segments in blocks:
             z = _matmul(x_AH[rows], gate_up[expert].mT, segments)
             products.append(z)
             if not only_for_backward:
                 y = _matmul(_fused(_activate, z)(z), down[expert].mT, segments)
                 torch.mul(y, prob_A[rows, None], out=y_AH[rows])
-        ctx.tokens_per_expert, ctx.main_grads = tokens_per_expert, main_grads
+        ctx.tokens_per_expert, ctx.main_grads, ctx.blocks = tokens_per_expert, main_grads, blocks
         ctx.save_for_backward(x_AH, prob_A, gate_up, down, *products)
         return y_AH
 
@@ -92,8 +93,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         grad_y_AH = grad_y_AH.contiguous()
         grad_x, grad_prob = torch.empty_like(x_AH), torch.empty_like(prob_A)
         weight_grads = _WeightGrads(gate_up, down, ctx)
-        blocks = _blocks(x_AH, ctx.tokens_per_expert, down.shape[2])
-        for (rows, expert, segments), z in zip(blocks, products, strict=True):
+        for (rows, expert, segments), z in zip(ctx.blocks, products, strict=True):
             # The routing weight scales rows of width H, which are cheaper than those of width F.
             prob, grad_y = prob_A[rows, None], grad_y_AH[rows]
             grad_h = _matmul(grad_y, down[expert], segments)

@@ -91,12 +91,14 @@ class _ReLURouter(torch.autograd.Function):
         ctx.save_for_backward(map_TE, padding_mask_T)
         ctx.logits_dtype, ctx.acc = logits_TE.dtype, acc
         ctx.mark_non_differentiable(map_TE, counts, silent, most)
+        # Autograd would fill gradients of all outputs with zeros, with a launch for each.
+        ctx.set_materialize_grads(False)
         return probs_TE, map_TE, sum_E, counts, silent, most
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_probs_TE: Tensor, _: Any, grad_sum_E: Tensor, *__: Any
+        ctx: Any, grad_probs_TE: Tensor | None, _: Any, grad_sum_E: Tensor | None, *__: Any
     ) -> tuple[Tensor, None, None]:
         map_TE, padding_mask_T = ctx.saved_tensors
         num_tokens, num_experts = map_TE.shape
@@ -105,13 +107,15 @@ class _ReLURouter(torch.autograd.Function):
         if tiles:
             with device_of(map_TE):
                 jit.route_backward[(tiles,)](
-                    grad_probs_TE.contiguous(),
-                    grad_sum_E.contiguous(),
+                    None if grad_probs_TE is None else grad_probs_TE.contiguous(),
+                    None if grad_sum_E is None else grad_sum_E.contiguous(),
                     map_TE,
                     padding_mask_T,
                     grad_logits_TE,
                     num_tokens,
                     E=num_experts,
+                    HAS_PROBS=grad_probs_TE is not None,
+                    HAS_SUM=grad_sum_E is not None,
                     HAS_PADDING=padding_mask_T is not None,
                     ACC=_triton_type(ctx.acc),
                     TILE_T=tile_t,
@@ -187,7 +191,26 @@ def gather(
     return rows_AH, prob_A
 
 
-def sum_by_token(
+def sum_by_token(rows_AH: Tensor, by_token_A: Tensor, starts_T: Tensor) -> Tensor:
+    """Return the sums of every token's rows, `[T, H]`, taken in fp32 if rows are narrower."""
+    return _sum_by_token(rows_AH, by_token_A, starts_T)
+
+
+def gather_backward(
+    grad_rows_AH: Tensor,
+    grad_prob_A: Tensor,
+    by_token_A: Tensor,
+    starts_T: Tensor,
+    entry_A: Tensor,
+    num_experts: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients `[T, H]` and `[T, E]` of the inputs of `gather`, from one launch."""
+    grad_probs_TE = grad_prob_A.new_empty(len(starts_T), num_experts)
+    grads = (grad_prob_A.contiguous(), entry_A, grad_probs_TE)
+    return _sum_by_token(grad_rows_AH, by_token_A, starts_T, *grads), grad_probs_TE
+
+
+def _sum_by_token(
     rows_AH: Tensor,
     by_token_A: Tensor,
     starts_T: Tensor,
@@ -195,32 +218,30 @@ def sum_by_token(
     entry_A: Tensor | None = None,
     grad_probs_TE: Tensor | None = None,
 ) -> Tensor:
-    """Return the sums of every token's rows, `[T, H]`, taken in fp32 if rows are narrower.
-
-    Given their places, it also writes the pairs' gradients into `grad_probs_TE`, contiguous zeros.
-    """
     rows_AH = rows_AH.contiguous()
     (num_pairs, hidden), num_tokens = rows_AH.shape, len(starts_T)
     sums_TH = rows_AH.new_empty(num_tokens, hidden)
-    if num_tokens:
-        tile_t, tile_h = _row_tile(hidden)
+    if num_tokens and hidden:
+        num_experts = 1 if grad_probs_TE is None else grad_probs_TE.shape[1]
+        tile_h, warps = token_tile(hidden)
         acc = torch.promote_types(rows_AH.dtype, torch.float32)
         with device_of(rows_AH):
-            jit.sum_by_token[(_ceil(num_tokens, tile_t), _ceil(hidden, tile_h))](
+            jit.sum_by_token[(num_tokens, _ceil(hidden, tile_h))](
                 rows_AH,
                 by_token_A,
                 starts_T,
                 sums_TH,
-                None if grad_prob_A is None else grad_prob_A.contiguous(),
+                grad_prob_A,
                 entry_A,
                 grad_probs_TE,
-                num_tokens,
                 num_pairs,
                 H=hidden,
+                E=num_experts,
                 HAS_PROBS=grad_probs_TE is not None,
                 ACC=_triton_type(acc),
-                TILE_T=tile_t,
                 TILE_H=tile_h,
+                TILE_E=_power_of_two(num_experts),
+                num_warps=warps,
             )
     return sums_TH
 
@@ -233,9 +254,14 @@ def _tiles(num_tokens: int, num_experts: int) -> tuple[int, int, int]:
 
 
 def _row_tile(hidden: int) -> tuple[int, int]:
-    # Triton 3.7 fails to compile the sums for a tile of one column.
     tile_h = min(_TILE_H, max(16, _power_of_two(hidden)))
     return min(64, max(1, _TILE // tile_h)), tile_h
+
+
+def token_tile(hidden: int) -> tuple[int, int]:
+    """Return the columns of a token that a program sums, and its warps, of 8 columns a thread."""
+    tile_h = min(_TILE, max(16, _power_of_two(hidden)))
+    return tile_h, max(1, tile_h // 256)
 
 
 def _power_of_two(at_least: int) -> int:

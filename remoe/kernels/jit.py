@@ -122,6 +122,8 @@ def route_backward(
     grad_logits_TE,
     num_tokens,
     E: tl.constexpr,
+    HAS_PROBS: tl.constexpr,
+    HAS_SUM: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     ACC: tl.constexpr,
     TILE_T: tl.constexpr,
@@ -135,12 +137,16 @@ def route_backward(
     is_token = row < num_tokens - first
     mask = is_token[:, None] & (expert < E)[None, :]
     active = tl.load(map_TE + first * E + within, mask=mask, other=0) != 0
-    grad = tl.load(grad_probs_TE + first * E + within, mask=mask, other=0).to(ACC)
-    of_sum = tl.load(grad_sum_E + expert, mask=expert < E, other=0)[None, :]
-    if HAS_PADDING:
-        counted = tl.load(padding_T + first + row, mask=is_token, other=1) == 0
-        of_sum = tl.where(counted[:, None], of_sum, 0)
-    grad = tl.where(active, grad + of_sum, 0)
+    grad = tl.zeros([TILE_T, TILE_E], ACC)
+    if HAS_PROBS:
+        grad += tl.load(grad_probs_TE + first * E + within, mask=mask, other=0).to(ACC)
+    if HAS_SUM:
+        of_sum = tl.load(grad_sum_E + expert, mask=expert < E, other=0)[None, :]
+        if HAS_PADDING:
+            counted = tl.load(padding_T + first + row, mask=is_token, other=1) == 0
+            of_sum = tl.where(counted[:, None], of_sum, 0)
+        grad += of_sum
+    grad = tl.where(active, grad, 0)
     tl.store(grad_logits_TE + first * E + within, grad, mask=mask)
 
 
@@ -257,35 +263,37 @@ def sum_by_token(
     grad_prob_A,
     entry_A,
     grad_probs_TE,
-    num_tokens,
     num_pairs,
     H: tl.constexpr,
+    E: tl.constexpr,
     HAS_PROBS: tl.constexpr,
     ACC: tl.constexpr,
-    TILE_T: tl.constexpr,
     TILE_H: tl.constexpr,
+    TILE_E: tl.constexpr,
 ):
-    """Sum the rows of every token's pairs, in the order of `by_token_A`.
+    """Sum the rows of a token's pairs, in the order of `by_token_A`.
 
-    With HAS_PROBS the pairs' gradients are written to their places in `grad_probs_TE`.
+    With HAS_PROBS the token's row of `grad_probs_TE` gets the pairs' gradients, and zeros. What is
+    loaded in the loop is a number or a row: Triton 3.6 and 3.7 fail to compile a loop that loads
+    the pairs of several tokens, and the rows of these, where H is the width of the tile.
     """
-    token = tl.program_id(0).to(tl.int64) * TILE_T + tl.arange(0, TILE_T)
+    token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE_H + tl.arange(0, TILE_H)
-    is_token = token < num_tokens
-    is_column = (column < H)[None, :]
-    start = tl.load(starts_T + token, mask=is_token, other=num_pairs)
-    end = tl.load(starts_T + token + 1, mask=token + 1 < num_tokens, other=num_pairs)
-    count = tl.where(is_token, end - start, 0)
-    sums = tl.zeros([TILE_T, TILE_H], ACC)
-    for i in range(tl.max(count, axis=0)):
-        has = i < count
-        pair = tl.load(by_token_A + start + i, mask=has, other=0)
-        mask = has[:, None] & is_column
-        row = tl.load(rows_AH + pair[:, None] * H + column[None, :], mask=mask, other=0)
+    is_last = token + 1 == tl.num_programs(0)
+    start = tl.load(starts_T + token)
+    end = tl.load(starts_T + token + 1, mask=not is_last, other=num_pairs)
+    sums = tl.zeros([TILE_H], ACC)
+    if HAS_PROBS:
+        entry = token * E + tl.arange(0, TILE_E)
+        grads = tl.zeros([TILE_E], grad_prob_A.dtype.element_ty)
+    for i in range(start, end):
+        pair = tl.load(by_token_A + i)
+        row = tl.load(rows_AH + pair * H + column, mask=column < H, other=0)
         sums += row.to(ACC)
         if HAS_PROBS:
-            has = has & (tl.program_id(1) == 0)
-            grad = tl.load(grad_prob_A + pair, mask=has, other=0)
-            tl.store(grad_probs_TE + tl.load(entry_A + pair, mask=has, other=0), grad, mask=has)
-    mask = is_token[:, None] & is_column
-    tl.store(sums_TH + token[:, None] * H + column[None, :], sums, mask=mask)
+            is_pair = entry == tl.load(entry_A + pair)
+            grads = tl.where(is_pair, tl.load(grad_prob_A + pair), grads)
+    tl.store(sums_TH + token * H + column, sums, mask=column < H)
+    if HAS_PROBS:
+        is_expert = (tl.arange(0, TILE_E) < E) & (tl.program_id(1) == 0)
+        tl.store(grad_probs_TE + entry, grads, mask=is_expert)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from remoe.kernels.backend import triton_kernels, uses_triton
+from remoe.kernels.backend import uses_triton
+from remoe.kernels.loading import triton_kernels
 from remoe.routing import active_experts, at_least_fp32, relu_routing
 from remoe.statistics import TokenCounts
 
@@ -36,7 +37,7 @@ class ReLURouted:
 
 def fuses(logits_TE: Tensor) -> bool:
     """Return whether `relu_router` is one pass over these logits."""
-    return uses_triton(logits_TE) and logits_TE.shape[1] <= triton_kernels().MAX_EXPERTS
+    return uses_triton(logits_TE, "router") and logits_TE.shape[1] <= triton_kernels().MAX_EXPERTS
 
 
 def relu_router(

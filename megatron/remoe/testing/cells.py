@@ -318,7 +318,7 @@ def _forward_step(
     number, tokens = next(data_iterator)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-    padded = padding_mask(number, labels, padding).to(inputs.device)
+    padded = padding_mask(number, labels, padding)
     given = None if padding == "none" else padded
     output = model(inputs, positions, None, labels=labels, padding_mask=given)
     return output, partial(loss_func, (~padded).float(), check_for_nan=False)

@@ -113,6 +113,20 @@ def grid() -> list[Cell]:
     ]
 
 
+# Numbers of steps after which a router makes more of roundings than the tolerances allow.
+_STEPS = {
+    # A token's only active logit has the same gate however small it is, so that the slope at a tiny
+    # one is up to 1000, and roundings grow as fast: on one processor to 1e-5 of the gradient norm
+    # in step 4, and to 1e-2 in step 6.
+    "relu_rms": 4,
+    # Two tokens whose scores differ by one rounding change places among those that an expert
+    # chooses (3e-8 of 0.157, in step 25 on one processor). Their gates are far from zero, so that
+    # the loss moves by 2e-5 at once. The numbers of assignments stay, so that the comparison does
+    # not see the flip, which it allows for in other routers.
+    "expert_choice": 20,
+}
+
+
 def routers() -> list[Cell]:
     """Return layouts of every other router, and of the variants of the penalty of ReLU routing."""
     layouts = [
@@ -133,12 +147,10 @@ def routers() -> list[Cell]:
         ids = issubclass(routing, Selection) and routing.reads == "ids"
         of_one_stage = [cell for cell in layouts if cell.pp == 1 or not ids]
         router: dict[str, Any] = {"router": name}
-        if name == "relu_rms":
-            # A token's only active logit has the same gate however small it is, so that the slope
-            # at a tiny one is up to 1000, and roundings grow as fast: on one processor to 1e-5 of
-            # the gradient norm in step 4, and to 1e-2 in step 6.
-            of_one_stage = [replace(c, run=(*c.run, ("steps", 4))) for c in of_one_stage]
-            one = [replace(c, run=(("steps", 4),)) for c in one]
+        if name in _STEPS:
+            short = ("steps", _STEPS[name])
+            of_one_stage = [replace(c, run=(*c.run, short)) for c in of_one_stage]
+            one = [replace(c, run=(short,)) for c in one]
         cells += [
             *variants(of_one_stage, f"router {name}: ", **router),
             *variants(one[:2], f"router {name}, bf16: ", dtype="bf16", **router),

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -190,27 +190,155 @@ def _tolerance(dtype: torch.dtype) -> float:
     return TOLERANCES.get(dtype, 0.0)  # integers and flags are equal
 
 
-def compile_all(capability: int) -> Iterator[Compiled]:
-    """Compile every kernel for a GPU, which need not be there, at sizes of real models and at 1."""
+@dataclass(frozen=True)
+class Launch:
+    """A launch of a kernel, with the arguments that were given."""
+
+    name: str
+    kernel: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def options(self) -> dict[str, Any]:
+        """Return the keywords, as Triton completes them."""
+        return {**self.keywords, "debug": False}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a launch, and the dtypes of logits, and of tokens and gates."""
+
+    tokens: int
+    experts: int
+    hidden: int
+    pairs: int
+    logits: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.bfloat16
+    padding: bool = False
+
+
+# Whether a kernel compiles depends on each of these: tiles that the sizes fill or do not fill,
+# sizes of 1, which Triton makes constants, and sizes that 16 divides, which it aligns.
+SHAPES = (
+    *(Shape(4096, experts, 768, 4096, padding=experts == 8) for experts in (8, 128, 1024)),
+    *(Shape(4096, 8, hidden, 4097) for hidden in (1, 5, 16, 33, 64, 300, 512, 1024, 2048, 4104)),
+    *(Shape(4095, 12, hidden, 31, dtype=torch.float32) for hidden in (8, 16, 256, 257, 768)),
+    *(Shape(13, 1, hidden, 16, torch.float64, torch.float64) for hidden in (4, 16, 128, 768)),
+    Shape(1, 1, 16, 1, padding=True),
+    Shape(9, 3, 16, 27, dtype=torch.float32, padding=True),
+    Shape(37, 5, 33, 70, torch.bfloat16, padding=True),
+)
+
+
+def compile_all(capability: int, launches: Iterable[Launch] | None = None) -> Iterator[Compiled]:
+    """Compile every kernel for a GPU, which need not be there, for all launches of `SHAPES`."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as triton_compile
 
     target = GPUTarget("cuda", capability, 32)
-    for name, kernel, signature, constants in _sources():
-        # Pointers of torch are aligned to 16 bytes, which Triton sees when it launches a kernel.
-        aligned = {
-            (i,): [["tt.divisibility", 16]]
-            for i, key in enumerate(kernel.arg_names)
-            if signature[key].startswith("*")
-        }
-        source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    for launch in launches if launches is not None else launches_of(SHAPES):
+        kernel = launch.kernel
+        backend, bound, specialization, options = _specialized(launch, target)
+        options, signature, constants, attributes = kernel._pack_args(
+            backend, launch.options(), bound, specialization, options
+        )
+        source = ASTSource(kernel, signature, constants, attributes)
         try:
-            compiled = triton_compile(source, target=target)
+            compiled = triton_compile(source, target=target, options=options.__dict__)
         except Exception as problem:  # any: Triton raises what its passes raise
-            yield Compiled(name, capability, error=str(problem).strip().splitlines()[0])
+            error = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+            yield Compiled(launch.name, capability, error=error)
             continue
-        yield resources(name, capability, _dump(compiled.asm["cubin"]))
+        yield resources(launch.name, capability, _dump(compiled.asm["cubin"]))
+
+
+def launches_of(shapes: Iterable[Shape]) -> list[Launch]:
+    """Return the launches of the operations and their gradients, each specialization once.
+
+    The operations run on CPU tensors, and what they launch is recorded and not run: Triton makes
+    its specializations of these very arguments, with their types, alignments, and sizes of 1.
+    """
+    from triton.backends.compiler import GPUTarget
+
+    from remoe.kernels import jit
+
+    recorded: list[Launch] = []
+    kernels = [kernel for kernel in vars(jit).values() if hasattr(kernel, "arg_names")]
+    target = GPUTarget("cuda", CAPABILITIES[0], 32)
+    try:
+        for shape in shapes:
+            for kernel in kernels:
+                kernel.run = _Recorder(kernel, shape, recorded)
+            _launch_all(shape)
+    finally:
+        for kernel in kernels:
+            del kernel.run
+    found: dict[str, Launch] = {}
+    for launch in recorded:
+        _, bound, specialization, _ = _specialized(launch, target)
+        constants = [
+            str(value)
+            for value, (kind, *_) in zip(bound.values(), specialization, strict=True)
+            if kind == "constexpr"
+        ]
+        options = {k: v for k, v in launch.keywords.items() if k not in bound}
+        key = f"{launch.kernel.__name__} {specialization} {constants} {options}"
+        found.setdefault(key, launch)
+    return list(found.values())
+
+
+class _Recorder:
+    """Takes the place of a kernel's `run`."""
+
+    def __init__(self, kernel: Any, shape: Shape, recorded: list[Launch]) -> None:
+        self.kernel, self.shape, self.recorded = kernel, shape, recorded
+
+    def __call__(self, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        s = self.shape
+        sizes = f"T={s.tokens} E={s.experts} H={s.hidden} A={s.pairs}"
+        dtypes = " ".join(str(dtype).removeprefix("torch.") for dtype in (s.logits, s.dtype))
+        more = "".join(
+            f" {key.lower()}" for key in keywords if key.startswith("HAS_") and keywords[key]
+        )
+        name = f"{self.kernel.__name__} {sizes} {dtypes}{more}"
+        self.recorded.append(Launch(name, self.kernel, args, keywords))
+
+
+def _launch_all(shape: Shape) -> None:
+    """Call every operation and its gradient; nothing of what is returned has values."""
+    from remoe.kernels import fused
+
+    size = (shape.tokens, shape.experts)
+    logits = torch.zeros(size, dtype=shape.logits).requires_grad_()
+    padding = torch.zeros(shape.tokens, dtype=torch.bool) if shape.padding else None
+    probs, routing_map, sum_E, *_ = fused.relu_router(logits, padding, shape.dtype)
+    for outputs in ((probs, sum_E), (probs,), (sum_E,)):
+        given = [torch.zeros_like(output) for output in outputs]
+        torch.autograd.grad(outputs, logits, given, retain_graph=True)
+    fused.count_permutation(routing_map, shape.pairs)
+    chunk = routing_map.new_zeros(shape.tokens, shape.experts + 3)[:, 1:-2]
+    fused.count_permutation(chunk, shape.pairs)
+    index_A = torch.zeros(shape.pairs, dtype=torch.int64)
+    starts_T = torch.zeros(shape.tokens, dtype=torch.int64)
+    x = torch.zeros(shape.tokens, shape.hidden, dtype=shape.dtype)
+    rows, prob = fused.gather(x, index_A, probs.detach(), index_A)
+    assert prob is not None
+    fused.gather(x, index_A)
+    fused.sum_by_token(rows, index_A, starts_T)
+    fused.gather_backward(rows, prob, index_A, starts_T, index_A, shape.experts)
+
+
+def _specialized(launch: Launch, target: Any) -> tuple[Any, Any, Any, Any]:
+    """Return Triton's backend, and the arguments as it binds and specializes them at a launch."""
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(target)
+    kernel = launch.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*launch.arguments, **launch.options())
+    return backend, bound, specialization, options
 
 
 def _dump(cubin: bytes) -> str:
@@ -241,47 +369,6 @@ def resources(kernel: str, capability: int, dump: str) -> Compiled:
         local=found.get("LOCAL", 0),
         shared=found.get("SHARED", 0),
     )
-
-
-def _sources() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
-    """Yield a name, the kernel, the types of its arguments, and its constants."""
-    from remoe.kernels import fused, jit
-
-    acc = {"ACC": jit.tl.float32}
-    gates, tokens, i64 = "*bf16", "*bf16", "*i64"
-    for experts in (8, 128, 1024):
-        tile_t, tile_e, _ = fused._tiles(1, experts)
-        tile = {"E": experts, "TILE_T": tile_t, "TILE_E": tile_e}
-        router = {**tile, **acc, "HAS_PADDING": True}
-        sums = {"E": experts, **acc, "TILE_P": 64, "TILE_E": 16}
-        table: list[tuple[Any, list[str], dict[str, Any]]] = [
-            (jit.route, ["*fp32", "*i1", gates, "*i1", "*fp32", "*i32", "*i32"], router),
-            (jit.route_sums, ["*fp32", "*i32", "*i32", "*fp32", i64, i64, i64], sums),
-            (jit.route_backward, [gates, "*fp32", "*i1", "*i1", "*fp32"], router),
-            (jit.count_pairs, ["*i1", "i32", "i32", "*i32"], tile),
-            (jit.place_pairs, ["*i1", "i32", "i32", i64, i64, i64, i64, i64], tile),
-        ]
-        for kernel, types, constants in table:
-            yield f"{kernel.__name__} E={experts}", kernel, _signature(kernel, types), constants
-    for hidden in (1, 768):
-        tile_t, tile_h = fused._row_tile(hidden)
-        rows = {"H": hidden, "HAS_PROBS": True, "TILE_H": tile_h}
-        types = [tokens, i64, tokens, gates, "i32", "i32", i64, gates]
-        one = {**rows, "E": 128, "TILE_A": tile_t}
-        yield f"gather H={hidden}", jit.gather, _signature(jit.gather, types), one
-        types = [tokens, i64, i64, tokens, gates, i64, gates]
-        two = {**rows, **acc, "TILE_T": tile_t}
-        signature = _signature(jit.sum_by_token, types)
-        yield f"sum_by_token H={hidden}", jit.sum_by_token, signature, two
-
-
-def _signature(kernel: Any, types: list[str]) -> dict[str, str]:
-    """Return the type of every argument: those given, sizes, and constants in capitals."""
-    given = dict(zip(kernel.arg_names, types, strict=False))
-    return {
-        key: given.get(key, "constexpr" if key.isupper() or key.startswith("TILE_") else "i32")
-        for key in kernel.arg_names
-    }
 
 
 def to_line(row: Compared | Compiled) -> str:

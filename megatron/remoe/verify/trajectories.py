@@ -36,10 +36,11 @@ FROM_A_FLIP_ON = FP32 | {"grad_norm": 1e-2, "l1_reg": 1e-2, "most_active": 1}
 # In bf16, activations have 8 bits (4e-3), and layouts round partial sums at different places.
 # Losses are means over 512 tokens, so their error is well below one rounding, but it feeds back
 # through 8-bit weights. Logits near zero flip, and where sparsity is near its target the
-# coefficient then goes down instead of up. Two such steps (1.2 squared) are allowed, and with them
-# the deviations of the regularizer and the norm. One rank with other kernels (the cell "bf16: one
-# rank") differs as much. The regularizer depends on sparsity through the load and through the
-# gates: with the same code, one processor showed 0.51 where another showed 0.39.
+# coefficient then goes down instead of up, which is a factor of 1.2 squared. Two such steps (2.07)
+# are allowed, and with them the deviations of the regularizer and the norm. One rank with other
+# kernels (the cell "bf16: one rank") differs as much. The regularizer depends on sparsity through
+# the load and through the gates: with the same code, one processor showed 0.51 where another
+# showed 0.39.
 BF16 = {
     "lm_loss": 1e-2,
     "grad_norm": 5e-1,
@@ -47,7 +48,7 @@ BF16 = {
     "sparsity": 2e-2,
     "sparsity_per_layer": 4e-2,
     "most_active": 1,
-    "l1_coeff_used": 0.5,
+    "l1_coeff_used": 1.1,
     "level": 0.5,
 }
 
