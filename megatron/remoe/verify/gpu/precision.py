@@ -107,6 +107,7 @@ def row(case: str, quantity: str, found: float, tolerance: float) -> dict[str, A
 def _quantities(case: Case, device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Run a layer forward and backward; its weights and tokens are multiples of bf16 numbers."""
     torch.manual_seed(0)
+    sizes: dict[str, Any]
     sizes = {"hidden_size": case.hidden, "ffn_hidden_size": case.ffn, "num_experts": case.experts}
     x = torch.randn(8, case.tokens // 8, case.hidden)
     direction = torch.randn_like(x)
@@ -182,7 +183,7 @@ def main() -> int:
     cpu.prepare_megatron()
     rows: list[dict[str, Any]] = []
     if args.part == "run":
-        rows = run(6 if args.toy else CLOSED_LOOP["steps"])
+        rows = run(6 if args.toy else int(CLOSED_LOOP["steps"]))
     else:
         device = "cuda" if cpu.has_gpu() else "cpu"
         for case in TOYS if args.toy else CASES:

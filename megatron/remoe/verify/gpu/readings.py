@@ -247,7 +247,7 @@ def longest(folder: Path) -> Found:
 def _speed(train: list[Row]) -> float:
     """Return tokens per second over some rows, without a first step of a run."""
     rows = [row for row in train if row["iteration"] > 1] or train
-    return len(rows) / sum(1 / row["tokens_per_second"] for row in rows)
+    return len(rows) / sum(1 / float(row["tokens_per_second"]) for row in rows)
 
 
 def _mean(values: list[float]) -> float:

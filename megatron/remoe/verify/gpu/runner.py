@@ -75,8 +75,8 @@ def prove(
     checkout = Path(_root()) / "tests/golden"
     if golden is None and (checkout / sizes.trajectories[0]).exists():
         golden = checkout
-    for name in sizes.trajectories if golden is not None else ():
-        if not (golden / name).exists():
+    for name in sizes.trajectories:
+        if golden is not None and not (golden / name).exists():
             raise ValueError(f"{golden} has no {name}; pass tests/golden of a checkout as --golden")
     facts = {
         "what": "a rehearsal on the CPU, which proves nothing about a GPU" if rehearse else "GPU",

@@ -31,6 +31,7 @@ class Sizes:
         experts: Numbers of experts of the benchmarks.
         layer, router, memory: Options of `remoe bench`.
         preset: Settings of all 182M runs.
+        others: The presets that are timed beside ReMoE's.
         relu_steps, topk_steps: Steps of the timed runs with a ReLU router, and of the others.
         timed_steps: Steps at the end of these that count.
         settles: Whether `relu_steps` are enough for sparsity to settle.
@@ -50,6 +51,7 @@ class Sizes:
     router: str
     memory: str
     preset: str
+    others: tuple[str, ...]
     relu_steps: int
     topk_steps: int
     timed_steps: int
@@ -75,6 +77,7 @@ ON_GPU = Sizes(
     router="--tokens 16384 --hidden 768 --dtype bf16 --rounds 30",
     memory="--tokens 4096 --hidden 768 --ffn 2048 --experts 8 --experts 64 --experts 128",
     preset="global_batch_size=32 seed=1",
+    others=("moe", "dense"),
     relu_steps=240,
     topk_steps=120,
     timed_steps=100,
@@ -95,6 +98,7 @@ REHEARSAL = Sizes(
     router="--tokens 64 --hidden 32 --dtype bf16 --rounds 1",
     memory="--tokens 64 --hidden 32 --ffn 32 --experts 4 --rounds 1",
     preset=f"{_TINY} padded_vocab_size=512 seed=1",
+    others=(),
     relu_steps=4,
     topk_steps=4,
     timed_steps=2,
@@ -158,8 +162,7 @@ def stages(sizes: Sizes, golden: Path | None) -> list[Stage]:
                 _preset(name, f"{_MOCK} {_UNSAVED} train_iters={steps}", f"182m_{name}", sizes)
                 for name, steps in (
                     ("remoe", sizes.relu_steps),
-                    ("moe", sizes.topk_steps),
-                    ("dense", sizes.topk_steps),
+                    *((other, sizes.topk_steps) for other in sizes.others),
                 )
             ),
             partial(readings.preset, steps=sizes.timed_steps, settles=sizes.settles),
