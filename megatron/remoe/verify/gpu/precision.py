@@ -35,12 +35,12 @@ ROUTING_TOLERANCE = 1e-3
 # near zero may flip. Adam turns the signs of tiny gradients into steps, so that later steps differ
 # by more, with any rounding.
 FIRST_STEP = {
-    "lm_loss": 1e-3,
-    "grad_norm": 2e-2,
-    "l1_reg": 2e-2,
-    "sparsity": 1e-2,
-    "sparsity_per_layer": 1e-2,
-    "most_active": 1,
+    "lm_loss": 1e-4,
+    "grad_norm": 5e-3,
+    "l1_reg": 5e-3,
+    "sparsity": 5e-3,
+    "sparsity_per_layer": 5e-3,
+    "most_active": 0.5,
     "l1_coeff_used": 0,
 }
 
