@@ -92,7 +92,9 @@ REHEARSAL = Sizes(
     precision="--toy",
     corpus="--max-mb-per-domain 0.4 --valid-fraction 0.1",
     tokenizer="--vocab-size 512 --workers 1",
-    quickstart=f"{_TINY} num_query_groups=2 padded_vocab_size=512 train_iters=4 eval_interval=4",
+    # Its sequences stay long, since the whole validation set is evaluated at the end.
+    quickstart="num_layers=2 hidden_size=32 num_attention_heads=4 ffn_hidden_size=64 "
+    "num_query_groups=2 padded_vocab_size=512 train_iters=4 eval_interval=4",
     experts=(4,),
     layer="--tokens 64 --hidden 32 --ffn 32 --dtype bf16 --rounds 1",
     router="--tokens 64 --hidden 32 --dtype bf16 --rounds 1",
