@@ -28,13 +28,21 @@ from remoe.kernels import (
     Chunk,
     Permutation,
     combine,
+    counts_of_chunks,
+    fuses,
     grouped_swiglu,
     permute,
     plan_chunks,
+    relu_router,
     run_chunks,
 )
 from remoe.recurrent import RecurrentCell, passed_on
-from remoe.regularization import load_weights, penalty, router_regularization
+from remoe.regularization import (
+    load_weights,
+    penalty,
+    regularization_of_sums,
+    router_regularization,
+)
 from remoe.routing import bounded_routing, relu_routing, tokens_per_expert
 from remoe.statistics import TokenCounts
 
@@ -176,16 +184,7 @@ class ReMoELayer(ExactBuffers):
         """Compute the layer, `[T, H]`; the router reads `routed_by`, `[T, H]` or `[T, p]`."""
         router_dtype = torch.promote_types(x_TH.dtype, torch.float32)
         logits_TE = F.linear(routed_by.to(router_dtype), self.router.to(router_dtype))
-        probs_TE, routing_map_TE = relu_routing(logits_TE)
-        if self.training and torch.is_grad_enabled():
-            self._observe(probs_TE, routing_map_TE)
-        most, at_least_one = self.config.max_active_experts, self.config.at_least_one_expert
-        if most is not None or at_least_one:
-            most = None if most is None else most * self.config.granularity
-            probs_TE, routing_map_TE = bounded_routing(
-                logits_TE, probs_TE, max_active=most, at_least_one=at_least_one
-            )
-
+        probs_TE, routing_map_TE, counts_E = self._route(logits_TE, x_TH.dtype)
         balanced = self.config.experts.topk * max(1, len(x_TH))
         limit = self.config.max_assignments
         return routed_experts(
@@ -194,9 +193,35 @@ class ReMoELayer(ExactBuffers):
             routing_map_TE,
             self.gate_up,
             self.down,
+            tokens_per_expert_E=counts_E,
             max_assignments=limit or 2 * balanced,
             max_rows_per_chunk=limit or max(1, balanced // 3),
         )
+
+    def _route(self, logits_TE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return gates and map, both `[T, E]`, and tokens per expert if they are counted already.
+
+        The gates have any dtype from which `dtype` rounds.
+        """
+        observes = self.training and torch.is_grad_enabled()
+        most, at_least_one = self.config.max_active_experts, self.config.at_least_one_expert
+        is_bounded = most is not None or at_least_one
+        if not is_bounded and fuses(logits_TE):
+            routed = relu_router(logits_TE, dtype=dtype)
+            if observes:
+                self._observe_sums(routed.sum_E, routed.counts)
+            return routed.probs_TE, routed.routing_map_TE, routed.counts.per_expert
+        probs_TE, routing_map_TE = relu_routing(logits_TE)
+        counts_E = self._observe(probs_TE, routing_map_TE) if observes else None
+        if not is_bounded:
+            return probs_TE, routing_map_TE, counts_E
+        bounded = bounded_routing(
+            logits_TE,
+            probs_TE,
+            max_active=None if most is None else most * self.config.granularity,
+            at_least_one=at_least_one,
+        )
+        return *bounded, None
 
     def extra_repr(self) -> str:
         """Return the sizes that a printed model shows."""
@@ -205,12 +230,25 @@ class ReMoELayer(ExactBuffers):
         experts = f"num_experts={config.num_experts}, topk={config.topk}"
         return f"{sizes}, {experts}, granularity={config.granularity}"
 
-    def _observe(self, probs_TE: Tensor, routing_map_TE: Tensor) -> None:
+    def _observe(self, probs_TE: Tensor, routing_map_TE: Tensor) -> Tensor:
+        """Return the tokens per expert, int64 `[E]`."""
         counts = TokenCounts.of(routing_map_TE)
         self.l1_reg = router_regularization(
             probs_TE,
             tokens_per_expert_E=counts.per_expert,
             num_tokens=probs_TE.shape[0],
+            topk=self.config.experts.topk,
+            load_balancing=self.config.load_balancing,
+            last_load_E=self.load,
+        )
+        self.counts += counts.flat
+        return counts.per_expert
+
+    def _observe_sums(self, sum_E: Tensor, counts: TokenCounts) -> None:
+        self.l1_reg = regularization_of_sums(
+            sum_E,
+            tokens_per_expert_E=counts.per_expert,
+            num_tokens=counts.num_tokens,
             topk=self.config.experts.topk,
             load_balancing=self.config.load_balancing,
             last_load_E=self.load,
@@ -253,12 +291,14 @@ def routed_experts(
     gate_up: Tensor,
     down: Tensor,
     *,
+    tokens_per_expert_E: Tensor | None = None,
     max_assignments: int | None = None,
     max_rows_per_chunk: int | None = None,
 ) -> Tensor:
     """Compute `y_t = sum_e p_te FFN_e(x_t)` over the active pairs (Eq. 1) of any router, `[T, H]`.
 
-    This copies once to the host: the token counts, which size the experts' inputs.
+    This copies once to the host: the token counts, which size the experts' inputs; and a second
+    time if there are chunks of some tokens.
 
     Args:
         x_TH: tokens.
@@ -266,15 +306,25 @@ def routed_experts(
         routing_map_TE: bool, the active pairs.
         gate_up: `[E, 2F, H]`, gate first.
         down: `[E, H, F]`.
+        tokens_per_expert_E: the map's counts, int64 `[E]`; None is to count them.
         max_assignments: with more active pairs than this, experts run chunk by chunk, and again in
             backward; None is no limit.
         max_rows_per_chunk: largest number of pairs in a chunk; None is `max_assignments`.
     """
-    counts = tokens_per_expert(routing_map_TE).tolist()
+    if tokens_per_expert_E is None:
+        tokens_per_expert_E = tokens_per_expert(routing_map_TE)
+    counts_E = tokens_per_expert_E.cpu()
+    counts = counts_E.tolist()
     if max_assignments is None or sum(counts) <= max_assignments:
         return _experts_at_once(x_TH, probs_TE, routing_map_TE, gate_up, down, counts)
     chunks = plan_chunks(counts, max_rows_per_chunk or max_assignments)
-    return run_chunks(_ChunkedSwiGLU(routing_map_TE), chunks, x_TH, probs_TE, (gate_up, down))
+
+    def count(split: list[Chunk]) -> Tensor:
+        parts = (routing_map_TE[c.tokens(len(x_TH)), c.experts] for c in split)
+        return torch.cat([tokens_per_expert(part) for part in parts]).cpu()
+
+    experts = _ChunkedSwiGLU(routing_map_TE, counts_of_chunks(chunks, counts_E, count))
+    return run_chunks(experts, chunks, x_TH, probs_TE, (gate_up, down))
 
 
 def _experts_at_once(
@@ -295,8 +345,8 @@ def _experts_at_once(
 class _ChunkedSwiGLU:
     """Stacked SwiGLU experts on one device, as a `ChunkOfExperts`."""
 
-    def __init__(self, routing_map_TE: Tensor) -> None:
-        self.routing_map_TE = routing_map_TE
+    def __init__(self, routing_map_TE: Tensor, counts: dict[Chunk, Tensor]) -> None:
+        self.routing_map_TE, self.counts = routing_map_TE, counts
 
     def weights_of(self, chunk: Chunk, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensor[chunk.experts] for tensor in tensors]
@@ -311,7 +361,7 @@ class _ChunkedSwiGLU:
     ) -> Tensor:
         rows = chunk.tokens(len(self.routing_map_TE))
         routing_map = self.routing_map_TE[rows, chunk.experts]
-        counts = tokens_per_expert(routing_map).tolist()
+        counts = self.counts[chunk].tolist()
         probs = probs_TE[:, chunk.experts]
         gate_up, down = weights
         return _experts_at_once(x_TH, probs, routing_map, gate_up, down, counts, only_for_backward)
@@ -363,9 +413,9 @@ def update_l1_coeff(model: nn.Module) -> Tensor:
     for layer, own in zip(layers, sparsity_L, strict=True):
         decides = own if layer.config.l1_coeff_per_layer else mean
         move_l1_coeff([layer.l1_coeff], decides, layer.config.controller)
-        if layer.load is not None and not own.isnan():
+        if layer.load is not None:
             counts, topk = TokenCounts(layer.counts), layer.config.experts.topk
             load_E = load_weights(counts.per_expert, num_tokens=counts.num_tokens, topk=topk)
-            layer.load.copy_(load_E)
+            layer.load.copy_(torch.where(own.isnan(), layer.load, load_E))
         layer.counts.zero_()
     return sparsity_L

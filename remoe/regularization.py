@@ -57,10 +57,16 @@ def l1_regularization(
         num_tokens: T of the whole micro-batch.
         load_weights_E: f of Eq. 10, `[E]`; None is f = 1 (Eq. 9), at the same scale.
     """
-    l1_E = probs_TE.sum(dim=0)
+    return l1_of_sums(probs_TE.sum(dim=0), num_tokens=num_tokens, load_weights_E=load_weights_E)
+
+
+def l1_of_sums(
+    sum_E: Tensor, *, num_tokens: Tensor | int, load_weights_E: Tensor | None = None
+) -> Tensor:
+    """Return `l1_regularization`, 0-d, given the sum over tokens of every expert's gates, `[E]`."""
     if load_weights_E is not None:
-        l1_E = l1_E * load_weights_E
-    return l1_E.sum() / at_least_one(num_tokens)
+        sum_E = sum_E * load_weights_E
+    return sum_E.sum() / at_least_one(num_tokens)
 
 
 def balancing_weights(
@@ -120,6 +126,31 @@ def router_regularization(
     """
     if padding_mask_T is not None:
         probs_TE = probs_TE.masked_fill(padding_mask_T.unsqueeze(1), 0)
+    return regularization_of_sums(
+        probs_TE.sum(dim=0),
+        tokens_per_expert_E=tokens_per_expert_E,
+        num_tokens=num_tokens,
+        topk=topk,
+        load_balancing=load_balancing,
+        last_load_E=last_load_E,
+    )
+
+
+def regularization_of_sums(
+    sum_E: Tensor,
+    *,
+    tokens_per_expert_E: Tensor,
+    num_tokens: Tensor | int,
+    topk: int,
+    load_balancing: LoadBalancing,
+    last_load_E: Tensor | None = None,
+) -> Tensor:
+    """Return `router_regularization`, 0-d, given the sum over tokens of every expert's gates.
+
+    Args:
+        sum_E: sums over the local tokens, without padding, `[E]`.
+        tokens_per_expert_E, num_tokens, topk, load_balancing, last_load_E: as there.
+    """
     weights_E = balancing_weights(
         load_balancing,
         tokens_per_expert_E,
@@ -127,7 +158,7 @@ def router_regularization(
         topk=topk,
         last_load_E=last_load_E,
     )
-    return l1_regularization(probs_TE, num_tokens=num_tokens, load_weights_E=weights_E)
+    return l1_of_sums(sum_E, num_tokens=num_tokens, load_weights_E=weights_E)
 
 
 def penalty(l1_coeff: Tensor, l1_reg: Tensor, *, summed_tokens: Tensor | None = None) -> Tensor:

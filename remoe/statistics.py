@@ -121,10 +121,21 @@ class RoutingStatistics:
         active_T = active_experts(routing_map_TE)
         if padding_mask_T is not None:
             active_T = active_T.masked_fill(padding_mask_T, 0)
+        self.add_counts(counts, active_T.max(), num_ranks=num_ranks)
+        return counts
+
+    @torch.no_grad()
+    def add_counts(self, counts: TokenCounts, most_active: Tensor, *, num_ranks: int = 1) -> None:
+        """Add a micro-batch whose tokens are counted already, without its regularizer.
+
+        Args:
+            counts: of this rank's tokens, without padding.
+            most_active: the largest number of experts that one of them activates, 0-d.
+            num_ranks: number of ranks that share the tokens of the micro-batch.
+        """
         self.micro_batches.add_(1 / num_ranks)
         self.counts.flat.add_(counts.flat)
-        self.most_active.copy_(torch.maximum(self.most_active, active_T.max()))
-        return counts
+        self.most_active.copy_(torch.maximum(self.most_active, most_active))
 
     @torch.no_grad()
     def add_states(self, state_Tp: Tensor, padding_mask_T: Tensor | None = None) -> None:

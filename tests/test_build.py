@@ -66,6 +66,8 @@ def test_the_wheel_adds_to_the_namespace_and_does_not_own_it(built):
     modules = {str(p.relative_to(ROOT)) for p in ROOT.glob("megatron/remoe/**/*.py")}
     modules |= {str(p.relative_to(ROOT)) for p in ROOT.glob("remoe/**/*.py")}
     modules.add("megatron/remoe/run/pretrain.sbatch")
+    presets = ROOT / "megatron/remoe/verify/gpu/presets"
+    modules |= {str(p.relative_to(ROOT)) for p in presets.rglob("*.yaml")}
     tracked = set(run("git", "ls-files", cwd=ROOT).splitlines())
     assert {name for name in names if ".dist-info/" not in name} == modules & tracked
     assert "megatron/__init__.py" not in names

@@ -92,6 +92,7 @@ def code(function) -> str:
         "at_least_one",
         "expert_threshold_routing",
         "hash_routing",
+        "l1_of_sums",
         "l1_regularization",
         "load_weights",
         "_mix",

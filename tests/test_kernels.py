@@ -92,9 +92,74 @@ def test_one_launch_for_all_experts_equals_one_expert_at_a_time(monkeypatch, rou
         return grouped_mm(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", counted)
-    monkeypatch.setattr(experts, "uses_grouped_mm", lambda device, dtype: True)
+    monkeypatch.setattr(experts, "uses_grouped_mm", lambda *_: True)
     assert_close(run(), expected, 2e-2)  # products rounded to 8 bits, summed in another order
     assert len(calls) == 6  # two products forward, four backward
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_what_grouped_mm_leaves_in_empty_groups_is_no_gradient(monkeypatch, accumulates):
+    """As on compute capability 10: github.com/pytorch/pytorch/issues/172439."""
+    (x, probs, gate_up, down), routing_map, direction = case("mixed", torch.bfloat16)
+    permutation, counts = Permutation.of(routing_map, 12), [4, 3, 0, 5]
+
+    def weight_grads():
+        buffers = (torch.ones_like(gate_up), torch.ones_like(down)) if accumulates else None
+        rows, p = permute(x, probs, permutation)
+        y = grouped_swiglu(rows, p, gate_up, down, counts, main_grads=buffers)
+        grads = torch.autograd.grad((combine(y, permutation) * direction).sum(), (gate_up, down))
+        return grads if buffers is None else buffers
+
+    expected, grouped_mm = weight_grads(), torch.nn.functional.grouped_mm
+
+    def poisoned(a, b, *, offs):
+        product = grouped_mm(a, b, offs=offs)
+        if product.dim() == 3:
+            product[offs.diff(prepend=offs.new_zeros(1)) == 0] = torch.nan
+        return product
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", poisoned)
+    monkeypatch.setattr(experts, "uses_grouped_mm", lambda *_: True)
+    assert_close(weight_grads(), expected, 2e-2)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_a_launch_for_every_expert_equals_one_expert_at_a_time(monkeypatch, routing):
+    """The path of a GPU without grouped_mm of its own, as an A100."""
+    inputs, routing_map, direction = case(routing, torch.float64)
+
+    def run():
+        return outputs_and_gradients(
+            lambda x, p, gu, d: routed_experts(x, p, routing_map, gu, d), inputs, direction
+        )
+
+    expected = run()
+    monkeypatch.setattr(experts, "takes_all_experts", lambda _: True)
+    activated, activate = [], experts._activate
+    monkeypatch.setattr(experts, "_activate", lambda z: activated.append(z) or activate(z))
+    assert_close(run(), expected, 1e-12)
+    assert len(activated) == int(routing_map.any())  # once, for all experts
+
+
+def test_a_launch_for_every_expert_adds_to_main_gradients(monkeypatch):
+    monkeypatch.setattr(experts, "takes_all_experts", lambda _: True)
+    test_main_gradients_are_added_to()
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "widths", "uses"),
+    [
+        ((9, 0), torch.bfloat16, (768, 2048), True),
+        ((10, 0), torch.bfloat16, (768, 2048), True),
+        ((8, 0), torch.bfloat16, (768, 2048), False),  # copies offsets to the host
+        ((12, 0), torch.bfloat16, (768, 2048), False),  # the same
+        ((9, 0), torch.float32, (768, 2048), False),  # the same
+        ((9, 0), torch.bfloat16, (768, 2044), False),  # raises: not a multiple of 16 bytes
+    ],
+)
+def test_grouped_mm_is_used_where_it_is_one_launch(monkeypatch, capability, dtype, widths, uses):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert experts.uses_grouped_mm(torch.device("cuda"), dtype, *widths) is uses
 
 
 def test_gradients_by_finite_differences():

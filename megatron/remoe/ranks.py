@@ -146,13 +146,28 @@ class Pools:
         self._runs[world] = 0
 
 
+def be_one_rank() -> None:
+    """Make this process the only rank of a world, on its GPU or on the CPU in its place.
+
+    `renew_groups` and `initialize_layout` work then as they do in the ranks of `Ranks`.
+    """
+    import torch
+
+    global _store
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    _store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+
+
 def renew_groups() -> None:
     """Replace all process groups of this rank by a new world; every rank must call it.
 
-    Every gloo group keeps a polling thread, and Megatron makes two dozen groups per layout.
+    Only the rank that `be_one_rank` makes may have a GPU. Every gloo group keeps a polling thread,
+    and Megatron makes two dozen groups per layout.
     """
     import torch
     from megatron.core import parallel_state
+
+    from megatron.remoe import cpu
 
     global _generation
     if torch.distributed.is_initialized():
@@ -160,7 +175,7 @@ def renew_groups() -> None:
         torch.distributed.destroy_process_group()
     _generation += 1
     torch.distributed.init_process_group(
-        "gloo",
+        "gloo" if cpu.is_enabled() else "nccl",
         store=torch.distributed.PrefixStore(str(_generation), _store),  # type: ignore[attr-defined]
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),

@@ -88,10 +88,16 @@ def l1_regularization(
     probs_TE: Tensor, *, num_tokens: Tensor | int, load_weights_E: Tensor | None = None
 ) -> Tensor:
     """Return the regularizer of one layer, a 0-d tensor (Eq. 9 or 10)."""
-    l1_E = probs_TE.sum(dim=0)
+    return l1_of_sums(probs_TE.sum(dim=0), num_tokens=num_tokens, load_weights_E=load_weights_E)
+
+
+def l1_of_sums(
+    sum_E: Tensor, *, num_tokens: Tensor | int, load_weights_E: Tensor | None = None
+) -> Tensor:
+    """Return the regularizer, given the sum over tokens of every expert's gates, `[E]`."""
     if load_weights_E is not None:
-        l1_E = l1_E * load_weights_E
-    return l1_E.sum() / at_least_one(num_tokens)
+        sum_E = sum_E * load_weights_E
+    return sum_E.sum() / at_least_one(num_tokens)
 
 
 def at_least_one(num_tokens: Tensor | int) -> Tensor | int:

@@ -167,6 +167,27 @@ def plan_over_ranks(
     return plan_chunks(rows.tolist(), limit)
 
 
+def counts_of_chunks(
+    chunks: Sequence[Chunk], counts: Tensor, count: Callable[[list[Chunk]], Tensor]
+) -> dict[Chunk, Tensor]:
+    """Return the tokens of every chunk's experts, with at most one more copy to the host.
+
+    A chunk of all tokens has the counts of the layer; chunks of some tokens are counted together.
+
+    Args:
+        chunks: of a layer.
+        counts: tokens of the layer's experts, `[..., L]`, on the host.
+        count: given n chunks of some tokens, returns the tokens of all their experts, one chunk
+            after another, `[..., sum of experts]`, on the host.
+    """
+    split = [chunk for chunk in chunks if chunk.parts > 1]
+    sizes = [chunk.experts.stop - chunk.experts.start for chunk in split]
+    found = (
+        dict(zip(split, count(split).split_with_sizes(sizes, dim=-1), strict=True)) if split else {}
+    )
+    return {c: found[c] if c.parts > 1 else counts[..., c.experts] for c in chunks}
+
+
 class ChunkOfExperts(Protocol):
     """Computes one chunk of a layer's experts."""
 

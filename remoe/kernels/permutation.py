@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
+from remoe.kernels.backend import uses_triton
+from remoe.kernels.loading import triton_kernels
+
 
 @dataclass(frozen=True)
 class Permutation:
@@ -39,6 +42,8 @@ class Permutation:
                 have to wait for a GPU that counts them.
         """
         num_tokens, num_experts = routing_map_TE.shape
+        if uses_triton(routing_map_TE, "permutation") and _fit_in_a_tile(num_experts):
+            return cls(*triton_kernels().count_permutation(routing_map_TE, num_pairs))
         pairs = _nonzero(routing_map_TE.T.flatten(), num_pairs)
         expert_A = pairs // max(num_tokens, 1)
         token_A = pairs - expert_A * num_tokens
@@ -75,7 +80,14 @@ def _nonzero(flags: Tensor, count: int) -> Tensor:
 def _sum_by_token(rows_AH: Tensor, by_token_A: Tensor, starts_T: Tensor) -> Tensor:
     if len(rows_AH) == 0 or len(starts_T) == 0:
         return rows_AH.new_zeros(len(starts_T), rows_AH.shape[1])
+    if uses_triton(rows_AH, "sum by token"):
+        sums: Tensor = triton_kernels().sum_by_token(rows_AH, by_token_A, starts_T)
+        return sums
     return F.embedding_bag(by_token_A, rows_AH, starts_T, mode="sum")
+
+
+def _fit_in_a_tile(num_experts: int) -> bool:
+    return num_experts <= int(triton_kernels().MAX_EXPERTS)
 
 
 class _Permute(torch.autograd.Function):
@@ -84,6 +96,11 @@ class _Permute(torch.autograd.Function):
         ctx: Any, x_TH: Tensor, probs_TE: Tensor, permutation: Permutation
     ) -> tuple[Tensor, Tensor]:
         ctx.permutation, ctx.probs_shape = permutation, probs_TE.shape
+        if uses_triton(x_TH, "gather"):
+            gathered: tuple[Tensor, Tensor] = triton_kernels().gather(
+                x_TH, permutation.token_A, probs_TE, permutation.entry_A
+            )
+            return gathered
         x_AH = x_TH.index_select(0, permutation.token_A)
         return x_AH, probs_TE.flatten().index_select(0, permutation.entry_A)
 
@@ -93,6 +110,13 @@ class _Permute(torch.autograd.Function):
         ctx: Any, grad_x_AH: Tensor, grad_prob_A: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None]:
         p: Permutation = ctx.permutation
+        num_experts = ctx.probs_shape[1]
+        in_triton = uses_triton(grad_x_AH, "sum by token") and _fit_in_a_tile(num_experts)
+        if in_triton and all(ctx.needs_input_grad[:2]):
+            grads: tuple[Tensor, Tensor] = triton_kernels().gather_backward(
+                grad_x_AH, grad_prob_A, p.by_token_A, p.starts_T, p.entry_A, num_experts
+            )
+            return *grads, None
         grad_x = grad_probs = None
         if ctx.needs_input_grad[0]:
             grad_x = _sum_by_token(grad_x_AH.contiguous(), p.by_token_A, p.starts_T)
@@ -111,4 +135,6 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y_TH: Tensor) -> tuple[Tensor, None]:
+        if uses_triton(grad_y_TH, "gather"):
+            return triton_kernels().gather(grad_y_TH, ctx.token_A)[0], None
         return grad_y_TH.index_select(0, ctx.token_A), None

@@ -90,6 +90,11 @@ class Selection(AnyRouting):
         """Whether `report` has a number of its own for every layer."""
         return False
 
+    @property
+    def is_plain_relu(self) -> bool:
+        """Whether gates are the ReLU of the logits alone, so that `kernels.relu_router` is all."""
+        return False
+
     def num_logits(self, num_experts: int) -> int:
         """Return the number of logits of a token: E, unless a subclass has more or none."""
         return num_experts

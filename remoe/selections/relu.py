@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from remoe.controller import ControllerConfig, L1Coefficient, next_l1_coeff
-from remoe.regularization import LoadBalancing, load_weights, router_regularization
+from remoe.regularization import (
+    LoadBalancing,
+    load_weights,
+    regularization_of_sums,
+    router_regularization,
+)
 from remoe.routing import bounded_routing, relu_routing
 from remoe.selections.base import Budget, Routing, Tensors, scalar
 from remoe.settings import setting
@@ -94,6 +99,19 @@ class L1Routing(L1Coefficient, Routing):
             padding_mask_T=padding_mask_T,
         )
 
+    def regularizer_of_sums(
+        self, sum_E: Tensor, tensors: Tensors, *, counts: TokenCounts, topk: int
+    ) -> Tensor:
+        """Return the same, given the sums over tokens of what is penalized, `[E]`."""
+        return regularization_of_sums(
+            sum_E,
+            tokens_per_expert_E=counts.per_expert,
+            num_tokens=counts.num_tokens,
+            topk=topk,
+            load_balancing=self.load_balancing,
+            last_load_E=tensors.get("load"),
+        )
+
     def moved(self, state: Tensors, step: StepReport) -> dict[str, Tensor]:
         """Return the next coefficients (Eq. 7), and the load of the step (Eq. 11)."""
         num_experts = step.tokens_per_expert_LE.shape[1]
@@ -137,6 +155,12 @@ class ReLURouting(L1Routing):
         on_resume="refused",
         exported=True,
     )
+
+    @property
+    def is_plain_relu(self) -> bool:
+        """Whether there are no bounds, which read the logits of whole tokens again."""
+        bounded = self.max_active_experts is not None or self.at_least_one_expert
+        return type(self) is ReLURouting and not bounded
 
     def select(self, logits_TE: Tensor, tensors: Tensors, *, topk: int) -> tuple[Tensor, Tensor]:
         """Return `ReLU(z)`, without the bounds, which would mislead the controller."""

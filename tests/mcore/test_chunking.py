@@ -82,9 +82,32 @@ def run(layout, shift, limit, **changes):
 
 def plans_of(layer):
     """The chunks of every forward from now on."""
-    planned, plan = [], layer._plan
-    layer._plan = lambda routing_map: planned.append(plan(routing_map)) or planned[-1]
+    planned, plan = [], layer.chunked.plan
+    layer.chunked.plan = lambda *args: planned.append(plan(*args)) or planned[-1]
     return planned
+
+
+def test_chunks_copy_no_more_counts_to_the_host(rank):
+    """One copy plans them, and another one counts those of some tokens; backward needs none."""
+    assert rank(copies_of_counts, Layout(), 20) == (1, 1)
+    assert rank(copies_of_counts, Layout(), 5) == (2, 2)  # tokens are split
+    assert rank(copies_of_counts, Layout("allgather"), 5) == (2, 2)
+
+
+def copies_of_counts(layout, limit):
+    """Copies after forward and after backward."""
+    from megatron.remoe.moe.dispatcher import CountsAssignments
+
+    layer = moe_cases.build_layer(layout, DENSE, max_assignments=limit)
+    copies, gather = [], CountsAssignments.of_all_ranks
+    CountsAssignments.of_all_ranks = lambda self, n: copies.append(n) or gather(self, n)
+    try:
+        output = layer(moe_cases.inputs(0).requires_grad_())[0]
+        forward = len(copies)
+        output.sum().backward()
+    finally:
+        CountsAssignments.of_all_ranks = gather
+    return forward, len(copies)
 
 
 def test_ranks_of_different_density_run_the_same_chunks(ranks):

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 app = typer.Typer(
-    help="Check that a run is the same in every parallel layout and after it is resumed.",
+    help="Check that a run is the same in every parallel layout, after it is resumed, and with "
+    "kernels in Triton; and prove everything on a GPU.",
     no_args_is_help=True,
 )
 
@@ -102,6 +103,70 @@ def resume(
     if same:
         console.print(f"largest difference in the same layout: {max(same):g}", highlight=False)
     _conclude(results, "pairs continue the run", console)
+
+
+@command(app)
+def kernels() -> None:
+    """Compare the Triton kernels with torch, and compile them for compute capability 8, 9 and 10.
+
+    Without a GPU, Triton interprets the kernels for the comparison. Compiling needs no GPU. Exits
+    with 1 if an output or a gradient deviates, or if a kernel spills registers.
+
+    Example: remoe verify kernels
+    """
+    from rich.console import Console
+
+    from megatron.remoe.verify import kernels
+
+    console = Console(soft_wrap=True)
+    results = kernels.verify(
+        lambda row: console.print(kernels.to_line(row), highlight=False, markup=False)
+    )
+    good = sum(row.ok for row in results)
+    console.print(f"{good} of {len(results)} kernels and quantities are as claimed")
+    if good < len(results):
+        raise typer.Exit(1)
+
+
+@command(app)
+def gpu(
+    budget: str = "40m",
+    out: Path = Path("verify_gpu"),
+    golden: Path | None = None,
+    rehearse: bool = False,
+) -> None:
+    """Run everything that only a GPU can prove, in order of worth, and write a report.
+
+    The report, report.md and report.json, is written anew after every stage. A stage that fails
+    ends no other one. Exits with 1 if one has failed, and with 2 on a machine without a GPU.
+
+    Example: remoe verify gpu --budget 40m --out proof
+
+    Args:
+        budget: The time for all stages together, such as 90s, 40m or 1.5h. The last stage takes
+            what the others leave.
+        out: The folder of the report, of the logs and of the runs. It must be new or empty.
+        golden: The folder with the published trajectories, which is tests/golden of a checkout. By
+            default it is that of the checkout from which this command runs, if there is one.
+        rehearse: Run every stage on the CPU, at a size that takes a few minutes. This proves that
+            the stages work, and nothing about a GPU.
+    """
+    from rich.console import Console
+
+    from megatron.remoe.verify.gpu import runner
+
+    console = Console(soft_wrap=True)
+    report = runner.prove(
+        out,
+        runner.parse_budget(budget),
+        golden,
+        rehearse=rehearse,
+        say=lambda line: console.print(line, markup=False, highlight=False),
+    )
+    passed = sum(entry.status == "passed" for entry in report.entries)
+    console.print(f"{passed} of {len(report.entries)} stages passed; see {out / 'report.md'}")
+    if any(entry.status == "failed" for entry in report.entries):
+        raise typer.Exit(1)
 
 
 def _named[T: _Named](everything: list[T], only: list[str] | None, what: str) -> list[T]:

@@ -15,7 +15,14 @@ from torch import Tensor
 from megatron.remoe.moe.dispatcher import DISPATCHERS, Dispatcher
 from megatron.remoe.moe.experts import PartialExperts, in_parts
 from megatron.remoe.moe.gradients import in_order, main_grads, mark_gradients
-from remoe.kernels.chunks import AssignmentBudget, Chunk, plan_over_ranks, run_chunks
+from remoe.kernels.chunks import (
+    AssignmentBudget,
+    Chunk,
+    counts_of_chunks,
+    plan_over_ranks,
+    run_chunks,
+)
+from remoe.routing import tokens_per_expert
 
 
 def budget_of(
@@ -98,14 +105,22 @@ class ChunkedExperts:
         )
 
     def compute(
-        self, chunks: list[Chunk], hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+        self,
+        chunks: list[Chunk],
+        hidden_states: Tensor,
+        probs: Tensor,
+        routing_map: Tensor,
+        counts: Tensor,
     ) -> Tensor:
-        """Compute all chunks: `[s, b, H]`, `[T, E]` and bool `[T, E]` to `[s, b, H]`."""
+        """Compute all chunks: `[s, b, H]`, `[T, E]` and bool `[T, E]` to `[s, b, H]`.
+
+        The counts are those of the plan.
+        """
         _wait_for_parameters(self.experts)
         weights = list(self.experts.parameters())
         buffers = main_grads(weights)
         output = run_chunks(
-            _RoutedChunks(self.parts, routing_map, self._dispatcher_for, self.groups.ep.size()),
+            self._routed(chunks, routing_map, counts),
             chunks,
             hidden_states.flatten(end_dim=-2),
             probs,
@@ -113,6 +128,22 @@ class ChunkedExperts:
             main_grads=buffers,
         ).view_as(hidden_states)
         return mark_gradients(output, weights, added=buffers is not None)
+
+    def _routed(self, chunks: list[Chunk], routing_map: Tensor, counts: Tensor) -> "_RoutedChunks":
+        """Count the tokens of every chunk, so that none waits for the device later."""
+        ep = self.groups.ep.size()
+        routed = _RoutedChunks(self.parts, routing_map, self._dispatcher_for, ep)
+        by_owner = counts.view(*counts.shape[:2], ep, -1)
+
+        def count(split: list[Chunk]) -> Tensor:
+            parts = [tokens_per_expert(routed.map_of(chunk)).view(ep, -1) for chunk in split]
+            flat = torch.cat(parts, dim=1).flatten()
+            gathered = self._dispatcher_for(1).of_all_ranks(flat)
+            return gathered.view(*gathered.shape[:2], ep, -1)
+
+        found = counts_of_chunks(chunks, by_owner, count)
+        routed.counts = {chunk: part.flatten(start_dim=2) for chunk, part in found.items()}
+        return routed
 
     def _dispatcher_for(self, num_local_experts: int) -> Dispatcher:
         """Return a dispatcher for a chunk with `num_local_experts` experts of every rank."""
@@ -137,6 +168,12 @@ class _RoutedChunks:
     routing_map: Tensor
     dispatcher_for: Callable[[int], Dispatcher]
     ep_size: int
+    counts: dict[Chunk, Tensor] = field(default_factory=dict)
+
+    def map_of(self, chunk: Chunk) -> Tensor:
+        """Return the routing of the chunk's tokens to its experts, bool `[n, E of the chunk]`."""
+        rows = chunk.tokens(len(self.routing_map))
+        return self._columns(chunk, self.routing_map[rows])
 
     def weights_of(self, chunk: Chunk, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the chunk's part of the weights, or of tensors of the same shapes."""
@@ -151,10 +188,10 @@ class _RoutedChunks:
         only_for_backward: bool,
     ) -> Tensor:
         """Return the chunk's part of the output: `[n, H]` and `[n, E]` to `[n, H]`."""
-        routing_map = self.routing_map[chunk.tokens(len(self.routing_map))]
         dispatcher = self.dispatcher_for(chunk.experts.stop - chunk.experts.start)
+        dispatcher.expect(self.counts[chunk])
         rows, prob = dispatcher.dispatch_preprocess(
-            x.unsqueeze(1), self._columns(chunk, routing_map), self._columns(chunk, probs)
+            x.unsqueeze(1), self.map_of(chunk), self._columns(chunk, probs)
         )
         rows, prob = dispatcher.token_dispatch(rows, prob)
         rows, counts, prob = dispatcher.dispatch_postprocess(rows, prob)

@@ -36,12 +36,19 @@ class CountsAssignments:
             tokens of a rank.
         """
         counts = tokens_per_expert(routing_map)
-        counts = torch.cat([counts, counts.new_full((1,), len(routing_map))])
-        if self.ep_size * self.tp_size > 1:
-            counts = gather_from_sequence_parallel_region(counts, group=self.tp_ep_group)
-        counts = counts.cpu().view(self.ep_size, self.tp_size, -1)
+        counts = self.of_all_ranks(torch.cat([counts, counts.new_full((1,), len(routing_map))]))
         self._counts, tokens = counts[:, :, :-1].contiguous(), counts[:, :, -1].flatten().tolist()
         return self._counts, sum(tokens) / len(tokens)
+
+    def of_all_ranks(self, counts: Tensor) -> Tensor:
+        """Return counts `[n]` of every rank on the host, `[ep, expert tp, n]`; this waits."""
+        if self.ep_size * self.tp_size > 1:
+            counts = gather_from_sequence_parallel_region(counts, group=self.tp_ep_group)
+        return counts.cpu().view(self.ep_size, self.tp_size, -1)
+
+    def expect(self, counts: Tensor) -> None:
+        """Take counts that are known, as `count` returns them, for the dispatch that follows."""
+        self._counts = counts
 
     def _take_counts(self, routing_map: Tensor) -> Tensor:
         if self._counts is None:

@@ -67,8 +67,11 @@ class DroplessMoELayer(MoELayer):
     def routed_experts_compute(self, hidden_states: Tensor, probs: Any) -> tuple[Tensor, None]:
         """Compute the output of the routed experts, `[s, b, h]`, given `(probs, routing_map)`."""
         probs, routing_map = probs
-        if chunks := self._plan(routing_map):
-            return self._in_chunks(hidden_states, probs, routing_map, chunks), None
+        if self.chunked is not None:
+            counts, tokens = self.token_dispatcher.count(routing_map)
+            if chunks := self.chunked.plan(self.layer_number or 1, counts, tokens):
+                inputs = (chunks, hidden_states, probs, routing_map, counts)
+                return self._in_chunks(*inputs), None
         return self._at_once(hidden_states, probs, routing_map), None
 
     def combine(self, output: Tensor) -> Tensor:
@@ -78,13 +81,6 @@ class DroplessMoELayer(MoELayer):
     def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
         """Add the output of shared experts that ran before the routed ones."""
         return output if shared_expert_output is None else output + shared_expert_output
-
-    def _plan(self, routing_map: Tensor) -> list[Chunk]:
-        """Return the chunks of this forward; an empty list computes all experts at once."""
-        if self.chunked is None:
-            return []
-        counts, tokens = self.token_dispatcher.count(routing_map)
-        return self.chunked.plan(self.layer_number or 1, counts, tokens)
 
     def _at_once(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
         rows, probs = super().preprocess(hidden_states, probs, routing_map)
@@ -98,17 +94,22 @@ class DroplessMoELayer(MoELayer):
         return output
 
     def _in_chunks(
-        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor, chunks: list[Chunk]
+        self,
+        chunks: list[Chunk],
+        hidden_states: Tensor,
+        probs: Tensor,
+        routing_map: Tensor,
+        counts: Tensor,
     ) -> Tensor:
         assert self.chunked is not None
         if not (self.use_shared_expert and self.shared_expert_overlap):
-            return self.chunked.compute(chunks, hidden_states, probs, routing_map)
+            return self.chunked.compute(chunks, hidden_states, probs, routing_map, counts)
         # At once, the dispatcher runs these parts beside its communication and in this order, in
         # which their gradients must arrive here too.
         shared = self.shared_experts
         shared.pre_forward_comm(hidden_states)
         shared.linear_fc1_forward_and_act()
-        output = self.chunked.compute(chunks, hidden_states, probs, routing_map)
+        output = self.chunked.compute(chunks, hidden_states, probs, routing_map, counts)
         shared.linear_fc2_forward()
         shared.post_forward_comm()
         whole: Tensor = output + shared.get_output()

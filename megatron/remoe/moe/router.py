@@ -17,8 +17,10 @@ from torch import Tensor
 
 from megatron.remoe.moe.counting import CountsRouting
 from remoe.config import ReLURouting, Selection
+from remoe.kernels import fuses, relu_router
 from remoe.regularization import penalty
 from remoe.selections.expert_choice import ExpertChoiceRouting
+from remoe.statistics import TokenCounts
 
 
 class SelectionRouter(CountsRouting, Router):
@@ -64,24 +66,50 @@ class SelectionRouter(CountsRouting, Router):
         dtype = torch.float64 if self.config.moe_router_dtype == "fp64" else torch.float32
         jittered = self.apply_input_jitter(input)
         logits = router_gating_linear(jittered, self.weight, self.bias, dtype)
-        probs, routing_map = self.routing(logits, padding_mask)
+        probs, routing_map = self.routing(logits, padding_mask, dtype=input.dtype)
         return probs.to(input.dtype), routing_map
 
-    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def routing(
+        self,
+        logits: Tensor,
+        padding_mask: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Turn logits `[s, b, E]` into fp32 (or fp64) probs and the routing map, both `[T, E]`.
 
-        In training this also attaches the penalty, counts and observes.
+        In training this also attaches the penalty, counts and observes. Given a dtype, probs may be
+        rounded to it already.
         """
         shape = logits.shape
         logits = logits.view(-1, self.num_experts)
         if padding_mask is not None:
             padding_mask = padding_mask.reshape(-1)
         logits = self.apply_z_loss(logits, padding_mask=padding_mask)
+        if self.selection.is_plain_relu and fuses(logits):
+            return self._routing_in_one_pass(logits, padding_mask, dtype)
         probs, routing_map = self._select(logits, shape, padding_mask)
         if self.counts_now:
             probs = self._observe(logits, probs, routing_map, padding_mask)
         # What the selection activates is penalized and counted; bounds would mislead the state.
         return self.selection.bound(logits, probs, routing_map)
+
+    def _routing_in_one_pass(
+        self, logits: Tensor, padding_mask: Tensor | None, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        """Do what `routing` does for plain ReLU, with all sums and counts from one kernel."""
+        assert isinstance(self.selection, ReLURouting)
+        routed = relu_router(logits, padding_mask, dtype=dtype)
+        if not self.counts_now:
+            return routed.probs_TE, routed.routing_map_TE
+        self.statistics.add_counts(
+            routed.counts, routed.most_active, num_ranks=self.tp_cp_group.size()
+        )
+        counts = self._over_ranks(routed.counts)
+        l1_reg = self.selection.regularizer_of_sums(
+            routed.sum_E, self.tensors, counts=counts, topk=self.config.moe_router_topk
+        )
+        return self._penalized(routed.probs_TE, l1_reg, counts), routed.routing_map_TE
 
     def _select(
         self, logits: Tensor, shape: torch.Size, padding_mask: Tensor | None
@@ -120,11 +148,20 @@ class SelectionRouter(CountsRouting, Router):
             self.observed[1:].add_(found * share)
         if self.selection.budget != "l1":
             return probs
-        if self.tp_cp_group.size() > 1:
-            torch.distributed.all_reduce(counts.flat, group=self.tp_cp_group)
+        counts = self._over_ranks(counts)
         l1_reg = self.selection.regularizer(
             logits, probs, self.tensors, counts=counts, topk=topk, padding_mask_T=padding_mask
         )
+        return self._penalized(probs, l1_reg, counts)
+
+    def _over_ranks(self, counts: TokenCounts) -> TokenCounts:
+        """Sum the counts of this rank, in place, over the ranks that share its micro-batch."""
+        if self.tp_cp_group.size() > 1:
+            torch.distributed.all_reduce(counts.flat, group=self.tp_cp_group)
+        return counts
+
+    def _penalized(self, probs: Tensor, l1_reg: Tensor, counts: TokenCounts) -> Tensor:
+        """Add the gradient of the penalty to what backward brings to `probs`, which stay."""
         self.statistics.l1_reg.add_(l1_reg.detach())
         # With a loss per token Megatron divides every gradient by the number of tokens of the
         # global batch, to which this micro-batch contributes; ranks may have unequal parts of it.

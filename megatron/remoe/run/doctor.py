@@ -106,8 +106,8 @@ def _backends() -> list[Finding]:
             f"torch's cells in fp32 ({'GRU fused' if cpu.has_gpu() else 'not fused on a CPU'}); "
             "what they refuse is in docs/options.md",
         ),
-        _fused("torch grouped_mm", grouped_mm, "experts run one after another: it needs bf16 on a "
-               "GPU of compute capability 9"),
+        _fused("torch grouped_mm", grouped_mm, "experts take a launch each: it needs bf16 on a "
+               "GPU of compute capability 9 or 10"),
         _fused("rope fusion", has_te, without_te),
         _fused("persistent layer norm", has_te, without_te),
         _fused("gradient accumulation fusion", has_apex_fusion,

@@ -68,7 +68,8 @@ def run_cell(cell: Cell, golden: dict[str, Any], steps: int, weights: Path) -> l
     config = cell.config(golden)
     initialize(cell)
     training = Training(cell, config, weights)
-    trajectory = [training.step(batch) for batch in golden_tokens(config)[:steps]]
+    batches = golden_tokens(config)[:steps].to(torch.cuda.current_device())
+    trajectory = [training.step(batch) for batch in batches]
     differing = training.replicas_that_differ()
     assert not differing, (
         f"ranks hold different values of {len(differing)} replicas, of which the first is "
@@ -320,7 +321,7 @@ def _forward_step(
 
     number, tokens = next(data_iterator)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
     padded = padding_mask(number, labels, padding)
     given = None if padding == "none" else padded
     output = model(inputs, positions, None, labels=labels, padding_mask=given)

@@ -157,7 +157,7 @@ Padding = Literal["none", "ends", "micro-batch"]
 
 
 def padding_mask(micro_batch: int, tokens: torch.Tensor, padding: str) -> torch.Tensor:
-    """Return which tokens of a micro-batch are padding, a bool for every token.
+    """Return which tokens of a micro-batch are padding, a bool for every token, on their device.
 
     Args:
         micro_batch: number of the micro-batch in its step.
@@ -165,12 +165,12 @@ def padding_mask(micro_batch: int, tokens: torch.Tensor, padding: str) -> torch.
         padding: "none"; "ends" for the last tokens of every sequence, of which later sequences have
             more; "micro-batch" for all tokens of the first micro-batch of the step and no others.
     """
-    sequences, length = tokens.shape
+    (sequences, length), device = tokens.shape, tokens.device
     if padding == "ends":
-        real = length - length * (1 + torch.arange(sequences)) // (2 * sequences)
-        return torch.arange(length) >= real.unsqueeze(1)
+        real = length - length * (1 + torch.arange(sequences, device=device)) // (2 * sequences)
+        return torch.arange(length, device=device) >= real.unsqueeze(1)
     all_of_it = padding == "micro-batch" and micro_batch == 0
-    return torch.full((sequences, length), all_of_it)
+    return torch.full((sequences, length), all_of_it, device=device)
 
 
 def parameter_shapes(

@@ -1,0 +1,10 @@
+"""The operations in Triton, which are imported only when something runs in them."""
+
+from typing import Any
+
+
+def triton_kernels() -> Any:
+    """Return the module with the operations in Triton, which takes Triton a while to import."""
+    from remoe.kernels import fused
+
+    return fused
