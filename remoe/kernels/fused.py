@@ -223,8 +223,8 @@ def _sum_by_token(
     sums_TH = rows_AH.new_empty(num_tokens, hidden)
     if num_tokens and hidden:
         num_experts = 1 if grad_probs_TE is None else grad_probs_TE.shape[1]
-        tile_h, warps = token_tile(hidden)
         acc = torch.promote_types(rows_AH.dtype, torch.float32)
+        tile_h, warps = token_tile(hidden, acc)
         with device_of(rows_AH):
             jit.sum_by_token[(num_tokens, _ceil(hidden, tile_h))](
                 rows_AH,
@@ -258,10 +258,13 @@ def _row_tile(hidden: int) -> tuple[int, int]:
     return min(64, max(1, _TILE // tile_h)), tile_h
 
 
-def token_tile(hidden: int) -> tuple[int, int]:
-    """Return the columns of a token that a program sums, and its warps, of 8 columns a thread."""
+def token_tile(hidden: int, acc: torch.dtype) -> tuple[int, int]:
+    """Return the columns of a token that a program sums, and its warps.
+
+    A thread has 8 columns, or 4 of doubles, of which 8 would spill on compute capability 10.
+    """
     tile_h = min(_TILE, max(16, _power_of_two(hidden)))
-    return tile_h, max(1, tile_h // 256)
+    return tile_h, max(1, tile_h * acc.itemsize // 1024)
 
 
 def _power_of_two(at_least: int) -> int:
