@@ -74,7 +74,7 @@ def test_cell_trains_the_run_of_one_rank(results, name):
 def test_cells_compare_every_quantity(results):
     for result in results.values():
         name, expected = result.cell.router, {"lm_loss", "grad_norm"}
-        if name not in ("topk", "soft"):
+        if name not in ("topk", "soft", "dense"):
             expected |= {"sparsity", "sparsity_per_layer", "most_active"}
         if name.startswith("relu"):
             expected |= {"l1_reg", "l1_coeff_used"}

@@ -1,4 +1,4 @@
-"""`remoe verify gpu`: what its runner, its readings and its report do; and a whole rehearsal."""
+"""`remoe verify gpu`: what its runner, its readings and its report do; and a rehearsal."""
 
 import importlib.util
 import json
@@ -21,29 +21,41 @@ from tests.test_help import COMMANDS
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
+ON_CPU = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
 def remoe(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "megatron.remoe", "verify", "gpu", *argv]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=ON_CPU, capture_output=True, text=True)
 
 
-# A whole rehearsal.
+# A rehearsal.
+
+# Other tests run the commands of these stages, at as small a size: `test_replay`, `test_triton`,
+# `test_bench` and `test_resume`.
+WITHOUT = ("golden replays", "kernels", "memory", "resume")
+REHEARSE = f"""
+from pathlib import Path
+from megatron.remoe.verify.gpu import runner
+runner.prove(Path("proof").resolve(), 2400, None, rehearse=True, without={WITHOUT})
+"""
 
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("verify_gpu")
-    done = remoe("--rehearse", "--out", "proof", cwd=folder)
-    said = (folder / "proof/report.md").read_text() if (folder / "proof").exists() else done.stderr
-    assert done.returncode == 0, done.stdout + said
+    command = [sys.executable, "-W", "ignore", "-c", REHEARSE]
+    done = subprocess.run(command, cwd=folder, env=ON_CPU, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return folder / "proof"
 
 
 @pytest.mark.processes
-def test_every_stage_runs_on_a_cpu_at_a_small_size(rehearsed):
+def test_stages_run_on_a_cpu_at_a_small_size(rehearsed):
     report = json.loads((rehearsed / "report.json").read_text())
     assert "rehearsal" in report["what"]
-    assert [stage["name"] for stage in report["stages"]] == [s.name for s in stages(ON_GPU, None)]
+    names = [s.name for s in stages(ON_GPU, None) if s.name not in WITHOUT]
+    assert [stage["name"] for stage in report["stages"]] == names
     for stage in report["stages"]:
         assert stage["status"] == "passed" and stage["headline"], stage
     found = {stage["name"]: stage for stage in report["stages"]}
@@ -51,7 +63,6 @@ def test_every_stage_runs_on_a_cpu_at_a_small_size(rehearsed):
     assert len(quickstart) == 4
     for row in quickstart:  # both curves are those of this CPU, from the same seed
         assert row["loss, GPU"] == row["loss, CPU"] and row["sparsity, GPU"] == row["sparsity, CPU"]
-    assert found["resume"]["headline"] == "5 steps after a checkpoint: bit for bit"
     presets = found["182M preset"]["rows"]
     assert [row["preset"] for row in presets] == ["remoe"]
     assert all(row["tokens/s"] > 0 and row["TFLOP/s"] > 0 for row in presets)
@@ -59,9 +70,6 @@ def test_every_stage_runs_on_a_cpu_at_a_small_size(rehearsed):
     assert 0.3 < presets[0]["sparsity"] < 0.7
     assert {row["part"] for row in found["routers"]["rows"]} > {"router", "permutation"}
     assert any("Mixtral" in row["layer"] for row in found["layers"]["rows"])
-    assert found["memory"]["rows"][-1]["what"] == "182M model"
-    assert all(row["measured, GB"] > 0 for row in found["memory"]["rows"])
-    assert len({row["quantity"] for row in found["golden replays"]["rows"]}) == 5
     runs = {row["case"] for row in found["precision"]["rows"]}
     assert {"run in Megatron, fp32, 6 steps", "run in Megatron, bf16, first step"} < runs
     assert [row["step"] for row in found["182M run on text"]["rows"]] == [1, 2, 3]
@@ -71,6 +79,9 @@ def test_every_stage_runs_on_a_cpu_at_a_small_size(rehearsed):
 def test_the_report_tells_a_reader_everything(rehearsed):
     text = (rehearsed / "report.md").read_text()
     for stage in stages(REHEARSAL, GOLDEN):
+        if stage.name in WITHOUT:
+            assert f"## {stage.name}" not in text
+            continue
         assert f"| {stage.name} | passed |" in text and f"\n## {stage.name}\n" in text
         for command in stage.commands:
             assert f"\n{command}\n" in text
