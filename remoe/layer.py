@@ -37,12 +37,7 @@ from remoe.kernels import (
     run_chunks,
 )
 from remoe.recurrent import RecurrentCell, passed_on
-from remoe.regularization import (
-    load_weights,
-    penalty,
-    regularization_of_sums,
-    router_regularization,
-)
+from remoe.regularization import load_weights, penalty, router_regularization, sum_over_tokens
 from remoe.routing import bounded_routing, relu_routing, tokens_per_expert
 from remoe.statistics import TokenCounts
 
@@ -209,10 +204,14 @@ class ReMoELayer(ExactBuffers):
         if not is_bounded and fuses(logits_TE):
             routed = relu_router(logits_TE, dtype=dtype)
             if observes:
-                self._observe_sums(routed.sum_E, routed.counts)
+                self._observe(routed.sum_E, routed.counts)
             return routed.probs_TE, routed.routing_map_TE, routed.counts.per_expert
         probs_TE, routing_map_TE = relu_routing(logits_TE)
-        counts_E = self._observe(probs_TE, routing_map_TE) if observes else None
+        counts_E = None
+        if observes:
+            counts = TokenCounts.of(routing_map_TE)
+            self._observe(sum_over_tokens(probs_TE), counts)
+            counts_E = counts.per_expert
         if not is_bounded:
             return probs_TE, routing_map_TE, counts_E
         bounded = bounded_routing(
@@ -230,22 +229,9 @@ class ReMoELayer(ExactBuffers):
         experts = f"num_experts={config.num_experts}, topk={config.topk}"
         return f"{sizes}, {experts}, granularity={config.granularity}"
 
-    def _observe(self, probs_TE: Tensor, routing_map_TE: Tensor) -> Tensor:
-        """Return the tokens per expert, int64 `[E]`."""
-        counts = TokenCounts.of(routing_map_TE)
+    def _observe(self, sum_E: Tensor, counts: TokenCounts) -> None:
+        """Take in the sums of every expert's gates, and the counts, of a micro-batch."""
         self.l1_reg = router_regularization(
-            probs_TE,
-            tokens_per_expert_E=counts.per_expert,
-            num_tokens=probs_TE.shape[0],
-            topk=self.config.experts.topk,
-            load_balancing=self.config.load_balancing,
-            last_load_E=self.load,
-        )
-        self.counts += counts.flat
-        return counts.per_expert
-
-    def _observe_sums(self, sum_E: Tensor, counts: TokenCounts) -> None:
-        self.l1_reg = regularization_of_sums(
             sum_E,
             tokens_per_expert_E=counts.per_expert,
             num_tokens=counts.num_tokens,

@@ -103,40 +103,14 @@ def balancing_weights(
     return weights_E.square() if load_balancing == "squared" else weights_E
 
 
-def router_regularization(
-    probs_TE: Tensor,
-    *,
-    tokens_per_expert_E: Tensor,
-    num_tokens: Tensor | int,
-    topk: int,
-    load_balancing: LoadBalancing,
-    padding_mask_T: Tensor | None = None,
-    last_load_E: Tensor | None = None,
-) -> Tensor:
-    """Return the regularizer of a router, 0-d: Eq. 10, or Eq. 9 with "none".
-
-    Args:
-        probs_TE: non-negative router outputs `[T, E]` of the local tokens.
-        tokens_per_expert_E: counts `[E]` of the whole micro-batch, without padding.
-        num_tokens: T of the whole micro-batch, without padding.
-        topk: k, the target number of active experts per token.
-        load_balancing: how experts are weighted with their load; see `balancing_weights`.
-        padding_mask_T: bool `[T]`, True for padding tokens, which are not penalized.
-        last_load_E: load of the step before, for "global_batch".
-    """
+def sum_over_tokens(probs_TE: Tensor, padding_mask_T: Tensor | None = None) -> Tensor:
+    """Return the sum of every expert's gates over the tokens that are not padding (True), `[E]`."""
     if padding_mask_T is not None:
         probs_TE = probs_TE.masked_fill(padding_mask_T.unsqueeze(1), 0)
-    return regularization_of_sums(
-        probs_TE.sum(dim=0),
-        tokens_per_expert_E=tokens_per_expert_E,
-        num_tokens=num_tokens,
-        topk=topk,
-        load_balancing=load_balancing,
-        last_load_E=last_load_E,
-    )
+    return probs_TE.sum(dim=0)
 
 
-def regularization_of_sums(
+def router_regularization(
     sum_E: Tensor,
     *,
     tokens_per_expert_E: Tensor,
@@ -145,11 +119,15 @@ def regularization_of_sums(
     load_balancing: LoadBalancing,
     last_load_E: Tensor | None = None,
 ) -> Tensor:
-    """Return `router_regularization`, 0-d, given the sum over tokens of every expert's gates.
+    """Return the regularizer of a router, 0-d: Eq. 10, or Eq. 9 with "none".
 
     Args:
-        sum_E: sums over the local tokens, without padding, `[E]`.
-        tokens_per_expert_E, num_tokens, topk, load_balancing, last_load_E: as there.
+        sum_E: sums of non-negative router outputs over the local tokens, see `sum_over_tokens`.
+        tokens_per_expert_E: counts `[E]` of the whole micro-batch, without padding.
+        num_tokens: T of the whole micro-batch, without padding.
+        topk: k, the target number of active experts per token.
+        load_balancing: how experts are weighted with their load; see `balancing_weights`.
+        last_load_E: load of the step before, for "global_batch".
     """
     weights_E = balancing_weights(
         load_balancing,

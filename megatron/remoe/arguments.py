@@ -441,7 +441,7 @@ def configure(
     cells = SharedCells.of(routing)
     hook = FinalizeStep(cells)
     model_config.finalize_model_grads_func = hook
-    model_config.pre_wrap_hooks += [compat.mark_experts, compat.split_padding]
+    model_config.pre_wrap_hooks += compat.PRE_WRAP_HOOKS
     hash_router.install(model_config, routing)
     if cells is not None:
         cells.install(model_config)

@@ -98,8 +98,8 @@ class ReMoEModelProvider(GPTModelProvider):
     def __post_init__(self) -> None:
         super().__post_init__()
         compat.apply()
-        self.register_pre_wrap_hook(compat.mark_experts)
-        self.register_pre_wrap_hook(compat.split_padding)
+        for hook in compat.PRE_WRAP_HOOKS:
+            self.register_pre_wrap_hook(hook)
         cells = SharedCells.of(self.routing)
         if cells is not None:
             self.register_pre_wrap_hook(cells.prepare)

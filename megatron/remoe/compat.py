@@ -311,6 +311,10 @@ def split_padding(models: list[Any]) -> list[Any]:
     return models
 
 
+# What has to be in `pre_wrap_hooks` of Megatron's configuration of every model with our layers.
+PRE_WRAP_HOOKS = (mark_experts, split_padding)
+
+
 def make_room_for_losses(config: Any) -> None:
     """Let a pipeline stage without experts report the losses of a hybrid model's routers.
 

@@ -8,3 +8,8 @@ def triton_kernels() -> Any:
     from remoe.kernels import fused
 
     return fused
+
+
+def fit_in_a_tile(num_experts: int) -> bool:
+    """Return whether the kernels can take all experts of a token at once."""
+    return num_experts <= int(triton_kernels().MAX_EXPERTS)

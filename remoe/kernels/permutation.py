@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
 from remoe.kernels.backend import uses_triton
-from remoe.kernels.loading import triton_kernels
+from remoe.kernels.loading import fit_in_a_tile, triton_kernels
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Permutation:
                 have to wait for a GPU that counts them.
         """
         num_tokens, num_experts = routing_map_TE.shape
-        if uses_triton(routing_map_TE, "permutation") and _fit_in_a_tile(num_experts):
+        if uses_triton(routing_map_TE, "permutation") and fit_in_a_tile(num_experts):
             return cls(*triton_kernels().count_permutation(routing_map_TE, num_pairs))
         pairs = _nonzero(routing_map_TE.T.flatten(), num_pairs)
         expert_A = pairs // max(num_tokens, 1)
@@ -86,10 +86,6 @@ def _sum_by_token(rows_AH: Tensor, by_token_A: Tensor, starts_T: Tensor) -> Tens
     return F.embedding_bag(by_token_A, rows_AH, starts_T, mode="sum")
 
 
-def _fit_in_a_tile(num_experts: int) -> bool:
-    return num_experts <= int(triton_kernels().MAX_EXPERTS)
-
-
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -111,7 +107,7 @@ class _Permute(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None]:
         p: Permutation = ctx.permutation
         num_experts = ctx.probs_shape[1]
-        in_triton = uses_triton(grad_x_AH, "sum by token") and _fit_in_a_tile(num_experts)
+        in_triton = uses_triton(grad_x_AH, "sum by token") and fit_in_a_tile(num_experts)
         if in_triton and all(ctx.needs_input_grad[:2]):
             grads: tuple[Tensor, Tensor] = triton_kernels().gather_backward(
                 grad_x_AH, grad_prob_A, p.by_token_A, p.starts_T, p.entry_A, num_experts

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from remoe.kernels.backend import uses_triton
-from remoe.kernels.loading import triton_kernels
+from remoe.kernels.loading import fit_in_a_tile, triton_kernels
+from remoe.regularization import sum_over_tokens
 from remoe.routing import active_experts, at_least_fp32, relu_routing
 from remoe.statistics import TokenCounts
 
@@ -37,7 +38,7 @@ class ReLURouted:
 
 def fuses(logits_TE: Tensor) -> bool:
     """Return whether `relu_router` is one pass over these logits."""
-    return uses_triton(logits_TE, "router") and logits_TE.shape[1] <= triton_kernels().MAX_EXPERTS
+    return uses_triton(logits_TE, "router") and fit_in_a_tile(logits_TE.shape[1])
 
 
 def relu_router(
@@ -71,16 +72,15 @@ def relu_router_in_torch(
 ) -> ReLURouted:
     """Return the same, operation by operation."""
     probs_TE, routing_map_TE = relu_routing(at_least_fp32(logits_TE))
-    counted_TE, penalized_TE = routing_map_TE, probs_TE
+    counted_TE = routing_map_TE
     counts = TokenCounts.of(routing_map_TE, padding_mask_T)
     if padding_mask_T is not None:
         counted_TE = routing_map_TE & ~padding_mask_T.unsqueeze(1)
-        penalized_TE = probs_TE.masked_fill(padding_mask_T.unsqueeze(1), 0)
     active_T = active_experts(counted_TE)
     return ReLURouted(
         probs_TE=probs_TE.to(dtype),
         routing_map_TE=routing_map_TE,
-        sum_E=penalized_TE.sum(dim=0),
+        sum_E=sum_over_tokens(probs_TE, padding_mask_T),
         counts=counts,
         silent=counts.num_tokens - (active_T > 0).sum(),
         most_active=torch.cat([active_T, active_T.new_zeros(1)]).max(),

@@ -10,8 +10,8 @@ from remoe.controller import ControllerConfig, L1Coefficient, next_l1_coeff
 from remoe.regularization import (
     LoadBalancing,
     load_weights,
-    regularization_of_sums,
     router_regularization,
+    sum_over_tokens,
 )
 from remoe.routing import bounded_routing, relu_routing
 from remoe.selections.base import Budget, Routing, Tensors, scalar
@@ -89,21 +89,14 @@ class L1Routing(L1Coefficient, Routing):
         padding_mask_T: Tensor | None = None,
     ) -> Tensor:
         """Return the L1 norm of Eq. 9 or 10, or of a variant of it, 0-d."""
-        return router_regularization(
-            self.penalized(logits_TE, probs_TE),
-            tokens_per_expert_E=counts.per_expert,
-            num_tokens=counts.num_tokens,
-            topk=topk,
-            load_balancing=self.load_balancing,
-            last_load_E=tensors.get("load"),
-            padding_mask_T=padding_mask_T,
-        )
+        sum_E = sum_over_tokens(self.penalized(logits_TE, probs_TE), padding_mask_T)
+        return self.regularizer_of_sums(sum_E, tensors, counts=counts, topk=topk)
 
     def regularizer_of_sums(
         self, sum_E: Tensor, tensors: Tensors, *, counts: TokenCounts, topk: int
     ) -> Tensor:
         """Return the same, given the sums over tokens of what is penalized, `[E]`."""
-        return regularization_of_sums(
+        return router_regularization(
             sum_E,
             tokens_per_expert_E=counts.per_expert,
             num_tokens=counts.num_tokens,

@@ -1,5 +1,7 @@
 """Megatron's MoE layer with dispatchers that are sized by the routing map, and chunked experts."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -11,7 +13,6 @@ from torch import Tensor
 from megatron.remoe.moe.chunking import ChunkedExperts
 from megatron.remoe.moe.dispatcher import DISPATCHERS
 from megatron.remoe.moe.gradients import mark_gradients
-from remoe.kernels import Chunk
 from remoe.kernels.chunks import AssignmentBudget
 
 
@@ -71,7 +72,7 @@ class DroplessMoELayer(MoELayer):
             counts, tokens = self.token_dispatcher.count(routing_map)
             if chunks := self.chunked.plan(self.layer_number or 1, counts, tokens):
                 inputs = (chunks, hidden_states, probs, routing_map, counts)
-                return self._in_chunks(*inputs), None
+                return self._in_chunks(hidden_states, partial(self.chunked.compute, *inputs)), None
         return self._at_once(hidden_states, probs, routing_map), None
 
     def combine(self, output: Tensor) -> Tensor:
@@ -93,23 +94,16 @@ class DroplessMoELayer(MoELayer):
         output: Tensor = super().postprocess(super().combine(rows), None)
         return output
 
-    def _in_chunks(
-        self,
-        chunks: list[Chunk],
-        hidden_states: Tensor,
-        probs: Tensor,
-        routing_map: Tensor,
-        counts: Tensor,
-    ) -> Tensor:
-        assert self.chunked is not None
+    def _in_chunks(self, hidden_states: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        """Compute the routed experts, and the shared ones that run beside them."""
         if not (self.use_shared_expert and self.shared_expert_overlap):
-            return self.chunked.compute(chunks, hidden_states, probs, routing_map, counts)
+            return compute()
         # At once, the dispatcher runs these parts beside its communication and in this order, in
         # which their gradients must arrive here too.
         shared = self.shared_experts
         shared.pre_forward_comm(hidden_states)
         shared.linear_fc1_forward_and_act()
-        output = self.chunked.compute(chunks, hidden_states, probs, routing_map, counts)
+        output = compute()
         shared.linear_fc2_forward()
         shared.post_forward_comm()
         whole: Tensor = output + shared.get_output()

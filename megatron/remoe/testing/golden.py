@@ -248,16 +248,15 @@ def model_config_of(
     from megatron.remoe.moe.spec import layer_spec
 
     bidirectional = routing is not None and not routing.causal
-    kind: Any = GPTModelConfig
-    layers: dict[str, Any] = {}
+    kind: Any
+    layers: dict[str, Any]
     if host == "hybrid":
         pattern = _pattern(transformer, config)
         spec = stack_spec(pattern, routing, bidirectional=bidirectional)
-        kind, layers = (
-            HybridModelConfig,
-            {"hybrid_layer_pattern": pattern, "hybrid_stack_spec": spec},
-        )
+        kind, layers = HybridModelConfig, {"hybrid_layer_pattern": pattern}
+        layers["hybrid_stack_spec"] = spec
     else:
+        kind = GPTModelConfig
         layers = {"transformer_layer_spec": layer_spec(routing, bidirectional=bidirectional)}
     model_config = kind(
         transformer=transformer,
@@ -267,7 +266,7 @@ def model_config_of(
         position_embedding_type="rope",
         rotary_base=1_000_000,
         share_embeddings_and_output_weights=False,
-        pre_wrap_hooks=[compat.mark_experts, compat.split_padding],
+        pre_wrap_hooks=list(compat.PRE_WRAP_HOOKS),
     )
     hash_router.install(model_config, routing)
     if cells := SharedCells.of(routing):

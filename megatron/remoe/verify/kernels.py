@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.remoe import cpu
 from remoe.kernels import Permutation, combine, permute
 from remoe.kernels.backend import INTERPRETER, VARIABLE, has_triton
 from remoe.kernels.router import relu_router, relu_router_in_torch
@@ -398,7 +399,7 @@ def verify(report: Callable[[Compared | Compiled], None]) -> list[Compared | Com
     with tempfile.TemporaryDirectory() as cache:
         environment = {k: v for k, v in os.environ.items() if k != INTERPRETER}
         environment |= {"TRITON_CACHE_DIR": cache}
-        interpret = {} if torch.version.cuda and _has_gpu() else {INTERPRETER: "1"}
+        interpret = {} if torch.version.cuda and cpu.has_gpu() else {INTERPRETER: "1"}
         for what, more in (("compare", interpret), ("compile", {})):
             command = [sys.executable, "-m", "megatron.remoe.verify.kernels", what]
             with subprocess.Popen(
@@ -412,12 +413,6 @@ def verify(report: Callable[[Compared | Compiled], None]) -> list[Compared | Com
             if process.returncode:
                 raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
     return found
-
-
-def _has_gpu() -> bool:
-    from megatron.remoe import cpu
-
-    return cpu.has_gpu()
 
 
 def main(what: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from megatron.remoe.analysis.runs import Run
@@ -94,7 +95,7 @@ def quickstart(folder: Path) -> Found:
         for name, step in zip(runs, pair, strict=True):
             row |= {f"loss, {name}": step["lm_loss"], f"sparsity, {name}": step["sparsity"]}
         rows.append(row)
-    last = {name: _mean(run.series("lm_loss")[-LAST_STEPS:]) for name, run in runs.items()}
+    last = {name: fmean(run.series("lm_loss")[-LAST_STEPS:]) for name, run in runs.items()}
     speed = {name: _speed(run.train) for name, run in runs.items()}
     steps = {name: run.train[-1]["iteration"] for name, run in runs.items()}
     headline = "; ".join(
@@ -187,9 +188,9 @@ def preset(folder: Path, *, steps: int, settles: bool) -> Found:
                     "TFLOP/s": tflops,
                     "MFU": f"{tflops / peak:.1%}" if peak else "unknown peak",
                     "peak, GB": max(step["peak_memory"] for step in run.train) / 1e9,
-                    "loss": _mean([step["lm_loss"] for step in last])}  # fmt: skip
+                    "loss": fmean([step["lm_loss"] for step in last])}  # fmt: skip
         if "l1_coeff" in last[0]:
-            row["sparsity"] = sparsity = _mean([step["sparsity"] for step in last])
+            row["sparsity"] = sparsity = fmean([step["sparsity"] for step in last])
             if settles and abs(sparsity - run.target_sparsity) > SPARSITY_TOLERANCE:
                 problem = f"the sparsity {sparsity:.3f} is not at its target; the run was too short"
         rows.append(row)
@@ -238,7 +239,7 @@ def longest(folder: Path) -> Found:
     last = train[-1]
     headline = (
         f"{last['iteration']} steps, {last['tokens'] / 1e6:.1f}M tokens: loss "
-        f"{_mean([row['lm_loss'] for row in train[-LAST_STEPS:]]):.3f}, sparsity "
+        f"{fmean([row['lm_loss'] for row in train[-LAST_STEPS:]]):.3f}, sparsity "
         f"{last['sparsity']:.3f}"
     )
     return Found(headline, rows)
@@ -248,10 +249,6 @@ def _speed(train: list[Row]) -> float:
     """Return tokens per second over some rows, without a first step of a run."""
     rows = [row for row in train if row["iteration"] > 1] or train
     return len(rows) / sum(1 / float(row["tokens_per_second"]) for row in rows)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _some[T](items: list[T], count: int = 10) -> list[T]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron.remoe.analysis.markdown import lines
+from megatron.remoe.files import write_whole
 
 Row = dict[str, Any]
 Status = Literal["waiting", "passed", "failed", "left out"]
@@ -64,8 +65,8 @@ class Report:
 
     def write(self) -> None:
         """Write both files, each in one step, so that a reader sees the old or the new one."""
-        _replace(self.folder / "report.md", self.to_markdown())
-        _replace(self.folder / "report.json", self.to_json())
+        write_whole(self.folder / "report.md", self.to_markdown())
+        write_whole(self.folder / "report.json", self.to_json())
 
     def to_json(self) -> str:
         """Return the report as a JSON object."""
@@ -119,9 +120,3 @@ def _text(value: Any) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -24,7 +24,6 @@ class Sizes:
     Attributes:
         device: Where published trajectories are replayed: cuda or cpu.
         trajectories: Their files.
-        kernels: The command that verifies the kernels.
         precision: Options of the program that compares precisions.
         corpus, tokenizer: Options of `remoe data`.
         quickstart: Settings of the quickstart.
@@ -41,7 +40,6 @@ class Sizes:
 
     device: str
     trajectories: tuple[str, ...]
-    kernels: str
     precision: str
     corpus: str
     tokenizer: str
@@ -67,7 +65,6 @@ _TINY = (
 ON_GPU = Sizes(
     device="cuda",
     trajectories=("upstream_remoe_e8k1.json", "upstream_remoe_e8k1_closed_loop.json"),
-    kernels="remoe verify kernels",
     precision="",
     corpus="--valid-fraction 0.01",
     tokenizer="",
@@ -88,7 +85,6 @@ ON_GPU = Sizes(
 REHEARSAL = Sizes(
     device="cpu",
     trajectories=("upstream_remoe_e8k1_closed_loop.json",),
-    kernels="remoe verify kernels",
     precision="--toy",
     corpus="--max-mb-per-domain 0.4 --valid-fraction 0.1",
     tokenizer="--vocab-size 512 --workers 1",
@@ -142,7 +138,7 @@ def stages(sizes: Sizes, golden: Path | None) -> list[Stage]:
     return [
         Stage("doctor", ("remoe doctor",), readings.doctor, 0.05),
         _golden(sizes, golden),
-        Stage("kernels", (sizes.kernels,), readings.kernels, 0.1),
+        Stage("kernels", ("remoe verify kernels",), readings.kernels, 0.1),
         Stage(
             "precision",
             tuple(
