@@ -167,7 +167,6 @@ def plot(axis: Axes, what: str, run: Run) -> None:
     else:
         values = run.coefficient if what == "coefficient" else run.loss
         axis.semilogy(steps, values, color=COLORS[3] if what == "coefficient" else COLORS[2])
-        axis.set_ylim(bottom=1e-20 if min(values) < 1e-20 else None)
     axis.grid(alpha=0.25)
 
 
@@ -185,11 +184,14 @@ def draw(path: Path, figure: Figure, runs: dict[str, Run]) -> None:
             run = runs[label(case)]
             for axis, what in zip(column, figure.rows, strict=True):
                 plot(axis, what, run)
-            title = textwrap.fill(f"{kind}: {label(case)}", 30)
-            column[0].set_title(title, color=color, fontsize=8.5)
+            title = textwrap.fill(f"{kind}: {label(case)}", 36)
+            column[0].set_title(title, color=color, fontsize=8)
             column[1].set_xlabel("step")
         for axis, what in zip(axes[:, 0], figure.rows, strict=True):
             axis.set_ylabel({"load": "load: share of the tokens"}.get(what, what))
+            if what == "coefficient":  # One that falls to 1e-45 would flatten all others.
+                bottom, top = axis.get_ylim()
+                axis.set_ylim(max(bottom, 1e-20), top)
         canvas.savefig(path, metadata={"Date": None})
         plt.close(canvas)
 
