@@ -12,7 +12,7 @@ import nbformat
 import pytest
 import torch
 
-from remoe import l1_penalty
+from remoe import ReMoELayerConfig, l1_penalty, next_l1_coeff
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/how_it_works.md").read_text()
@@ -76,6 +76,15 @@ def test_the_coefficient_runs_away_from_a_router_that_does_not_follow(runs):
     assert small.settles_at is None
     assert max(both.coefficient) < 10 and 0.8 < final(both.sparsity) < 0.92
     assert both.dead == [] and len(small.dead) >= 2
+
+
+def test_the_coefficient_has_a_lowest_value_which_it_does_not_leave():
+    config = ReMoELayerConfig(hidden_size=4, ffn_hidden_size=4).controller
+    coefficient, steps = torch.tensor(1.0), 0
+    while (lower := next_l1_coeff(coefficient, torch.tensor(0.9), config)) != coefficient:
+        coefficient, steps = lower, steps + 1
+    assert f"{steps} more steps down than up" in PAGE and f"{coefficient.item():.1e}" in PAGE
+    assert next_l1_coeff(coefficient, torch.tensor(0.1), config) == coefficient
 
 
 def test_an_expert_may_be_born_dead(symptoms):
