@@ -27,13 +27,11 @@ from remoe.controller import move_l1_coeff, register_l1_coeff
 from remoe.kernels import (
     Chunk,
     Permutation,
-    combine,
     counts_of_chunks,
     fuses,
-    grouped_swiglu,
-    permute,
     plan_chunks,
     relu_router,
+    routed_swiglu,
     run_chunks,
 )
 from remoe.recurrent import RecurrentCell, passed_on
@@ -204,13 +202,13 @@ class ReMoELayer(ExactBuffers):
         if not is_bounded and fuses(logits_TE):
             routed = relu_router(logits_TE, dtype=dtype)
             if observes:
-                self._observe(routed.sum_E, routed.counts)
+                self._observe(routed.sum_E, routed.counts, len(logits_TE))
             return routed.probs_TE, routed.routing_map_TE, routed.counts.per_expert
         probs_TE, routing_map_TE = relu_routing(logits_TE)
         counts_E = None
         if observes:
             counts = TokenCounts.of(routing_map_TE)
-            self._observe(sum_over_tokens(probs_TE), counts)
+            self._observe(sum_over_tokens(probs_TE), counts, len(logits_TE))
             counts_E = counts.per_expert
         if not is_bounded:
             return probs_TE, routing_map_TE, counts_E
@@ -229,12 +227,13 @@ class ReMoELayer(ExactBuffers):
         experts = f"num_experts={config.num_experts}, topk={config.topk}"
         return f"{sizes}, {experts}, granularity={config.granularity}"
 
-    def _observe(self, sum_E: Tensor, counts: TokenCounts) -> None:
+    def _observe(self, sum_E: Tensor, counts: TokenCounts, num_tokens: int) -> None:
         """Take in the sums of every expert's gates, and the counts, of a micro-batch."""
         self.l1_reg = router_regularization(
             sum_E,
             tokens_per_expert_E=counts.per_expert,
-            num_tokens=counts.num_tokens,
+            # The host knows it too. A GPU would launch a kernel for each operation with it.
+            num_tokens=torch.tensor(num_tokens, device="cpu"),
             topk=self.config.experts.topk,
             load_balancing=self.config.load_balancing,
             last_load_E=self.load,
@@ -323,9 +322,8 @@ def _experts_at_once(
     only_for_backward: bool = False,
 ) -> Tensor:
     permutation = Permutation.of(routing_map_TE, sum(counts))
-    x_AH, prob_A = permute(x_TH, probs_TE, permutation)
-    y_AH = grouped_swiglu(x_AH, prob_A, gate_up, down, counts, only_for_backward=only_for_backward)
-    return combine(y_AH, permutation)
+    tensors = (x_TH, probs_TE, gate_up, down)
+    return routed_swiglu(*tensors, permutation, counts, only_for_backward=only_for_backward)
 
 
 class _ChunkedSwiGLU:
