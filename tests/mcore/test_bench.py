@@ -62,7 +62,8 @@ def test_every_alternative_is_timed_relative_to_the_baseline(results, name):
 def test_the_layer_is_compared_with_what_users_would_take_instead(results):
     names = " ".join(row["name"] for row in results["layer"]["rows"])
     for part in ("ReMoE, E=4", "ReMoE, E=8", "alone, E=4", "alone, E=8", "ReMoE in Megatron",
-                 "TopK in our layer", "Megatron's sequential", "Mixtral", "OLMoE", "dense"):  # fmt: skip
+                 "TopK in our layer", "Megatron's sequential", "Mixtral", "OLMoE",
+                 "dense"):  # fmt: skip
         assert part in names
     for routing in results["layer"]["settings"]["routing"]:
         assert routing["assignments"] == 64
