@@ -135,7 +135,7 @@ class RoutingStatistics:
         """
         self.micro_batches.add_(1 / num_ranks)
         self.counts.flat.add_(counts.flat)
-        self.most_active.copy_(torch.maximum(self.most_active, most_active))
+        torch.maximum(self.most_active, most_active, out=self.most_active)
 
     @torch.no_grad()
     def add_states(self, state_Tp: Tensor, padding_mask_T: Tensor | None = None) -> None:
