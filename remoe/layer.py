@@ -82,6 +82,7 @@ class ReMoELayer(ExactBuffers):
         if cell is not None:
             _check_cell(cell, config)
         shape, hidden = config.experts, config.hidden_size
+        self._topk = shape.topk
 
         def weight(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*size, device=device, dtype=dtype))
@@ -171,14 +172,15 @@ class ReMoELayer(ExactBuffers):
             state = passed_on(state, self.config.recurrent_passing)
         state_Tp = self.recurrent_cell(x_TH, state, self.projection)
         y_TH = self._experts(x_TH, state_Tp)
-        return y_TH.view_as(hidden_states), state_Tp.view(*hidden_states.shape[:-1], -1)
+        state_shape = (*hidden_states.shape[:-1], self.config.recurrent_size)
+        return y_TH.view_as(hidden_states), state_Tp.view(state_shape)
 
     def _experts(self, x_TH: Tensor, routed_by: Tensor) -> Tensor:
         """Compute the layer, `[T, H]`; the router reads `routed_by`, `[T, H]` or `[T, p]`."""
         router_dtype = torch.promote_types(x_TH.dtype, torch.float32)
         logits_TE = F.linear(routed_by.to(router_dtype), self.router.to(router_dtype))
         probs_TE, routing_map_TE, counts_E = self._route(logits_TE, x_TH.dtype)
-        balanced = self.config.experts.topk * max(1, len(x_TH))
+        balanced = self._topk * max(1, len(x_TH))
         limit = self.config.max_assignments
         return routed_experts(
             x_TH,
@@ -234,11 +236,11 @@ class ReMoELayer(ExactBuffers):
             tokens_per_expert_E=counts.per_expert,
             # The host knows it too. A GPU would launch a kernel for each operation with it.
             num_tokens=torch.tensor(num_tokens, device="cpu"),
-            topk=self.config.experts.topk,
+            topk=self._topk,
             load_balancing=self.config.load_balancing,
             last_load_E=self.load,
         )
-        self.counts += counts.flat
+        self.counts.add_(counts.flat)  # `+=` would register the buffer anew
 
 
 def _check_cell(cell: RecurrentCell, config: ReMoELayerConfig) -> None:
