@@ -27,13 +27,11 @@ from remoe.controller import move_l1_coeff, register_l1_coeff
 from remoe.kernels import (
     Chunk,
     Permutation,
-    combine,
     counts_of_chunks,
     fuses,
-    grouped_swiglu,
-    permute,
     plan_chunks,
     relu_router,
+    routed_swiglu,
     run_chunks,
 )
 from remoe.recurrent import RecurrentCell, passed_on
@@ -84,6 +82,7 @@ class ReMoELayer(ExactBuffers):
         if cell is not None:
             _check_cell(cell, config)
         shape, hidden = config.experts, config.hidden_size
+        self._topk = shape.topk
 
         def weight(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*size, device=device, dtype=dtype))
@@ -173,14 +172,15 @@ class ReMoELayer(ExactBuffers):
             state = passed_on(state, self.config.recurrent_passing)
         state_Tp = self.recurrent_cell(x_TH, state, self.projection)
         y_TH = self._experts(x_TH, state_Tp)
-        return y_TH.view_as(hidden_states), state_Tp.view(*hidden_states.shape[:-1], -1)
+        state_shape = (*hidden_states.shape[:-1], self.config.recurrent_size)
+        return y_TH.view_as(hidden_states), state_Tp.view(state_shape)
 
     def _experts(self, x_TH: Tensor, routed_by: Tensor) -> Tensor:
         """Compute the layer, `[T, H]`; the router reads `routed_by`, `[T, H]` or `[T, p]`."""
         router_dtype = torch.promote_types(x_TH.dtype, torch.float32)
         logits_TE = F.linear(routed_by.to(router_dtype), self.router.to(router_dtype))
         probs_TE, routing_map_TE, counts_E = self._route(logits_TE, x_TH.dtype)
-        balanced = self.config.experts.topk * max(1, len(x_TH))
+        balanced = self._topk * max(1, len(x_TH))
         limit = self.config.max_assignments
         return routed_experts(
             x_TH,
@@ -204,13 +204,13 @@ class ReMoELayer(ExactBuffers):
         if not is_bounded and fuses(logits_TE):
             routed = relu_router(logits_TE, dtype=dtype)
             if observes:
-                self._observe(routed.sum_E, routed.counts)
+                self._observe(routed.sum_E, routed.counts, len(logits_TE))
             return routed.probs_TE, routed.routing_map_TE, routed.counts.per_expert
         probs_TE, routing_map_TE = relu_routing(logits_TE)
         counts_E = None
         if observes:
             counts = TokenCounts.of(routing_map_TE)
-            self._observe(sum_over_tokens(probs_TE), counts)
+            self._observe(sum_over_tokens(probs_TE), counts, len(logits_TE))
             counts_E = counts.per_expert
         if not is_bounded:
             return probs_TE, routing_map_TE, counts_E
@@ -229,17 +229,18 @@ class ReMoELayer(ExactBuffers):
         experts = f"num_experts={config.num_experts}, topk={config.topk}"
         return f"{sizes}, {experts}, granularity={config.granularity}"
 
-    def _observe(self, sum_E: Tensor, counts: TokenCounts) -> None:
+    def _observe(self, sum_E: Tensor, counts: TokenCounts, num_tokens: int) -> None:
         """Take in the sums of every expert's gates, and the counts, of a micro-batch."""
         self.l1_reg = router_regularization(
             sum_E,
             tokens_per_expert_E=counts.per_expert,
-            num_tokens=counts.num_tokens,
-            topk=self.config.experts.topk,
+            # The host knows it too. A GPU would launch a kernel for each operation with it.
+            num_tokens=torch.tensor(num_tokens, device="cpu"),
+            topk=self._topk,
             load_balancing=self.config.load_balancing,
             last_load_E=self.load,
         )
-        self.counts += counts.flat
+        self.counts.add_(counts.flat)  # `+=` would register the buffer anew
 
 
 def _check_cell(cell: RecurrentCell, config: ReMoELayerConfig) -> None:
@@ -323,9 +324,8 @@ def _experts_at_once(
     only_for_backward: bool = False,
 ) -> Tensor:
     permutation = Permutation.of(routing_map_TE, sum(counts))
-    x_AH, prob_A = permute(x_TH, probs_TE, permutation)
-    y_AH = grouped_swiglu(x_AH, prob_A, gate_up, down, counts, only_for_backward=only_for_backward)
-    return combine(y_AH, permutation)
+    tensors = (x_TH, probs_TE, gate_up, down)
+    return routed_swiglu(*tensors, permutation, counts, only_for_backward=only_for_backward)
 
 
 class _ChunkedSwiGLU:

@@ -136,16 +136,19 @@ def active_experts(routing_map_TE: Tensor) -> Tensor:
     return routing_map_TE.sum(dim=1)
 
 
-def tokens_per_expert(routing_map_TE: Tensor, padding_mask_T: Tensor | None = None) -> Tensor:
+def tokens_per_expert(
+    routing_map_TE: Tensor, padding_mask_T: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """Return the number of tokens that activate each expert, int64 `[E]`.
 
     Args:
         routing_map_TE: bool `[T, E]`.
         padding_mask_T: bool `[T]`, True for padding tokens, which are not counted.
+        out: where to write them.
     """
     if padding_mask_T is not None:
         routing_map_TE = routing_map_TE & ~padding_mask_T.unsqueeze(1)
-    return routing_map_TE.sum(dim=0)
+    return torch.sum(routing_map_TE, dim=0, out=out)
 
 
 def sparsity(tokens_per_expert_E: Tensor, num_tokens: Tensor | int) -> Tensor:

@@ -37,12 +37,13 @@ class TokenCounts:
     @classmethod
     def of(cls, routing_map_TE: Tensor, padding_mask_T: Tensor | None = None) -> "TokenCounts":
         """Count the tokens of a routing map in int64; padding tokens (True) are not counted."""
-        per_expert_E = tokens_per_expert(routing_map_TE, padding_mask_T)
-        if padding_mask_T is None:
-            num_tokens = per_expert_E.new_full((1,), routing_map_TE.shape[0])
-        else:
-            num_tokens = (~padding_mask_T).sum(dim=0, keepdim=True)
-        return cls(torch.cat([num_tokens, per_expert_E]))
+        num_tokens, num_experts = routing_map_TE.shape
+        size = (1 + num_experts,)
+        flat = torch.full(size, num_tokens, dtype=torch.int64, device=routing_map_TE.device)
+        if padding_mask_T is not None:
+            torch.sum(~padding_mask_T, dim=0, keepdim=True, out=flat[:1])
+        tokens_per_expert(routing_map_TE, padding_mask_T, out=flat[1:])
+        return cls(flat)
 
     @property
     def num_tokens(self) -> Tensor:
@@ -135,7 +136,7 @@ class RoutingStatistics:
         """
         self.micro_batches.add_(1 / num_ranks)
         self.counts.flat.add_(counts.flat)
-        self.most_active.copy_(torch.maximum(self.most_active, most_active))
+        torch.maximum(self.most_active, most_active, out=self.most_active)
 
     @torch.no_grad()
     def add_states(self, state_Tp: Tensor, padding_mask_T: Tensor | None = None) -> None:

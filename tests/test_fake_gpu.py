@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from remoe import ReMoELayer, ReMoELayerConfig
-from remoe.kernels import experts
+from remoe.kernels import Permutation, experts, routed
 
 aten = torch.ops.aten
 TOKENS, EXPERTS = 32, 8
@@ -78,6 +78,12 @@ def waits_of_forward(planned, dtype=torch.bfloat16, **changes):
     return copies.waits
 
 
+def context_of_autograd(inputs):
+    context = SimpleNamespace(needs_input_grad=(True,) * inputs)
+    context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
+    return context
+
+
 COUNTS = [5, 0, 0, 9, 1, 0, 30, 0]
 
 
@@ -99,8 +105,7 @@ def test_forward_in_chunks_waits_at_most_once_more(monkeypatch):
 def test_backward_of_experts_waits_for_nothing(monkeypatch, capability, accumulates):
     """Autograd's engine asks for a real GPU, so this calls the function itself."""
     on_fake_gpu(monkeypatch, capability)
-    context = SimpleNamespace(needs_input_grad=(True,) * 7)
-    context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
+    context = context_of_autograd(7)
     with FakeTensorMode(allow_non_fake_inputs=True), HostCopies([]) as copies, torch.no_grad():
         rows, hidden, width = sum(COUNTS), 16, 24
         x, prob, gate_up, down = (
@@ -118,6 +123,30 @@ def test_backward_of_experts_waits_for_nothing(monkeypatch, capability, accumula
         grads = function.backward(context, y)
     assert copies.waits == []
     for grad, tensor in zip(grads[:4], (x, prob, gate_up, down), strict=True):
+        assert (grad.device, grad.dtype, grad.shape) == (tensor.device, tensor.dtype, tensor.shape)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_backward_of_one_function_waits_for_nothing(monkeypatch, capability):
+    on_fake_gpu(monkeypatch, capability)
+    context = context_of_autograd(8)
+    with FakeTensorMode(allow_non_fake_inputs=True), HostCopies([]) as copies, torch.no_grad():
+        pairs, hidden, width = sum(COUNTS), 16, 24
+        index = [torch.empty(n, device="cuda", dtype=torch.long) for n in (pairs,) * 3 + (TOKENS,)]
+        tensors = [
+            torch.empty(*size, device="cuda", dtype=torch.bfloat16)
+            for size in (
+                (TOKENS, hidden),
+                (TOKENS, EXPERTS),
+                (EXPERTS, 2 * width, hidden),
+                (EXPERTS, hidden, width),
+            )
+        ]
+        function = routed._RoutedSwiGLU
+        y = function.forward(context, *tensors, Permutation(*index), COUNTS, False)
+        grads = function.backward(context, y)
+    assert copies.waits == []
+    for grad, tensor in zip(grads[:4], tensors, strict=True):
         assert (grad.device, grad.dtype, grad.shape) == (tensor.device, tensor.dtype, tensor.shape)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from remoe import ReMoELayer, ReMoELayerConfig
-from remoe.kernels import Permutation, combine, experts, grouped_swiglu, permute
+from remoe.kernels import Permutation, combine, experts, grouped_swiglu, permute, routed_swiglu
 from remoe.layer import routed_experts
 from remoe.reference import reference_moe
 
@@ -72,6 +72,47 @@ def test_output_and_every_gradient_equal_the_reference(routing, dtype, device):
     expected = outputs_and_gradients(reference_moe, inputs, direction)
     # The reference gives no gradient to a probability of an inactive pair, and neither do we.
     assert_close(ours, expected, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1, 3), (0, 1)], ids=str)
+@pytest.mark.parametrize("all_experts", [False, True])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_one_function_equals_its_parts_to_the_bit(monkeypatch, routing, all_experts, frozen):
+    monkeypatch.setattr(experts, "takes_all_experts", lambda _: all_experts)
+    inputs, routing_map, direction = case(routing, torch.float32)
+    inputs = [t.detach() if i in frozen else t for i, t in enumerate(inputs)]
+    trained = [t for t in inputs if t.requires_grad]
+    counts = routing_map.sum(dim=0).tolist()
+    permutation = Permutation.of(routing_map, sum(counts))
+
+    def parts(x, probs, gate_up, down):
+        rows, prob = permute(x, probs, permutation)
+        return combine(grouped_swiglu(rows, prob, gate_up, down, counts), permutation)
+
+    whole = routed_swiglu(*inputs, permutation, counts)
+    found = [whole, *torch.autograd.grad(whole, trained, direction)]
+    expected = parts(*inputs)
+    expected = [expected, *torch.autograd.grad(expected, trained, direction)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_compiled_gradient_of_the_activation_is_the_one_in_place(monkeypatch, transposed):
+    z, grad_h = torch.randn(2 * WIDTH, 13).mT, torch.randn(WIDTH, 13).mT
+    if not transposed:
+        z, grad_h = z.contiguous(), grad_h.contiguous()
+    in_place = experts._activate_backward(z, grad_h)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    compiled = experts._activate_backward(z, grad_h)
+    gate, up = z.double().chunk(2, dim=1)
+    gate, up = gate.requires_grad_(), up.requires_grad_()
+    h = torch.nn.functional.silu(gate) * up
+    grads = torch.autograd.grad(h, (gate, up), grad_h.double())
+    expected = [h, torch.cat(grads, dim=1), (h * grad_h).sum(dim=1)]
+    for found in (in_place, compiled):
+        assert_close([t.double() for t in found], expected, 1e-6)
+        assert found[1].stride() == z.stride()
+    assert all(torch.equal(a, b) for a, b in zip(in_place, compiled, strict=True))
 
 
 @pytest.mark.parametrize("routing", ["mixed", "all active", "one expert"])

@@ -183,6 +183,13 @@ def test_a_state_of_other_tokens_or_for_a_layer_without_one_is_refused():
         plain(x, state)
 
 
+def test_an_empty_batch_hands_its_state_on():
+    first, second = torch_stack(CONFIG, layers=2)
+    x, state = first(torch.randn(2, 0, 8))
+    y, state = second(x, state)
+    assert (y.shape, state.shape) == ((2, 0, 8), (2, 0, 3))
+
+
 def test_copies_of_a_stack_share_their_own_cell():
     model = torch_stack(CONFIG, layers=2)
     saved = io.BytesIO()

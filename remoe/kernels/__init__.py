@@ -7,6 +7,7 @@ the loops of `remoe.reference`, and the kernels in Triton with torch.
 from remoe.kernels.chunks import Chunk, counts_of_chunks, plan_chunks, run_chunks
 from remoe.kernels.experts import grouped_swiglu
 from remoe.kernels.permutation import Permutation, combine, permute
+from remoe.kernels.routed import routed_swiglu
 from remoe.kernels.router import ReLURouted, fuses, relu_router
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "permute",
     "plan_chunks",
     "relu_router",
+    "routed_swiglu",
     "run_chunks",
 ]

@@ -7,7 +7,9 @@ each of them, which is quadratic in E; here every expert's gradient is written o
 Shapes: A pairs sorted by expert, H hidden, E experts, F expert width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, groupby
 from typing import Any
@@ -17,11 +19,35 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
+_aten = torch.ops.aten
 _FEW_TOKENS = 128
-_GATE_UP, _DOWN = 0, 1
+GATE_UP, DOWN = 0, 1
 # How a block is multiplied: all experts in one launch, given where their rows end, on the device;
 # all experts with a launch for each, given their tokens; or, None, a single expert.
 Segments = Tensor | list[int] | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Experts that are computed together: one of them, or all.
+
+    Attributes:
+        rows: the rows of its tokens; None are all rows.
+        expert: its index; None are all experts.
+        segments: how it is multiplied.
+    """
+
+    rows: slice | None
+    expert: int | None
+    segments: Segments
+
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        """Return the block's part of a tensor of all rows."""
+        return tensor if self.rows is None else tensor[self.rows]
+
+    def weight_of(self, tensor: Tensor) -> Tensor:
+        """Return the block's part of stacked weights."""
+        return tensor if self.expert is None else tensor[self.expert]
 
 
 def grouped_swiglu(
@@ -52,10 +78,12 @@ def grouped_swiglu(
             result is then uninitialized.
     """
     device = x_AH.device.type
+    without_casts: AbstractContextManager[Any] = nullcontext()
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x_AH, prob_A, gate_up, down = (t.to(dtype) for t in (x_AH, prob_A, gate_up, down))
-    with torch.autocast(device, enabled=False):
+        without_casts = torch.autocast(device, enabled=False)
+    with without_casts:
         inputs = (x_AH, prob_A, gate_up, down, tokens_per_expert, main_grads, only_for_backward)
         y_AH: Tensor = _GroupedSwiGLU.apply(*inputs)  # type: ignore[no-untyped-call]
         return y_AH
@@ -73,59 +101,110 @@ class _GroupedSwiGLU(torch.autograd.Function):
         main_grads: tuple[Tensor, Tensor] | None,
         only_for_backward: bool,
     ) -> Tensor:
-        y_AH = torch.empty_like(x_AH)
-        products = []
-        blocks = list(_blocks(x_AH, tokens_per_expert, down.shape[2]))
-        for rows, expert, segments in blocks:
-            z = _matmul(x_AH[rows], gate_up[expert].mT, segments)
-            products.append(z)
-            if not only_for_backward:
-                y = _matmul(_fused(_activate, z)(z), down[expert].mT, segments)
-                torch.mul(y, prob_A[rows, None], out=y_AH[rows])
-        ctx.tokens_per_expert, ctx.main_grads, ctx.blocks = tokens_per_expert, main_grads, blocks
-        ctx.save_for_backward(x_AH, prob_A, gate_up, down, *products)
+        ctx.tokens_per_expert, ctx.main_grads = tokens_per_expert, main_grads
+        ctx.blocks = blocks_of(x_AH, tokens_per_expert, down.shape[2])
+        tensors = (x_AH, prob_A, gate_up, down)
+        y_AH, products = swiglu_forward(*tensors, ctx.blocks, only_for_backward)
+        ctx.save_for_backward(*tensors, *products)
         return y_AH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y_AH: Tensor) -> tuple[Tensor | None, ...]:
         x_AH, prob_A, gate_up, down, *products = ctx.saved_tensors
-        grad_y_AH = grad_y_AH.contiguous()
-        grad_x, grad_prob = torch.empty_like(x_AH), torch.empty_like(prob_A)
-        weight_grads = _WeightGrads(gate_up, down, ctx)
-        for (rows, expert, segments), z in zip(ctx.blocks, products, strict=True):
-            # The routing weight scales rows of width H, which are cheaper than those of width F.
-            prob, grad_y = prob_A[rows, None], grad_y_AH[rows]
-            grad_h = _matmul(grad_y, down[expert], segments)
-            h, grad_z, grad_prob[rows] = _fused(_activate_backward, z)(z, grad_h)
-            weight_grads.add(_DOWN, expert, (grad_y * prob).mT, h, segments)
-            weight_grads.add(_GATE_UP, expert, grad_z.mT, x_AH[rows] * prob, segments)
-            torch.mul(_matmul(grad_z, gate_up[expert], segments), prob, out=grad_x[rows])
-        return grad_x, grad_prob, *weight_grads.result(), None, None, None
+        needed = ctx.needs_input_grad[2:4]
+        grads = WeightGrads((gate_up, down), needed, ctx.tokens_per_expert, ctx.main_grads)
+        tensors = (x_AH, prob_A, gate_up, down, products)
+        rows = swiglu_backward(grad_y_AH.contiguous(), *tensors, ctx.blocks, grads)
+        return *rows, *grads.result(), None, None, None
 
 
-class _WeightGrads:
-    """Gradients of stacked weights, which are written in place or added to the main gradients."""
+def swiglu_forward(
+    x_AH: Tensor,
+    prob_A: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    blocks: Sequence[Block],
+    only_for_backward: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the weighted rows `[A, H]`, and every block's product with `gate_up` for backward."""
+    y_AH, products = torch.empty_like(x_AH), []
+    for block in blocks:
+        z = multiply(block.rows_of(x_AH), block.weight_of(gate_up).mT, block.segments)
+        products.append(z)
+        if not only_for_backward:
+            h = _fused(_activate, z)(z)
+            y = multiply(h, block.weight_of(down).mT, block.segments)
+            torch.mul(y, block.rows_of(prob_A).unsqueeze(1), out=block.rows_of(y_AH))
+    return y_AH, products
 
-    def __init__(self, gate_up: Tensor, down: Tensor, ctx: Any) -> None:
-        self.weights = (gate_up, down)
-        self.needed = ctx.needs_input_grad[2:4]
-        self.accumulates = ctx.main_grads is not None
-        self.grads: list[Tensor | None] = list(ctx.main_grads or (None, None))
-        self.inactive = _runs_of_zeros(ctx.tokens_per_expert)
 
-    def add(self, which: int, expert: Any, a: Tensor, b: Tensor, segments: Segments) -> None:
-        """Add the gradient `a b` of an expert's weight, or of all: `_GATE_UP` or `_DOWN`."""
+def swiglu_backward(
+    grad_y_AH: Tensor,
+    x_AH: Tensor,
+    prob_A: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    products: Sequence[Tensor],
+    blocks: Sequence[Block],
+    weight_grads: "WeightGrads",
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the rows `[A, H]` and of their routing weights `[A]`.
+
+    Those of the experts' weights are added to `weight_grads`.
+    """
+    grad_x_AH, grad_prob = torch.empty_like(x_AH), []
+    for block, z in zip(blocks, products, strict=True):
+        segments = block.segments
+        # The routing weight scales rows of width H, which are cheaper than those of width F.
+        prob, grad_y = block.rows_of(prob_A).unsqueeze(1), block.rows_of(grad_y_AH)
+        grad_h = multiply(grad_y, block.weight_of(down), segments)
+        h, grad_z, grad_rows = _fused(_activate_backward, z)(z, grad_h)
+        grad_prob.append(grad_rows)
+        weight_grads.add(DOWN, block.expert, (grad_y * prob).mT, h, segments)
+        weight_grads.add(GATE_UP, block.expert, grad_z.mT, block.rows_of(x_AH) * prob, segments)
+        grad_x = multiply(grad_z, block.weight_of(gate_up), segments)
+        torch.mul(grad_x, prob, out=block.rows_of(grad_x_AH))
+    if len(grad_prob) == 1:
+        return grad_x_AH, grad_prob[0]
+    return grad_x_AH, torch.cat(grad_prob) if grad_prob else torch.empty_like(prob_A)
+
+
+class WeightGrads:
+    """Gradients of stacked weights, which are written in place or added to the main gradients.
+
+    Args:
+        weights: `gate_up` and `down`.
+        needed: which of the two need gradients.
+        tokens_per_expert: those of the experts; a gradient without tokens is zero.
+        main_grads: buffers to add to, as `grouped_swiglu` has them.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        needed: Sequence[bool],
+        tokens_per_expert: list[int],
+        main_grads: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.weights, self.needed = weights, needed
+        self.accumulates = main_grads is not None
+        self.grads: list[Tensor | None] = list(main_grads or (None, None))
+        self.inactive = _runs_of_zeros(tokens_per_expert)
+
+    def add(self, which: int, expert: int | None, a: Tensor, b: Tensor, segments: Segments) -> None:
+        """Add the gradient `a b` of an expert's weight, or of all: `GATE_UP` or `DOWN`."""
         if not self.needed[which]:
             return
         if isinstance(segments, Tensor):
             # For a group without rows, grouped_mm returns what was in its registers on compute
             # capability 10 (github.com/pytorch/pytorch/issues/172439).
-            grad = self._zero_inactive(_matmul(a, b, segments))
+            grad = self._zero_inactive(multiply(a, b, segments))
             self.grads[which] = self._buffer(which).add_(grad) if self.accumulates else grad
             return
         buffer, beta = self._buffer(which), int(self.accumulates)
         if segments is None:
+            assert expert is not None, "a block without segments is one expert"
             buffer[expert].addmm_(a, b, beta=beta)
             return
         parts = zip(
@@ -165,26 +244,23 @@ def _runs_of_zeros(tokens_per_expert: list[int]) -> list[slice]:
     return runs
 
 
-def _blocks(
-    x_AH: Tensor, tokens_per_expert: list[int], width: int
-) -> Iterator[tuple[slice, int | slice, Segments]]:
-    """Yield each expert's rows, the expert, and None; or all rows, all experts, and the segments.
+def blocks_of(x_AH: Tensor, tokens_per_expert: list[int], width: int) -> list[Block]:
+    """Return every active expert by itself, or one block of all of them.
 
     One expert at a time keeps its activations in a CPU's cache. A GPU takes all of them, for fewer
     launches.
     """
     if len(x_AH) and uses_grouped_mm(x_AH.device, x_AH.dtype, x_AH.shape[1], width):
         ends = torch.tensor(list(accumulate(tokens_per_expert)), dtype=torch.int32)
-        yield slice(None), slice(None), ends.to(x_AH.device, non_blocking=True)
-        return
+        return [Block(None, None, ends.to(x_AH.device, non_blocking=True))]
     if len(x_AH) and takes_all_experts(x_AH.device):
-        yield slice(None), slice(None), tokens_per_expert
-        return
-    start = 0
-    for expert, count in enumerate(tokens_per_expert):
-        if count:
-            yield slice(start, start + count), expert, None
-            start += count
+        return [Block(None, None, tokens_per_expert)]
+    ends_E = accumulate(tokens_per_expert)
+    return [
+        Block(slice(end - count, end), expert, None)
+        for expert, (count, end) in enumerate(zip(tokens_per_expert, ends_E, strict=True))
+        if count
+    ]
 
 
 def takes_all_experts(device: torch.device) -> bool:
@@ -213,7 +289,7 @@ def uses_grouped_mm(device: torch.device, dtype: torch.dtype, *widths: int) -> b
     )
 
 
-def _matmul(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
+def multiply(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
     """Multiply once, or per segment of rows of `a` (of columns, when `b` is 2-d as well).
 
     For an expert with few tokens the product is computed transposed, with tokens as columns: on a
@@ -245,16 +321,29 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _activate(z: Tensor) -> Tensor:
     """Return `silu(gate) * up`, given `z = [gate, up]`."""
     gate, up = z.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 def _activate_backward(z: Tensor, grad_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return `h = silu(gate) * up`, the gradient of z, and the gradient of each row's weight."""
     gate, up = z.chunk(2, dim=-1)
-    silu = F.silu(gate)
-    h = silu * up
+    scratch = F.silu(gate)
+    h = scratch * up
     grad_z = torch.empty_like(z)  # with the strides of z, which `cat` would not keep
     grad_gate, grad_up = grad_z.chunk(2, dim=-1)
-    grad_gate.copy_(torch.ops.aten.silu_backward(grad_h * up, gate))
-    grad_up.copy_(grad_h * silu)
-    return h, grad_z, (h * grad_h).sum(dim=-1)
+    _write(grad_up, "out", _aten.mul, grad_h, scratch)
+    _write(scratch, "out", _aten.mul, grad_h, up)
+    _write(grad_gate, "grad_input", _aten.silu_backward, scratch, gate)
+    _write(scratch, "out", _aten.mul, h, grad_h)
+    return h, grad_z, scratch.sum(dim=-1)
+
+
+def _write(out: Tensor, name: str, operator: Callable[..., Any], *arguments: Tensor) -> None:
+    """Write what an operator returns, where its argument of this name takes the output.
+
+    Without the copy that a compiler removes; torch's breaks a graph at such outputs with strides.
+    """
+    if torch.compiler.is_compiling():
+        out.copy_(operator(*arguments))
+    else:
+        operator(*arguments, **{name: out})

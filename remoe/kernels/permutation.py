@@ -4,6 +4,7 @@ Shapes: T tokens, H hidden, E experts, A active (token, expert) pairs. The only 
 `T * E` that is made is the transposed routing map, of one byte per entry.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,19 +72,62 @@ def combine(y_AH: Tensor, permutation: Permutation) -> Tensor:
     return y_TH
 
 
+def gather(x_TH: Tensor, probs_TE: Tensor, p: Permutation) -> tuple[Tensor, Tensor]:
+    """Do what `permute` does, without a graph."""
+    if uses_triton(x_TH, "gather"):
+        gathered: tuple[Tensor, Tensor] = triton_kernels().gather(
+            x_TH, p.token_A, probs_TE, p.entry_A
+        )
+        return gathered
+    x_AH = x_TH.index_select(0, p.token_A)
+    return x_AH, probs_TE.flatten().index_select(0, p.entry_A)
+
+
+def gather_backward(
+    grad_x_AH: Tensor,
+    grad_prob_A: Tensor,
+    p: Permutation,
+    num_experts: int,
+    needed: Sequence[bool] = (True, True),
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients `[T, H]` and `[T, E]` of what was gathered, None if it needs none."""
+    in_triton = uses_triton(grad_x_AH, "sum by token") and fit_in_a_tile(num_experts)
+    if in_triton and all(needed):
+        grads: tuple[Tensor, Tensor] = triton_kernels().gather_backward(
+            grad_x_AH, grad_prob_A, p.by_token_A, p.starts_T, p.entry_A, num_experts
+        )
+        return grads
+    grad_x = grad_probs = None
+    if needed[0]:
+        grad_x = sum_by_token(grad_x_AH.contiguous(), p)
+    if needed[1]:
+        grad_probs = grad_prob_A.new_zeros(len(p.starts_T), num_experts)
+        grad_probs.view(-1).index_copy_(0, p.entry_A, grad_prob_A)
+    return grad_x, grad_probs
+
+
+def sum_by_token(rows_AH: Tensor, p: Permutation) -> Tensor:
+    """Do what `combine` does, without a graph."""
+    if len(rows_AH) == 0 or len(p.starts_T) == 0:
+        return rows_AH.new_zeros(len(p.starts_T), rows_AH.shape[1])
+    if uses_triton(rows_AH, "sum by token"):
+        sums: Tensor = triton_kernels().sum_by_token(rows_AH, p.by_token_A, p.starts_T)
+        return sums
+    return F.embedding_bag(p.by_token_A, rows_AH, p.starts_T, mode="sum")
+
+
+def rows_of_tokens(grad_y_TH: Tensor, token_A: Tensor) -> Tensor:
+    """Return the rows `[A, H]` of the pairs' tokens, which is the backward of `combine`."""
+    if uses_triton(grad_y_TH, "gather"):
+        rows_AH: Tensor = triton_kernels().gather(grad_y_TH, token_A)[0]
+        return rows_AH
+    return grad_y_TH.index_select(0, token_A)
+
+
 def _nonzero(flags: Tensor, count: int) -> Tensor:
     if flags.device.type == "cuda":
         return torch.nonzero_static(flags, size=count).squeeze(1)  # does not wait for the count
     return flags.nonzero().squeeze(1)
-
-
-def _sum_by_token(rows_AH: Tensor, by_token_A: Tensor, starts_T: Tensor) -> Tensor:
-    if len(rows_AH) == 0 or len(starts_T) == 0:
-        return rows_AH.new_zeros(len(starts_T), rows_AH.shape[1])
-    if uses_triton(rows_AH, "sum by token"):
-        sums: Tensor = triton_kernels().sum_by_token(rows_AH, by_token_A, starts_T)
-        return sums
-    return F.embedding_bag(by_token_A, rows_AH, starts_T, mode="sum")
 
 
 class _Permute(torch.autograd.Function):
@@ -91,46 +135,26 @@ class _Permute(torch.autograd.Function):
     def forward(
         ctx: Any, x_TH: Tensor, probs_TE: Tensor, permutation: Permutation
     ) -> tuple[Tensor, Tensor]:
-        ctx.permutation, ctx.probs_shape = permutation, probs_TE.shape
-        if uses_triton(x_TH, "gather"):
-            gathered: tuple[Tensor, Tensor] = triton_kernels().gather(
-                x_TH, permutation.token_A, probs_TE, permutation.entry_A
-            )
-            return gathered
-        x_AH = x_TH.index_select(0, permutation.token_A)
-        return x_AH, probs_TE.flatten().index_select(0, permutation.entry_A)
+        ctx.permutation, ctx.num_experts = permutation, probs_TE.shape[1]
+        return gather(x_TH, probs_TE, permutation)
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_x_AH: Tensor, grad_prob_A: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None]:
-        p: Permutation = ctx.permutation
-        num_experts = ctx.probs_shape[1]
-        in_triton = uses_triton(grad_x_AH, "sum by token") and fit_in_a_tile(num_experts)
-        if in_triton and all(ctx.needs_input_grad[:2]):
-            grads: tuple[Tensor, Tensor] = triton_kernels().gather_backward(
-                grad_x_AH, grad_prob_A, p.by_token_A, p.starts_T, p.entry_A, num_experts
-            )
-            return *grads, None
-        grad_x = grad_probs = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _sum_by_token(grad_x_AH.contiguous(), p.by_token_A, p.starts_T)
-        if ctx.needs_input_grad[1]:
-            grad_probs = grad_prob_A.new_zeros(ctx.probs_shape)
-            grad_probs.view(-1).index_copy_(0, p.entry_A, grad_prob_A)
-        return grad_x, grad_probs, None
+        grads = (grad_x_AH, grad_prob_A)
+        needed = ctx.needs_input_grad[:2]
+        return *gather_backward(*grads, ctx.permutation, ctx.num_experts, needed), None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_AH: Tensor, permutation: Permutation) -> Tensor:
         ctx.token_A = permutation.token_A
-        return _sum_by_token(y_AH, permutation.by_token_A, permutation.starts_T)
+        return sum_by_token(y_AH, permutation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y_TH: Tensor) -> tuple[Tensor, None]:
-        if uses_triton(grad_y_TH, "gather"):
-            return triton_kernels().gather(grad_y_TH, ctx.token_A)[0], None
-        return grad_y_TH.index_select(0, ctx.token_A), None
+        return rows_of_tokens(grad_y_TH, ctx.token_A), None

@@ -3,17 +3,20 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 from rich.console import Console
 from torch.nn import functional as F  # noqa: N812
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.remoe.bench import timing
 from megatron.remoe.bench.layer import (
     DENSE,
     Shape,
     inputs,
+    matrix_products,
     remoe_layer,
     soft_alternatives,
     soft_name,
@@ -58,8 +61,9 @@ def test_every_alternative_is_timed_relative_to_the_baseline(results, name):
 @pytest.mark.processes
 def test_the_layer_is_compared_with_what_users_would_take_instead(results):
     names = " ".join(row["name"] for row in results["layer"]["rows"])
-    for part in ("ReMoE, E=4", "ReMoE, E=8", "ReMoE in Megatron", "TopK in our layer",
-                 "Megatron's sequential", "Mixtral", "OLMoE", "dense"):  # fmt: skip
+    for part in ("ReMoE, E=4", "ReMoE, E=8", "alone, E=4", "alone, E=8", "ReMoE in Megatron",
+                 "TopK in our layer", "Megatron's sequential", "Mixtral", "OLMoE",
+                 "dense"):  # fmt: skip
         assert part in names
     for routing in results["layer"]["settings"]["routing"]:
         assert routing["assignments"] == 64
@@ -130,6 +134,33 @@ def test_the_timed_run_is_a_training_step():
     module = next(c.cell_contents for c in layer if isinstance(c.cell_contents, torch.nn.Module))
     alternative.run()
     assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products by the shapes of their factors."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            self.shapes[tuple(tuple(a.shape) for a in args[-2:])] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_products_alone_are_those_of_the_layer():
+    sizes = {"tokens": 512, "hidden_size": 16, "ffn_hidden_size": 24, "num_experts": 3}
+    shape = Shape(**sizes, topk=1)
+    found = []
+    for alternative in (remoe_layer(shape), matrix_products(shape)):
+        with Products() as products:
+            alternative.run()
+        found.append(products.shapes)
+    layer, alone = found
+    assert alone.total() == 6 * 3
+    router = {((512, 16), (16, 3)), ((3, 512), (512, 16)), ((512, 3), (3, 16))}
+    assert layer - alone == Counter(router) and not alone - layer
 
 
 def test_ratios_are_of_the_same_round(monkeypatch):

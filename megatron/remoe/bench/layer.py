@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from megatron.remoe.bench.timing import Alternative
 from megatron.remoe.testing.golden import transformer_config
 from remoe import ReMoELayer, ReMoELayerConfig, SoftMoELayer, SoftMoELayerConfig, l1_penalty
+from remoe.kernels.experts import DOWN, GATE_UP, WeightGrads, blocks_of, multiply
 from remoe.routing import tokens_per_expert
 from remoe.soft import slots_for_equal_flops
 
@@ -91,6 +92,11 @@ def _logits(inputs: Inputs) -> Tensor:
     return F.linear(inputs.x.float(), inputs.router.float())
 
 
+def _counts(shape: Shape) -> list[int]:
+    counts: list[int] = tokens_per_expert(_logits(inputs(shape)) > 0).tolist()
+    return counts
+
+
 def threshold(logits: Tensor, count: int) -> Tensor:
     """Return a value that `count` of the logits are above, halfway to the next logit."""
     highest = logits.flatten().topk(min(count + 1, logits.numel())).values
@@ -112,6 +118,7 @@ def alternatives(shape: Shape) -> list[Alternative]:
     return [
         _dense(given.x, weights(shape, topk=shape.topk)),
         remoe_layer(shape),
+        matrix_products(shape),
         *_megatron(shape, given, experts),
         *_hugging_face(shape, given, experts),
     ]
@@ -132,6 +139,41 @@ def remoe_layer(shape: Shape) -> Alternative:
         parameter.data = value
     name = f"ReMoE, E={shape.num_experts}"
     return _step(name, layer, x, layer, lambda: l1_penalty(layer))
+
+
+def matrix_products(shape: Shape) -> Alternative:
+    """Return the matrix products of the experts of `remoe_layer` alone, a bound on its time.
+
+    Every expert has two products forward and four backward, which read weights and write gradients
+    as those of the layer do. Shapes, strides and order are the layer's, and values are not.
+    """
+    counts = _counts(shape)
+    width, experts = shape.ffn_hidden_size, weights(shape, shape.num_experts)
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(sum(counts), shape.hidden_size, generator=generator).to(**shape.like)
+
+    def run() -> tuple[Tensor | None, ...]:
+        blocks = blocks_of(rows, counts, width)
+        kept = []
+        for b in blocks:
+            z = multiply(b.rows_of(rows), b.weight_of(experts.gate_up).mT, b.segments)
+            multiply(z[:, :width], b.weight_of(experts.down).mT, b.segments)
+            kept.append(z)
+        grads = WeightGrads(experts, (True, True), counts)
+        for b, z in zip(blocks, kept, strict=True):
+            grad_y = b.rows_of(rows)
+            multiply(grad_y, b.weight_of(experts.down), b.segments)
+            grads.add(DOWN, b.expert, grad_y.mT, z[:, :width], b.segments)
+            grads.add(GATE_UP, b.expert, z.mT, grad_y, b.segments)
+            multiply(z, b.weight_of(experts.gate_up), b.segments)
+        return grads.result()
+
+    return Alternative(products_name(shape.num_experts), run)
+
+
+def products_name(num_experts: int) -> str:
+    """Return the name of the row of `matrix_products`."""
+    return f"matrix products of ReMoE alone, E={num_experts}"
 
 
 def soft_alternatives(shapes: list[Shape], sequence: int) -> list[Alternative]:

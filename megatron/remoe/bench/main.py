@@ -73,12 +73,16 @@ class Timing:
 
 
 def layer(sizes: LayerSizes, experts: list[int], dtype: str, timing: Timing) -> None:
-    """Time every alternative at the first number of experts, and ReMoE at the others."""
+    """Time every alternative at the first number of experts, and ReMoE at the others.
+
+    The matrix products of ReMoE alone are a bound, which shows what is left to win.
+    """
     console = Console()
     shapes = [sizes.shape(e, dtype) for e in experts]
     layers.initialize()
     found = layers.alternatives(shapes[0])
-    found += [layers.remoe_layer(shape) for shape in shapes[1:]]
+    for shape in shapes[1:]:
+        found += [layers.remoe_layer(shape), layers.matrix_products(shape)]
     for shape in shapes:
         console.print(f"E={shape.num_experts}: {layers.assignments(shape)}", highlight=False)
     rows = measure(found, rounds=timing.rounds, baseline=layers.DENSE, console=console)
@@ -89,6 +93,7 @@ def layer(sizes: LayerSizes, experts: list[int], dtype: str, timing: Timing) -> 
     report(rows, title=title, baseline="dense", settings=settings, console=console,
            json_path=timing.json_path)  # fmt: skip
     _growth(rows, [f"ReMoE, E={e}" for e in experts], console)
+    _growth(rows, [layers.products_name(e) for e in experts], console)
 
 
 def soft_layer(

@@ -45,7 +45,7 @@ def layer(
         hidden: The hidden size, by default 512, or 64 with --soft.
         ffn: The width of each expert, by default 2048, or 512 with --soft.
         experts: The numbers of experts, by default 8. All alternatives run at the first number, and
-            ReMoE at the others.
+            ReMoE at the others, beside the matrix products of its experts alone.
         soft: Time Soft MoE at every number of experts, and a dense MLP that costs as much.
         sequence: The number of tokens of a sequence, and of the slots of all experts, with --soft,
             by default 512.

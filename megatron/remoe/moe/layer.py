@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron.remoe.moe.chunking import ChunkedExperts
 from megatron.remoe.moe.dispatcher import DISPATCHERS
+from megatron.remoe.moe.experts import SequentialParts
 from megatron.remoe.moe.gradients import mark_gradients
 from remoe.kernels.chunks import AssignmentBudget
 
@@ -87,9 +88,9 @@ class DroplessMoELayer(MoELayer):
         rows, probs = super().preprocess(hidden_states, probs, routing_map)
         rows, probs = super().dispatch(rows, probs)
         rows, _ = super().routed_experts_compute(rows, probs)
-        if self.chunked is not None:
-            # Chunks of another micro-batch may have added gradients themselves. Grouped experts,
-            # which may do so here too, say it in backward after this.
+        if self.chunked is not None and isinstance(self.chunked.parts, SequentialParts):
+            # Chunks of another micro-batch may have added gradients themselves. Grouped experts
+            # mark theirs in their own forward.
             rows = mark_gradients(rows, list(self.experts.parameters()), added=False)
         output: Tensor = super().postprocess(super().combine(rows), None)
         return output
