@@ -9,10 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
-# Operations without a kernel, beside those that torch marks as views.
+# Operations without a kernel, beside views and what returns no tensor.
 _NO_KERNEL = {
     aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
     aten._unsafe_view,
+}  # fmt: skip
+# Operations that read nothing of the tensor that they are given.
+_FILLS = {
+    aten.new_zeros, aten.new_full, aten.zeros_like, aten.ones_like, aten.full_like, aten.zero_,
+    aten.fill_,
 }  # fmt: skip
 
 
@@ -45,8 +50,8 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def add(self, *values: Any) -> None:
         """Count a launch with these inputs and outputs, which may be anything."""
-        tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
-        self.count += Count(1, sum(t.numel() * t.element_size() for t in tensors))
+        moved = sum(t.numel() * t.element_size() for t in _tensors(values))
+        self.count += Count(1, moved)
 
     def __torch_dispatch__(
         self,
@@ -59,6 +64,10 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = args[0].new_empty((self.num_pairs, args[0].dim()), dtype=torch.int64)
         else:
             result = func(*args, **(kwargs or {}))
-        if not func.is_view and func.overloadpacket not in _NO_KERNEL:
-            self.add(args, kwargs, result)
+        if _tensors(result) and not func.is_view and func.overloadpacket not in _NO_KERNEL:
+            self.add(*(() if func.overloadpacket in _FILLS else (args, kwargs)), result)
         return result
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]

@@ -183,6 +183,7 @@ def counted_in_triton(s: Shape) -> dict[str, Passes[Count]]:
         probs, logits = _new(s, s.tokens, s.num_experts), _logits(s)
         token_A, entry_A, by_token_A = (torch.zeros(s.pairs, dtype=torch.int64) for _ in range(3))
         starts_T = torch.zeros(s.tokens, dtype=torch.int64)
+        routing_map = probs > 0
         count = partial(_count, in_triton=True)
         gather = count(lambda: kernels.gather(x, token_A, probs, entry_A))
         gather_backward = count(
@@ -194,7 +195,7 @@ def counted_in_triton(s: Shape) -> dict[str, Passes[Count]]:
         combined_backward = count(lambda: kernels.gather(x, token_A))
         return counted_in_torch(s) | {
             "router": count(lambda: kernels.relu_router(logits, None, s.dtype)[:3:2], logits),
-            "permutation": count(lambda: kernels.count_permutation(probs > 0, s.pairs)),
+            "permutation": count(lambda: kernels.count_permutation(routing_map, s.pairs)),
             "gather": Passes(gather.forward, gather_backward.forward),
             "combine": Passes(combined.forward, combined_backward.forward),
         }
