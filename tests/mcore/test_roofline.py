@@ -127,6 +127,7 @@ def test_the_share_of_a_step_by_hand(monkeypatch):
     assert experts.products == 1 + 2 * 288 / size.flops_per_sequence
     assert experts.fewest == again.fewest
     assert once.in_torch > once.in_triton > once.fewest
+    assert once.to_win == (once.in_triton - once.fewest) / (1 + once.in_triton)
 
 
 def test_nothing_is_recorded_where_triton_would_interpret(monkeypatch):

@@ -263,6 +263,7 @@ def shares(configs: list[Path], json_path: Path | None) -> None:
                 "share in torch": f"{part.of_step(part.in_torch):.1%}",
                 "in Triton": f"{part.of_step(part.in_triton):.1%}",
                 "at the fewest": f"{part.of_step(part.fewest):.1%}",
+                "to win": f"{part.to_win:.1%}",
             })  # fmt: skip
     title = "Operations around the experts' products, and the model's products at their peak"
     Console().print(_table(f"{title}, in a micro-batch", rows))

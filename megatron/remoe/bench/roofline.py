@@ -175,12 +175,8 @@ def counted_in_triton(s: Shape) -> dict[str, Passes[Count]]:
     """
     kernels = triton_kernels()
     with FakeTensorMode():
-        x, rows, prob = (
-            _new(s, s.tokens, s.hidden_size),
-            _new(s, s.pairs, s.hidden_size),
-            _new(s, s.pairs),
-        )
-        probs, logits = _new(s, s.tokens, s.num_experts), _logits(s)
+        x, rows = _new(s, s.tokens, s.hidden_size), _new(s, s.pairs, s.hidden_size)
+        prob, probs, logits = _new(s, s.pairs), _new(s, s.tokens, s.num_experts), _logits(s)
         token_A, entry_A, by_token_A = (torch.zeros(s.pairs, dtype=torch.int64) for _ in range(3))
         starts_T = torch.zeros(s.tokens, dtype=torch.int64)
         routing_map = probs > 0
@@ -322,6 +318,11 @@ class Share:
     def of_step(self, ours: float) -> float:
         """Return the part of a step that our operations take."""
         return ours / (self.products + ours)
+
+    @property
+    def to_win(self) -> float:
+        """The part of a step with our kernels in Triton that the fewest bytes would save."""
+        return (self.in_triton - self.fewest) / (self.products + self.in_triton)
 
 
 def share(size: ModelSize, load: RankLoad, gpu: GPU) -> Share:
