@@ -81,7 +81,7 @@ def test_fake_tensors_count_as_real_ones_do():
 @needs_triton
 def test_triton_launches_little_and_nothing_moves_less_than_the_fewest(monkeypatch):
     monkeypatch.delenv(INTERPRETER, raising=False)
-    found = Roofline.of(Shape(4096, 768, 2048, num_experts=128, topk=8, dtype=torch.bfloat16))
+    found = Roofline.of(Shape(16384, 768, 2048, num_experts=128, topk=8, dtype=torch.bfloat16))
     launches = {name: tuple(c.launches for c in found.in_triton[name]) for name in FEWEST}
     assert launches == {
         "logits": (3, 4),
