@@ -38,7 +38,9 @@ class ControllerConfig(L1Coefficient):
 
     Attributes:
         target_sparsity: fraction of inactive (token, expert) pairs to reach, `1 - k/E`, in [0, 1).
-        floor, ceiling: bounds on the coefficient; None is unbounded, as published.
+        floor, ceiling: bounds on the coefficient. None is no ceiling, as published, and as floor the
+            smallest number with all its digits, 1.2e-38 in fp32. Below it, numbers lose digits until
+            alpha times a coefficient rounds to the coefficient, which could then never rise again.
     """
 
     target_sparsity: float
@@ -80,9 +82,8 @@ def next_l1_coeff(l1_coeff: Tensor, sparsity: Tensor, config: ControllerConfig) 
     alpha = config.l1_coeff_multiplier
     stepped = torch.where(too_dense, l1_coeff * alpha, l1_coeff / alpha)
     stepped = torch.where(sparsity.isnan(), l1_coeff, stepped)
-    if config.floor is None and config.ceiling is None:
-        return stepped
-    return stepped.clamp(config.floor, config.ceiling)
+    floor = torch.finfo(l1_coeff.dtype).tiny if config.floor is None else config.floor
+    return stepped.clamp(floor, config.ceiling)
 
 
 def register_l1_coeff(

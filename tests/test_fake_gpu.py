@@ -105,25 +105,54 @@ def test_forward_in_chunks_waits_at_most_once_more(monkeypatch):
 def test_backward_of_experts_waits_for_nothing(monkeypatch, capability, accumulates):
     """Autograd's engine asks for a real GPU, so this calls the function itself."""
     on_fake_gpu(monkeypatch, capability)
-    context = context_of_autograd(7)
     with FakeTensorMode(allow_non_fake_inputs=True), HostCopies([]) as copies, torch.no_grad():
-        rows, hidden, width = sum(COUNTS), 16, 24
-        x, prob, gate_up, down = (
-            torch.empty(*size, device="cuda", dtype=torch.bfloat16)
-            for size in (
-                (rows, hidden),
-                (rows,),
-                (EXPERTS, 2 * width, hidden),
-                (EXPERTS, hidden, width),
-            )
-        )
-        main_grads = (gate_up.clone(), down.clone()) if accumulates else None
-        function = experts._GroupedSwiGLU
-        y = function.forward(context, x, prob, gate_up, down, COUNTS, main_grads, False)
-        grads = function.backward(context, y)
+        inputs = inputs_of_experts()
+        main_grads = tuple(weight.clone() for weight in inputs[2:]) if accumulates else None
+        context = context_of_autograd(7)
+        y = experts._GroupedSwiGLU.forward(context, *inputs, COUNTS, main_grads, False)
+        grads = experts._GroupedSwiGLU.backward(context, y)
     assert copies.waits == []
-    for grad, tensor in zip(grads[:4], (x, prob, gate_up, down), strict=True):
+    for grad, tensor in zip(grads[:4], inputs, strict=True):
         assert (grad.device, grad.dtype, grad.shape) == (tensor.device, tensor.dtype, tensor.shape)
+
+
+def inputs_of_experts():
+    """Rows, weights of rows, and both weights of experts."""
+    rows, hidden, width = sum(COUNTS), 16, 24
+    sizes = ((rows, hidden), (rows,), (EXPERTS, 2 * width, hidden), (EXPERTS, hidden, width))
+    return [torch.empty(*size, device="cuda", dtype=torch.bfloat16) for size in sizes]
+
+
+class Launches(HostCopies):
+    """Records products, and multiplications of rows of width H."""
+
+    def __init__(self):
+        super().__init__([])
+        self.products = self.weightings = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.products += func.overloadpacket is aten._grouped_mm
+        self.weightings += func.overloadpacket is aten.mul and result.shape[-1] == 16
+        return result
+
+
+def test_experts_launch_what_the_roofline_says(monkeypatch):
+    from megatron.remoe.bench.layer import Shape
+    from megatron.remoe.bench.roofline import PRODUCTS, counted_in_torch
+
+    on_fake_gpu(monkeypatch, (9, 0))
+    counted = counted_in_torch(Shape(TOKENS, 16, 24, EXPERTS, 1, torch.bfloat16))
+    with FakeTensorMode(allow_non_fake_inputs=True), Launches() as launches, torch.no_grad():
+        context = context_of_autograd(7)
+        inputs = inputs_of_experts()
+        y = experts._GroupedSwiGLU.forward(context, *inputs, COUNTS, None, False)
+        forward = launches.products, launches.weightings
+        experts._GroupedSwiGLU.backward(context, y)
+    both = launches.products, launches.weightings
+    names = (PRODUCTS, "weighting")
+    assert forward == tuple(counted[name].forward.launches for name in names)
+    assert both == tuple(sum(c.launches for c in counted[name]) for name in names)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])

@@ -802,7 +802,9 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
             if config.l1_coeff_per_layer:
                 found = 1 - (counts_LE.sum(dim=1).double() / pairs_L).cpu()
             too_dense = torch.as_tensor(found < config.target_sparsity)
-            config.l1_coeff = torch.where(too_dense, coeff * alpha, coeff / alpha).tolist()
+            stepped = torch.where(too_dense, coeff * alpha, coeff / alpha)
+            # A smaller number loses digits, until alpha times it rounds to itself.
+            config.l1_coeff = stepped.clamp(min=torch.finfo(coeff.dtype).tiny).tolist()
         if config.load_balancing == "global_batch" and config.router_type in L1_ROUTERS:
             for layer, counted in zip(config.moe_layers, routed, strict=True):
                 load_E = load_weights(

@@ -1,11 +1,13 @@
 """Dispatch on 1 and 2 ranks against plain loops: nothing is dropped, padded or counted twice."""
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
 
 from megatron.remoe.ranks import Ranks
+from remoe.config import ROUTINGS, TopKRouting
 from tests.mcore import moe_cases
 from tests.mcore.moe_cases import Layout
 
@@ -115,10 +117,123 @@ def test_options_that_need_a_known_count_keep_megatrons_layer(ranks, changes, la
 
 def classes_with_topk(changes: dict) -> tuple[str, str]:
     from megatron.remoe.moe.spec import block_spec
-    from remoe.config import TopKRouting
 
     moe_cases.initialize(Layout())
     config = moe_cases.transformer_config(Layout(), **changes)
     spec = block_spec(config, TopKRouting()).layer_specs[0]
     layer = spec.submodules.mlp(config=config, layer_number=1)
     return type(layer).__name__, type(layer.router).__name__
+
+
+# What Megatron takes from Transformer Engine, and its own code in torch that does the same.
+FUSED = {
+    "fused_permute": "permute",
+    "fused_permute_with_probs": "permute",
+    "fused_unpermute": "unpermute",
+    "fused_sort_chunks_by_index": "sort_chunks_by_idxs",
+    "fused_sort_chunks_by_index_with_probs": "sort_chunks_by_idxs",
+    "fused_topk_with_score_function": "topk_routing_with_score_function",
+}
+
+
+@contextlib.contextmanager
+def pretended_transformer_engine():
+    """Yield the calls of fused functions that stand in for those of Transformer Engine."""
+    from megatron.core.transformer.moe import moe_utils
+
+    calls = []
+
+    def fused(name: str):
+        in_torch = getattr(moe_utils, FUSED[name])
+
+        def function(*args, **kwargs):
+            calls.append((name, kwargs.get("topk")))
+            if name == "fused_permute_with_probs":
+                tokens, probs, routing_map = args
+                return in_torch(tokens, routing_map, probs, **kwargs)[:3]
+            if name == "fused_permute":
+                return in_torch(*args, **kwargs)[:3:2]
+            if name == "fused_unpermute":
+                assert kwargs.pop("merging_probs") is None  # experts have weighted their outputs
+            if name == "fused_sort_chunks_by_index":
+                return in_torch(*args)[0]
+            if name == "fused_sort_chunks_by_index_with_probs":
+                rows, probs, sizes, order = args
+                return in_torch(rows, sizes, order, probs=probs)
+            return in_torch(*args, **kwargs)
+
+        return function
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moe_utils, "HAVE_TE", True)
+        patch.setattr(moe_utils, "is_te_min_version", lambda _: False)
+        for name in FUSED:
+            patch.setattr(moe_utils, name, fused(name))
+        yield calls
+
+
+def run_fused(layout: Layout, routing, iteration: int = 0, **flags: bool):
+    """Run a TopK layer with fused functions: its class, output, gradients, counts, and calls."""
+    with pretended_transformer_engine() as calls:
+        layer = moe_cases.build_layer(layout, 0.0, routing=routing, **flags)
+        layer.router._iteration = lambda: iteration
+        outcome = moe_cases.outcome_of(layer, 0.0)
+    return type(layer).__name__, outcome, calls
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_topk_takes_the_fused_functions_it_is_given(ranks, dispatcher):
+    layout, routing = Layout(dispatcher, ep=2), TopKRouting()
+    flags = {"moe_permute_fusion": True, "moe_router_fusion": True}
+    plain = ranks.run(run_fused, layout, routing)
+    fused = ranks.run(run_fused, layout, routing, **flags)
+    used = {"fused_topk_with_score_function", "fused_unpermute"} | (
+        {"fused_permute"}
+        if dispatcher == "allgather"
+        else set(FUSED) - {"fused_permute", "fused_topk_with_score_function"}
+    )
+    for (own, expected, none), (theirs, actual, calls) in zip(plain, fused, strict=True):
+        assert (own, none) == ("DroplessMoELayer", [])
+        assert theirs == "MoELayer" and {name for name, _ in calls} == used
+        for field in dataclasses.fields(actual):
+            a, b = getattr(actual, field.name), getattr(expected, field.name)
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), field.name
+
+
+def test_a_fused_router_warms_up_in_our_layer(ranks):
+    """Its k is that of the step, and what it routes is counted."""
+    routing = TopKRouting(warmup_steps=3, warmup_topk=3)
+    for iteration, k in ((2, 3), (3, 1)):
+        for layer, outcome, calls in ranks.run(
+            run_fused, Layout(ep=2), routing, iteration, moe_router_fusion=True
+        ):
+            assert layer == "DroplessMoELayer"
+            assert calls == [("fused_topk_with_score_function", k)]
+            assert outcome.stats[3:].sum() == k * moe_cases.SEQUENCE * moe_cases.BATCH
+
+
+@pytest.mark.parametrize("flag", ["moe_permute_fusion", "moe_router_fusion"])
+def test_routers_that_cannot_use_a_fused_function_refuse_it_by_name(ranks, flag):
+    """With Transformer Engine installed, which would run the flag."""
+    routings = {name: routing() for name, routing in ROUTINGS.items()}
+    routings["warm-up"] = TopKRouting(warmup_steps=3, warmup_topk=3)
+    takes = {"moe_permute_fusion": {"topk"}, "moe_router_fusion": {"topk", "warm-up"}}[flag]
+    for messages in ranks.run(refusals, routings, flag):
+        assert {name for name, message in messages.items() if message is None} == takes
+        assert all(m.startswith(f"{flag} is True, which") for m in messages.values() if m)
+
+
+def refusals(routings: dict, flag: str) -> dict[str, str | None]:
+    """What every router says to the flag when a model is specified; None if it takes it."""
+    from megatron.remoe.moe.spec import block_spec
+
+    moe_cases.initialize(Layout())
+    found = dict.fromkeys(routings)
+    with pretended_transformer_engine():
+        config = moe_cases.transformer_config(Layout(), **{flag: True})
+        for name, routing in routings.items():
+            try:
+                block_spec(config, routing, bidirectional=True)
+            except ValueError as error:
+                found[name] = str(error)
+    return found

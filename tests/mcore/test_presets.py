@@ -17,6 +17,7 @@ from megatron.remoe.run.argv import to_argv
 from megatron.remoe.run.config import load_config
 from remoe import SoftMoELayer, SoftMoELayerConfig
 from remoe.config import ROUTINGS
+from remoe.kernels.backend import has_triton
 from tests.mcore import tiny
 from tests.mcore.test_metrics import ROUTING
 from tests.mcore.test_train import finish, training
@@ -116,6 +117,36 @@ def test_describe_refuses_two_throughputs(call, tmp_path):
     argv = ["describe", str(EXAMPLES / "llama_182m/remoe.yaml"), "--tflops", "1"]
     code, _, error = call(tiny.remoe, tmp_path, *argv, "--tokens-per-second", "1")
     assert code == 2 and "give one throughput" in error
+
+
+@pytest.mark.skipif(not has_triton(), reason="needs Triton")
+def test_the_share_of_our_operations_shrinks_with_the_model(call, tmp_path):
+    configs = [str(EXAMPLES / f"llama_{size}/remoe.yaml") for size in ("182m", "469m", "978m")]
+    argv = ["bench", "roofline", *configs, "--json", "shares.json"]
+    code, out, error = call(tiny.remoe, tmp_path, *argv)
+    assert code == 0, error
+    rows = json.loads((tmp_path / "shares.json").read_text())["runs"]
+    assert [row[""] for row in rows[::3]] == configs and len(rows) == 9
+    for column in ("share in torch", "in Triton", "at the fewest"):
+        h100 = [float(row[column].rstrip("%")) for row in rows if row["GPU"].startswith("H100")]
+        assert 50 > h100[0] > h100[1] > h100[2] > 0
+    assert all(row["torch, ms"] > row["Triton, ms"] > row["fewest, ms"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["llama_182m/moe.yaml"], "llama_182m/moe.yaml has no ReLU routing, whose operations"),
+        (["llama_182m/dense.yaml"], "llama_182m/dense.yaml has no ReLU routing"),
+        (["llama_182m/remoe.yaml", "--ffn", "8"], "--ffn is given, but the configs have their own"),
+        (["--experts", "4", "--topk", "8"], "topk is 8 of 4 experts; choose it between 1"),
+        (["--dtype", "fp8"], "dtype 'fp8' is not one of fp32, bf16"),
+    ],
+)
+def test_what_has_no_roofline_is_refused(call, tmp_path, argv, message):
+    argv = [str(EXAMPLES / word) if word.endswith("yaml") else word for word in argv]
+    code, _, error = call(tiny.remoe, tmp_path, "bench", "roofline", *argv)
+    assert code == 2 and message in error and error.count("\n") == 1
 
 
 # What follows builds models, on ranks.

@@ -47,6 +47,11 @@ class Shape:
         """Device and dtype of its tensors."""
         return {"device": self.device, "dtype": self.dtype}
 
+    @property
+    def pairs(self) -> int:
+        """The number of active (token, expert) pairs."""
+        return self.tokens * self.topk
+
 
 class Inputs(NamedTuple):
     """Tokens `[T, H]` and router weights `[E, H]`."""

@@ -10,11 +10,16 @@ from rich.progress import track
 from rich.table import Table
 
 from megatron.remoe import cpu
+from megatron.remoe.analysis.gpus import GPUS
 from megatron.remoe.bench import layer as layers
 from megatron.remoe.bench import memory as memories
 from megatron.remoe.bench import parts
 from megatron.remoe.bench import step as steps
+from megatron.remoe.bench.roofline import Roofline, share
 from megatron.remoe.bench.timing import Measured, measure, report, save
+from megatron.remoe.options import router_name
+from megatron.remoe.run.config import load_config
+from megatron.remoe.run.describe import describe
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Columns of `remoe bench memory`: the key of a row, and the format of its value.
@@ -44,6 +49,13 @@ class LayerSizes:
     hidden: int
     ffn: int
     topk: int
+
+    def check(self, experts: int) -> None:
+        """Refuse a number of experts of which topk cannot be active, with a ValueError."""
+        if not 1 <= self.topk <= experts:
+            raise ValueError(
+                f"topk is {self.topk} of {experts} experts; choose it between 1 and experts"
+            )
 
     def shape(self, experts: int, dtype: str) -> layers.Shape:
         """Return the layer with a number of experts and a dtype by its short name.
@@ -162,10 +174,7 @@ def memory(sizes: LayerSizes, experts: list[int], timing: Timing) -> None:
     """Measure the peak memory of the stages by number of experts, and what chunks cost in time."""
     console = Console()
     for e in experts:
-        if not 1 <= sizes.topk <= e:
-            raise ValueError(
-                f"topk is {sizes.topk} of {e} experts; choose it between 1 and experts"
-            )
+        sizes.check(e)
     cases = memories.cases(sizes.tokens, sizes.hidden, sizes.ffn, experts, sizes.topk)
     rows: list[dict[str, Any]] = []
     stable: dict[int, float] = {}
@@ -197,6 +206,82 @@ def memory(sizes: LayerSizes, experts: list[int], timing: Timing) -> None:
     console.print(table)
     settings = asdict(sizes) | {"rounds": timing.rounds}
     save({"settings": settings, "rows": rows}, timing.json_path)
+
+
+def roofline(
+    sizes: list[LayerSizes], experts: list[int], dtype: str, json_path: Path | None
+) -> None:
+    """Print the roofline of every layer, and what moves beyond it."""
+    console, records = Console(), []
+    for layer in sizes:
+        for e in experts:
+            layer.check(e)
+            rows = _roofline_rows(Roofline.of(layer.shape(e, dtype)))
+            title = (f"Roofline of one layer: T={layer.tokens} H={layer.hidden} F={layer.ffn} "
+                     f"E={e} k={layer.topk} {dtype}")  # fmt: skip
+            console.print(_table(title, rows))
+            records.append(asdict(layer) | {"experts": e, "dtype": dtype, "rows": rows})
+    save({"layers": records}, json_path)
+
+
+def _roofline_rows(found: Roofline) -> list[dict[str, Any]]:
+    rows = []
+    for name, passes in found.fewest.items():
+        for direction, work, in_torch, in_triton in zip(
+            ("forward", "backward"), passes, found.in_torch[name], found.in_triton[name],
+            strict=True,
+        ):  # fmt: skip
+            if in_torch.launches:
+                rows.append({
+                    "": f"{name}, {direction}",
+                    "fewest MB": round(work.bytes / 1e6, 1),
+                    "torch MB": round(in_torch.bytes / 1e6, 1),
+                    "launches": in_torch.launches,
+                    "Triton MB": round(in_triton.bytes / 1e6, 1),
+                    "in Triton": in_triton.launches,
+                    **{f"{gpu.name}, us": round(1e6 * work.seconds(gpu), 1) for gpu in GPUS},
+                })  # fmt: skip
+    return rows
+
+
+def shares(configs: list[Path], json_path: Path | None) -> None:
+    """Print the share of a step that is ours, for runs with ReLU routing, each on one GPU."""
+    rows = []
+    for config in configs:
+        run = load_config(config)
+        router = router_name(run.flags)
+        if router != "relu" or run.flags.get("num_experts") is None:
+            raise ValueError(
+                f"{config} has no ReLU routing, whose operations these are; give one of a run with "
+                f"moe_relu_routing"
+            )
+        found = describe(run, 1)
+        for gpu in GPUS:
+            part = share(found.size, found.load, gpu)
+            rows.append({
+                "": str(config),
+                "GPU": gpu.name,
+                "products, ms": round(1e3 * part.products, 1),
+                "fewest, ms": round(1e3 * part.fewest, 2),
+                "torch, ms": round(1e3 * part.in_torch, 2),
+                "Triton, ms": round(1e3 * part.in_triton, 2),
+                "share in torch": f"{part.of_step(part.in_torch):.1%}",
+                "in Triton": f"{part.of_step(part.in_triton):.1%}",
+                "at the fewest": f"{part.of_step(part.fewest):.1%}",
+                "to win": f"{part.to_win:.1%}",
+            })  # fmt: skip
+    title = "Operations around the experts' products, and the model's products at their peak"
+    Console().print(_table(f"{title}, in a micro-batch", rows))
+    save({"runs": rows}, json_path)
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column in ("", "GPU") else "right")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    return table
 
 
 def _growth(rows: list[Measured], names: list[str], console: Console) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from megatron.remoe.bench.counting import Counting
 from megatron.remoe.bench.layer import Shape, inputs
+from megatron.remoe.bench.roofline import combine_work, gather_work, permutation_work
 from megatron.remoe.bench.timing import Alternative
 from remoe.kernels import Permutation, combine, permute
 from remoe.routing import relu_routing, tokens_per_expert
@@ -33,8 +33,7 @@ def alternatives(shape: Shape) -> list[Alternative]:
     permutation = Permutation.of(routing_map, count)
     rows = x.detach()[permutation.token_A].requires_grad_()
     grad_rows, grad_probs = torch.ones_like(rows), torch.ones(count).to(rows)
-    item, hidden = x.element_size(), shape.hidden_size
-    tokens, pairs = shape.tokens * hidden * item, count * hidden * item
+    tokens = x.numel() * x.element_size()
     gates = shape.tokens * shape.num_experts
 
     def route_and_back() -> None:
@@ -47,45 +46,25 @@ def alternatives(shape: Shape) -> list[Alternative]:
     def combine_and_back() -> None:
         torch.autograd.grad(combine(rows, permutation), rows, x.detach())
 
-    weights = router.numel() * item
-    indices = gates + 8 * (3 * count + shape.tokens)
+    weights = router.numel() * router.element_size()
+    works = (permutation_work(shape), gather_work(shape), combine_work(shape))
+    indices, gathered, combined = (sum(work.bytes for work in passes) for passes in works)
     return [
         _part(COPY, lambda: x.detach().clone(), 2 * tokens),
         _part("router", route_and_back, 3 * tokens + 3 * weights + gates * (4 + 1 + 4)),
         _part("permutation", lambda: Permutation.of(routing_map, count), indices),
-        _part("permute", permute_and_back, 2 * (tokens + pairs) + 2 * (gates + count) * item),
-        _part("combine", combine_and_back, 2 * (tokens + pairs)),
+        _part("permute", permute_and_back, gathered),
+        _part("combine", combine_and_back, combined),
     ]
 
 
 def _part(name: str, run: Callable[[], Any], fewest: int) -> Alternative:
-    with _BytesTouched() as touched:
+    with Counting() as counting:
         run()
+    touched = counting.count.bytes
     facts = {
         "fewest MB": f"{fewest / 1e6:.1f}",
-        "touched MB": f"{touched.total / 1e6:.1f}",
-        "touched / fewest": f"{touched.total / fewest:.2f}",
+        "touched MB": f"{touched / 1e6:.1f}",
+        "touched / fewest": f"{touched / fewest:.2f}",
     }
     return Alternative(name, run, facts)
-
-
-class _BytesTouched(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sum the bytes of the inputs and outputs of every operation that is not a view."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        allocates_only = func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.empty_like)
-        if not func.is_view and not allocates_only:
-            touched = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
-            self.total += sum(t.numel() * t.element_size() for t in touched)
-        return result

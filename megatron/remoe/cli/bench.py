@@ -175,6 +175,53 @@ def memory(
     main.memory(sizes, experts or [8, 32, 128], main.Timing(rounds, json_path))
 
 
+@command(app)
+def roofline(
+    configs: Annotated[list[Path] | None, typer.Argument()] = None,
+    tokens: AtLeastOneOrNone = None,
+    hidden: AtLeastOneOrNone = None,
+    ffn: AtLeastOneOrNone = None,
+    experts: list[int] | None = None,
+    topk: list[int] | None = None,
+    dtype: str | None = None,
+    json_path: Json = None,
+) -> None:
+    """Print what a layer's operations move and launch, and the time that GPUs allow for it.
+
+    With configs, print the share of a training step that these operations take instead. No GPU is
+    needed, and no time is measured.
+
+    Example: remoe bench roofline --experts 8 --experts 128 --topk 1 --topk 8
+
+    Args:
+        configs: The YAML files of runs with ReLU routing, each on one GPU, by default none.
+        tokens: The number of tokens of a batch, by default 16384.
+        hidden: The hidden size, by default 768.
+        ffn: The width of each expert, by default 2048.
+        experts: The numbers of experts, by default 8.
+        topk: The numbers of active experts per token, on average, by default 1.
+        dtype: The type of weights and tokens: bf16, the default, or fp32.
+    """
+    from megatron.remoe import cpu
+
+    cpu.prepare_megatron()
+    from megatron.remoe.bench import main
+
+    sizes = {"tokens": tokens, "hidden": hidden, "ffn": ffn, "experts": experts, "topk": topk,
+             "dtype": dtype}  # fmt: skip
+    if configs:
+        for name, value in sizes.items():
+            if value is not None:
+                raise ValueError(f"--{name} is given, but the configs have their own; leave it out")
+        main.shares(configs, json_path)
+        return
+    layers = [
+        main.LayerSizes(tokens=tokens or 16384, hidden=hidden or 768, ffn=ffn or 2048, topk=k)
+        for k in topk or [1]
+    ]
+    main.roofline(layers, experts or [8], dtype or "bf16", json_path)
+
+
 def _prepare() -> None:
     """Run with the environment of training, which torch reads when it starts."""
     from megatron.remoe import cpu

@@ -29,6 +29,7 @@ class Description:
         stable_gb: Activations in GB at k active experts per token.
         at_once_gb: `dense_gb` if layers did not run chunk by chunk.
         layout: How the run is split, in words.
+        load: How it is split.
     """
 
     size: ModelSize
@@ -40,6 +41,7 @@ class Description:
     stable_gb: float
     at_once_gb: float
     layout: str
+    load: RankLoad
 
     def hours(
         self, *, tflops: float | None = None, tokens_per_second: float | None = None
@@ -115,6 +117,7 @@ def describe(config: RunConfig, world: int) -> Description:
         stable_gb=activation_bytes(size, layout, stable) / _GB,
         at_once_gb=activation_bytes(size, replace(layout, max_assignments=UNLIMITED), most) / _GB,
         layout=_in_words(args, layout),
+        load=layout,
     )
 
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron.remoe import cpu
+from megatron.remoe.testing.launches import recorded_launches
 from remoe.kernels import Permutation, combine, permute
 from remoe.kernels.backend import INTERPRETER, VARIABLE, has_triton
 from remoe.kernels.router import relu_router, relu_router_in_torch
@@ -262,19 +264,11 @@ def launches_of(shapes: Iterable[Shape]) -> list[Launch]:
     """
     from triton.backends.compiler import GPUTarget
 
-    from remoe.kernels import jit
-
     recorded: list[Launch] = []
-    kernels = [kernel for kernel in vars(jit).values() if hasattr(kernel, "arg_names")]
     target = GPUTarget("cuda", CAPABILITIES[0], 32)
-    try:
-        for shape in shapes:
-            for kernel in kernels:
-                kernel.run = _Recorder(kernel, shape, recorded)
+    for shape in shapes:
+        with recorded_launches(partial(_record, shape, recorded)):
             _launch_all(shape)
-    finally:
-        for kernel in kernels:
-            del kernel.run
     found: dict[str, Launch] = {}
     for launch in recorded:
         _, bound, specialization, _ = _specialized(launch, target)
@@ -289,21 +283,16 @@ def launches_of(shapes: Iterable[Shape]) -> list[Launch]:
     return list(found.values())
 
 
-class _Recorder:
-    """Takes the place of a kernel's `run`."""
-
-    def __init__(self, kernel: Any, shape: Shape, recorded: list[Launch]) -> None:
-        self.kernel, self.shape, self.recorded = kernel, shape, recorded
-
-    def __call__(self, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        s = self.shape
-        sizes = f"T={s.tokens} E={s.experts} H={s.hidden} A={s.pairs}"
-        dtypes = " ".join(str(dtype).removeprefix("torch.") for dtype in (s.logits, s.dtype))
-        more = "".join(
-            f" {key.lower()}" for key in keywords if key.startswith("HAS_") and keywords[key]
-        )
-        name = f"{self.kernel.__name__} {sizes} {dtypes}{more}"
-        self.recorded.append(Launch(name, self.kernel, args, keywords))
+def _record(
+    s: Shape, recorded: list[Launch], kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]
+) -> None:
+    sizes = f"T={s.tokens} E={s.experts} H={s.hidden} A={s.pairs}"
+    dtypes = " ".join(str(dtype).removeprefix("torch.") for dtype in (s.logits, s.dtype))
+    more = "".join(
+        f" {key.lower()}" for key in keywords if key.startswith("HAS_") and keywords[key]
+    )
+    name = f"{kernel.__name__} {sizes} {dtypes}{more}"
+    recorded.append(Launch(name, kernel, args, keywords))
 
 
 def _launch_all(shape: Shape) -> None:

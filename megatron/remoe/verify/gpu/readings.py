@@ -6,22 +6,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from megatron.remoe.analysis.gpus import PEAK_TFLOPS
 from megatron.remoe.analysis.runs import Run
 from megatron.remoe.analysis.size import ModelSize
 from megatron.remoe.verify.gpu.report import Found, Row
 
-# Dense bf16 products per second in TFLOP/s, from the makers' data sheets.
-PEAK_TFLOPS = {
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "GH200": 989.0,
-    "B200": 2250.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "H800": 989.0,
-}
 # Mean of the last losses of two runs of the quickstart that differ in their random numbers, in
 # nats. Over three seeds on a CPU the deviation is 0.06, and that of a difference is 0.08.
 LOSS_TOLERANCE = 0.2
