@@ -188,6 +188,17 @@ def test_controller_stays_within_bounds():
     assert coeff.item() == pytest.approx(9e-4)
 
 
+def test_controller_comes_back_from_the_smallest_coefficient():
+    config = ControllerConfig(target_sparsity=0.5, l1_coeff_init=1e-3, l1_coeff_multiplier=1.2)
+    coeff = with_coefficient(config).l1_coeff
+    for _ in range(700):  # 1e-59 without a floor, which fp32 would not leave again
+        move_l1_coeff([coeff], torch.tensor(1.0), config)
+    assert coeff.item() == torch.finfo(torch.float32).tiny
+    for _ in range(500):
+        move_l1_coeff([coeff], torch.tensor(0.0), config)
+    assert coeff.item() > 1
+
+
 def test_controller_resumes_exactly():
     first, second = with_coefficient(), with_coefficient()
     for step in range(7):

@@ -78,13 +78,15 @@ def test_the_coefficient_runs_away_from_a_router_that_does_not_follow(runs):
     assert both.dead == [] and len(small.dead) >= 2
 
 
-def test_the_coefficient_has_a_lowest_value_which_it_does_not_leave():
-    config = ReMoELayerConfig(hidden_size=4, ffn_hidden_size=4).controller
+def test_the_coefficient_would_be_stuck_without_a_floor():
     coefficient, steps = torch.tensor(1.0), 0
+    config = ControllerConfig(target_sparsity=0.5, floor=0.0)
     while (lower := next_l1_coeff(coefficient, torch.tensor(0.9), config)) != coefficient:
         coefficient, steps = lower, steps + 1
     assert f"{steps} more steps down than up" in PAGE and f"{coefficient.item():.1e}" in PAGE
     assert next_l1_coeff(coefficient, torch.tensor(0.1), config) == coefficient
+    floor = next_l1_coeff(coefficient, torch.tensor(0.9), ControllerConfig(target_sparsity=0.5))
+    assert f"{floor.item():.1e}" in PAGE
 
 
 def test_an_expert_may_be_born_dead(symptoms):

@@ -208,6 +208,9 @@ def memory(sizes: LayerSizes, experts: list[int], timing: Timing) -> None:
     save({"settings": settings, "rows": rows}, timing.json_path)
 
 
+_NAME_WIDTH = 27  # of the longest operation
+
+
 def roofline(
     sizes: list[LayerSizes], experts: list[int], dtype: str, json_path: Path | None
 ) -> None:
@@ -239,7 +242,7 @@ def _roofline_rows(found: Roofline) -> list[dict[str, Any]]:
                     "launches": in_torch.launches,
                     "Triton MB": round(in_triton.bytes / 1e6, 1),
                     "in Triton": in_triton.launches,
-                    **{f"{gpu.name}, us": round(1e6 * work.seconds(gpu), 1) for gpu in GPUS},
+                    **{f"{gpu.name.split()[0]} us": round(1e6 * work.seconds(gpu), 1) for gpu in GPUS},
                 })  # fmt: skip
     return rows
 
@@ -260,11 +263,11 @@ def shares(configs: list[Path], json_path: Path | None) -> None:
             part = share(found.size, found.load, gpu)
             rows.append({
                 "": str(config),
-                "GPU": gpu.name,
-                "products, ms": round(1e3 * part.products, 1),
-                "fewest, ms": round(1e3 * part.fewest, 2),
-                "torch, ms": round(1e3 * part.in_torch, 2),
-                "Triton, ms": round(1e3 * part.in_triton, 2),
+                "GPU": gpu.name.split()[0],
+                "model ms": round(1e3 * part.products, 1),
+                "fewest ms": round(1e3 * part.fewest, 2),
+                "torch ms": round(1e3 * part.in_torch, 2),
+                "Triton ms": round(1e3 * part.in_triton, 2),
                 "share in torch": f"{part.of_step(part.in_torch):.1%}",
                 "in Triton": f"{part.of_step(part.in_triton):.1%}",
                 "at the fewest": f"{part.of_step(part.fewest):.1%}",
@@ -276,9 +279,11 @@ def shares(configs: list[Path], json_path: Path | None) -> None:
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=title)
+    table = Table(title=title, box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in rows[0]:
         table.add_column(column, justify="left" if column in ("", "GPU") else "right")
+    table.columns[0].overflow = "fold"
+    table.columns[0].min_width = min(_NAME_WIDTH, max(len(row[""]) for row in rows))
     for row in rows:
         table.add_row(*map(str, row.values()))
     return table
