@@ -208,9 +208,6 @@ def memory(sizes: LayerSizes, experts: list[int], timing: Timing) -> None:
     save({"settings": settings, "rows": rows}, timing.json_path)
 
 
-_NAME_WIDTH = 27  # of the longest operation
-
-
 def roofline(
     sizes: list[LayerSizes], experts: list[int], dtype: str, json_path: Path | None
 ) -> None:
@@ -236,12 +233,13 @@ def _roofline_rows(found: Roofline) -> list[dict[str, Any]]:
         ):  # fmt: skip
             if in_torch.launches:
                 rows.append({
-                    "": f"{name}, {direction}",
+                    "": name,
+                    "pass": direction,
                     "fewest MB": round(work.bytes / 1e6, 1),
                     "torch MB": round(in_torch.bytes / 1e6, 1),
-                    "launches": in_torch.launches,
+                    "torch runs": in_torch.launches,
                     "Triton MB": round(in_triton.bytes / 1e6, 1),
-                    "in Triton": in_triton.launches,
+                    "Triton runs": in_triton.launches,
                     **{f"{gpu.name.split()[0]} us": round(1e6 * work.seconds(gpu), 1) for gpu in GPUS},
                 })  # fmt: skip
     return rows
@@ -262,7 +260,7 @@ def shares(configs: list[Path], json_path: Path | None) -> None:
         for gpu in GPUS:
             part = share(found.size, found.load, gpu)
             rows.append({
-                "": str(config),
+                "": f"{config.parent.name}/{config.stem}",
                 "GPU": gpu.name.split()[0],
                 "model ms": round(1e3 * part.products, 1),
                 "fewest ms": round(1e3 * part.fewest, 2),
@@ -281,9 +279,8 @@ def shares(configs: list[Path], json_path: Path | None) -> None:
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=title, box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in rows[0]:
-        table.add_column(column, justify="left" if column in ("", "GPU") else "right")
-    table.columns[0].overflow = "fold"
-    table.columns[0].min_width = min(_NAME_WIDTH, max(len(row[""]) for row in rows))
+        is_name = column in ("", "pass", "GPU")  # those come first and are not cut
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
     for row in rows:
         table.add_row(*map(str, row.values()))
     return table
