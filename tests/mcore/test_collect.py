@@ -66,12 +66,12 @@ def place(home, call) -> Path:  # noqa: F811
     return home
 
 
-def run(home: Path, out: Path, name: str, **changes) -> tuple[trace.Trace, list[dict], list]:
+def run(base: Path, out: Path, name: str, **changes) -> tuple[trace.Trace, list[dict], list]:
     """Analyze a model; called on a rank."""
     from megatron.remoe.evaluate import analysis
 
-    given = {"data": home / "tokens", "sequence_length": LENGTH} | changes
-    job = analysis.prepare(home / name, analysis.Settings(**given), out)
+    given = {"data": base / "tokens", "sequence_length": LENGTH} | changes
+    job = analysis.prepare(base / name, analysis.Settings(**given), out)
     seen = []
     analysis.run(job, lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1]
@@ -245,22 +245,22 @@ class Killed(Exception):
     """Stands for the end of a process."""
 
 
-def run_twice(home: Path, out: Path, name: str) -> list[tuple[int, int]]:
+def run_twice(base: Path, out: Path, name: str) -> list[tuple[int, int]]:
     """Analyze a model, which ends after the first part, and go on; called on a rank."""
     from megatron.remoe.evaluate import analysis
 
-    settings = analysis.Settings(data=home / "tokens", sequence_length=LENGTH)
+    settings = analysis.Settings(data=base / "tokens", sequence_length=LENGTH)
 
     def end(done: int, total: int) -> None:
         raise Killed
 
-    job = analysis.prepare(home / name, settings, out)
+    job = analysis.prepare(base / name, settings, out)
     with pytest.raises(Killed):
         analysis.run(job, end)
     assert not job.is_finished and (job.last / "part-0000.npz").is_file()
     written = (job.last / "part-0000.npz").stat().st_mtime_ns
     (job.last / ".partial-part-0001.npz").write_bytes(b"half")
-    _, _, seen = run(home, out, name)
+    _, _, seen = run(base, out, name)
     assert (job.last / "part-0000.npz").stat().st_mtime_ns == written
     return seen
 
@@ -365,7 +365,7 @@ MISTAKES = {
     "a damaged config": (["damaged", *OUT, *DATA], "damaged/config.json: "),
     "another folder": (
         ["hash", "--out", "runs", *DATA],
-        "runs/hash is no analysis, since it has notes.txt; name another folder (--out)",
+        "runs/hash is no analysis, since it has notes.txt; move it away, or name another",
     ),
     "two of one name": (
         ["relu", "copies/relu", *OUT, *DATA],

@@ -186,9 +186,9 @@ def analyze(
         checkpoints: The largest number of a run's checkpoints that are read, evenly spaced and with
             the last one, between which changes of routing are counted.
         dtype: The type of the weights: fp32, bf16 or fp16.
-        out: The folder for a folder of each model, and for routing.md and routing.json, with the
-            numbers that are printed. By default the analysis of a run is in its own directory, as
-            analysis, and the numbers are only printed.
+        out: The folder for routing.md and routing.json, with the numbers that are printed, and for
+            the analysis of each model that is no run. That of a run is in the run's directory. By
+            default the numbers are only printed.
     """
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder (--out)")

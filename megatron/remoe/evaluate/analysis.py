@@ -89,7 +89,7 @@ def prepare(path: Path, settings: Settings, out: Path | None, *, force: bool = F
     Args:
         path: a run directory, a folder of checkpoints, a checkpoint or a Hugging Face folder.
         settings: what to run.
-        out: the folder in which the analysis gets a folder of its own; None is that of the run.
+        out: the folder in which the analysis of a model that is no run gets a folder of its own.
         force: whether another analysis in its place does not matter.
 
     Raises:
@@ -140,10 +140,10 @@ def spread(checkpoints: list[Path], count: int) -> list[Path]:
 
 
 def _folder_of(path: Path, out: Path | None) -> Path:
-    if out is not None:
-        return out / path.resolve().name
     if (path / "config.yaml").is_file():
         return path / _OF_RUN
+    if out is not None:
+        return out / path.resolve().name
     raise ValueError(
         f"{path} is no run directory, in which its analysis could be; name a folder (--out)"
     )
@@ -162,7 +162,8 @@ def _check_place(job: Job, force: bool) -> None:
     others = sorted(name for name in found - _OWN if not name.startswith("."))
     if others:
         raise ValueError(
-            f"{job.folder} is no analysis, since it has {others[0]}; name another folder (--out)"
+            f"{job.folder} is no analysis, since it has {others[0]}; move it away, or name another "
+            f"folder (--out)"
         )
     if force or TRACES not in found:
         return
@@ -176,7 +177,7 @@ def _check_place(job: Job, force: bool) -> None:
     if differing:
         raise ValueError(
             f"{job.folder} holds an analysis that differs in {', '.join(sorted(differing))}; "
-            f"replace it (--force), or name another folder (--out)"
+            f"replace it (--force)"
         )
 
 
