@@ -8,11 +8,13 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron.remoe.analysis import trace
+from megatron.remoe.analysis.answers import FILE as ANSWERS
+from megatron.remoe.analysis.answers import FOLDER as TABLES
+from megatron.remoe.analysis.answers import answers, write_answers
 from megatron.remoe.analysis.trace import Facts
 from megatron.remoe.convert.export import Progress
 from megatron.remoe.convert.source import find_checkpoints
@@ -22,8 +24,8 @@ from megatron.remoe.evaluate.perplexity import default_length
 from megatron.remoe.evaluate.text import Text, domains_of, read_text
 from megatron.remoe.files import output_folder, parse_json, write_whole
 
-TRACES, INTERVENTIONS, ANSWERS = "traces", "interventions.json", "answers.json"
-_OWN = {TRACES, INTERVENTIONS, ANSWERS, "answers"}
+TRACES, INTERVENTIONS = "traces", "interventions.json"
+_OWN = {TRACES, INTERVENTIONS, ANSWERS, TABLES}
 SUMMARY = "routing.json"  # of all models
 _OF_RUN = "analysis"
 
@@ -234,5 +236,9 @@ def _remove(folder: Path) -> None:
 def _answer(job: Job) -> None:
     """Compute the answers from the files."""
     traces = [trace.read(job.folder / TRACES / name) for name in job.facts]
-    rows: list[dict[str, Any]] = parse_json((job.folder / INTERVENTIONS).read_bytes())
-    write_whole(job.folder / ANSWERS, json.dumps({"pruning": rows, "n": len(traces)}) + "\n")
+    file = job.folder / INTERVENTIONS
+    try:
+        rows = parse_json(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); remove it") from error
+    write_answers(job.folder, answers(traces, rows, job.settings.seed))

@@ -136,13 +136,17 @@ def plan(model: Any, found: Trace) -> list[tuple[Row, Intervention]]:
         for layer, order in least_first.items():
             keep[layer] = torch.ones(num_experts, dtype=torch.bool)
             keep[layer][order[:removed]] = False
-        planned.append(({"layer": "all", "removed": removed}, Intervention(keep=keep)))
+        row = {"table": "pruning", "layer": "all", "removed": removed}
+        planned.append((row, Intervention(keep=keep)))
     if shifts := _shifts(found.facts):
         size = _mean_positive_logit(model, found)
         for shift in shifts:
             offset = float(f"{shift * size:.3g}")
-            planned.append(({"offset": offset}, Intervention(offset=offset)))
-    return planned + [({"k": k}, Intervention(topk=k)) for k in _topks(found.facts)]
+            row = {"table": "shift", "offset": offset}
+            planned.append((row, Intervention(offset=offset)))
+    for k in _topks(found.facts):
+        planned.append(({"table": "lower_k", "k": k}, Intervention(topk=k)))
+    return planned
 
 
 def passes(facts: Facts) -> int:
@@ -192,11 +196,11 @@ def measure(
 ) -> list[Row]:
     """Return a row for each intervention.
 
-    A row says what was done: how many experts were `removed` from every layer, those with the
-    fewest assignments; which `offset` was taken from every logit before the ReLU; or which `k` a
-    TopK router had. It has the mean `loss` in nats, the mean number of `active` experts of a token
-    and layer, the `extra_loss` against the unchanged model, and the number of `tokens` of which
-    these are means.
+    A row says which `table` of answers it belongs to, and what was done: how many experts were
+    `removed` from every layer, those with the fewest assignments; which `offset` was taken from
+    every logit before the ReLU; or which `k` a TopK router had. It has the mean `loss` in nats, the
+    mean number of `active` experts of a token and layer, the `extra_loss` against the unchanged
+    model, and the number of `tokens` of which these are means.
 
     Args:
         model: the loaded model.
