@@ -17,6 +17,7 @@ from megatron.remoe.analysis.answers import FOLDER as TABLES
 from megatron.remoe.analysis.answers import answers, write_answers
 from megatron.remoe.analysis.trace import Facts
 from megatron.remoe.convert.export import Progress
+from megatron.remoe.convert.exported import check_vocabulary
 from megatron.remoe.convert.source import find_checkpoints
 from megatron.remoe.evaluate import interventions, routing
 from megatron.remoe.evaluate.models import Opened, open_model
@@ -108,7 +109,7 @@ def prepare(path: Path, settings: Settings, out: Path | None, *, force: bool = F
     config = opened[-1].config.to_dict() if source is None else source.config
     length = settings.sequence_length or default_length(config)
     text = read_text(data, domains, length=length, tokens=settings.tokens, seed=settings.seed)
-    text.check_vocabulary(opened[-1].config.vocab_size)
+    check_vocabulary(torch.cat((text.inputs, text.labels)), opened[-1].shape)
     facts = {_name_of(one): routing.facts_of(one, text, settings.dtype) for one in opened}
     job = Job(path, folder, opened, facts, text, settings)
     _check_place(job, force)

@@ -40,20 +40,6 @@ class Text:
         """The number of tokens of a sequence."""
         return self.inputs.shape[1]
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Check that all tokens are in a model's vocabulary.
-
-        Raises:
-            ValueError: they are not.
-        """
-        for ids in (self.inputs, self.labels):
-            least, largest = int(ids.min()), int(ids.max())
-            if least < 0 or largest >= vocab_size:
-                raise ValueError(
-                    f"the data has token {least if least < 0 else largest}, the model's vocabulary "
-                    f"has {vocab_size} entries; tokenize with the model's tokenizer"
-                )
-
     def fingerprint(self) -> str:
         """Return a hash of all ids and domains."""
         return hash_of(self.inputs, self.labels, self.domains)
