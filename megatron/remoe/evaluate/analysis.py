@@ -110,7 +110,8 @@ def prepare(path: Path, settings: Settings, out: Path | None, *, force: bool = F
     length = settings.sequence_length or default_length(config)
     text = read_text(data, domains, length=length, tokens=settings.tokens, seed=settings.seed)
     check_vocabulary(torch.cat((text.inputs, text.labels)), opened[-1].shape)
-    facts = {_name_of(one): routing.facts_of(one, text, settings.dtype) for one in opened}
+    of_last = routing.facts_of(opened[-1], text, settings.dtype)
+    facts = {_name_of(one): replace(of_last, iteration=one.iteration) for one in opened}
     job = Job(path, folder, opened, facts, text, settings)
     _check_place(job, force)
     return job
