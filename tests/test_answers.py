@@ -694,14 +694,20 @@ def test_findings_of_two_routers_are_paired_by_seed():
 def test_answers_of_runs_are_grouped_by_router_and_seed(tmp_path):
     runs = [topk(tmp_path, f"topk-{seed}", 2.0, seed=seed) for seed in (2, 1)]
     runs.append(remoe(tmp_path, "remoe-1", 2.0, seed=1))
-    tables = [answers([made(number)], [], SEED) for number in range(3)]
-    for run, own in zip(runs[:2], tables, strict=False):
-        (run / "analysis").mkdir()
-        write_answers(run / "analysis", own)
-    with pytest.raises(ValueError, match="remoe-1/analysis/answers.json cannot be read"):
-        read_groups([tmp_path])
-    (runs[2] / "analysis").mkdir()
-    write_answers(runs[2] / "analysis", tables[2])
-    groups = read_groups([tmp_path])
-    assert groups == {"TopK": {1: tables[1], 2: tables[0]}, "ReMoE": {1: tables[2]}}
+    models = [*runs, tmp_path / "exported"]
+    analyses = {model: tmp_path / "out" / model.name for model in models}
+    tables = [answers([made(number)], [], SEED) for number in range(4)]
+    for folder, own in list(zip(analyses.values(), tables, strict=True))[1:]:
+        folder.mkdir(parents=True)
+        write_answers(folder, own)
+    with pytest.raises(ValueError, match="out/topk-2/answers.json cannot be read"):
+        read_groups(analyses)
+    (tmp_path / "out/topk-2").mkdir()
+    write_answers(tmp_path / "out/topk-2", tables[0])
+    groups = read_groups(analyses)
+    assert groups == {
+        "TopK": {1: tables[1], 2: tables[0]},
+        "ReMoE": {1: tables[2]},
+        str(models[3]): {0: tables[3]},
+    }
     assert list(groups["TopK"]) == [1, 2]

@@ -38,20 +38,23 @@ class Finding:
     other: str | None = None
 
 
-def read_groups(paths: Iterable[Path]) -> Groups:
-    """Read the answers of runs, from the folder `analysis` of each.
+def read_groups(analyses: Mapping[Path, Path]) -> Groups:
+    """Read the answers of models; runs that differ in their seed only are a group.
 
     Args:
-        paths: run directories, or folders of them. Runs that differ in their seed only are a group.
+        analyses: the folder of the analysis by the model, which is a run directory or any other. A
+            model that is no run is a group of its own, of one seed, and named as it is given.
 
     Raises:
-        ValueError: there are no runs, or one was not analyzed, or is there twice.
+        ValueError: a run has no answers, or two runs have the same settings and seed.
     """
+    runs = [path for path in analyses if (path / "metrics.jsonl").is_file()]
+    found = compare(load_runs(runs)).groups if runs else []
+    groups = {group.name: {s: run.path for s, run in sorted(group.runs.items())} for group in found}
+    groups |= {str(path): {0: path} for path in analyses if path not in runs}
     return {
-        group.name: {
-            seed: read_answers(run.path / "analysis") for seed, run in sorted(group.runs.items())
-        }
-        for group in compare(load_runs(paths)).groups
+        name: {seed: read_answers(analyses[path]) for seed, path in by_seed.items()}
+        for name, by_seed in groups.items()
     }
 
 
@@ -294,7 +297,7 @@ def _share_of(holds: Callable[[int], bool]) -> Number:
     def number(tables: Tables) -> float:
         rows = _layer_rows(tables)
         found = float(sum(row["tokens"] for row in rows if holds(row["active"])))
-        return found / sum(row["tokens"] for row in rows)
+        return found / float(sum(row["tokens"] for row in rows))
 
     return number
 
