@@ -7,6 +7,7 @@ import statistics
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -711,3 +712,8 @@ def test_answers_of_runs_are_grouped_by_router_and_seed(tmp_path):
         str(models[3]): {0: tables[3]},
     }
     assert list(groups["TopK"]) == [1, 2]
+
+
+def test_every_table_is_described():
+    page = (Path(__file__).parents[1] / "docs/experiments.md").read_text()
+    assert [name for name in COLUMNS if f"`{name}`" not in page] == []
