@@ -234,6 +234,7 @@ def analyze(
             "models": [found.to_json() for found in reports],
             "summary": summary,
         }
+        out.mkdir(parents=True, exist_ok=True)
         answered = results(read_groups({job.path: job.folder for job in jobs}))
         for name, content in (
             ("routing.md", text),
