@@ -228,6 +228,8 @@ def test_experts_by_domain_equal_the_loop():
         share = sum(row["expert"] in s for s in own) / sum(map(len, own))
         every = sum(row["expert"] in s for s in sets) / sum(map(len, sets))
         assert (row["share"], row["lift"]) == pytest.approx((share, share / every))
+        per_token = sum(row["expert"] in s for s in own) / len(own)
+        assert row["per_token"] == pytest.approx(per_token)
 
 
 def assigned(experts: list[list[int]], domains: list[int], length: int = LENGTH) -> Trace:
@@ -641,6 +643,21 @@ def test_results_are_means_over_seeds_with_an_interval():
     assert column_of(text, "1. ", "rarest ids") == [cell(v) for v in rare]
     share = all_rows("specialization", "share")
     assert column_of(text, "2. ", "excess / entropy") == [cell(v) for v in share]
+    differences = []
+    for runs in groups.values():
+        differences.append([])
+        for seed in runs:
+            found, domains = [], made(seed).domains.tolist()
+            for layer in made(seed + 9).layers.values():
+                for expert in range(EXPERTS):
+                    has = [expert in own for own in sets_of(layer)]
+                    for domain in (0, 1):
+                        own = [h for h, d in zip(has, domains, strict=True) if d == domain]
+                        found.append(statistics.fmean(own) - statistics.fmean(has))
+            differences[-1].append(max(found))
+    assert column_of(text, "2. ", "largest difference of a domain") == [
+        cell(v) for v in differences
+    ]
     flips = all_rows("flips", "flip_count")
     assert column_of(text, "5. ", "experts changed") == [cell(v) for v in flips]
     means = [
