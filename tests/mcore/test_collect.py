@@ -199,7 +199,9 @@ def test_interventions_cost_what_other_models_lose(place, analyzed, name):
             with torch.no_grad():
                 model.model.layers[number - 1].mlp.experts.down_proj[least] = 0
             router.register_forward_hook(
-                lambda _, __, output, least=least: active.append(kept(output, least, name))
+                lambda _, __, output, least=least, counted=active: counted.append(
+                    kept(output, least, name)
+                )
             )
         assert row["loss"] == pytest.approx(whole_loss(model), abs=1e-6)
         assert row["active"] == pytest.approx(sum(active) / (208 * len(found.layers)))
