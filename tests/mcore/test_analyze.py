@@ -200,7 +200,7 @@ MISTAKES = {
     "few tokens": (["relu"], ["--tokens", "15"], "tokens is 15, less than one sequence of 16; ask"),
     "long sequences": (
         ["relu"],
-        ["--tokens", "900", "--sequence-length", "900"],
+        ["--tokens", "1800", "--sequence-length", "900"],
         "so no sequence of 900; use shorter sequences (--sequence-length)",
     ),
     "a file as folder": (["relu"], ["--out", "tokens/code.bin"], "tokens/code.bin is a file; name"),

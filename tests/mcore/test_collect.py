@@ -22,6 +22,7 @@ from transformers import (
 from megatron.remoe.analysis import trace
 from megatron.remoe.convert.tokenizer import TokenizerFiles
 from megatron.remoe.evaluate.analysis import spread
+from megatron.remoe.evaluate.interventions import Intervention
 from remoe.hf import modeling_remoe
 from tests.mcore import tiny
 from tests.mcore.convert_cases import FLAGS, RELU, UNTIED
@@ -191,13 +192,19 @@ def test_interventions_cost_what_other_models_lose(place, analyzed, name):
         assert row["active"] == mean_active(found)
 
     for row in kinds["removed"][1:]:
-        model = loaded(place, name)
-        for number in routers(model):
+        model, active = loaded(place, name), []
+        for number, router in routers(model).items():
             loads = found.layers[number].active().sum(dim=0).tolist()
             least = sorted(range(len(loads)), key=lambda e: (loads[e], e))[: row["removed"]]
             with torch.no_grad():
                 model.model.layers[number - 1].mlp.experts.down_proj[least] = 0
+            router.register_forward_hook(
+                lambda _, __, output, least=least, counted=active: counted.append(
+                    kept(output, least, name)
+                )
+            )
         assert row["loss"] == pytest.approx(whole_loss(model), abs=1e-6)
+        assert row["active"] == pytest.approx(sum(active) / (208 * len(found.layers)))
     for row in kinds["k"]:
         model = loaded(place, name)
         config = type(model.config).from_dict(
@@ -216,6 +223,25 @@ def test_interventions_cost_what_other_models_lose(place, analyzed, name):
     if kinds["offset"]:
         active = [row["active"] for row in kinds["offset"]]
         assert active == sorted(active, reverse=True) and active[0] > active[-1]
+
+
+def kept(output: tuple, removed: list[int], name: str) -> int:
+    """The number of assignments to other experts, in the output of a router."""
+    if name in FOREIGN:
+        return sum(expert not in removed for row in output[2].tolist() for expert in row)
+    return int(output[1].sum() - output[1][:, removed].sum())
+
+
+@pytest.mark.parametrize("name", ["topk", "mixtral"])
+def test_a_model_is_as_before_after_an_intervention(place, analyzed, name):
+    found, _, _ = analyzed(name)
+    model = loaded(place, name)
+    before = loss_of(model, found)
+    keep = {number: torch.arange(found.facts.num_experts) > 0 for number in found.layers}
+    with Intervention(keep=keep, topk=1).apply(model) as counts:
+        assert not torch.equal(loss_of(model, found), before)
+    assert len(counts) == len(found.layers) and max(int(c.max()) for c in counts) == 1
+    assert torch.equal(loss_of(model, found), before)
 
 
 def relu_gates(router, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,7 @@ from megatron.remoe.evaluate.text import Text, hash_of
 Advance = Callable[[int], None]
 
 _SEQUENCES, _TOKENS = 8, 4096  # the most in a batch, which has one sequence at least
-_LOGITS = 2**24  # computed at a time
+_LOGITS = 2**22  # computed at a time; 16 MB are allocated without new pages each time
 
 
 def facts_of(opened: Opened, text: Text, dtype: torch.dtype) -> Facts:
