@@ -1,8 +1,9 @@
 """What the gates of a trained model say: how balanced they are, and what layers know of each other.
 
-The measures are those of RMoE (arXiv 2408.06793, section 6). Its mutual information is computed
-within each token, over its experts (`expert_information`); that over tokens is
-`mutual_information`, which says whether one layer's choice tells the next one's.
+The measures of gates are those of RMoE (arXiv 2408.06793, section 6). Its mutual information is
+computed within each token, over its experts (`expert_information`); that over tokens is
+`mutual_information`, which says whether one layer's choice tells the next one's. How experts differ
+in their tokens is in `remoe.usage`.
 
 Scores are what a router ranks experts by, and none is negative: the softmax over all experts of a
 TopK router, before it selects, or the gates of ReLU routing, which are zero for inactive experts.
@@ -17,8 +18,6 @@ from torch import Tensor
 
 # The published code cuts [0, 1] at so many equidistant edges (appendix A.4.2).
 BIN_EDGES = 100
-# Entries of one comparison of all experts of a token with each other, `[tokens, E, E]`.
-_COMPARED = 2**24
 
 
 def inner_balance(scores_TE: Tensor) -> Tensor:
@@ -116,9 +115,13 @@ def expert_information(first_TE: Tensor, second_TE: Tensor) -> Tensor:
         first_TE: scores of a layer, `[T, E]`, which are divided by their sum over experts.
         second_TE: scores of another layer for the same tokens.
     """
-    tokens = max(1, _COMPARED // first_TE.shape[1] ** 2)
-    bins = (torch.split(_bins(scores_TE), tokens) for scores_TE in (first_TE, second_TE))
-    return torch.cat([_within_tokens(*part) for part in zip(*bins, strict=True)])
+    first_TE, second_TE = _bins(first_TE), _bins(second_TE)
+    pairs_TE = first_TE * (BIN_EDGES + 1) + second_TE
+    num_experts = first_TE.shape[1]
+    both_T, first_T, second_T = map(_repetition, (pairs_TE, first_TE, second_TE))
+    # the mean over experts of ln(p(a, b) / (p(a) p(b))), where p is a count divided by E
+    information_T = (both_T - first_T - second_T) / num_experts + math.log(num_experts)
+    return information_T.clamp(min=0)
 
 
 def _bins(scores_TE: Tensor) -> Tensor:
@@ -129,15 +132,14 @@ def _bins(scores_TE: Tensor) -> Tensor:
     return torch.bucketize(shares_TE, edges, right=True)
 
 
-def _within_tokens(first_TE: Tensor, second_TE: Tensor) -> Tensor:
-    equal_TEE = [bins[:, :, None] == bins[:, None, :] for bins in (first_TE, second_TE)]
-    first, second, joint = (
-        equal.sum(dim=2).double().log()
-        for equal in (equal_TEE[0], equal_TEE[1], equal_TEE[0] & equal_TEE[1])
-    )
-    # mean of ln(p(a, b) / (p(a) p(b))) over the E pairs, where p is a count divided by E
-    information_T = (joint - first - second).mean(dim=1) + math.log(first_TE.shape[1])
-    return information_T.clamp(min=0)
+def _repetition(values_TE: Tensor) -> Tensor:
+    """Return the sum of `ln n` over the experts of a token, where n of them have its value."""
+    tokens, num_values = len(values_TE), BIN_EDGES * (BIN_EDGES + 2) + 1
+    rows_T1 = torch.arange(tokens, device=values_TE.device).unsqueeze(1)
+    sorted_TE = values_TE.sort(dim=1).values + rows_T1 * num_values
+    found, times = torch.unique_consecutive(sorted_TE, return_counts=True)
+    times = times.double()
+    return torch.bincount(found // num_values, torch.xlogy(times, times), minlength=tokens)
 
 
 def shuffle(values_T: Tensor, seed: int) -> Tensor:

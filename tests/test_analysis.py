@@ -119,10 +119,8 @@ def loop_expert_information(first: torch.Tensor, second: torch.Tensor) -> list[f
     ],
     ids=["flat", "sharp", "relu"],
 )
-def test_the_published_information_equals_the_loop(first, second, monkeypatch):
+def test_the_published_information_equals_the_loop(first, second):
     expected = loop_expert_information(first, second)
-    assert expert_information(first, second).tolist() == pytest.approx(expected, abs=1e-9)
-    monkeypatch.setattr("remoe.analysis._COMPARED", 7 * EXPERTS**2)  # seven tokens at a time
     assert expert_information(first, second).tolist() == pytest.approx(expected, abs=1e-9)
 
 
