@@ -1,4 +1,4 @@
-"""Figures of experts: what they are for, how layers and checkpoints differ, and how busy they are."""
+"""Figures of experts: what they are for, whom they work with, and how busy they are."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -58,8 +58,8 @@ def _domains(rows: Sequence[Row], layers: Sequence[Any]) -> go.Figure:
         row = found.get((layer, domain, expert))
         if row is None:
             return ""
-        times = f"<br>{number(row['lift'])} times its share of all text"
-        return f"layer {layer}, {plain(domain)}<br>expert {expert}: {row['share']:.2%}{times}"
+        share = f"{number(row['share'], '.2%')}<br>{number(row['lift'])} times that of all text"
+        return f"layer {layer}, {plain(domain)}<br>expert {expert}: {share}"
 
     grid = [
         [found.get((layer, domain, e), {}).get("share") for e in experts] for layer, domain in kinds
@@ -115,7 +115,7 @@ def specialization(subjects: Sequence[Subject]) -> Figure:
             )  # fmt: skip
     says = (
         "The mutual information between the domain of a token and its experts; hollow marks are "
-        "the same after the domains of sequences were shuffled, and only what is above is structure."
+        "the same after the domains of sequences were shuffled, and only what is above is real."
     )
     drawn = figure(traces, "layer", "nats", xaxis={"dtick": 1}, yaxis={"rangemode": "tozero"})
     rows = joined(subjects, "specialization")
@@ -193,7 +193,7 @@ def between_layers(subjects: Sequence[Subject]) -> Figure:
         return (
             f"layers {row['first']} and {row['second']}<br>leading experts: "
             f"{number(row['information'], '.4f')} nats, shuffled "
-            f"{number(row['shuffled'], '.4f')}<br>within tokens: "
+            f"{number(row['information_shuffled'], '.4f')}<br>within tokens: "
             f"{number(row['expert_information'], '.4f')}, shuffled "
             f"{number(row['expert_information_shuffled'], '.4f')}"
         )
@@ -204,10 +204,8 @@ def between_layers(subjects: Sequence[Subject]) -> Figure:
     traces = []
     for place, one in enumerate(subjects):
         rows = one.tables["between_layers"]
-        for key, name in (("information", ""), ("shuffled", "shuffled")):
-            traces.append(
-                points(one, place, rows, pair, key, hover, name=name, hollow=bool(name))
-            )
+        for key, name in (("information", ""), ("information_shuffled", "shuffled")):
+            traces.append(points(one, place, rows, pair, key, hover, name=name, hollow=bool(name)))
     says = (
         "The mutual information between a token's leading experts in two neighboring layers: the "
         "higher, the better one layer's choice tells the next one's; hollow marks are chance."
@@ -328,11 +326,13 @@ def load_time(subjects: Sequence[Subject]) -> Figure:
     """Return what the busiest rank costs under expert parallelism."""
 
     def hover(row: Row) -> str:
-        return f"{row['parallel_size']} ranks<br>{number(row['slowdown'], '.3f')} times as long"
+        text = f"{row['parallel_size']} ranks<br>experts: {number(row['slowdown'], '.3f')} times"
+        whole = row["step_time"]
+        return text if whole is None else f"{text}<br>whole forward pass: {whole:.3f} times"
 
     says = (
-        "With experts split over so many ranks, all wait for the busiest one: the curve is how much "
-        "longer the experts take than under an even load."
+        "Where experts are split over ranks, all wait for the busiest one: the curve is the time "
+        "of the experts relative to an even load."
     )
     panels = curves(
         subjects, "load_time", lambda row: row["parallel_size"], "expert-parallel ranks", hover,

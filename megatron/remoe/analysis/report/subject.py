@@ -7,37 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron.remoe.analysis.answers import FILE, read_answers
 from megatron.remoe.analysis.routers import router_of, selection_of
 from megatron.remoe.analysis.runs import Run
 from megatron.remoe.analysis.size import ModelSize
 from megatron.remoe.analysis.trace import Trace, read
-from megatron.remoe.files import read_json_object
 
 Row = dict[str, Any]
-# The columns of `answers.json` that are drawn. Other columns and tables are left alone.
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "by_frequency": ("layer", "class", "count_low", "count_high", "tokens", "mean", "low", "high"),
-    "by_loss": ("layer", "class", "loss", "tokens", "mean", "low", "high"),
-    "by_position": ("layer", "first", "last", "tokens", "mean", "low", "high"),
-    "by_word_part": ("layer", "part", "tokens", "mean", "low", "high"),
-    "by_domain": ("layer", "domain", "tokens", "mean", "low", "high", "loss"),
-    "experts_by_domain": ("layer", "expert", "domain", "share", "lift"),
-    "specialization": ("layer", "information", "shuffled", "shuffled_std", "excess", "share"),
-    "vocabulary": ("layer", "expert", "rank", "id", "text", "count", "expected", "lift"),
-    "coactivation": ("layer", "first", "second", "tokens", "expected", "jaccard", "cosine"),
-    "between_layers": (
-        "first", "second", "information", "shuffled", "expert_information",
-        "expert_information_shuffled",
-    ),
-    "flips": ("first", "second", "layer", "flip_rate", "low", "high", "leading_changed"),
-    "load": ("layer", "expert", "share", "per_token", "gate", "dead"),
-    "load_time": ("parallel_size", "layer", "slowdown"),
-    "histogram": ("layer", "active", "tokens", "share", "flops"),
-    "pruning": ("removed", "loss", "active", "extra_loss"),
-    "shift": ("offset", "loss", "active", "extra_loss"),
-    "lower_k": ("k", "loss", "active", "extra_loss"),
-    "balance": ("layer", "active_experts", "two_active", "inner_balance", "outer_balance"),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,19 +84,18 @@ def _end(path: Path, count: int) -> tuple[str, ...]:
 def _load(path: Path, name: str) -> Subject:
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; name a run directory that was analyzed")
-    home = path.parent if (path / "answers.json").is_file() else path
+    home = path.parent if (path / FILE).is_file() else path
     folder = path if home != path else path / "analysis"
     run = Run.load(home) if (home / "metrics.jsonl").is_file() else None
     if run and selection_of(run.config) == "dense":
         raise ValueError(f"{path} is a dense model, which has no experts to report; name another")
-    if not (folder / "answers.json").is_file():
+    if not (folder / FILE).is_file():
         if run is None:
             raise ValueError(
                 f"{path} is neither a run directory nor the folder of an analysis; name one"
             )
         raise ValueError(f"{path} was not analyzed yet; remoe analyze {path}")
-    tables = _tables(folder / "answers.json")
-    return Subject(name, folder, run, read(_last_trace(folder)), tables)
+    return Subject(name, folder, run, read(_last_trace(folder)), read_answers(folder))
 
 
 def _last_trace(folder: Path) -> Path:
@@ -128,16 +103,3 @@ def _last_trace(folder: Path) -> Path:
     if not traces:
         raise ValueError(f"{folder} has answers but no trace; analyze the model again")
     return traces[-1].parent
-
-
-def _tables(path: Path) -> dict[str, list[Row]]:
-    remedy = "analyze the model again"
-    found = read_json_object(path, remedy)
-    for name, columns in COLUMNS.items():
-        rows = found.get(name)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{path} has no table {name}; {remedy}")
-        missing = [key for row in rows for key in columns if key not in row]
-        if missing:
-            raise ValueError(f"{path}: the table {name} has no column {missing[0]}; {remedy}")
-    return found

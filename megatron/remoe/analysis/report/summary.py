@@ -97,7 +97,7 @@ def _millions(value: float) -> str:
 
 
 def summary(subjects: Sequence[Subject]) -> list[tuple[str, list[str]]]:
-    """Return the rows of the summary, each with a text for every model; rows of none are left out."""
+    """Return the rows of the summary, with a text for every model; empty rows are left out."""
     rows = [(label, [tell(one) for one in subjects]) for label, tell in _ROWS.items()]
     domains = dict.fromkeys(d for one in subjects for d in one.trace.facts.domains)
     for domain in domains:

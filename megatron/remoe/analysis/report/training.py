@@ -81,7 +81,9 @@ def _loss(trained: Trained) -> Figure:
 def _by_split(splits: dict[str, list[Row]], step: int) -> str:
     lines = [f"step {step}"]
     for split, points in sorted(splits.items()):
-        lines += [f"{plain(split)}: {number(p['value'], '.4f')}" for p in points if p["step"] == step]
+        lines += [
+            f"{plain(split)}: {number(p['value'], '.4f')}" for p in points if p["step"] == step
+        ]
     return "<br>".join(lines)
 
 
