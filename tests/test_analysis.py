@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.remoe.analysis import routing
-from megatron.remoe.analysis.routing import LayerGates, ModelGates
+from megatron.remoe.analysis.trace import Facts, Trace, layer_trace
 from remoe.analysis import (
     expert_information,
     frequency_classes,
@@ -140,17 +140,31 @@ def test_a_shuffle_is_an_order_of_the_same_tokens_which_the_seed_gives():
     assert sorted(shuffle(scores, 3).tolist()) == sorted(scores.tolist())
 
 
-def gates_of(*layers: torch.Tensor, model: str = "a") -> ModelGates:
-    numbered = {2 * i + 1: LayerGates(scores, scores > 0) for i, scores in enumerate(layers)}
+def gates_of(*layers: torch.Tensor) -> Trace:
+    numbered = {2 * i + 1: layer_trace(g, g > 0, None) for i, g in enumerate(layers)}
     tokens = torch.arange(len(layers[0]))
-    domains = {"even": tokens % 2 == 0, "odd": tokens % 2 == 1}
-    return ModelGates(Path(model), "relu", TOPK, numbered, tokens, domains)
+    facts = Facts(
+        model="a",
+        iteration=None,
+        model_class="ReMoEForCausalLM",
+        router="relu",
+        topk=TOPK,
+        num_experts=layers[0].shape[1],
+        flops_per_expert=0.0,
+        flops_others=0.0,
+        domains=("even", "odd"),
+        data="tokens",
+        sequence_length=1,
+        sequences=len(tokens),
+        seed=1,
+    )
+    return Trace(facts, tokens, torch.zeros(len(tokens)), tokens % 2, numbered, {})
 
 
 def test_a_report_has_a_row_for_each_layer_and_one_for_the_tokens_of_all():
     first = torch.tensor([[4.0, 1, 1], [0, 0, 0], [0, 2, 0], [3, 0, 1]]).double()
     second = torch.tensor([[0.0, 5, 0], [1, 0, 0], [0, 5, 0], [0, 0, 0]]).double()
-    found = routing.report(gates_of(first, second), seed=1)
+    found = routing.report(Path("a"), gates_of(first, second), seed=1)
     assert (found.tokens, [row["layer"] for row in found.layers]) == (4, [1, 3])
     one, three = found.layers
     assert (one["active_experts"], one["two_active"]) == (1.5, 0.5)
@@ -177,7 +191,7 @@ def test_classes_of_frequency_are_of_whole_ids_and_of_about_as_many_tokens():
 
 
 def test_layers_that_route_nothing_have_no_balance():
-    row = routing.report(gates_of(torch.zeros(4, 2, dtype=torch.float64)), seed=1).summary
+    row = routing.report(Path("a"), gates_of(torch.zeros(4, 2)), seed=1).summary
     assert row["active_experts"] == 0
     assert {key for key, value in row.items() if value is None} == {
         "inner_balance", "outer_balance", "outer_balance_mean", *routing._BETWEEN
@@ -196,9 +210,7 @@ def test_runs_that_differ_in_their_seed_are_one_row(tmp_path):
         str(other): [other],
     }
     made = {path: gates_of(relu_gates(i), relu_gates(9)) for i, path in enumerate([*runs, other])}
-    reports = [
-        routing.report(ModelGates(p, *list(vars(g).values())[1:]), 1) for p, g in made.items()
-    ]
+    reports = [routing.report(path, record, 1) for path, record in made.items()]
     rows = {row["run"]: row for row in routing.summarize(groups, reports)}
     values = [found.summary["inner_balance"] for found in reports[:2]]
     assert rows["TopK"]["seeds"] == 2

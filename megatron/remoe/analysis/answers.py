@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron.remoe.analysis import by_expert, by_token, routing
-from megatron.remoe.analysis.routing import LayerGates, ModelGates
 from megatron.remoe.analysis.trace import Trace
 from megatron.remoe.files import read_json_object, write_whole
 
@@ -110,12 +109,7 @@ def _finite(value: Any) -> Any:
 
 def _balance(trace: Trace, seed: int) -> list[Row]:
     """Return the rows of layers and of all layers of `routing.report` (RMoE, section 6)."""
-    layers = {
-        number: LayerGates(layer.ranked(), layer.active()) for number, layer in trace.layers.items()
-    }
-    facts = trace.facts
-    gates = ModelGates(Path(facts.model), facts.router, facts.topk, layers, trace.tokens, {})
-    found = routing.report(gates, seed)
+    found = routing.report(Path(trace.facts.model), trace, seed)
     return [*found.layers, found.summary]
 
 

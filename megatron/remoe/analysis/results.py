@@ -3,9 +3,12 @@
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron.remoe.analysis import markdown
+from megatron.remoe.analysis.answers import read_answers
+from megatron.remoe.analysis.compare import compare, load_runs
 from megatron.remoe.analysis.measures import half_width, mean_of
 
 Row = dict[str, Any]
@@ -13,7 +16,7 @@ Tables = dict[str, list[Row]]
 # The answers of runs that differ in their seed only, by the name of their router and the seed.
 Groups = Mapping[str, Mapping[int, Tables]]
 Number = Callable[[Tables], float | None]
-_MEAN_OF_LAYERS = "all"
+_ALL = {"layer": "all"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,23 @@ class Finding:
     number: Number
     router: str
     other: str | None = None
+
+
+def read_groups(paths: Iterable[Path]) -> Groups:
+    """Read the answers of runs, from the folder `analysis` of each.
+
+    Args:
+        paths: run directories, or folders of them. Runs that differ in their seed only are a group.
+
+    Raises:
+        ValueError: there are no runs, or one was not analyzed, or is there twice.
+    """
+    return {
+        group.name: {
+            seed: read_answers(run.path / "analysis") for seed, run in sorted(group.runs.items())
+        }
+        for group in compare(load_runs(paths)).groups
+    }
 
 
 def results(groups: Groups) -> str:
@@ -115,25 +135,25 @@ def _sections(groups: Groups) -> dict[str, dict[str, Number]]:
             "highest loss": _edge("by_loss", -1),
             "first position": _edge("by_position", 0),
             "last positions": _edge("by_position", -1),
-            **{part: _at("by_word_part", "mean", part=part) for part in _PARTS},
-            "domain with fewest": _of("by_domain", "mean", min),
-            "domain with most": _of("by_domain", "mean", max),
+            **{part: _at("by_word_part", "mean", part=part, **_ALL) for part in _PARTS},
+            "domain with fewest": _of("by_domain", "mean", min, **_ALL),
+            "domain with most": _of("by_domain", "mean", max, **_ALL),
         },
         "2. Experts and domains": {
-            "information, nats": _at("specialization", "information"),
-            "shuffled": _at("specialization", "shuffled"),
-            "excess / entropy": _at("specialization", "share"),
-            "largest share of a domain": _of("experts_by_domain", "share", max, layer=None),
+            "information, nats": _at("specialization", "information", **_ALL),
+            "shuffled": _at("specialization", "shuffled", **_ALL),
+            "excess / entropy": _at("specialization", "share", **_ALL),
+            "largest share of a domain": _of("experts_by_domain", "share", max),
         },
         "3. Vocabulary": {
             "ids of an expert, of 20": _vocabulary_size,
-            "lift of the first": _of("vocabulary", "lift", mean_of, layer=None, rank=1),
+            "lift of the first": _of("vocabulary", "lift", mean_of, rank=1),
             "routing probability of the first": _routing_probability,
         },
         "4. Experts with each other, and neighboring layers": {
-            "Jaccard": _of("coactivation", "jaccard", mean_of, layer=None),
-            "cosine": _of("coactivation", "cosine", mean_of, layer=None),
-            **{title: _at("balance", key) for title, key in _BETWEEN.items()},
+            "Jaccard": _of("coactivation", "jaccard", mean_of),
+            "cosine": _of("coactivation", "cosine", mean_of),
+            **{title: _at("balance", key, **_ALL) for title, key in _BETWEEN.items()},
         },
         "5. Flips between the last two checkpoints": {
             "flip rate": _last_flip("flip_rate"),
@@ -141,11 +161,11 @@ def _sections(groups: Groups) -> dict[str, dict[str, Number]]:
             "leading expert changed": _last_flip("leading_changed"),
         },
         "6. Load": {
-            "dead experts": _of("load", "dead", sum, layer=None),
-            "starved experts": _of("load", "starved", sum, layer=None),
-            "largest share of a layer": _of("load", "share", max, layer=None),
+            "dead experts": _of("load", "dead", sum),
+            "starved experts": _of("load", "starved", sum),
+            "largest share of a layer": _of("load", "share", max),
             **{
-                f"step time, EP {size}": _at("load_time", "step_time", parallel_size=size)
+                f"step time, EP {size}": _at("load_time", "step_time", parallel_size=size, **_ALL)
                 for size in every("load_time", "parallel_size")
             },
         },
@@ -157,9 +177,7 @@ def _sections(groups: Groups) -> dict[str, dict[str, Number]]:
         },
         "8. Extra loss": {
             **{
-                f"{removed} experts removed": _at(
-                    "pruning", "extra_loss", layer=None, removed=removed
-                )
+                f"{removed} removed": _at("pruning", "extra_loss", removed=removed)
                 for removed in every("pruning", "removed")
                 if removed
             },
@@ -168,10 +186,9 @@ def _sections(groups: Groups) -> dict[str, dict[str, Number]]:
                 for part in sorted({part for tables in runs for part in _shifts(tables)})
                 if part
             },
-            **{f"k = {k}": _at("lower_k", "extra_loss", layer=None, k=k)
-               for k in every("lower_k", "k")},
+            **{f"k = {k}": _at("lower_k", "extra_loss", k=k) for k in every("lower_k", "k")},
         },
-    }  # fmt: skip
+    }
 
 
 _PARTS = ("word start", "inside a word", "number", "punctuation", "white space")
@@ -183,46 +200,38 @@ _BETWEEN = {
 }
 
 
-def _select(tables: Tables, table: str, layer: Any, where: Mapping[str, Any]) -> list[Row]:
-    """Return rows that have these values; a layer of None stands for all rows with a number."""
-    rows = [row for row in tables[table] if all(row[key] == v for key, v in where.items())]
-    if layer is None:
-        return [row for row in rows if row.get("layer") != _MEAN_OF_LAYERS or table == "pruning"]
-    return [row for row in rows if row["layer"] == layer]
+def _rows(tables: Tables, table: str, where: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of a table that have these values."""
+    return [row for row in tables[table] if all(row[key] == v for key, v in where.items())]
 
 
-def _at(table: str, column: str, layer: Any = _MEAN_OF_LAYERS, **where: Any) -> Number:
+def _at(table: str, column: str, **where: Any) -> Number:
     """Return the number in the one row that has these values."""
 
     def number(tables: Tables) -> float | None:
-        rows = _select(tables, table, layer, where)
+        rows = _rows(tables, table, where)
         return rows[0][column] if rows else None
 
     return number
 
 
 def _of(
-    table: str,
-    column: str,
-    reduce: Callable[[list[float]], float | None],
-    layer: Any = _MEAN_OF_LAYERS,
-    **where: Any,
+    table: str, column: str, reduce: Callable[[list[float]], float | None], **where: Any
 ) -> Number:
-    """Return a number from a column of some rows."""
+    """Return a number from a column of the rows that have these values."""
 
     def number(tables: Tables) -> float | None:
-        rows = _select(tables, table, layer, where)
-        values = [row[column] for row in rows if row[column] is not None]
+        values = [row[column] for row in _rows(tables, table, where) if row[column] is not None]
         return reduce(values) if values else None
 
     return number
 
 
 def _edge(table: str, index: int) -> Number:
-    """Return the mean of the first or the last class."""
+    """Return the mean over layers of the first or the last class."""
 
     def number(tables: Tables) -> float | None:
-        rows = _select(tables, table, _MEAN_OF_LAYERS, {})
+        rows = _rows(tables, table, _ALL)
         return rows[index]["mean"] if rows else None
 
     return number
@@ -247,7 +256,7 @@ def _routing_probability(tables: Tables) -> float | None:
 
 def _last_flip(column: str) -> Number:
     def number(tables: Tables) -> float | None:
-        rows = _select(tables, "flips", _MEAN_OF_LAYERS, {})
+        rows = _rows(tables, "flips", _ALL)
         return rows[-1][column] if rows else None
 
     return number
@@ -269,7 +278,7 @@ def _shift_loss(part: float) -> Number:
 
 
 def _layer_rows(tables: Tables) -> list[Row]:
-    return _select(tables, "histogram", None, {})
+    return [row for row in tables["histogram"] if row["layer"] != "all"]
 
 
 def _moments(tables: Tables) -> tuple[float, float]:
@@ -302,22 +311,22 @@ FINDINGS = (
         "the start of a word activates more experts than white space",
         f"{_REMOE}, figure 7",
         _difference(
-            _at("by_word_part", "mean", part="word start"),
-            _at("by_word_part", "mean", part="white space"),
+            _at("by_word_part", "mean", part="word start", **_ALL),
+            _at("by_word_part", "mean", part="white space", **_ALL),
         ),
         "ReMoE",
     ),
     Finding(
         "experts tell the domain, more than TopK's do",
         f"{_REMOE}, figures 9 and 11",
-        _at("specialization", "share"),
+        _at("specialization", "share", **_ALL),
         "ReMoE",
         "TopK",
     ),
     Finding(
         "some expert has over half of a domain",
         f"{_REMOE}, figure 9",
-        lambda tables: (_of("experts_by_domain", "share", max, layer=None)(tables) or 0) - 0.5,
+        lambda tables: (_of("experts_by_domain", "share", max)(tables) or 0) - 0.5,
         "ReMoE",
     ),
     Finding(
@@ -330,14 +339,16 @@ FINDINGS = (
     Finding(
         "neighboring layers share more information within tokens",
         f"{_RMOE}, figure 3",
-        _at("balance", "expert_information"),
+        _at("balance", "expert_information", **_ALL),
         "RMoE",
         "TopK",
     ),
     Finding(
         "so do their leading experts, beyond the control",
         "ours",
-        _difference(_at("balance", "information"), _at("balance", "information_shuffled")),
+        _difference(
+            _at("balance", "information", **_ALL), _at("balance", "information_shuffled", **_ALL)
+        ),
         "RMoE",
         "TopK",
     ),

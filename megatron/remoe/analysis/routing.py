@@ -1,6 +1,6 @@
 """How trained models route: rows of measures by layer, by model, and by runs of several seeds.
 
-Where the gates come from is not decided here. The measures are those of `remoe.analysis`.
+They are computed from the records of models. The measures are those of `remoe.analysis`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,52 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron.remoe.analysis import markdown
 from megatron.remoe.analysis.compare import compare, load_runs
 from megatron.remoe.analysis.measures import deviation_of, mean_of
+from megatron.remoe.analysis.trace import LayerTrace, Trace
 from remoe import analysis
-from remoe.routing import active_experts
 
 Row = dict[str, Any]
 FREQUENCY_CLASSES = 4
-
-
-@dataclass(frozen=True)
-class LayerGates:
-    """The gates of one layer for some tokens.
-
-    Attributes:
-        scores: fp64 `[T, E]`; the softmax over all experts before selection (of which null experts
-            have a part), the sigmoids of TopK with sigmoids and of expert threshold routing, or the
-            sizes of the gates of ReLU and of hash routing (see `remoe.analysis`).
-        active: bool `[T, E]`, the map of active experts.
-    """
-
-    scores: Tensor
-    active: Tensor
-
-
-@dataclass(frozen=True)
-class ModelGates:
-    """The gates of one model for some tokens.
-
-    Attributes:
-        model: the model as it was named.
-        router: the router's type, as in the config for transformers.
-        topk: k of the model.
-        layers: the gates of every layer with experts, by the layer's number, which begins with 1.
-        tokens: ids of the tokens, int64 `[T]`.
-        domains: the tokens of each domain by its name, bool `[T]`.
-    """
-
-    model: Path
-    router: str
-    topk: int
-    layers: dict[int, LayerGates]
-    tokens: Tensor
-    domains: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,7 +26,8 @@ class RoutingReport:
     """The measures of one model.
 
     Attributes:
-        model, router, topk: those of `ModelGates`.
+        model: the model as it was named.
+        router, topk: those of its `Facts`.
         tokens: the number of tokens, each of which every layer routes.
         layers: a row for each layer with experts.
         summary: the row of the whole model.
@@ -81,7 +45,7 @@ class RoutingReport:
         return vars(self) | {"model": str(self.model)}
 
 
-def report(gates: ModelGates, seed: int) -> RoutingReport:
+def report(model: Path, trace: Trace, seed: int) -> RoutingReport:
     """Measure a model.
 
     A row has these numbers, which are None where they have no meaning:
@@ -102,28 +66,28 @@ def report(gates: ModelGates, seed: int) -> RoutingReport:
     - `active_domain_<name>`, over the tokens of a domain.
 
     Args:
-        gates: the gates of the model.
+        model: the model as it was named.
+        trace: the record of what it did.
         seed: the seed of the shuffled order.
     """
-    layers = list(gates.layers.values())
+    topk, layers = trace.facts.topk, list(trace.layers.values())
     between = [_between(first, second, seed) for first, second in pairwise(layers)]
     rows = [
-        {"layer": number} | _balance([layer], gates.topk) | information
+        {"layer": number} | _balance([layer], topk) | information
         for (number, layer), information in zip(
-            gates.layers.items(), [*between, dict.fromkeys(_BETWEEN)], strict=True
+            trace.layers.items(), [*between, dict.fromkeys(_BETWEEN)], strict=True
         )
     ]
-    summary = {"layer": "all"} | _balance(layers, gates.topk) | _mean_rows(between, _BETWEEN)
-    summary |= _active_by_token(gates)
-    tokens = len(layers[0].scores)
-    return RoutingReport(gates.model, gates.router, gates.topk, tokens, rows, summary)
+    summary = {"layer": "all"} | _balance(layers, topk) | _mean_rows(between, _BETWEEN)
+    summary |= _active_by_token(trace)
+    return RoutingReport(model, trace.facts.router, topk, len(trace.tokens), rows, summary)
 
 
-def _balance(layers: list[LayerGates], topk: int) -> Row:
+def _balance(layers: list[LayerTrace], topk: int) -> Row:
     """Return the numbers about the tokens of some layers."""
-    active_T = torch.cat([active_experts(layer.active) for layer in layers]).double()
-    inner = torch.cat([analysis.inner_balance(layer.scores) for layer in layers])
-    outer = torch.cat([analysis.outer_balance(layer.scores, topk) for layer in layers])
+    active_T = torch.cat([layer.counts() for layer in layers]).double()
+    inner = torch.cat([analysis.inner_balance(layer.ranked()) for layer in layers])
+    outer = torch.cat([analysis.outer_balance(layer.ranked(), topk) for layer in layers])
     return {
         "active_experts": active_T.mean().item(),
         "two_active": (active_T >= 2).double().mean().item(),
@@ -133,13 +97,14 @@ def _balance(layers: list[LayerGates], topk: int) -> Row:
     }
 
 
-def _active_by_token(gates: ModelGates) -> Row:
+def _active_by_token(trace: Trace) -> Row:
     """Return the mean number of active experts of a layer for some tokens, or None for none."""
-    active_LT = torch.stack([active_experts(layer.active) for layer in gates.layers.values()])
+    active_LT = torch.stack([layer.counts() for layer in trace.layers.values()])
     active_T = active_LT.double().mean(dim=0)
-    classes_T = analysis.frequency_classes(gates.tokens, FREQUENCY_CLASSES)
+    classes_T = analysis.frequency_classes(trace.tokens, FREQUENCY_CLASSES)
     kinds = {f"active_frequency_{c + 1}": classes_T == c for c in range(FREQUENCY_CLASSES)}
-    kinds |= {f"active_domain_{name}": of_domain for name, of_domain in gates.domains.items()}
+    for number, name in enumerate(trace.facts.domains):
+        kinds[f"active_domain_{name}"] = trace.domains == number
     return {key: active_T[of].mean().item() if of.any() else None for key, of in kinds.items()}
 
 
@@ -148,16 +113,16 @@ _BETWEEN = (
 )  # fmt: skip
 
 
-def _between(first: LayerGates, second: LayerGates, seed: int) -> Row:
+def _between(first: LayerTrace, second: LayerTrace, seed: int) -> Row:
     """Return the numbers about two layers, whose keys are `_BETWEEN`."""
-    choices = first.scores.shape[1] + 1
-    leading = analysis.leading_expert(first.scores)
+    choices, ranked = first.num_experts + 1, first.ranked()
+    leading = analysis.leading_expert(ranked)
     row = {}
-    shuffled = analysis.shuffle(second.scores, seed)
-    for end, scores in (("", second.scores), ("_shuffled", shuffled)):
+    shuffled = analysis.shuffle(second.ranked(), seed)
+    for end, scores in (("", second.ranked()), ("_shuffled", shuffled)):
         counts = analysis.joint_counts(leading, analysis.leading_expert(scores), choices)
         row[f"information{end}"] = analysis.mutual_information(counts)
-        within = analysis.expert_information(first.scores, scores)
+        within = analysis.expert_information(ranked, scores)
         row[f"expert_information{end}"] = within.mean().item()
     return row
 

@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -156,27 +156,39 @@ def _merge(file: Path, found: dict[str, Any]) -> None:
 @command(app)
 def analyze(
     models: list[Path],
-    data: Annotated[Path, typer.Option()],
+    data: Path | None = None,
     tokens: AtLeastOne = 32768,
     sequence_length: AtLeastOneOrNone = None,
     seed: AtLeastOne = 1234,
+    checkpoints: AtLeastOne = 4,
+    dtype: str = "fp32",
+    tokenizer: Path | None = None,
     out: Path | None = None,
+    force: bool = False,
 ) -> None:
-    """Measure how models route: the balance of their gates, and what layers know of each other.
+    """Record what the routers of models do with text, and answer what users ask of it.
 
-    Every layer has a row, and so has every model. Runs that differ in their seed only are one row
-    of the summary.
+    Models are read from any checkpoint or Hugging Face folder of ours, and from folders of OLMoE,
+    Mixtral, Qwen2-MoE and Qwen3-MoE. An analysis has the records, the answers as tables, and what
+    it costs to take experts away; remoe report shows it. One that is interrupted goes on. The
+    balance of gates and what layers know of each other are printed, in which runs that differ in
+    their seed only are one row.
 
-    Example: remoe analyze runs/quickstart --data data/quickstart/tokens/valid --tokens 65536
+    Example: remoe analyze runs/quickstart
 
     Args:
         models: The run directories, checkpoints or Hugging Face folders.
-        data: The token files that are routed: a folder, or one of them without its suffix.
-        tokens: The largest number of tokens to route, taken from all files in turn.
+        data: The folder of token files that are read, with a pair of files for each domain. By
+            default they are the validation files of the run.
+        tokens: The largest number of tokens to read, taken from all files in turn.
         sequence_length: The length of the sequences, by default the run's.
-        seed: The seed that orders the documents, and the shuffled tokens of the control.
-        out: The folder to which routing.md, a table of the summary, and routing.json, with all
-            numbers, are written. By default they are only printed.
+        seed: The seed that orders the documents, and the shuffled tokens of controls.
+        checkpoints: The largest number of a run's checkpoints that are read, evenly spaced and with
+            the last one, between which changes of routing are counted.
+        dtype: The type of the weights: fp32, bf16 or fp16.
+        out: The folder for routing.md and routing.json, with the numbers that are printed, and for
+            the analysis of each model that is no run. That of a run is in the run's directory. By
+            default the numbers are only printed.
     """
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder (--out)")
@@ -184,29 +196,29 @@ def analyze(
     from rich.console import Console
     from rich.table import Table
 
-    from megatron.remoe.analysis import markdown
+    from megatron.remoe.analysis import markdown, trace
     from megatron.remoe.analysis import routing as measures
-    from megatron.remoe.evaluate import routing
+    from megatron.remoe.convert.export import parse_dtype
+    from megatron.remoe.evaluate import analysis
 
-    sources = {path: routing.open_routed(path) for path in models}
-    groups = measures.group_models(sources)
+    chosen = parse_dtype(dtype)
+    assert chosen is not None
+    settings = analysis.Settings(
+        data, tokens, sequence_length, seed, checkpoints, chosen, tokenizer
+    )
+    jobs = [analysis.prepare(path, settings, out, force=force) for path in models]
+    analysis.check_work(jobs, out, force=force)
+    groups = measures.group_models(models)
     reports = []
-    for path, source in sources.items():
-        with progress(f"sequences of {path.name}") as shown:
-            gates = routing.collect(
-                path,
-                source,
-                data,
-                tokens=tokens,
-                seed=seed,
-                sequence_length=sequence_length,
-                progress=shown,
-            )
-        found = measures.report(gates, seed)
+    for job in jobs:
+        if force or not job.is_finished:
+            with progress(f"sequences of {job.path.name}") as shown:
+                analysis.run(job, shown, force=force)
+        found = measures.report(job.path, trace.read(job.last), seed)
         reports.append(found)
         rows = [*found.layers, found.summary]
         columns = markdown.texts(rows, markdown.GATES_OF_LAYERS)
-        title = f"{path}: {found.router}, k {found.topk}, {found.tokens} tokens"
+        title = f"{job.path}: {found.router}, k {found.topk}, {found.tokens} tokens"
         table = Table(*columns, title=title, box=None, pad_edge=False)
         for cells in zip(*columns.values(), strict=True):
             table.add_row(*cells)
@@ -215,7 +227,6 @@ def analyze(
     text = measures.to_markdown(summary)
     typer.echo(text)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         every = {
             "data": str(data),
             "seed": seed,
@@ -225,6 +236,8 @@ def analyze(
         for name, content in (("routing.md", text), ("routing.json", json.dumps(every, indent=2))):
             (out / name).write_text(content + "\n")
             typer.echo(out / name)
+    for job in jobs:
+        typer.echo(job.folder)
 
 
 @command(app)

@@ -206,5 +206,21 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
+def find_checkpoints(path: Path) -> list[Path]:
+    """Find the complete checkpoints of a run or a folder, up to the one that `find_checkpoint` has.
+
+    Args:
+        path: as for `find_checkpoint`; a checkpoint is alone.
+
+    Raises:
+        ValueError: there is none.
+    """
+    last = find_checkpoint(path)
+    if last == path or last.name == checkpoint.RELEASE:
+        return [last]
+    found = [one.path for one in checkpoint.find(last.parent) if _is_checkpoint(one.path)]
+    return found[: found.index(last) + 1]
+
+
 def _is_checkpoint(folder: Path) -> bool:
     return (folder / "metadata.json").is_file() or is_legacy(folder)

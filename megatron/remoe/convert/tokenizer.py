@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -82,6 +83,23 @@ class TokenizerFiles:
         """Return the token ids of a text."""
         ids: list[int] = self._loaded[0].encode(text).ids
         return ids
+
+    def texts(self, ids: Iterable[int]) -> dict[int, str]:
+        """Return the text of each id as it is inside of a text, with the space in front of a word.
+
+        Bytes that are no character alone are U+FFFD. An id that no token has is left out.
+        """
+        tokenizer, _ = self._loaded
+        # Some decoders strip the space in front of the first token, so that one stands before it.
+        before = tokenizer.encode("a", add_special_tokens=False).ids[-1:]
+        start = tokenizer.decode(before, skip_special_tokens=False)
+        found = {}
+        for number in ids:
+            token = tokenizer.id_to_token(number)
+            if token is not None:
+                whole = tokenizer.decode([*before, number], skip_special_tokens=False)
+                found[number] = whole[len(start) :] if whole.startswith(start) else token
+        return found
 
     @property
     def ids(self) -> dict[str, int | None]:

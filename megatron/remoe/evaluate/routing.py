@@ -1,130 +1,139 @@
-"""Collect the gates of a model of any format over token files, by the model for transformers."""
+"""Run a model over labeled text and record what its routers do, with the loss of every token."""
 
-import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
-from megatron.remoe.analysis.routing import LayerGates, ModelGates
-from megatron.remoe.convert.architecture import moe_layers
-from megatron.remoe.convert.export import Progress
-from megatron.remoe.convert.exported import check_vocabulary, exported, load
-from megatron.remoe.convert.hf_source import HFSource
-from megatron.remoe.convert.source import MegatronSource, open_source
-from megatron.remoe.evaluate.perplexity import default_length, find_domains, sequences
-from remoe.hf.configuration_remoe import L1_ROUTERS
+from megatron.remoe.analysis import trace
+from megatron.remoe.analysis.trace import Facts, Part, layer_trace
+from megatron.remoe.evaluate.models import (
+    Opened,
+    Routing,
+    flops_of_others,
+    flops_per_expert,
+    routers_of,
+    routing_of,
+)
+from megatron.remoe.evaluate.text import Text, hash_of
 
-_BATCH = 8  # sequences
+Advance = Callable[[int], None]
 
-
-def open_routed(path: Path) -> MegatronSource | HFSource:
-    """Open a model that has experts.
-
-    Raises:
-        ValueError: there is no model, or a dense one.
-    """
-    source = open_source(path)
-    if not moe_layers(source.config):
-        raise ValueError(f"{path} is a dense model, which routes no token; leave it out")
-    return source
+_SEQUENCES, _TOKENS = 8, 4096  # the most in a batch, which has one sequence at least
+_LOGITS = 2**24  # computed at a time
 
 
-@torch.no_grad()
-def collect(
-    path: Path,
-    source: MegatronSource | HFSource,
-    data: Path,
-    *,
-    tokens: int,
-    seed: int,
-    sequence_length: int | None = None,
-    progress: Progress = lambda done, total: None,
-) -> ModelGates:
-    """Run a model over tokens, and keep the gates of every layer.
-
-    Args:
-        path: the model as it was named.
-        source: the model.
-        data: folder of token files, or one of them without its suffix.
-        tokens: the largest number of tokens; whole sequences are read, one of each domain in turn.
-        seed: seed of the order of documents.
-        sequence_length: length of the sequences; None is that of the run, or else the number of
-            positions of the model.
-        progress: called with the number of sequences that are done, and of all sequences.
-
-    Raises:
-        ValueError: there are too few tokens for one sequence, or the data has another vocabulary.
-    """
-    length = sequence_length or default_length(source.config)
-    inputs, domains = _inputs(data, length, tokens, seed)
-    with exported(source) as folder:
-        model = load(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-    check_vocabulary(inputs, model)
-    routers = {
-        number: layer.mlp.router
-        for number, layer in enumerate(model.model.layers, start=1)
-        if not layer.is_dense
-    }
-    found: dict[int, list[LayerGates]] = {number: [] for number in routers}
-    for number, router in routers.items():
-        router.register_forward_hook(
-            lambda *call, found=found[number]: found.append(_gates(*call)), with_kwargs=True
-        )
-    done = 0
-    for batch in torch.split(inputs, _BATCH):
-        model.model(batch.to(model.device), use_cache=False)
-        done += len(batch)
-        progress(done, len(inputs))
-    layers = {
-        number: LayerGates(
-            torch.cat([part.scores for part in parts]), torch.cat([part.active for part in parts])
-        )
-        for number, parts in found.items()
-    }
-    return ModelGates(
-        path,
-        model.config.router_type,
-        model.config.num_experts_per_tok,
-        layers,
-        inputs.flatten(),
-        {
-            name: torch.tensor([of == name for of in domains]).repeat_interleave(length)
-            for name in dict.fromkeys(domains)
-        },
+def facts_of(opened: Opened, text: Text, dtype: torch.dtype) -> Facts:
+    """Return the facts of a record before anything is computed."""
+    return Facts(
+        model=str(opened.path),
+        iteration=opened.iteration,
+        model_class=type(opened.shape).__name__,
+        router=opened.router,
+        topk=int(opened.config.num_experts_per_tok),
+        num_experts=opened.num_experts,
+        flops_per_expert=flops_per_expert(opened.shape),
+        flops_others=flops_of_others(opened.shape, text.length),
+        domains=text.names,
+        data=text.data,
+        sequence_length=text.length,
+        sequences=len(text.inputs),
+        seed=text.seed,
+        dtype=str(dtype).removeprefix("torch."),
     )
 
 
-def _gates(
-    router: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: tuple[Any, ...]
-) -> LayerGates:
-    """Return the gates of a call; fp64 keeps scores of a softmax apart from zero."""
-    probs_TE, active_TE, *_ = output
-    if router.router_type in (*L1_ROUTERS, "hash"):
-        scores_TE = probs_TE.double().abs()  # a learned scale may be negative
-    else:  # what other routers return is zero for the experts that they have not selected
-        logits_TN = router.score(*inputs, **named)[0].double()
-        if router.router_type in ("expert_threshold", "topk_sigmoid"):
-            scores_TE = torch.sigmoid(logits_TN)
-        else:
-            scores_TE = torch.softmax(logits_TN, dim=1)[:, : probs_TE.shape[1]]
-    return LayerGates(scores_TE.cpu(), active_TE.cpu())
+def record(
+    opened: Opened,
+    model: Any,
+    facts: Facts,
+    text: Text,
+    folder: Path,
+    *,
+    advance: Advance = lambda sequences: None,
+) -> None:
+    """Record what a model does with a text, or go on with an interrupted record.
+
+    Args:
+        opened: the model as it was opened.
+        model: the same, loaded.
+        facts: its facts (`facts_of`).
+        text: the text.
+        folder: the folder of the record.
+        advance: called with the number of sequences that have just been done.
+
+    Raises:
+        ValueError: the folder has the record of other settings, weights or tokens.
+    """
+    fingerprint = hash_of(*model.state_dict().values()) + text.fingerprint()
+    done = trace.begin(folder, facts, routers_of(model), fingerprint)
+    batches = list(batches_of(text))
+    for number, (inputs, labels, domains) in enumerate(batches):
+        if number >= done:
+            with routings(model) as found:
+                losses = losses_of(model, inputs, labels)
+            layers = {layer: _layer(routing) for layer, routing in found.items()}
+            numbers = domains.repeat_interleave(text.length)
+            trace.write_part(folder, number, Part(inputs.flatten(), losses, numbers, layers))
+        advance(len(inputs))
+    texts = {}
+    if opened.tokenizer is not None:
+        texts = opened.tokenizer.texts(text.inputs.unique().tolist())
+    trace.finish(folder, len(batches), texts)
 
 
-def _inputs(data: Path, length: int, tokens: int, seed: int) -> tuple[torch.Tensor, list[str]]:
-    """Return sequences of all domains in turn, int64 `[sequences, length]`, and their domains."""
-    count = tokens // length
-    if count == 0:
-        raise ValueError(
-            f"tokens is {tokens}, less than one sequence of {length}; ask for more (--tokens), or "
-            f"for shorter sequences (--sequence-length)"
+def batches_of(text: Text) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield inputs, labels and domains of a few sequences at a time."""
+    size = max(1, min(_SEQUENCES, _TOKENS // text.length))
+    columns = (text.inputs, text.labels, text.domains)
+    yield from zip(*(column.split(size) for column in columns), strict=True)
+
+
+@contextmanager
+def routings(model: Any) -> Iterator[dict[int, Routing]]:
+    """Collect the routing of the next forward pass by the number of the layer."""
+    found: dict[int, Routing] = {}
+
+    def read(layer: int, *call: Any) -> None:
+        found[layer] = routing_of(*call)
+
+    hooks = [
+        router.register_forward_hook(
+            lambda *call, layer=layer: read(layer, *call), with_kwargs=True
         )
-    with tempfile.TemporaryDirectory() as scratch:
-        sets = {
-            name: sequences(prefix, length, seed, Path(scratch))
-            for name, prefix in find_domains(data).items()
-        }
-        turns = [(i, name) for name, domain in sets.items() for i in range(len(domain))]
-        turns = sorted(turns, key=lambda turn: turn[0])[:count]
-        inputs = torch.stack([sets[name][i]["tokens"] for i, name in turns])
-        return inputs, [name for _, name in turns]
+        for layer, router in routers_of(model).items()
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _layer(routing: Routing) -> trace.LayerTrace:
+    scores = None if routing.scores is None else routing.scores.cpu()
+    return layer_trace(routing.probs.cpu(), routing.active.cpu(), scores)
+
+
+@torch.no_grad()
+def losses_of(model: Any, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of every token in nats, fp32 `[N * S]`, on the CPU.
+
+    Args:
+        model: a model for causal language modeling, of transformers.
+        inputs: ids, int64 `[N, S]`.
+        labels: the token that follows each, int64 `[N, S]`.
+    """
+    hidden = model.model(inputs.to(model.device), use_cache=False).last_hidden_state.flatten(0, 1)
+    tokens = max(1, _LOGITS // model.config.vocab_size)
+    losses = [
+        F.cross_entropy(model.lm_head(some).float(), targets, reduction="none")
+        for some, targets in zip(
+            hidden.split(tokens), labels.to(model.device).flatten().split(tokens), strict=True
+        )
+    ]
+    return torch.cat(losses).cpu()
