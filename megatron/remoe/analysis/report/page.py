@@ -20,7 +20,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from megatron.remoe.analysis.report import experts, summary, text, tokens, training
-from megatron.remoe.analysis.report.drawing import Figure, rounded, template, to_csv
+from megatron.remoe.analysis.report.drawing import Figure, joined, rounded, template, to_csv
 from megatron.remoe.analysis.report.subject import Subject
 from megatron.remoe.files import write_whole
 
@@ -67,7 +67,9 @@ def render(subjects: Sequence[Subject], out: Path) -> str:
     stage_rows, stage_cells = summary.stages(subjects)
     figures = [figure for _, _, group in chapters for figure in group]
     tables = {figure.name: to_csv(figure.rows) for figure in figures if figure.rows}
-    tables["stages"] = to_csv(stage_rows)
+    words = summary.vocabulary(subjects)
+    others = {"stages": stage_rows, "vocabulary": words, "balance": joined(subjects, "balance")}
+    tables |= {name: to_csv(rows) for name, rows in others.items() if rows}
     plots = {
         f"{figure.name}-{place}": _compact(panel.drawn.to_plotly_json())
         for figure in figures
@@ -103,7 +105,7 @@ def render(subjects: Sequence[Subject], out: Path) -> str:
         stages=(summary.STAGES, stage_cells),
         loads=(summary.LOADS, summary.loads(subjects)),
         balance=(summary.BALANCE, summary.balance(subjects)),
-        words=summary.words(subjects),
+        words=summary.words(words),
         links=_links(subjects, figures, out),
         show=_shown,
     )

@@ -183,7 +183,7 @@ def stages(subjects: Sequence[Subject]) -> tuple[list[Row], list[list[Cell]]]:
             "seconds": cost.seconds, "share": cost.share, "peak_memory": cost.peak_memory,
         }
         for one in subjects
-        if one.run is not None and "tokens_per_second" in one.run.train[0]
+        if one.run is not None and {"tokens", "tokens_per_second"} <= one.run.train[0].keys()
         for cost in one.run.stage_costs
     ]  # fmt: skip
     cells = [
@@ -248,19 +248,28 @@ def balance(subjects: Sequence[Subject]) -> list[list[Cell]]:
     ]
 
 
-def words(subjects: Sequence[Subject]) -> list[Words]:
-    """Return the tokens that experts get more often than chance would give them."""
-    found: dict[tuple[str, int, int], list[tuple[str, str]]] = {}
-    pairs = sum(_experts(one) for one in subjects)
-    most = _WORDS if pairs <= _PAIRS else _FEW_WORDS
+def vocabulary(subjects: Sequence[Subject]) -> list[Row]:
+    """Return the rows of the tokens that are shown of each expert, of the busiest experts."""
+    most = _WORDS if sum(map(_experts, subjects)) <= _PAIRS else _FEW_WORDS
+    rows = []
     for one in subjects:
         drawn = {layer: busiest(one, str(layer)) for layer in one.trace.layers}
-        for row in one.tables["vocabulary"]:
-            if row["rank"] <= most and row["expert"] in drawn[row["layer"]]:
-                about = f"{row['count']} times, {row['expected']:.1f} by chance"
-                text = f"[{row['id']}]" if row["text"] is None else visible(row["text"])
-                key = (one.name, row["layer"], row["expert"])
-                found.setdefault(key, []).append((text, about))
+        rows += [
+            {"run": one.name} | row
+            for row in one.tables["vocabulary"]
+            if row["rank"] <= most and row["expert"] in drawn[row["layer"]]
+        ]
+    return rows
+
+
+def words(rows: Sequence[Row]) -> list[Words]:
+    """Return the tokens of each expert, from the rows of `vocabulary`."""
+    found: dict[tuple[str, int, int], list[tuple[str, str]]] = {}
+    for row in rows:
+        about = f"{row['count']} times, {row['expected']:.1f} by chance"
+        text = f"[{row['id']}]" if row["text"] is None else visible(row["text"])
+        key = (row["run"], row["layer"], row["expert"])
+        found.setdefault(key, []).append((text, about))
     return [Words(*key, tokens) for key, tokens in found.items()]
 
 
