@@ -43,7 +43,7 @@ INTERVENTIONS = {
 
 def traced(name: str, iteration: int) -> Trace:
     """A record in which expert 1 of layer 3 is dead in the TopK run."""
-    found = made(seed=iteration, texts=TEXTS)
+    found = made(seed=iteration, tokens=made().tokens, texts=TEXTS)
     layers = dict(found.layers)
     if name == TOPK:
         probs = layers[3].probs()
@@ -263,9 +263,9 @@ def test_another_file_is_never_replaced_but_a_report_is(home, tmp_path, capsys, 
     assert "is a folder" in fails(capsys, str(home / TOPK), "--out", str(tmp_path))
     out.unlink()
     main_in(home, "report", *argv)
-    out.write_text(out.read_text().replace("topk", "older"))
+    out.write_text(out.read_text().replace("topk", "antique"))
     main_in(home, "report", *argv)
-    assert "older" not in out.read_text()
+    assert "antique" not in out.read_text()
     before = out.read_bytes()
     monkeypatch.setattr(page, "LIMIT", 1000)
     assert "name fewer of them" in fails(capsys, *argv)
@@ -334,7 +334,7 @@ def open_report(browser, path: Path, width: int = 1280) -> None:
     for kind in ("browser", "performance"):
         browser.get_log(kind)
     browser.get(path.as_uri())
-    wait(lambda: browser.execute_script("return document.querySelector('.main-svg') !== null"))
+    wait(lambda: browser.execute_script("return window.Plotly !== undefined"))
 
 
 # Scrolls to all figures that are shown, and returns those that are not drawn completely.
@@ -344,7 +344,7 @@ const next = shown.find((p) => !p.querySelector(".main-svg"));
 if (next) next.scrollIntoView();
 return shown.filter((plot) => {
   const wanted = (plot.data ?? []).filter((one) => (one.z ?? one.y).length > 0).length;
-  const found = plot.querySelectorAll(".scatterlayer .trace, .bars .trace, .heatmaplayer .hm");
+  const found = plot.querySelectorAll(".scatterlayer .trace, .barlayer .trace, .heatmaplayer .hm");
   const sizes = [...found].every((one) => one.getBoundingClientRect().width > 0);
   return !plot.data || found.length < wanted || !sizes;
 }).map((plot) => plot.id);

@@ -82,7 +82,6 @@ def template(*, dark: bool) -> dict[str, Any]:
         "margin": {"l": 48, "r": 12, "t": 12, "b": 40},
         "hoverlabel": label | {"bordercolor": zero, "align": "left"},
         "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
-        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": zero, "activecolor": text},
     }
     return {"layout": layout}
 
@@ -125,8 +124,9 @@ def figure(
         "xaxis": {"title": {"text": x}} | layout.pop("xaxis", {}),
         "yaxis": {"title": {"text": y}} | layout.pop("yaxis", {}),
     }
-    shown = {"showlegend": sum(trace.showlegend is not False for trace in traces) > 1}
-    return go.Figure(traces, go.Layout(height=height, template="none") | axes | shown | layout)
+    several = sum(trace.showlegend is not False for trace in traces) > 1
+    look = {"height": height, "template": "none", "showlegend": several}
+    return go.Figure(traces, look | axes | layout)
 
 
 def layers_of(subjects: Sequence[Subject], table: str) -> list[str]:

@@ -24,7 +24,6 @@ from megatron.remoe.analysis.report.subject import Row, Subject
 from megatron.remoe.analysis.report.tokens import curves, interval, points
 
 SHOWN = 32  # experts of a layer that are drawn in a map of pairs
-_ROW = 22  # pixels of a heat map
 _FEW = 5  # tokens, below which a ratio says nothing
 _CLIP = 3  # powers of two
 
@@ -87,7 +86,7 @@ def _map(
         colorbar={"title": {"text": title, "side": "right"}, "thickness": 10, "outlinewidth": 0},
         **{"colorscale": SCALE} | look,
     )  # fmt: skip
-    height = max(200, 80 + min(_ROW * len(rows), 1200))
+    height = 90 + min(max(14 * len(rows), min(36 * len(rows), 300)), 1200)  # pixels
     axes = {"type": "category", "showgrid": False, "zeroline": False}
     vertical = axes | {"autorange": "reversed"}
     return figure([drawn], x, y, height=height, xaxis=axes, yaxis=vertical)
@@ -183,7 +182,7 @@ def _pairs(subject: Subject, layer: str) -> go.Figure:
         for a, b in ((first, second), (second, first)):
             grid[a][b], texts[a][b] = value, text
     look = {"colorscale": DIVERGING, "zmid": 0, "zmin": -_CLIP, "zmax": _CLIP}
-    return _map(grid, texts, experts, experts, "log2 of tokens / chance", x="expert", **look)
+    return _map(grid, texts, experts, experts, "log2 ratio", x="expert", **look)
 
 
 def between_layers(subjects: Sequence[Subject]) -> Figure:

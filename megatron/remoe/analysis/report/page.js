@@ -82,13 +82,14 @@
   document.head.append(script);
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const look = () => (dark.matches ? templates.dark : templates.light);
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+  const config = { responsive: true, displayModeBar: false };
+  const dragmode = matchMedia("(pointer: coarse)").matches ? false : "zoom"; // a finger scrolls
   const drawn = new Set();
   const draw = (plot) => {
     if (drawn.has(plot)) return;
     drawn.add(plot);
     const { data, layout } = plots[plot.id];
-    Plotly.newPlot(plot, data, { ...layout, template: look() }, config);
+    Plotly.newPlot(plot, data, { ...layout, dragmode, template: look() }, config);
   };
   const near = new IntersectionObserver(
     (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => draw(entry.target)),

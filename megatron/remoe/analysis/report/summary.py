@@ -93,7 +93,7 @@ def _experts(subject: Subject) -> int:
 
 
 def _millions(value: float) -> str:
-    return f"{value / 1e9:.3g} billion" if value >= 1e9 else f"{value / 1e6:.3g} million"
+    return f"{value / 1e9:.3g}B" if value >= 1e9 else f"{value / 1e6:.3g}M"
 
 
 def summary(subjects: Sequence[Subject]) -> list[tuple[str, list[str]]]:

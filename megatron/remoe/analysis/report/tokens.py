@@ -87,26 +87,41 @@ def curves(
     *,
     y: str = "mean",
     y_title: str = ACTIVE,
-    mode: str = "lines+markers",
+    kinds: bool = False,
     **layout: Any,
 ) -> list[Panel]:
-    """Return a picture for each layer of a table, in which every model is a curve."""
-    return [
-        Panel(
-            "",
-            figure(
-                [
-                    points(one, place, of_layer(one, table, layer), x, y, hover, mode=mode)
-                    for place, one in enumerate(subjects)
-                ],
-                x_title,
-                y_title,
-                **layout,
-            ),
-            (layer,),
-        )
-        for layer in layers_of(subjects, table)
-    ]
+    """Return a picture for each layer of a table, in which every model is a curve.
+
+    Args:
+        subjects: the models.
+        table: the name of the table.
+        x: what a row's place on the horizontal axis is.
+        x_title: the title of the horizontal axis.
+        hover: what the mouse shows of a row, as lines of Plotly's markup.
+        y: the column that is drawn.
+        y_title: the title of the vertical axis.
+        kinds: whether places are kinds without an order, so that models have marks side by side.
+        layout: other settings of the layout.
+    """
+    mode = "markers" if kinds else "lines+markers"
+    panels = []
+    for layer in layers_of(subjects, table):
+        drawn = [
+            points(one, place, of_layer(one, table, layer), x, y, hover, mode=mode)
+            for place, one in enumerate(subjects)
+        ]
+        if kinds:
+            for place, trace in enumerate(drawn):
+                trace.offsetgroup = str(place)
+            names = list(dict.fromkeys(name for trace in drawn for name in trace.x or ()))
+            category = {
+                "type": "category",
+                "categoryarray": names,
+                "range": [-0.5, len(names) - 0.5],
+            }
+            layout |= {"scattermode": "group", "scattergap": 0.6, "xaxis": category}
+        panels.append(Panel("", figure(drawn, x_title, y_title, **layout), (layer,)))
+    return panels
 
 
 def by_frequency(subjects: Sequence[Subject]) -> Figure:
@@ -174,9 +189,7 @@ def by_word_part(subjects: Sequence[Subject]) -> Figure:
         "What a token is: the start of a word, a piece inside it, a number, a mark or space; the "
         f"higher the mark, the more experts such tokens get. {_INTERVAL}"
     )
-    panels = curves(
-        subjects, "by_word_part", lambda row: plain(row["part"]), "", hover, mode="markers"
-    )
+    panels = curves(subjects, "by_word_part", lambda row: plain(row["part"]), "", hover, kinds=True)
     return Figure(
         "by_word_part",
         "By part of a word",
@@ -199,9 +212,7 @@ def by_domain(subjects: Sequence[Subject]) -> Figure:
         "The kind of text that a token is from: the higher the mark, the more experts its tokens "
         f"get. {_INTERVAL}"
     )
-    panels = curves(
-        subjects, "by_domain", lambda row: plain(row["domain"]), "", hover, mode="markers"
-    )
+    panels = curves(subjects, "by_domain", lambda row: plain(row["domain"]), "", hover, kinds=True)
     return Figure("by_domain", "By domain", says, panels, joined(subjects, "by_domain"))
 
 

@@ -102,7 +102,7 @@ def _sparsity(trained: Trained) -> Figure:
             {
                 "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": target, "y1": target,
                 "line": {"dash": "dot", "width": 1, "color": "#8a8f98"},
-                "label": {"text": f"target {target:g}", "textposition": "start"},
+                "label": {"text": f"target {target:.4g}", "textposition": "end", "yanchor": "top"},
             }
             for target in sorted(targets)
         ]  # fmt: skip
