@@ -120,12 +120,14 @@ def loss_of(model, found) -> torch.Tensor:
 def test_losses_and_routing_are_those_of_the_model_itself(place, analyzed, call, name):
     found, _, _ = analyzed(name)
     assert found.facts.sequences == sum(SEQUENCES.values()) and found.texts == {}
-    losses = call(losses_by_domain, place / name, place / "tokens")
-    for number, domain in enumerate(found.facts.domains):
-        mean = found.losses[found.domains == number].double().mean().item()
-        assert mean == pytest.approx(losses[domain], abs=1e-6)
-    assert found.losses.double().mean().item() == pytest.approx(losses["all"], abs=1e-6)
     model, calls = loaded(place, name), {}
+    if name not in FOREIGN:  # which `remoe evaluate` does not take
+        losses = call(losses_by_domain, place / name, place / "tokens")
+        for number, domain in enumerate(found.facts.domains):
+            mean = found.losses[found.domains == number].double().mean().item()
+            assert mean == pytest.approx(losses[domain], abs=1e-6)
+        assert found.losses.double().mean().item() == pytest.approx(losses["all"], abs=1e-6)
+    assert found.losses.double().mean().item() == pytest.approx(whole_loss(model), abs=1e-6)
     for number, router in routers(model).items():
         router.register_forward_hook(
             lambda router, x, output, number=number: calls.update({number: (x, output)})
@@ -169,10 +171,7 @@ def test_operations_are_those_that_torch_counts(place, analyzed, name):
     experts = sum(int(layer.counts()[:LENGTH].sum()) for layer in found.layers.values())
     facts = found.facts
     ours = experts * facts.flops_per_expert + LENGTH * facts.flops_others
-    # The rotary frequencies are a product too, of one weight per pair of channels.
-    rotary = model.config.hidden_size // model.config.num_attention_heads
-    rotary = getattr(model.config, "head_dim", None) or rotary
-    assert counter.get_total_flops() - ours == LENGTH * rotary
+    assert counter.get_total_flops() == ours
 
 
 @pytest.mark.parametrize("name", ["relu", "relu_l2", "topk", *FOREIGN])

@@ -49,7 +49,7 @@ def experts_by_domain(trace: Trace) -> list[Row]:
                 "share": shares[domain][expert],
                 "lift": lifts[domain][expert],
             }
-            for domain in domains_S.unique().tolist()
+            for domain in torch.unique(domains_S).tolist()
             for expert in range(layer.num_experts)
         ]
     return rows
@@ -138,7 +138,7 @@ def vocabulary(trace: Trace) -> list[Row]:
     Only ids of which it is above 1 are there. ReMoE's table 12 has such words of experts; `count`
     divided by `occurrences` is its probability of routing.
     """
-    ids_U, id_T = trace.tokens.unique(return_inverse=True)
+    ids_U, id_T = torch.unique(trace.tokens, return_inverse=True)
     occurrences = torch.bincount(id_T).tolist()
     ids = ids_U.tolist()
     rows = []
@@ -252,7 +252,7 @@ def load_time(trace: Trace) -> list[Row]:
     for size in PARALLEL_SIZES:
         if num_experts % size:
             continue
-        parts = [*counts_LE.split(1), counts_LE]
+        parts = [*torch.split(counts_LE, 1), counts_LE]
         for number, part in zip([*numbers, "all"], parts, strict=True):
             slowdown = busiest_rank_load(part, size)
             whole = (others + flops * slowdown) / (others + flops) if others + flops else None

@@ -114,7 +114,7 @@ def _active_by(
     trace: Trace, groups_T: Tensor, num_groups: int, label: Callable[[int, Tensor], Row]
 ) -> list[Row]:
     """Return a row for each layer and group that has tokens, with what the group is called."""
-    groups = groups_T.unique().tolist()
+    groups = torch.unique(groups_T).tolist()
     labels = {group: label(group, groups_T == group) for group in groups}
     rows = []
     for number, active_T in active_by_layer(trace).items():
@@ -148,7 +148,7 @@ def word_parts(trace: Trace) -> Tensor:
     "other".
     """
     texts = trace.texts
-    ids, of_T = trace.tokens.unique(return_inverse=True)
+    ids, of_T = torch.unique(trace.tokens, return_inverse=True)
     known = [texts.get(i, "") for i in ids.tolist()]
     kinds_T = torch.tensor([_kind(text) for text in known])[of_T]
     spaced_T = torch.tensor([text[:1].isspace() for text in known])[of_T]
@@ -234,14 +234,14 @@ def flips(traces: list[Trace]) -> list[Row]:
                 leading_T[0] != leading_T[1],
             )
         parts = zip(*changes.values(), strict=True)
-        means = tuple(torch.stack(part).double().mean(dim=0) for part in parts)
-        for number, (rate_T, count_T, leading_changed_T) in (changes | {"all": means}).items():
+        changes["all"] = tuple(torch.stack(part).double().mean(dim=0) for part in parts)
+        for layer_number, (rate_T, count_T, leading_changed_T) in changes.items():
             (found,) = _means(rate_T, torch.zeros_like(first.tokens), first.sequence, 1)
             rows.append(
                 {
                     "first": first.facts.iteration,
                     "second": second.facts.iteration,
-                    "layer": number,
+                    "layer": layer_number,
                     "flip_rate": found["mean"],
                     "low": found["low"],
                     "high": found["high"],

@@ -293,8 +293,8 @@ def _moments(tables: Tables) -> tuple[float, float]:
 def _share_of(holds: Callable[[int], bool]) -> Number:
     def number(tables: Tables) -> float:
         rows = _layer_rows(tables)
-        found = sum(row["tokens"] for row in rows if holds(row["active"]))
-        return found / float(sum(row["tokens"] for row in rows))
+        found = float(sum(row["tokens"] for row in rows if holds(row["active"])))
+        return found / sum(row["tokens"] for row in rows)
 
     return number
 

@@ -62,7 +62,7 @@ class Opened:
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config)
+            return AutoModelForCausalLM.from_config(self.config)  # type: ignore[no-untyped-call]
 
     @property
     def args(self) -> Namespace | None:
@@ -215,9 +215,9 @@ def routing_of(
 def flops_per_expert(model: Any) -> float:
     """Return the operations of one expert for one token, forward: two for every weight."""
     experts = [module for name, module in model.named_modules() if name.endswith(".mlp.experts")]
-    weights = sum(parameter.numel() for parameter in experts[0].parameters())
-    num_experts = next(iter(routers_of(model).values())).num_experts
-    return 2 * weights / float(num_experts)
+    weights: int = sum(parameter.numel() for parameter in experts[0].parameters())
+    num_experts: int = next(iter(routers_of(model).values())).num_experts
+    return 2 * weights / num_experts
 
 
 def flops_of_others(model: Any, sequence_length: int) -> float:
@@ -228,12 +228,13 @@ def flops_of_others(model: Any, sequence_length: int) -> float:
     mask (as in `megatron.remoe.analysis.size`). The cell of recurrent routers is met in every layer
     with experts.
     """
-    config, weights = model.config, 0
+    config: Any = model.config
+    weights = 0
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and not name.startswith(("model.embed_tokens.", "lm_head.")):
             cells = len(routers_of(model)) if name.startswith("model.recurrent_cell.") else 1
             weights += cells * parameter.numel()
-    weights += config.vocab_size * config.hidden_size
+    weights += int(config.vocab_size) * int(config.hidden_size)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = config.num_attention_heads * head
-    return 2.0 * (weights + 2 * config.num_hidden_layers * sequence_length * width)
+    width: int = config.num_attention_heads * head
+    return 2.0 * (weights + 2 * int(config.num_hidden_layers) * sequence_length * width)

@@ -82,7 +82,7 @@ def record(
         advance(len(inputs))
     texts = {}
     if opened.tokenizer is not None:
-        texts = opened.tokenizer.texts(text.inputs.unique().tolist())
+        texts = opened.tokenizer.texts(sorted(set(text.inputs.flatten().tolist())))
     trace.finish(folder, len(batches), texts)
 
 
@@ -90,7 +90,7 @@ def batches_of(text: Text) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield inputs, labels and domains of a few sequences at a time."""
     size = max(1, min(_SEQUENCES, _TOKENS // text.length))
     columns = (text.inputs, text.labels, text.domains)
-    yield from zip(*(column.split(size) for column in columns), strict=True)
+    yield from zip(*(torch.split(column, size) for column in columns), strict=True)
 
 
 @contextmanager
@@ -130,10 +130,9 @@ def losses_of(model: Any, inputs: Tensor, labels: Tensor) -> Tensor:
     """
     hidden = model.model(inputs.to(model.device), use_cache=False).last_hidden_state.flatten(0, 1)
     tokens = max(1, _LOGITS // model.config.vocab_size)
+    parts = (torch.split(of, tokens) for of in (hidden, labels.to(model.device).flatten()))
     losses = [
         F.cross_entropy(model.lm_head(some).float(), targets, reduction="none")
-        for some, targets in zip(
-            hidden.split(tokens), labels.to(model.device).flatten().split(tokens), strict=True
-        )
+        for some, targets in zip(*parts, strict=True)
     ]
     return torch.cat(losses).cpu()
