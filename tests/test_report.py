@@ -18,7 +18,7 @@ import yaml
 
 from megatron.remoe.analysis import trace
 from megatron.remoe.analysis.answers import answers, write_answers
-from megatron.remoe.analysis.report import page, subject, text
+from megatron.remoe.analysis.report import experts, page, subject, text
 from megatron.remoe.analysis.report.drawing import rounded
 from megatron.remoe.analysis.trace import Part, Trace
 from megatron.remoe.cli.app import main
@@ -212,19 +212,29 @@ def test_the_text_is_colored_by_the_experts_of_each_layer():
         texts=TEXTS,
     )
     one = subject.Subject("a", Path("a"), None, found, {})
-    sample = text.sample(one, tokens=6)  # two of each domain, of which one has none
+    (sample,) = text.samples([one], tokens=6)  # two of each domain, of which one has none
     assert [p.domain for p in sample.passages] == ["code", "prose"]
     assert [p.texts for p in sample.passages] == [["<b>&amp;", "[99]"], [" the", "</script>"]]
     assert sample.counts == {"2": [3, 4, 0, 1], "5": [0, 0, 0, 0]}
     assert sample.selections["2"] == ("6802", [(0, "0"), (2, "1"), (6, "3"), (8, "4")])
     assert sample.selections["5"] == ("0000", [(0, "0")])
-    assert sample.selections["all"] == ("6802", [(0, "0"), (2, "0.5"), (6, "1.5"), (8, "2")])
+    assert sample.selections["all"] == ("3401", [(0, "0"), (1, "0.5"), (3, "1.5"), (4, "2")])
     assert sample.losses == [3.0, 4.0, 0.0, 1.0]
 
 
 def test_a_few_experts_of_a_token_never_look_like_none():
-    levels, scale = text._levels(torch.tensor([0.0, 0.01, 8.0]))
+    levels, scale = text._levels(torch.tensor([0.0, 0.01, 8.0]), 8.0)
     assert levels == "018" and scale[1] == (1, "0.01")
+
+
+def test_experts_that_never_meet_have_no_map(home):
+    probs = torch.eye(EXPERTS).repeat(12, 1)
+    layers = {1: trace.layer_trace(probs, probs > 0, None)}
+    alone = replace(made(), layers=layers)
+    one = subject.Subject("a", Path("a"), None, alone, answers([alone], [], seed=1))
+    assert experts.coactivation([one]).panels == []
+    both = subject.load([home / RELU])
+    assert len(experts.coactivation(both).panels) == 2
 
 
 def fails(capsys, *argv: str) -> str:
@@ -397,7 +407,7 @@ def test_the_mouse_reads_values_and_tokens(home, browser):
     row = next(r for r in tables_of(home, RELU)["by_domain"] if r["layer"] == "all")
     assert RELU in told and f"{row['tokens']} tokens: {row['mean']:.3g}" in told
 
-    sample = text.sample(subject.load([home / RELU])[0])
+    sample = text.samples(subject.load([home / RELU, home / TOPK]))[0]
     browser.execute_script("document.getElementById('text').scrollIntoView()")
     tokens = browser.find_elements(By.CSS_SELECTOR, "[data-sample='0'] .tokens span")
     ActionChains(browser).move_to_element(tokens[4]).perform()
@@ -409,7 +419,7 @@ def test_the_mouse_reads_values_and_tokens(home, browser):
 @pytest.mark.processes
 def test_the_switch_colors_the_text_and_chooses_figures(home, browser):
     open_report(browser, home / "both.html")
-    sample = text.sample(subject.load([home / TOPK])[0])
+    sample = text.samples(subject.load([home / RELU, home / TOPK]))[1]
     written = [token for passage in sample.passages for token in passage.texts]
     read = (
         "return [...document.querySelectorAll(\"[data-sample='1'] .tokens span\")]"
@@ -458,14 +468,14 @@ def test_it_is_readable_on_a_phone_in_the_dark_and_on_paper(home, browser):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     try:
         open_report(browser, home / "both.html", 390)
-        light = browser.execute_script(color)
-        for layer in ("all", "3"):
+        for layer in ("3", "all"):
             choose(browser, layer)
             wait(lambda: browser.execute_script(UNDRAWN) == [])
             size = "const e = document.documentElement; return [e.scrollWidth, e.clientWidth]"
             assert browser.execute_script(size) == [390, 390]
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    light = browser.execute_script(color)
     with emulated(browser, prefers_color_scheme="dark"):
         wait(lambda: browser.execute_script(color) != light)
     open_report(browser, home / "both.html")

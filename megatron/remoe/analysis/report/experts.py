@@ -127,7 +127,7 @@ def coactivation(subjects: Sequence[Subject]) -> Figure:
     """Return which experts are active for the same tokens."""
     panels = []
     for one in subjects:
-        layers = [layer for layer in layers_of([one], "coactivation") if layer != "all"]
+        layers = [layer for layer in layers_of([one], "coactivation") if _has_pairs(one, layer)]
         few = layers if len(layers) <= 4 else [layers[0], layers[len(layers) // 2], layers[-1]]
         for layer in layers:
             shown = (layer, "all") if layer in few else (layer,)
@@ -144,7 +144,21 @@ def coactivation(subjects: Sequence[Subject]) -> Figure:
         for layer in layers_of([one], "coactivation")
         for row in _of_busiest(one, layer)
     ]
-    return Figure("coactivation", "Experts that work together", says, panels, rows, wide=True)
+    return Figure(
+        "coactivation",
+        "Experts that work together",
+        says,
+        panels,
+        rows,
+        wide=True,
+        nothing="Every token has one expert at most, so that no two work together.",
+    )
+
+
+def _has_pairs(subject: Subject, layer: str) -> bool:
+    """Return whether chance gives a pair of experts enough tokens, and any pair has some."""
+    rows = list(_of_busiest(subject, layer))
+    return any(r["tokens"] for r in rows) and any(r["expected"] >= _FEW for r in rows)
 
 
 def busiest(subject: Subject, layer: str) -> list[int]:
@@ -181,7 +195,7 @@ def _pairs(subject: Subject, layer: str) -> go.Figure:
             value = max(-_CLIP, min(_CLIP, math.log2(ratio))) if ratio else -_CLIP
         for a, b in ((first, second), (second, first)):
             grid[a][b], texts[a][b] = value, text
-    look = {"colorscale": DIVERGING, "zmid": 0, "zmin": -_CLIP, "zmax": _CLIP}
+    look: dict[str, Any] = {"colorscale": DIVERGING, "zmin": -_CLIP, "zmax": _CLIP}
     return _map(grid, texts, experts, experts, "log2 ratio", x="expert", **look)
 
 

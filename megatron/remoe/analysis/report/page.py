@@ -6,6 +6,7 @@ their hashes, and load nothing from elsewhere.
 """
 
 import base64
+import functools
 import gzip
 import hashlib
 import json
@@ -63,7 +64,7 @@ def render(subjects: Sequence[Subject], out: Path) -> str:
         out: where the page will be, from which its links to files lead.
     """
     chapters = _chapters(subjects)
-    samples = [text.sample(one) for one in subjects]
+    samples = text.samples(subjects)
     stage_rows, stage_cells = summary.stages(subjects)
     figures = [figure for _, _, group in chapters for figure in group]
     tables = {figure.name: to_csv(figure.rows) for figure in figures if figure.rows}
@@ -213,5 +214,6 @@ def _hash(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
+@functools.cache
 def _deflated(content: str) -> str:
     return base64.b64encode(gzip.compress(content.encode(), 9, mtime=0)).decode()

@@ -1,5 +1,6 @@
 """The tables of a report: what each model is, what it reached and took, and its experts' words."""
 
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,13 +66,16 @@ def cards(subject: Subject) -> list[Card]:
     """Return the numbers by which a model is introduced."""
     facts, run, found = subject.trace.facts, subject.run, []
     loss = statistics.fmean(subject.trace.losses.tolist())
+    valid = run.last_evaluation().get("valid") if run else None
+    if valid is not None:
+        found.append(Card("validation loss", f"{valid:.3f}", "nats per token"))
     found.append(Card("loss on this text", f"{loss:.3f}", "nats per token"))
     found.append(Card("active experts", f"{active(subject):.3g}", f"of {facts.num_experts}"))
     if run is not None and run.has_relu_routing:
         sparsity = last_mean(run, "sparsity")
         target = f"target {run.target_sparsity:.4g}"
-        found.append(Card("sparsity in training", number(sparsity, ".4f"), target))
-    found.append(Card("dead experts", str(_dead(subject)), f"of {_experts(subject)}"))
+        found.append(Card("sparsity", number(sparsity, ".4f"), target))
+    found.append(Card("unused experts", str(_dead(subject)), f"of {_experts(subject)}"))
     if subject.size:
         total = f"of {_millions(subject.size.total_params)}"
         found.append(Card("active parameters", _millions(subject.size.active_params), total))
@@ -166,18 +170,20 @@ _ROWS: dict[str, Callable[[Subject], str]] = {
     "training loss, last 20 steps": _of_run(lambda run: _final(run, "lm_loss", ".4f")),
     "sparsity, last 20 steps": _of_run(lambda run: _final(run, "sparsity", ".4f")),
     "sparsity settles at": _of_run(_settled),
-    "dead experts, last 20 steps": _of_run(lambda run: _final(run, "dead_experts", ".3g")),
+    "below 1/8 of an even load, last 20 steps": _of_run(
+        lambda run: _final(run, "dead_experts", ".3g")
+    ),
     "highest peak of memory": _of_run(_memory),
     "analyzed text": _text,
     "active experts on it": lambda one: f"{active(one):.3f}",
-    "dead experts on it": lambda one: f"{_dead(one)} of {_experts(one)}",
+    "experts without a token of it": lambda one: f"{_dead(one)} of {_experts(one)}",
     "loss on it": lambda one: f"{statistics.fmean(one.trace.losses.tolist()):.4f}",
 }
 
 
 def stages(subjects: Sequence[Subject]) -> tuple[list[Row], list[list[Cell]]]:
     """Return time and memory of the stages of training: rows for CSV, and cells to show."""
-    rows = [
+    rows: list[Row] = [
         {
             "run": one.name, "stage": cost.name, "first": cost.first, "last": cost.last,
             "seconds": cost.seconds, "share": cost.share, "peak_memory": cost.peak_memory,
@@ -275,4 +281,5 @@ def words(rows: Sequence[Row]) -> list[Words]:
 
 def visible(text: str) -> str:
     """Return a token's text in which white space can be seen."""
-    return text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
+    short = re.sub(" {4,}", lambda run: f"␣×{len(run[0])}", text)
+    return short.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")

@@ -134,7 +134,7 @@ def by_frequency(subjects: Sequence[Subject]) -> Figure:
     classes = sorted({row["class"] for one in subjects for row in one.tables["by_frequency"]})
     ticks = {"tickvals": classes, "ticktext": [str(c) for c in classes]}
     if classes:
-        ticks["ticktext"] = ["rarest", *ticks["ticktext"][1:-1], "most frequent"]
+        ticks["ticktext"] = ["rarest", *ticks["ticktext"][1:-1], "most<br>frequent"]
     says = (
         "The tokens are ordered by how often their id occurs in this text and cut into classes: "
         f"a curve that falls means that rare tokens get more experts. {_INTERVAL}"
@@ -172,10 +172,12 @@ def by_position(subjects: Sequence[Subject]) -> Figure:
         f"experts does not depend on how much text came before. {_INTERVAL}"
     )
 
-    def middle(row: Row) -> float:
-        return float(row["first"] + row["last"]) / 2
+    def span(row: Row) -> str:
+        first, last = row["first"], row["last"]
+        return f"{first}" if first == last else f"{first}–{last}"
 
-    panels = curves(subjects, "by_position", middle, "position", hover)
+    axis = {"type": "category"}
+    panels = curves(subjects, "by_position", span, "position", hover, xaxis=axis)
     return Figure("by_position", "By position", says, panels, joined(subjects, "by_position"))
 
 

@@ -142,7 +142,7 @@ def _coefficient(trained: Trained) -> Figure:
                 rows += [{"run": subject.name, "quantity": key} | point for point in points]
     says = (
         "The coefficient of the L1 penalty rises by a factor at every step on which sparsity is "
-        "below its target and falls otherwise; the regularizer is what it is multiplied by."
+        "below its target and falls otherwise; it multiplies the regularizer, whose line is dotted."
     )
     drawn = figure(
         traces, "step", "value", yaxis={"type": "log", "exponentformat": "power", "dtick": 2}
