@@ -75,7 +75,7 @@ def cards(subject: Subject) -> list[Card]:
         sparsity = last_mean(run, "sparsity")
         target = f"target {run.target_sparsity:.4g}"
         found.append(Card("sparsity", number(sparsity, ".4f"), target))
-    found.append(Card("unused experts", str(_dead(subject)), f"of {_experts(subject)}"))
+    found.append(Card("dead experts", str(_dead(subject)), f"of {_experts(subject)}"))
     if subject.size:
         total = f"of {_millions(subject.size.total_params)}"
         found.append(Card("active parameters", _millions(subject.size.active_params), total))
@@ -170,13 +170,13 @@ _ROWS: dict[str, Callable[[Subject], str]] = {
     "training loss, last 20 steps": _of_run(lambda run: _final(run, "lm_loss", ".4f")),
     "sparsity, last 20 steps": _of_run(lambda run: _final(run, "sparsity", ".4f")),
     "sparsity settles at": _of_run(_settled),
-    "below 1/8 of an even load, last 20 steps": _of_run(
+    "dead experts, below 1/8 of an even load": _of_run(
         lambda run: _final(run, "dead_experts", ".3g")
     ),
     "highest peak of memory": _of_run(_memory),
     "analyzed text": _text,
     "active experts on it": lambda one: f"{active(one):.3f}",
-    "experts without a token of it": lambda one: f"{_dead(one)} of {_experts(one)}",
+    "dead experts on it, without a token": lambda one: f"{_dead(one)} of {_experts(one)}",
     "loss on it": lambda one: f"{statistics.fmean(one.trace.losses.tolist()):.4f}",
 }
 
