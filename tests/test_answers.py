@@ -7,6 +7,7 @@ import statistics
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,6 +228,8 @@ def test_experts_by_domain_equal_the_loop():
         share = sum(row["expert"] in s for s in own) / sum(map(len, own))
         every = sum(row["expert"] in s for s in sets) / sum(map(len, sets))
         assert (row["share"], row["lift"]) == pytest.approx((share, share / every))
+        per_token = sum(row["expert"] in s for s in own) / len(own)
+        assert row["per_token"] == pytest.approx(per_token)
 
 
 def assigned(experts: list[list[int]], domains: list[int], length: int = LENGTH) -> Trace:
@@ -640,6 +643,21 @@ def test_results_are_means_over_seeds_with_an_interval():
     assert column_of(text, "1. ", "rarest ids") == [cell(v) for v in rare]
     share = all_rows("specialization", "share")
     assert column_of(text, "2. ", "excess / entropy") == [cell(v) for v in share]
+    differences = []
+    for runs in groups.values():
+        differences.append([])
+        for seed in runs:
+            found, domains = [], made(seed).domains.tolist()
+            for layer in made(seed + 9).layers.values():
+                for expert in range(EXPERTS):
+                    has = [expert in own for own in sets_of(layer)]
+                    for domain in (0, 1):
+                        own = [h for h, d in zip(has, domains, strict=True) if d == domain]
+                        found.append(statistics.fmean(own) - statistics.fmean(has))
+            differences[-1].append(max(found))
+    assert column_of(text, "2. ", "largest difference of a domain") == [
+        cell(v) for v in differences
+    ]
     flips = all_rows("flips", "flip_count")
     assert column_of(text, "5. ", "experts changed") == [cell(v) for v in flips]
     means = [
@@ -694,14 +712,25 @@ def test_findings_of_two_routers_are_paired_by_seed():
 def test_answers_of_runs_are_grouped_by_router_and_seed(tmp_path):
     runs = [topk(tmp_path, f"topk-{seed}", 2.0, seed=seed) for seed in (2, 1)]
     runs.append(remoe(tmp_path, "remoe-1", 2.0, seed=1))
-    tables = [answers([made(number)], [], SEED) for number in range(3)]
-    for run, own in zip(runs[:2], tables, strict=False):
-        (run / "analysis").mkdir()
-        write_answers(run / "analysis", own)
-    with pytest.raises(ValueError, match="remoe-1/analysis/answers.json cannot be read"):
-        read_groups([tmp_path])
-    (runs[2] / "analysis").mkdir()
-    write_answers(runs[2] / "analysis", tables[2])
-    groups = read_groups([tmp_path])
-    assert groups == {"TopK": {1: tables[1], 2: tables[0]}, "ReMoE": {1: tables[2]}}
+    models = [*runs, tmp_path / "exported"]
+    analyses = {model: tmp_path / "out" / model.name for model in models}
+    tables = [answers([made(number)], [], SEED) for number in range(4)]
+    for folder, own in list(zip(analyses.values(), tables, strict=True))[1:]:
+        folder.mkdir(parents=True)
+        write_answers(folder, own)
+    with pytest.raises(ValueError, match="out/topk-2/answers.json cannot be read"):
+        read_groups(analyses)
+    (tmp_path / "out/topk-2").mkdir()
+    write_answers(tmp_path / "out/topk-2", tables[0])
+    groups = read_groups(analyses)
+    assert groups == {
+        "TopK": {1: tables[1], 2: tables[0]},
+        "ReMoE": {1: tables[2]},
+        str(models[3]): {0: tables[3]},
+    }
     assert list(groups["TopK"]) == [1, 2]
+
+
+def test_every_table_is_described():
+    page = (Path(__file__).parents[1] / "docs/experiments.md").read_text()
+    assert [name for name in COLUMNS if f"`{name}`" not in page] == []

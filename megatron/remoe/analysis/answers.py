@@ -33,7 +33,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "by_position": ("layer", "first", "last", *_MEAN),
     "by_word_part": ("layer", "part", *_MEAN),
     "by_domain": ("layer", "domain", *_MEAN, "loss"),
-    "experts_by_domain": ("layer", "expert", "domain", "share", "lift"),
+    "experts_by_domain": ("layer", "expert", "domain", "share", "lift", "per_token"),
     "specialization": ("layer", "information", "shuffled", "shuffled_std", "excess", "share"),
     "vocabulary": (
         "layer", "expert", "rank", "id", "text", "occurrences", "count", "expected", "lift",

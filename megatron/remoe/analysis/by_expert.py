@@ -31,8 +31,9 @@ PARALLEL_SIZES = range(2, 65)
 def experts_by_domain(trace: Trace) -> list[Row]:
     """Return how the assignments of each domain are spread over the experts of a layer.
 
-    `share` is that of the domain's assignments in the layer, the quantity of ReMoE's figures 9 and
-    11 (arXiv 2412.14711); `lift` is `share` divided by the expert's share in all domains.
+    `share` is that of the domain's assignments in the layer, and `lift` is `share` divided by the
+    expert's share in all domains. `per_token` is the share of the domain's tokens that activate the
+    expert, as in ReMoE's figures 9 and 11 (arXiv 2412.14711).
     """
     domains_S = sequence_domains(trace)
     rows = []
@@ -40,15 +41,15 @@ def experts_by_domain(trace: Trace) -> list[Row]:
         counts_DE = domain_counts(_by_sequence(trace, layer), domains_S).double()
         shares_DE = counts_DE / counts_DE.sum(dim=1, keepdim=True)
         lifts_DE = shares_DE / (counts_DE.sum(dim=0) / counts_DE.sum())
-        shares, lifts = shares_DE.tolist(), lifts_DE.tolist()
+        per_token_DE = counts_DE / torch.bincount(trace.domains).unsqueeze(1)
+        columns = {"share": shares_DE, "lift": lifts_DE, "per_token": per_token_DE}
         rows += [
             {
                 "layer": number,
                 "expert": expert,
                 "domain": trace.facts.domains[domain],
-                "share": shares[domain][expert],
-                "lift": lifts[domain][expert],
             }
+            | {name: float(column[domain, expert]) for name, column in columns.items()}
             for domain in torch.unique(domains_S).tolist()
             for expert in range(layer.num_experts)
         ]

@@ -186,9 +186,9 @@ def analyze(
         checkpoints: The largest number of a run's checkpoints that are read, evenly spaced and with
             the last one, between which changes of routing are counted.
         dtype: The type of the weights: fp32, bf16 or fp16.
-        out: The folder for routing.md and routing.json, with the numbers that are printed, and for
-            the analysis of each model that is no run. That of a run is in the run's directory. By
-            default the numbers are only printed.
+        out: The folder for routing.md and routing.json, with the numbers that are printed, for
+            results.md, with a table of each answer, and for the analysis of each model that is no
+            run. That of a run is in the run's directory. By default the numbers are only printed.
     """
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder (--out)")
@@ -198,6 +198,7 @@ def analyze(
 
     from megatron.remoe.analysis import markdown, trace
     from megatron.remoe.analysis import routing as measures
+    from megatron.remoe.analysis.results import read_groups, results
     from megatron.remoe.convert.export import parse_dtype
     from megatron.remoe.evaluate import analysis
 
@@ -233,8 +234,14 @@ def analyze(
             "models": [found.to_json() for found in reports],
             "summary": summary,
         }
-        for name, content in (("routing.md", text), ("routing.json", json.dumps(every, indent=2))):
-            (out / name).write_text(content + "\n")
+        out.mkdir(parents=True, exist_ok=True)
+        answered = results(read_groups({job.path: job.folder for job in jobs}))
+        for name, content in (
+            ("routing.md", text),
+            ("routing.json", json.dumps(every, indent=2)),
+            ("results.md", answered),
+        ):
+            (out / name).write_text(content.rstrip("\n") + "\n")
             typer.echo(out / name)
     for job in jobs:
         typer.echo(job.folder)
