@@ -191,7 +191,7 @@ def test_figures_and_csv_have_the_numbers_of_the_answers(home, elements):
     (curve,) = data["plots"]["flips-0"]["data"][:1]
     assert curve["x"] == [40, 60]
     share = data["plots"]["experts_by_domain-0"]["data"][0]["z"]
-    first = [row["share"] for row in tables[RELU]["experts_by_domain"] if row["layer"] == 1]
+    first = [row["per_token"] for row in tables[RELU]["experts_by_domain"] if row["layer"] == 1]
     assert share[0] == [rounded(value) for value in first[:EXPERTS]]
     both = [trace["y"] for trace in data["plots"]["shift-0"]["data"]]
     assert both == [[0.2, 0], [0.25]]

@@ -41,7 +41,7 @@ def by_domain(subjects: Sequence[Subject]) -> Figure:
             panels.append(Panel(one.name, _domains(of, [layer]), (str(layer),)))
     says = (
         "Each row is a kind of text in a layer, and each column an expert: the brighter a field, "
-        "the larger the expert's share of this text; rows that differ are specialization."
+        "the more tokens of this text use the expert; rows that differ are specialization."
     )
     rows = joined(subjects, "experts_by_domain")
     return Figure("experts_by_domain", "Experts by domain", says, panels, rows, wide=True)
@@ -57,15 +57,19 @@ def _domains(rows: Sequence[Row], layers: Sequence[Any]) -> go.Figure:
         row = found.get((layer, domain, expert))
         if row is None:
             return ""
-        share = f"{number(row['share'], '.2%')}<br>{number(row['lift'])} times that of all text"
-        return f"layer {layer}, {plain(domain)}<br>expert {expert}: {share}"
+        return (
+            f"layer {layer}, {plain(domain)}<br>expert {expert}: {number(row['per_token'], '.2%')} "
+            f"of tokens<br>{number(row['share'], '.2%')} of assignments, {number(row['lift'])} times "
+            f"as much as in all text"
+        )
 
     grid = [
-        [found.get((layer, domain, e), {}).get("share") for e in experts] for layer, domain in kinds
+        [found.get((layer, domain, e), {}).get("per_token") for e in experts]
+        for layer, domain in kinds
     ]
     names = [f"{layer} · {plain(d)}" if len(layers) > 1 else plain(d) for layer, d in kinds]
     texts = [[text(layer, domain, e) for e in experts] for layer, domain in kinds]
-    return _map(grid, texts, experts, names, "share", x="expert")
+    return _map(grid, texts, experts, names, "share of tokens", x="expert")
 
 
 def _map(
