@@ -57,10 +57,10 @@ def _domains(rows: Sequence[Row], layers: Sequence[Any]) -> go.Figure:
         row = found.get((layer, domain, expert))
         if row is None:
             return ""
+        assignments = f"{number(row['share'], '.2%')} of assignments"
         return (
             f"layer {layer}, {plain(domain)}<br>expert {expert}: {number(row['per_token'], '.2%')} "
-            f"of tokens<br>{number(row['share'], '.2%')} of assignments, {number(row['lift'])} times "
-            f"as much as in all text"
+            f"of tokens<br>{assignments}, {number(row['lift'])} times as much as in all text"
         )
 
     grid = [
