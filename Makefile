@@ -26,6 +26,9 @@ quickstart: setup
 	@echo "the run is in $(RUN): config.yaml, metrics.jsonl, curves.png, checkpoints"
 	@echo "what it has learned so far, sampled:"
 	$(BIN)/remoe generate $(RUN) "def __init__(" --max-new-tokens 48 --temperature 0.7
+	$(BIN)/remoe analyze $(RUN) --force
+	@echo "what its experts do, for any browser:"
+	$(BIN)/remoe report $(RUN)
 
 # Number of processes that share the test files.
 WORKERS ?= 2

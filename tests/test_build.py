@@ -66,6 +66,7 @@ def test_the_wheel_adds_to_the_namespace_and_does_not_own_it(built):
     modules = {str(p.relative_to(ROOT)) for p in ROOT.glob("megatron/remoe/**/*.py")}
     modules |= {str(p.relative_to(ROOT)) for p in ROOT.glob("remoe/**/*.py")}
     modules.add("megatron/remoe/run/pretrain.sbatch")
+    modules |= {f"megatron/remoe/analysis/report/page.{kind}" for kind in ("css", "html", "js")}
     presets = ROOT / "megatron/remoe/verify/gpu/presets"
     modules |= {str(p.relative_to(ROOT)) for p in presets.rglob("*.yaml")}
     tracked = set(run("git", "ls-files", cwd=ROOT).splitlines())

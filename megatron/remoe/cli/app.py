@@ -16,7 +16,7 @@ from megatron.remoe.cli import bench, checkpoint, convert, data, model, run, ver
 PANELS = {
     "Data": ("data",),
     "Train": ("routers", "describe", "train", "launch", "sweep", "plot", "compare", "checkpoint"),
-    "Models": ("convert", "generate", "evaluate", "analyze"),
+    "Models": ("convert", "generate", "evaluate", "analyze", "report"),
     "Check": ("doctor", "verify", "bench"),
 }
 

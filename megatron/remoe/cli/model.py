@@ -1,4 +1,4 @@
-"""The commands that use a model: `remoe generate`, `remoe evaluate` and `remoe analyze`."""
+"""The commands that use a model: `remoe generate`, `evaluate`, `analyze` and `report`."""
 
 import json
 import sys
@@ -245,3 +245,28 @@ def analyze(
             typer.echo(out / name)
     for job in jobs:
         typer.echo(job.folder)
+
+
+@command(app)
+def report(runs: list[Path], out: Path | None = None) -> None:
+    """Write one HTML file that shows how the experts of analyzed runs are used.
+
+    The file opens from disk in any browser, without a network. It has figures that answer to the
+    mouse, text colored by the number of active experts, and tables. Several runs stand side by
+    side.
+
+    Example: remoe report runs/quickstart
+
+    Args:
+        runs: The run directories, or folders of analyses, that remoe analyze has worked on.
+        out: The HTML file to write, by default report.html in the run directory. An older report is
+            replaced. Several runs need a name.
+    """
+    from megatron.remoe.analysis.report import page, subject
+
+    if out is None and len(runs) > 1:
+        raise ValueError(f"{len(runs)} runs share one report; name its file (--out)")
+    out = out or runs[0] / "report.html"
+    page.check_output(out)
+    page.write(subject.load(runs), out)
+    typer.echo(out)
