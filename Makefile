@@ -31,7 +31,7 @@ quickstart: setup
 	$(BIN)/remoe report $(RUN)
 
 # Number of processes that share the test files.
-WORKERS ?= 2
+WORKERS ?= 3
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: setup
