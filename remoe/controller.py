@@ -38,9 +38,9 @@ class ControllerConfig(L1Coefficient):
 
     Attributes:
         target_sparsity: fraction of inactive (token, expert) pairs to reach, `1 - k/E`, in [0, 1).
-        floor, ceiling: bounds on the coefficient. None is no ceiling, as published, and as floor the
-            smallest number with all its digits, 1.2e-38 in fp32. Below it, numbers lose digits until
-            alpha times a coefficient rounds to the coefficient, which could then never rise again.
+        floor, ceiling: bounds on the coefficient. None is no ceiling, as published, and as floor
+            the smallest number with all its digits, 1.2e-38 in fp32. Below it, numbers lose digits
+            until alpha times a coefficient rounds to itself, which could then never rise again.
     """
 
     target_sparsity: float

@@ -12,7 +12,8 @@ import nbformat
 import pytest
 import torch
 
-from remoe import ReMoELayerConfig, l1_penalty, next_l1_coeff
+from remoe import l1_penalty, next_l1_coeff
+from remoe.controller import ControllerConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/how_it_works.md").read_text()

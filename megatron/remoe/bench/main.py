@@ -240,7 +240,10 @@ def _roofline_rows(found: Roofline) -> list[dict[str, Any]]:
                     "torch runs": in_torch.launches,
                     "Triton MB": round(in_triton.bytes / 1e6, 1),
                     "Triton runs": in_triton.launches,
-                    **{f"{gpu.name.split()[0]} us": round(1e6 * work.seconds(gpu), 1) for gpu in GPUS},
+                    **{
+                        f"{gpu.name.split()[0]} us": round(1e6 * work.seconds(gpu), 1)
+                        for gpu in GPUS
+                    },
                 })  # fmt: skip
     return rows
 
