@@ -30,9 +30,9 @@ quickstart: setup
 	@echo "what its experts do, for any browser:"
 	$(BIN)/remoe report $(RUN)
 
-# Number of processes that share the test files.
+# Number of processes that share the test files, each of them with one thread: many tests wait.
 WORKERS ?= 3
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST)
