@@ -140,6 +140,10 @@ def test_a_shuffle_is_an_order_of_the_same_tokens_which_the_seed_gives():
     assert sorted(shuffle(scores, 3).tolist()) == sorted(scores.tolist())
 
 
+def measured(path, record):
+    return routing.report(path, record, routing.balance(record, seed=1))
+
+
 def gates_of(*layers: torch.Tensor) -> Trace:
     numbered = {2 * i + 1: layer_trace(g, g > 0, None) for i, g in enumerate(layers)}
     tokens = torch.arange(len(layers[0]))
@@ -164,7 +168,7 @@ def gates_of(*layers: torch.Tensor) -> Trace:
 def test_a_report_has_a_row_for_each_layer_and_one_for_the_tokens_of_all():
     first = torch.tensor([[4.0, 1, 1], [0, 0, 0], [0, 2, 0], [3, 0, 1]]).double()
     second = torch.tensor([[0.0, 5, 0], [1, 0, 0], [0, 5, 0], [0, 0, 0]]).double()
-    found = routing.report(Path("a"), gates_of(first, second), seed=1)
+    found = measured(Path("a"), gates_of(first, second))
     assert (found.tokens, [row["layer"] for row in found.layers]) == (4, [1, 3])
     one, three = found.layers
     assert (one["active_experts"], one["two_active"]) == (1.5, 0.5)
@@ -191,7 +195,7 @@ def test_classes_of_frequency_are_of_whole_ids_and_of_about_as_many_tokens():
 
 
 def test_layers_that_route_nothing_have_no_balance():
-    row = routing.report(Path("a"), gates_of(torch.zeros(4, 2)), seed=1).summary
+    row = measured(Path("a"), gates_of(torch.zeros(4, 2))).summary
     assert row["active_experts"] == 0
     assert {key for key, value in row.items() if value is None} == {
         "inner_balance", "outer_balance", "outer_balance_mean", *routing._BETWEEN
@@ -210,7 +214,7 @@ def test_runs_that_differ_in_their_seed_are_one_row(tmp_path):
         str(other): [other],
     }
     made = {path: gates_of(relu_gates(i), relu_gates(9)) for i, path in enumerate([*runs, other])}
-    reports = [routing.report(path, record, 1) for path, record in made.items()]
+    reports = [measured(path, record) for path, record in made.items()]
     rows = {row["run"]: row for row in routing.summarize(groups, reports)}
     values = [found.summary["inner_balance"] for found in reports[:2]]
     assert rows["TopK"]["seeds"] == 2

@@ -92,10 +92,10 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file of text in one step, so that a reader sees the old or the new one."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file in one step, so that a reader sees the old or the new one."""
     partial = path.with_name(f"{_SCRATCH}{path.name}")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
 
 

@@ -72,7 +72,7 @@ def answers(traces: list[Trace], interventions: Sequence[Row], seed: int) -> dic
         ValueError: checkpoints were traced on different tokens, or a sequence has two domains.
     """
     trace = traces[-1]
-    balance = _balance(trace, seed)
+    balance = routing.balance(trace, seed)
     numbers = list(trace.layers)
     tables: dict[str, list[Row]] = {
         "by_frequency": by_token.by_frequency(trace),
@@ -105,12 +105,6 @@ def answers(traces: list[Trace], interventions: Sequence[Row], seed: int) -> dic
 def _finite(value: Any) -> Any:
     """Return a value, or None for a number that is not finite, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _balance(trace: Trace, seed: int) -> list[Row]:
-    """Return the rows of layers and of all layers of `routing.report` (RMoE, section 6)."""
-    found = routing.report(Path(trace.facts.model), trace, seed)
-    return [*found.layers, found.summary]
 
 
 def write_answers(folder: Path, tables: dict[str, list[Row]]) -> None:

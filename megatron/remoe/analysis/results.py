@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron.remoe.analysis import markdown
 from megatron.remoe.analysis.answers import read_answers
-from megatron.remoe.analysis.compare import compare, load_runs
 from megatron.remoe.analysis.measures import half_width, mean_of
+from megatron.remoe.analysis.routing import models_by_seed
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
@@ -48,13 +48,9 @@ def read_groups(analyses: Mapping[Path, Path]) -> Groups:
     Raises:
         ValueError: a run has no answers, or two runs have the same settings and seed.
     """
-    runs = [path for path in analyses if (path / "metrics.jsonl").is_file()]
-    found = compare(load_runs(runs)).groups if runs else []
-    groups = {group.name: {s: run.path for s, run in sorted(group.runs.items())} for group in found}
-    groups |= {str(path): {0: path} for path in analyses if path not in runs}
     return {
-        name: {seed: read_answers(analyses[path]) for seed, path in by_seed.items()}
-        for name, by_seed in groups.items()
+        name: {seed: read_answers(analyses[path]) for seed, path in sorted(by_seed.items())}
+        for name, by_seed in models_by_seed(analyses).items()
     }
 
 

@@ -45,8 +45,8 @@ class RoutingReport:
         return vars(self) | {"model": str(self.model)}
 
 
-def report(model: Path, trace: Trace, seed: int) -> RoutingReport:
-    """Measure a model.
+def balance(trace: Trace, seed: int) -> list[Row]:
+    """Measure the gates of a model: a row for each layer with experts, and one for all of them.
 
     A row has these numbers, which are None where they have no meaning:
 
@@ -58,16 +58,11 @@ def report(model: Path, trace: Trace, seed: int) -> RoutingReport:
       next one with experts, and `expert_information`, the mean over tokens of the published
       number, both in nats; with `_shuffled`, the same after the next layer's tokens are shuffled.
 
-    In the summary, medians and means are over the tokens of all layers, and both kinds of mutual
-    information are means over pairs of layers. It has two more means of active experts:
-
-    - `active_frequency_1` to `active_frequency_4`, over the tokens of a quarter of the text, from
-      the rarest ids to the most frequent ones;
-    - `active_domain_<name>`, over the tokens of a domain.
+    In the last row, medians and means are over the tokens of all layers, and both kinds of mutual
+    information are means over pairs of layers.
 
     Args:
-        model: the model as it was named.
-        trace: the record of what it did.
+        trace: the record of what the model did.
         seed: the seed of the shuffled order.
     """
     topk, layers = trace.facts.topk, list(trace.layers.values())
@@ -78,9 +73,25 @@ def report(model: Path, trace: Trace, seed: int) -> RoutingReport:
             trace.layers.items(), [*between, dict.fromkeys(_BETWEEN)], strict=True
         )
     ]
-    summary = {"layer": "all"} | _balance(layers, topk) | _mean_rows(between, _BETWEEN)
-    summary |= _active_by_token(trace)
-    return RoutingReport(model, trace.facts.router, topk, len(trace.tokens), rows, summary)
+    return [*rows, {"layer": "all"} | _balance(layers, topk) | _mean_rows(between, _BETWEEN)]
+
+
+def report(model: Path, trace: Trace, rows: list[Row]) -> RoutingReport:
+    """Return the measures of a model, whose summary has two more means of active experts.
+
+    - `active_frequency_1` to `active_frequency_4` are over the tokens of a quarter of the text,
+      from the rarest ids to the most frequent ones;
+    - `active_domain_<name>` is over the tokens of a domain.
+
+    Args:
+        model: the model as it was named.
+        trace: the record of what it did.
+        rows: its rows of `balance`.
+    """
+    *layers, summary = rows
+    facts = trace.facts
+    summary = summary | _active_by_token(trace)
+    return RoutingReport(model, facts.router, facts.topk, len(trace.tokens), layers, summary)
 
 
 def _balance(layers: list[LayerTrace], topk: int) -> Row:
@@ -132,18 +143,24 @@ def _mean_rows(rows: list[Row], keys: Iterable[str]) -> Row:
     return {key: mean_of(row[key] for row in rows) for key in keys}
 
 
-def group_models(models: Iterable[Path]) -> dict[str, list[Path]]:
+def models_by_seed(models: Iterable[Path]) -> dict[str, dict[int, Path]]:
     """Return the models by the name of their row: runs that differ in their seed only are one row.
 
-    Names of runs are those of `remoe compare`; other models are named as they are given.
+    Names of runs are those of `remoe compare`. A model that is no run is a row of its own, of one
+    seed, 0, and named as it is given.
 
     Raises:
         ValueError: two runs have the same settings and seed, or a run has a damaged file.
     """
     runs = [path for path in models if (path / "metrics.jsonl").is_file()]
     groups = compare(load_runs(runs)).groups if runs else []
-    rows = {group.name: [run.path for run in group.runs.values()] for group in groups}
-    return rows | {str(path): [path] for path in models if path not in runs}
+    rows = {group.name: {seed: run.path for seed, run in group.runs.items()} for group in groups}
+    return rows | {str(path): {0: path} for path in models if path not in runs}
+
+
+def group_models(models: Iterable[Path]) -> dict[str, list[Path]]:
+    """Return the models by the name of their row (`models_by_seed`), without their seeds."""
+    return {name: list(found.values()) for name, found in models_by_seed(models).items()}
 
 
 def summarize(groups: Mapping[str, list[Path]], reports: list[RoutingReport]) -> list[Row]:

@@ -8,6 +8,7 @@ collection goes on after the last whole part.
 Shapes: T tokens, E experts, A assignments of a token to an expert.
 """
 
+import io
 import json
 import zipfile
 import zlib
@@ -109,11 +110,15 @@ class LayerTrace:
 def layer_trace(probs_TE: Tensor, active_TE: Tensor, scores_TE: Tensor | None) -> LayerTrace:
     """Return the record of a layer from its gates, map and scores, each `[T, E]`."""
     tokens, experts = active_TE.nonzero(as_tuple=True)
-    starts = torch.zeros(len(active_TE) + 1, dtype=torch.int64)
-    starts[1:] = active_experts(active_TE).cumsum(0)
+    starts = _starts(active_experts(active_TE))
     gates = probs_TE[tokens, experts].float()
     scores = None if scores_TE is None else scores_TE.float()
     return LayerTrace(starts, experts, gates, scores, active_TE.shape[1])
+
+
+def _starts(counts_T: Tensor) -> Tensor:
+    """Return where the assignments of each token start and those of the last end, `[T + 1]`."""
+    return torch.cat((counts_T.new_zeros(1), counts_T.cumsum(0)))
 
 
 @dataclass(frozen=True)
@@ -263,10 +268,9 @@ def write_part(folder: Path, number: int, part: Part) -> None:
         arrays[f"gates_{layer}"] = trace.gates.numpy()
         if trace.scores is not None:
             arrays[f"scores_{layer}"] = trace.scores.numpy()
-    temporary = folder / f".partial-{part_name(number)}"
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-    temporary.replace(folder / part_name(number))
+    compressed = io.BytesIO()
+    np.savez_compressed(compressed, **arrays)
+    write_whole(folder / part_name(number), compressed.getvalue())
 
 
 def finish(folder: Path, parts: int, texts: dict[int, str]) -> None:
@@ -336,8 +340,7 @@ def _wide(array: Any) -> Any:
 
 
 def _layer(arrays: dict[str, Tensor], layer: int, num_experts: int) -> LayerTrace:
-    counts = arrays[f"counts_{layer}"]
-    starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    starts = _starts(arrays[f"counts_{layer}"])
     scores = arrays.get(f"scores_{layer}")
     return LayerTrace(
         starts, arrays[f"experts_{layer}"], arrays[f"gates_{layer}"], scores, num_experts
@@ -349,10 +352,9 @@ def _joined(parts: list[Part]) -> Part:
     layers = {}
     for number, first in parts[0].layers.items():
         found = [part.layers[number] for part in parts]
-        counts = torch.cat([layer.counts() for layer in found])
         scores = [layer.scores for layer in found if layer.scores is not None]
         layers[number] = LayerTrace(
-            torch.cat((counts.new_zeros(1), counts.cumsum(0))),
+            _starts(torch.cat([layer.counts() for layer in found])),
             torch.cat([layer.experts for layer in found]),
             torch.cat([layer.gates for layer in found]),
             torch.cat(scores) if scores else None,

@@ -198,6 +198,7 @@ def analyze(
 
     from megatron.remoe.analysis import markdown, trace
     from megatron.remoe.analysis import routing as measures
+    from megatron.remoe.analysis.answers import read_answers
     from megatron.remoe.analysis.results import read_groups, results
     from megatron.remoe.convert.export import parse_dtype
     from megatron.remoe.evaluate import analysis
@@ -215,7 +216,8 @@ def analyze(
         if force or not job.is_finished:
             with progress(f"sequences of {job.path.name}") as shown:
                 analysis.run(job, shown, force=force)
-        found = measures.report(job.path, trace.read(job.last), seed)
+        balance = read_answers(job.folder)["balance"]
+        found = measures.report(job.path, trace.read(job.last), balance)
         reports.append(found)
         rows = [*found.layers, found.summary]
         columns = markdown.texts(rows, markdown.GATES_OF_LAYERS)

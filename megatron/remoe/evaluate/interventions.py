@@ -5,14 +5,15 @@ Every intervention changes what routers return, on a part of the text, and nothi
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron.remoe.analysis.trace import Facts, Trace
-from megatron.remoe.evaluate.models import is_foreign, routers_of, routing_of
+from megatron.remoe.evaluate.models import hooked, is_foreign, routers_of, routing_of
 from megatron.remoe.evaluate.routing import Advance, batches_of, losses_of
 from megatron.remoe.evaluate.text import Text
 from remoe.hf.configuration_remoe import L1_ROUTERS
@@ -48,15 +49,11 @@ class Intervention:
         """
         counts: list[Tensor] = []
         with ExitStack() as stack:
-            for layer, router in routers_of(model).items():
-                if self.topk is not None:
-                    name = "top_k" if is_foreign(router) else "topk"
-                    stack.callback(setattr, router, name, getattr(router, name))
-                    setattr(router, name, self.topk)
-                hook = router.register_forward_hook(
-                    lambda *call, layer=layer: self._change(counts, layer, *call), with_kwargs=True
-                )
-                stack.callback(hook.remove)
+            for router in routers_of(model).values() if self.topk is not None else ():
+                name = "top_k" if is_foreign(router) else "topk"
+                stack.callback(setattr, router, name, getattr(router, name))
+                setattr(router, name, self.topk)
+            stack.enter_context(hooked(model, partial(self._change, counts)))
             yield counts
 
     def _change(
@@ -108,13 +105,11 @@ def _pruned(router: Any, keep_E: Tensor, output: tuple[Any, ...]) -> tuple[Any, 
 def part_of(text: Text) -> Text:
     """Return the part of a text on which interventions are measured: sequences of all domains."""
     count = max(len(text.names), TOKENS // text.length)
-    return Text(
-        text.inputs[:count],
-        text.labels[:count],
-        text.domains[:count],
-        text.names,
-        text.data,
-        text.seed,
+    return replace(
+        text,
+        inputs=text.inputs[:count],
+        labels=text.labels[:count],
+        domains=text.domains[:count],
     )
 
 
@@ -174,13 +169,11 @@ def _mean_positive_logit(model: Any, found: Trace) -> float:
     """Return the mean of the positive logits of all layers in the first sequence; 1 without any."""
     positive: list[Tensor] = []
 
-    def read(router: Any, inputs: tuple[Any, ...], named: dict[str, Any], _: Any) -> None:
+    def read(layer: int, router: Any, inputs: Any, named: dict[str, Any], output: Any) -> None:
         logits = router.score(*inputs, **named)[0]
         positive.append(logits[logits > 0].double().cpu())
 
-    with ExitStack() as stack:
-        for router in routers_of(model).values():
-            stack.callback(router.register_forward_hook(read, with_kwargs=True).remove)
+    with hooked(model, read):
         first = found.tokens[: found.facts.sequence_length]
         model.model(first[None].to(model.device), use_cache=False)
     values = torch.cat(positive)

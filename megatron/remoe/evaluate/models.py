@@ -8,8 +8,10 @@ Shapes: T tokens, E experts, k active experts of every token, H hidden.
 
 import re
 from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,22 @@ def routers_of(model: Any) -> dict[int, Any]:
             assert match is not None
             found[int(match[1]) + 1] = module
     return found
+
+
+@contextmanager
+def hooked(model: Any, hook: Callable[..., Any]) -> Iterator[None]:
+    """Call a hook after every router of a model.
+
+    Args:
+        model: the model.
+        hook: is called with the number of the layer, the router, the arguments by position and by
+            name, and the output, which what it returns replaces, if that is not None.
+    """
+    with ExitStack() as stack:
+        for layer, router in routers_of(model).items():
+            handle = router.register_forward_hook(partial(hook, layer), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
 
 
 def is_foreign(router: Any) -> bool:

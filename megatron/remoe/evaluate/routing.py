@@ -16,6 +16,7 @@ from megatron.remoe.evaluate.models import (
     Routing,
     flops_of_others,
     flops_per_expert,
+    hooked,
     routers_of,
     routing_of,
 )
@@ -101,17 +102,8 @@ def routings(model: Any) -> Iterator[dict[int, Routing]]:
     def read(layer: int, *call: Any) -> None:
         found[layer] = routing_of(*call)
 
-    hooks = [
-        router.register_forward_hook(
-            lambda *call, layer=layer: read(layer, *call), with_kwargs=True
-        )
-        for layer, router in routers_of(model).items()
-    ]
-    try:
+    with hooked(model, read):
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _layer(routing: Routing) -> trace.LayerTrace:

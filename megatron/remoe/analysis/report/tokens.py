@@ -20,7 +20,6 @@ from megatron.remoe.analysis.report.subject import Row, Subject
 
 Place = Callable[[Row], Any]
 ACTIVE = "active experts per token"
-_INTERVAL = "Bars are 95% intervals."
 
 
 def points(
@@ -124,98 +123,114 @@ def curves(
     return panels
 
 
-def by_frequency(subjects: Sequence[Subject]) -> Figure:
-    """Return active experts by how often a token's id occurs."""
+def _active_by(
+    subjects: Sequence[Subject],
+    table: str,
+    title: str,
+    says: str,
+    x: Place,
+    x_title: str,
+    about: Callable[[Row], str],
+    *,
+    nothing: str = Figure.nothing,
+    **more: Any,
+) -> Figure:
+    """Return active experts by something that tokens are; the mouse shows what a row is `about`."""
 
     def hover(row: Row) -> str:
-        span = f"ids that occur {row['count_low']} to {row['count_high']} times"
-        return f"{span}<br>{row['tokens']} tokens: {interval(row)} experts"
+        return f"{about(row)}<br>{row['tokens']} tokens: {interval(row)} experts"
 
+    panels = curves(subjects, table, x, x_title, hover, **more)
+    text = f"{says} Bars are 95% intervals."
+    return Figure(table, title, text, panels, joined(subjects, table), nothing=nothing)
+
+
+def by_frequency(subjects: Sequence[Subject]) -> Figure:
+    """Return active experts by how often a token's id occurs."""
     classes = sorted({row["class"] for one in subjects for row in one.tables["by_frequency"]})
     ticks = {"tickvals": classes, "ticktext": [str(c) for c in classes]}
     if classes:
         ticks["ticktext"] = ["rarest", *ticks["ticktext"][1:-1], "most<br>frequent"]
-    says = (
-        "The tokens are ordered by how often their id occurs in this text and cut into classes: "
-        f"a curve that falls means that rare tokens get more experts. {_INTERVAL}"
+    return _active_by(
+        subjects,
+        "by_frequency",
+        "By frequency",
+        "The tokens are ordered by how often their id occurs in this text and cut into classes: a "
+        "curve that falls means that rare tokens get more experts.",
+        lambda row: row["class"],
+        "class of the id",
+        lambda row: f"ids that occur {row['count_low']} to {row['count_high']} times",
+        xaxis=ticks,
     )
-    panels = curves(
-        subjects, "by_frequency", lambda row: row["class"], "class of the id", hover, xaxis=ticks
-    )
-    return Figure("by_frequency", "By frequency", says, panels, joined(subjects, "by_frequency"))
 
 
 def by_loss(subjects: Sequence[Subject]) -> Figure:
     """Return active experts by the loss of a token."""
-
-    def hover(row: Row) -> str:
-        loss = f"loss {number(row['loss'])} nats"
-        return f"class {row['class']}, {loss}<br>{row['tokens']} tokens: {interval(row)} experts"
-
-    says = (
+    return _active_by(
+        subjects,
+        "by_loss",
+        "By loss",
         "The tokens are ordered by the loss on the token that follows: a curve that rises means "
-        f"that hard places get more experts. {_INTERVAL}"
+        "that hard places get more experts.",
+        lambda row: row["loss"],
+        "loss (nats)",
+        lambda row: f"class {row['class']}, loss {number(row['loss'])} nats",
     )
-    panels = curves(subjects, "by_loss", lambda row: row["loss"], "loss (nats)", hover)
-    return Figure("by_loss", "By loss", says, panels, joined(subjects, "by_loss"))
 
 
 def by_position(subjects: Sequence[Subject]) -> Figure:
     """Return active experts by the position in a sequence."""
 
-    def hover(row: Row) -> str:
-        span = f"positions {row['first']} to {row['last']}"
-        return f"{span}<br>{row['tokens']} tokens: {interval(row)} experts"
-
-    says = (
-        "The place of a token in its sequence, from 0: a level curve means that the number of "
-        f"experts does not depend on how much text came before. {_INTERVAL}"
-    )
-
     def span(row: Row) -> str:
         first, last = row["first"], row["last"]
         return f"{first}" if first == last else f"{first}–{last}"
 
-    axis = {"type": "category"}
-    panels = curves(subjects, "by_position", span, "position", hover, xaxis=axis)
-    return Figure("by_position", "By position", says, panels, joined(subjects, "by_position"))
+    return _active_by(
+        subjects,
+        "by_position",
+        "By position",
+        "The place of a token in its sequence, from 0: a level curve means that the number of "
+        "experts does not depend on how much text came before.",
+        span,
+        "position",
+        lambda row: f"positions {row['first']} to {row['last']}",
+        xaxis={"type": "category"},
+    )
 
 
 def by_word_part(subjects: Sequence[Subject]) -> Figure:
     """Return active experts by the part of a word."""
 
-    def hover(row: Row) -> str:
-        return f"{plain(row['part'])}<br>{row['tokens']} tokens: {interval(row)} experts"
+    def part(row: Row) -> str:
+        return plain(row["part"])
 
-    says = (
-        "What a token is: the start of a word, a piece inside it, a number, a mark or space; the "
-        f"higher the mark, the more experts such tokens get. {_INTERVAL}"
-    )
-    panels = curves(subjects, "by_word_part", lambda row: plain(row["part"]), "", hover, kinds=True)
-    return Figure(
+    return _active_by(
+        subjects,
         "by_word_part",
         "By part of a word",
-        says,
-        panels,
-        joined(subjects, "by_word_part"),
+        "What a token is: the start of a word, a piece inside it, a number, a mark or space; the "
+        "higher the mark, the more experts such tokens get.",
+        part,
+        "",
+        part,
+        kinds=True,
         nothing="No tokenizer was found, so that the text of the tokens is not known.",
     )
 
 
 def by_domain(subjects: Sequence[Subject]) -> Figure:
     """Return active experts by domain."""
-
-    def hover(row: Row) -> str:
-        loss = f"loss {number(row['loss'], '.3f')} nats"
-        name = plain(row["domain"])
-        return f"{name}, {loss}<br>{row['tokens']} tokens: {interval(row)} experts"
-
-    says = (
+    return _active_by(
+        subjects,
+        "by_domain",
+        "By domain",
         "The kind of text that a token is from: the higher the mark, the more experts its tokens "
-        f"get. {_INTERVAL}"
+        "get.",
+        lambda row: plain(row["domain"]),
+        "",
+        lambda row: f"{plain(row['domain'])}, loss {number(row['loss'], '.3f')} nats",
+        kinds=True,
     )
-    panels = curves(subjects, "by_domain", lambda row: plain(row["domain"]), "", hover, kinds=True)
-    return Figure("by_domain", "By domain", says, panels, joined(subjects, "by_domain"))
 
 
 def histogram(subjects: Sequence[Subject]) -> Figure:
