@@ -133,7 +133,7 @@ def test_a_config_that_chooses_two_routers_is_refused(tmp_path):
 def test_a_run_goes_on_whatever_key_names_its_router(tmp_path):
     """Runs of earlier versions have the published keys in their `config.yaml`."""
     published = {"num_experts": 4, "moe_relu_routing": True, "moe_soft_routing": False}
-    rundir.write_config(RunConfig(tmp_path, 1, published))
+    rundir.write(RunConfig(tmp_path, 1, published))
     rundir.refuse_another_run(RunConfig(tmp_path, 1, {"num_experts": 4, "moe_routing": "relu"}))
     other = RunConfig(tmp_path, 1, {"num_experts": 4, "moe_routing": "top_p"})
     with pytest.raises(ValueError, match="holds a run that differs in moe_routing; give this one"):

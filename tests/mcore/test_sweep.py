@@ -221,7 +221,7 @@ def test_two_sweeps_of_one_folder_start_a_run_once(monkeypatch, tmp_path):
     runs = [fake_run(tmp_path, name) for name in "ab"]
     other = fake_run(tmp_path, "a")
     other.config.flags["lr"] = 0.5
-    rundir.write_config(other.config)
+    rundir.write(other.config)
     before = (tmp_path / "a/config.yaml").read_text()
     other_starts = f"out.write({ROWS + LAST!r})"
     scripts(monkeypatch, tmp_path, {"a": other_starts, "b": GOOD})

@@ -2,8 +2,9 @@
 
 A config is a page of flags. Four keys are this project's own: `base` (a path, or a list of paths,
 relative to the file), `run_dir`, `nproc` (the number of processes on this machine), and
-`data_root`, a variable for the other values (`${data_root}/01`). Other paths are relative to the
-working directory, as for Megatron.
+`data_root`, a folder of token files, from which data and tokenizer follow where the config does not
+name them (`data.root`). It is also a variable for the other values (`${data_root}/01`). Other paths
+are relative to the working directory, as for Megatron.
 """
 
 import contextlib
@@ -19,10 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from megatron.remoe.data.root import with_data_root
 from megatron.remoe.options import PUBLISHED
 from megatron.remoe.run.mistakes import one_line
 
 OWN_KEYS = ("base", "run_dir", "nproc", "data_root")
+RUN_CONFIG, METRICS = "config.yaml", "metrics.jsonl"  # in a run directory
 _YAML_ERRORS = (OmegaConfBaseException, YAMLError, TypeError, ValueError, RecursionError)
 _DEEPEST_BASES = 50
 _MOST_PROCESSES = 1024
@@ -36,15 +39,18 @@ class RunConfig:
         run_dir: The folder to which the run writes everything.
         nproc: Number of processes on this machine. None means one per GPU, or one without GPUs.
         flags: Megatron's flags and those of this project, with underscores.
+        data_root: The folder of the token files, if the config names it. The flags have it already.
     """
 
     run_dir: Path
     nproc: int | None
     flags: dict[str, Any] = field(default_factory=dict)
+    data_root: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as the mapping that its file holds."""
-        return {"run_dir": str(self.run_dir), "nproc": self.nproc} | self.flags
+        root = {} if self.data_root is None else {"data_root": self.data_root}
+        return {"run_dir": str(self.run_dir), "nproc": self.nproc} | root | self.flags
 
     def to_yaml(self) -> str:
         """Return the config as the text of its file."""
@@ -57,7 +63,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     `num_experts: null` makes the model dense: every key that only concerns experts is dropped.
     Without `run_dir` the run goes to `runs/<file stem>`, followed by the overrides, so that
     variations of one file do not overwrite each other. The flags of the file itself come after
-    those of its bases, and those of the overrides last.
+    those of its bases, and those of the overrides last. The `config.yaml` of a run that was moved or
+    copied is that of a run where it is now.
 
     Raises:
         ValueError: A file is missing or malformed, the bases form a cycle, or an override has no
@@ -68,7 +75,42 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
         _check_override(override)
     what = f"{path} with overrides {overrides}" if overrides else f"{path}"
     default_dir = Path("runs") / "-".join([path.stem, *(o.replace("/", "_") for o in overrides)])
-    return _resolve(_load(path, ()), overrides, default_dir, what)
+    config = _load(path, ())
+    if path.name == RUN_CONFIG:
+        with _yaml_in_one_line(what):
+            config = OmegaConf.create(_as_of(path.parent, _plain(config)))
+    return _resolve(config, overrides, default_dir, what)
+
+
+def read_run_config(run_dir: Path) -> dict[str, Any]:
+    """Read the `config.yaml` of a run, with the paths as they are where the run is now.
+
+    Raises:
+        ValueError: The file is missing or malformed.
+    """
+    return _as_of(run_dir, read_yaml(run_dir / RUN_CONFIG))
+
+
+def _as_of(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """Return flags with the paths of a run in a folder, if that is a run which was moved there."""
+    before = flags.get("run_dir")
+    is_run = isinstance(before, str) and (folder / METRICS).is_file()
+    if not is_run or flags.get("metrics_file") != str(Path(before or "") / METRICS):
+        return flags
+    if os.path.realpath(before or "") == os.path.realpath(folder):
+        return flags
+    return cast(dict[str, Any], _moved(flags, str(before), str(folder)))
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    """Return a value, or all values in it, with the paths below one folder below another."""
+    if isinstance(value, dict):
+        return {key: _moved(one, old, new) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_moved(one, old, new) for one in value]
+    if isinstance(value, str) and (value == old or value.startswith(old.rstrip("/") + "/")):
+        return new + value.removeprefix(old.rstrip("/"))
+    return value
 
 
 def load_flags(flags: dict[str, Any], what: str) -> RunConfig:
@@ -119,12 +161,18 @@ def bases_of(base: Any, what: object) -> list[str]:
 def _resolve(merged: DictConfig, overrides: list[str], default_dir: Path, what: str) -> RunConfig:
     with _yaml_in_one_line(what):
         changes = OmegaConf.from_dotlist([_quoted_pattern(o) for o in overrides])
+        before = merged.get("data_root")
+        if before and isinstance(changes.get("data_root"), str):
+            moved = _moved(_plain(merged), str(before), changes["data_root"])
+            merged = OmegaConf.create(moved)
         config = _plain(_merged(merged, changes), resolve=True)
     last = {str(key): config[str(key)] for key in changes}
     config = {key: value for key, value in config.items() if key not in last} | last
     if config.get("num_experts") is None:
         config = {k: v for k, v in config.items() if not _concerns_experts(k)}
-    config.pop("data_root", None)
+    data_root = config.pop("data_root", None)
+    if data_root is not None and (not isinstance(data_root, str) or not data_root):
+        raise ValueError(f"data_root is {data_root!r}; it must be the path of a folder")
     nproc = config.pop("nproc", None)
     if nproc is not None and (type(nproc) is not int or not 1 <= nproc <= _MOST_PROCESSES):
         raise ValueError(
@@ -134,7 +182,9 @@ def _resolve(merged: DictConfig, overrides: list[str], default_dir: Path, what: 
     run_dir = config.pop("run_dir", None)
     if run_dir is not None and (not isinstance(run_dir, str) or not run_dir):
         raise ValueError(f"run_dir is {run_dir!r}; it must be the path of a folder")
-    return RunConfig(Path(run_dir or default_dir), nproc, config)
+    if data_root is not None:
+        config = with_data_root(config, data_root)
+    return RunConfig(Path(run_dir or default_dir), nproc, config, data_root)
 
 
 def _quoted_pattern(override: str) -> str:

@@ -12,7 +12,7 @@ sweep:
 
 import itertools
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def _check_run(
             known[key] = value
         except ValueError as error:
             problems.append(str(error))
-    config = RunConfig(config.run_dir, config.nproc, known)
+    config = replace(config, flags=known)
     try:
         if len(bases) == len(named):
             planned = plan(config, place)
