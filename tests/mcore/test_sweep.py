@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,7 @@ LAST = json.dumps({"iteration": STEPS, "split": "valid", "lm_loss": 1.0}) + "\n"
 def fake_run(folder: Path, name: str) -> SweepRun:
     run_dir = folder / name
     flags = {"train_iters": STEPS, "metrics_file": str(run_dir / "metrics.jsonl")}
-    return SweepRun(name, RunConfig(run_dir, 1, flags), [name])
+    return SweepRun(name, RunConfig(run_dir, 1, flags), [name], Namespace())
 
 
 def scripts(monkeypatch, folder: Path, bodies: dict[str, str]) -> None:
@@ -262,7 +263,7 @@ def command(argv, nproc):
 def sweep():
     torchrun.command = command
     flags = {"train_iters": 3, "metrics_file": "a/metrics.jsonl"}
-    run = SweepRun("a", RunConfig(Path("a"), 1, flags), ["a"])
+    run = SweepRun("a", RunConfig(Path("a"), 1, flags), ["a"], Namespace())
     try:
         sweep_jobs.run_here([run], 1, Console())
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -57,29 +57,37 @@ class RunConfig:
         return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
 
 
-def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+def load_config(path: Path, overrides: list[str] | Mapping[str, Any] | None = None) -> RunConfig:
     """Read a config with its bases, apply the overrides, and resolve interpolations.
 
     `num_experts: null` makes the model dense: every key that only concerns experts is dropped.
     Without `run_dir` the run goes to `runs/<file stem>`, followed by the overrides, so that
     variations of one file do not overwrite each other. The flags of the file itself come after
-    those of its bases, and those of the overrides last. The `config.yaml` of a run that was moved or
-    copied is that of a run where it is now.
+    those of its bases, and those of the overrides last. The `config.yaml` of a run that was moved
+    or copied is that of a run where it is now.
+
+    Args:
+        path: The file.
+        overrides: Flags that replace those of the file, each as `key=value`, or as a mapping.
 
     Raises:
         ValueError: A file is missing or malformed, the bases form a cycle, or an override has no
             `=`.
     """
     overrides = overrides or []
-    for override in overrides:
-        _check_override(override)
-    what = f"{path} with overrides {overrides}" if overrides else f"{path}"
-    default_dir = Path("runs") / "-".join([path.stem, *(o.replace("/", "_") for o in overrides)])
+    is_mapping = isinstance(overrides, Mapping)
+    words = [f"{k}={v}" for k, v in overrides.items()] if is_mapping else list(overrides)
+    for word in words:
+        _check_override(word)
+    what = f"{path} with overrides {words}" if words else f"{path}"
+    with _yaml_in_one_line(what):
+        changes = OmegaConf.create(dict(overrides)) if is_mapping else _parsed(words)
+    default_dir = Path("runs") / "-".join([path.stem, *(w.replace("/", "_") for w in words)])
     config = _load(path, ())
     if path.name == RUN_CONFIG:
         with _yaml_in_one_line(what):
             config = OmegaConf.create(_as_of(path.parent, _plain(config)))
-    return _resolve(config, overrides, default_dir, what)
+    return _resolve(config, changes, default_dir, what)
 
 
 def read_run_config(run_dir: Path) -> dict[str, Any]:
@@ -126,7 +134,8 @@ def load_flags(flags: dict[str, Any], what: str) -> RunConfig:
     _check_keys(flags, what)
     with _yaml_in_one_line(what):
         config = OmegaConf.create(flags)
-    return _resolve(_on_its_bases(config, Path(), (), what), [], Path("runs"), what)
+    merged = _on_its_bases(config, Path(), (), what)
+    return _resolve(merged, OmegaConf.create({}), Path("runs"), what)
 
 
 def read_yaml(path: Path, what: str = "config") -> dict[str, Any]:
@@ -158,9 +167,12 @@ def bases_of(base: Any, what: object) -> list[str]:
     return bases
 
 
-def _resolve(merged: DictConfig, overrides: list[str], default_dir: Path, what: str) -> RunConfig:
+def _parsed(overrides: list[str]) -> DictConfig:
+    return OmegaConf.from_dotlist([_quoted_pattern(override) for override in overrides])
+
+
+def _resolve(merged: DictConfig, changes: DictConfig, default_dir: Path, what: str) -> RunConfig:
     with _yaml_in_one_line(what):
-        changes = OmegaConf.from_dotlist([_quoted_pattern(o) for o in overrides])
         before = merged.get("data_root")
         if before and isinstance(changes.get("data_root"), str):
             moved = _moved(_plain(merged), str(before), changes["data_root"])
