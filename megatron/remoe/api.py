@@ -51,7 +51,8 @@ class Run:
     def metrics(self) -> dict[str, np.ndarray]:
         """The logged training steps: arrays by name, whose first axis is that of `iteration`.
 
-        Values by layer are `[steps, layers]`. What a row lacks, or was not finite, is NaN.
+        Values by layer (`*_per_layer`) are `[steps, layers]`, and lists of layers (`dense_layers`,
+        `silent_layers`) stay lists. What a row lacks, or was not finite, is NaN.
         """
         return _arrays(self._read.train)
 
@@ -184,20 +185,20 @@ def _print(process: subprocess.Popen[str], lines: list[str]) -> None:
 def _arrays(rows: Rows) -> dict[str, np.ndarray]:
     """Return the values of rows by name; whole numbers stay so where every row has one."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: _array([row.get(name) for row in rows]) for name in names}
+    return {name: _array(name, [row.get(name) for row in rows]) for name in names}
 
 
-def _array(values: list[Any]) -> np.ndarray:
-    lengths = {len(value) for value in values if isinstance(value, list)}
-    if len(lengths) > 1:  # Layers may have different numbers of experts.
-        return np.array(values, dtype=object)
-    width = lengths.pop() if lengths else None
-    filled = [
-        ([float("nan")] * width if width is not None else float("nan")) if value is None else value
-        for value in values
-    ]
-    found = np.array(filled)
-    return found if found.dtype.kind in "if" else np.array(filled, dtype=float)
+def _array(name: str, values: list[Any]) -> np.ndarray:
+    if name.endswith("_per_layer"):
+        width = max(len(value or ()) for value in values)
+        return np.array([[np.nan] * width if v is None else v for v in values], dtype=float)
+    if any(isinstance(value, list) for value in values):
+        lists = np.empty(len(values), dtype=object)
+        for index, value in enumerate(values):
+            lists[index] = value
+        return lists
+    found = np.array([np.nan if value is None else value for value in values])
+    return found if found.dtype.kind in "if" else found.astype(float)
 
 
 if __name__ == "__main__":  # the process that `train` starts: it ends with the caller's

@@ -37,6 +37,14 @@ def _is_number(word: str) -> bool:
     return True
 
 
+def count_tokens(prefix: Path) -> int:
+    """Return the number of tokens of a pair that is whole."""
+    tokens, index = pair_of(prefix)
+    with index.open("rb") as file:
+        code = _HEADER.unpack(file.read(_HEADER.size))[2]
+    return tokens.stat().st_size // _BYTES[code]
+
+
 def check_pair(prefix: Path, *, contents: bool = True) -> None:
     """Check that the files of a prefix are a pair, and whole.
 
