@@ -85,6 +85,25 @@ def test_everything_that_is_wrong_is_named_before_anything_starts(call, tmp_path
     assert sorted(p.name for p in path.parent.iterdir()) == ["sweep.yaml", "tiny.yaml"]
 
 
+def test_a_sweep_is_described_by_a_row_for_each_run_and_one_for_all(call, tmp_path):
+    write_sweep(tmp_path, sweep={"list": {"a": {"train_iters": 10}, "b": {"train_iters": 30}}})
+    argv = ["describe", "sweep.yaml", "--gpus-per-node", "1", "--tokens-per-second", "8"]
+    code, out, error = call(tiny.remoe, tmp_path, *argv, "padded_vocab_size=128")
+    assert code == 2 and "'padded_vocab_size=128' is given with a sweep" in error
+    tiny.write_config(tmp_path / "tiny.yaml", padded_vocab_size=128)
+    code, out, error = call(tiny.remoe, tmp_path, *argv)
+    assert code == 0, error
+    rows = [line.strip("│").split("│") for line in out.splitlines() if line.startswith("│")]
+    cells = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+    assert list(cells) == ["a", "b", "2 runs"] and "hours" in out
+    # 8 sequences of 32 tokens in every step
+    assert [cells[name][-1] for name in cells] == ["0.09", "0.27", "0.36"]
+    flops = [float(cells[name][3]) for name in cells]
+    assert flops[1] == pytest.approx(3 * flops[0], rel=0.01)
+    assert flops[2] == pytest.approx(4 * flops[0], rel=0.01)
+    assert not (tmp_path / "runs").exists()
+
+
 MISTAKES = {
     "no sweep": ({}, "sweep must have the keys list or grid"),
     "a value": ({"sweep": {"grid": {"seed": 1}}}, "grid must map seed to a list of values"),

@@ -69,7 +69,7 @@ def describe(
             are printed.
     """
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from megatron.remoe import cpu
     from megatron.remoe.run import describe as about
@@ -84,13 +84,14 @@ def describe(
         if overrides:
             raise ValueError(f"{overrides[0]!r} is given with a sweep; write it into {config}")
         columns, *rows = about.sweep_table(about.describe_sweep(config, world), **speed)
-        table = Table(*columns)
+        table = Table(Column(columns[0], no_wrap=True), *columns[1:])
         for row in rows:
             table.add_row(*row)
         Console().print(table)
         typer.echo(
-            f"each run on {world} GPUs; memory is that of the fullest GPU with the dense warm-up, "
-            f"and {about.MARGIN:.0%} of a GPU is left free"
+            f"GPUs of a run: {world}; memory is that of the fullest one with the dense warm-up, and "
+            f"fits is the smallest GPU of {', '.join(map(str, about.GPUS_GB))} GB that leaves "
+            f"{about.MARGIN:.0%} free"
         )
         return
     description = about.describe(load_config(config, overrides), world)

@@ -214,7 +214,7 @@ def sweep_table(
         runs: The runs by their names.
         tflops, tokens_per_second: A throughput, as `Description.hours` takes it.
     """
-    rows = [["run", "active", "total", "tokens", "FLOPs", "memory", "fits GPUs of", "hours"]]
+    rows = [["run", "active", "total", "tokens", "FLOPs", "memory", "fits", "hours"]]
     hours = [run.hours(tflops=tflops, tokens_per_second=tokens_per_second) for run in runs.values()]
     known = [one for one in hours if one is not None]
     for (name, run), one in zip(runs.items(), hours, strict=True):
@@ -226,13 +226,13 @@ def sweep_table(
 
 
 def _costs(runs: list[Description]) -> list[str]:
-    """Return the tokens and FLOPs of runs, the largest memory, and the GPUs that all fit."""
+    """Return the tokens and FLOPs of runs, the largest memory, and the smallest GPU they fit."""
     fits = [f"{size} GB" for size in GPUS_GB if all(run.fits(size) for run in runs)]
     return [
         _count(sum(run.tokens for run in runs)),
         f"{sum(run.flops for run in runs):.3g}",
         f"{max(run.peak_gb for run in runs):.1f} GB",
-        ", ".join(fits) or "none",
+        fits[0] if fits else "none",
     ]
 
 
