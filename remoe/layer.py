@@ -227,7 +227,8 @@ class ReMoELayer(ExactBuffers):
         config = self.config
         sizes = f"hidden_size={config.hidden_size}, ffn_hidden_size={config.ffn_hidden_size}"
         experts = f"num_experts={config.num_experts}, topk={config.topk}"
-        return f"{sizes}, {experts}, granularity={config.granularity}"
+        router = "relu" if config.recurrence == "none" else f"relu, recurrence={config.recurrence}"
+        return f"{sizes}, {experts}, granularity={config.granularity}, router={router}"
 
     def _observe(self, sum_E: Tensor, counts: TokenCounts, num_tokens: int) -> None:
         """Take in the sums of every expert's gates, and the counts, of a micro-batch."""

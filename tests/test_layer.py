@@ -106,6 +106,8 @@ def test_parameter_counts_are_those_of_the_module(granularity):
     per_expert = layer.gate_up[0].numel() + layer.down[0].numel()
     active = layer.router.numel() + config.experts.topk * per_expert
     assert config.num_active_params == active
+    sizes = "hidden_size=8, ffn_hidden_size=12, num_experts=8, topk=2"
+    assert repr(layer) == f"ReMoELayer({sizes}, granularity={granularity}, router=relu)"
 
 
 def test_coefficient_moves_by_the_mean_sparsity_of_all_layers_and_micro_batches():

@@ -322,6 +322,10 @@ class ReMoERouter(nn.Module):
         self.router_type, self.topk = kind, config.num_experts_per_tok
         self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
 
+    def extra_repr(self) -> str:
+        """Return what a printed model shows."""
+        return f"{self.router_type}, num_experts={self.num_experts}, topk={self.topk}"
+
     def forward(
         self, x_TH: Tensor, state_Tp: Tensor | None = None, cell: ReMoECell | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

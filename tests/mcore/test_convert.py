@@ -1,6 +1,7 @@
 """Megatron <-> Hugging Face: parity, round trips, layouts, mistakes, memory."""
 
 import filecmp
+import io
 import json
 import pickle
 import shutil
@@ -415,6 +416,20 @@ def test_generates_alike_from_a_checkpoint_and_from_its_export(call, model, toke
     sampled = [*request, "--temperature", "2.0", "--seed"]
     texts = [call(tiny.remoe, tmp_path, "generate", "hf", *sampled, s)[1] for s in "112"]
     assert texts[0] == texts[1] != texts[2]
+
+    # Without a prompt, every line is one; a refused one does not end the loop.
+    lines = f"w7 w3 w41\n\n{'w1 ' * 99}\nw2\n"
+    code, piped, error = call(with_input, lines, tmp_path, "generate", "hf", *request[1:])
+    assert code == 2 and error.startswith("error: the prompt has 99 tokens; the model takes 1 to")
+    assert error.endswith("error: 1 prompts were refused, as said above; change them\n")
+    assert piped.startswith(out) and piped.removeprefix(out).startswith("w2")
+
+
+def with_input(text: str, cwd: Path, *argv: str) -> tuple[int, str, str]:
+    """The `remoe` command with a text as its standard input."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO(text))
+        return tiny.remoe(cwd, *argv)
 
 
 def test_a_chosen_tokenizer_replaces_that_of_a_model(call, model, tokenizer, tmp_path):

@@ -2,9 +2,10 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +18,7 @@ app = typer.Typer()
 @command(app)
 def generate(
     model: Path,
-    prompt: str,
+    prompt: Annotated[str | None, typer.Argument()] = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -29,13 +30,15 @@ def generate(
 ) -> None:
     """Continue a prompt, and print the text while it is generated.
 
+    Without a prompt, every line of standard input is one, until Ctrl-D; the model is loaded once.
+
     With --active-experts fewer experts compute every token, down to that mean number, which may be
     below 1. The budget in use is printed first.
 
     Example: remoe generate runs/quickstart "def main(" --temperature 0.7 --max-new-tokens 48
 
     Args:
-        prompt: The text to continue.
+        prompt: The text to continue. By default prompts are read from standard input, one a line.
         max_new_tokens: The largest number of tokens to generate.
         temperature: The temperature of sampling. With 0 every token is the likeliest one.
         top_p: Sample only from the likeliest tokens, whose probabilities sum to this number.
@@ -44,7 +47,7 @@ def generate(
     """
     prepare()
     from megatron.remoe.convert.export import parse_dtype
-    from megatron.remoe.convert.generate import generate as run
+    from megatron.remoe.convert.generate import generator
     from megatron.remoe.evaluate.budget import choose
 
     chosen = parse_dtype(dtype)
@@ -56,9 +59,8 @@ def generate(
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    run(
+    continue_ = generator(
         model,
-        prompt,
         emit,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -68,6 +70,37 @@ def generate(
         tokenizer=tokenizer,
         budget=budget.fields,
     )
+    if prompt is None:
+        _read_prompts(continue_)
+    else:
+        continue_(prompt)
+
+
+def _read_prompts(continue_: Callable[[str], None]) -> None:
+    """Continue every line of standard input; a prompt that is refused does not end the loop.
+
+    Raises:
+        ValueError: Prompts of a pipe were refused.
+    """
+    is_terminal, refused = sys.stdin.isatty(), 0
+    while True:
+        try:
+            line = input("> ") if is_terminal else next(sys.stdin)
+        except (EOFError, KeyboardInterrupt, StopIteration):
+            break
+        if not line.strip():
+            continue
+        try:
+            continue_(line.rstrip("\n"))
+        except ValueError as error:
+            refused += 1
+            typer.echo(f"error: {error}", err=True)
+        except KeyboardInterrupt:  # It ends this text.
+            typer.echo()
+    if is_terminal:
+        typer.echo()
+    elif refused:
+        raise ValueError(f"{refused} prompts were refused, as said above; change them")
 
 
 @command(app)

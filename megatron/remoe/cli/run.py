@@ -58,30 +58,49 @@ def describe(
 ) -> None:
     """Print a run's parameters, FLOPs, tokens and memory per GPU, and its hours at a throughput.
 
+    Of a sweep, every run is a row of a table, and the last row is about all of them.
+
     Example: remoe describe examples/llama_182m/remoe.yaml --nodes 2 --tflops 100
 
     Args:
+        config: The YAML file of a run, or of a sweep.
         tflops: The throughput of each GPU in TFLOP/s. By default no hours are printed.
         tokens_per_second: The throughput of the whole run in tokens per second. By default no hours
             are printed.
     """
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from megatron.remoe import cpu
+    from megatron.remoe.run import describe as about
     from megatron.remoe.run.config import load_config
-    from megatron.remoe.run.describe import describe as run
+    from megatron.remoe.run.sweep import is_sweep
 
     cpu.prepare_megatron()
     if tflops is not None and tokens_per_second is not None:
         raise ValueError("--tflops and --tokens-per-second are both given; give one throughput")
-    description = run(load_config(config, overrides), nodes * gpus_per_node)
-    rows = description.rows()
-    hours = description.hours(tflops=tflops, tokens_per_second=tokens_per_second)
+    world, speed = nodes * gpus_per_node, {"tflops": tflops, "tokens_per_second": tokens_per_second}
+    if is_sweep(config):
+        if overrides:
+            raise ValueError(f"{overrides[0]!r} is given with a sweep; write it into {config}")
+        columns, *rows = about.sweep_table(about.describe_sweep(config, world), **speed)
+        table = Table(Column(columns[0], no_wrap=True), *columns[1:])
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        typer.echo(
+            f"GPUs of a run: {world}; memory is that of the fullest one with the dense warm-up, "
+            f"and fits is the smallest GPU of {', '.join(map(str, about.GPUS_GB))} GB that leaves "
+            f"{about.MARGIN:.0%} free"
+        )
+        return
+    description = about.describe(load_config(config, overrides), world)
+    lines = description.rows()
+    hours = description.hours(**speed)
     if hours is not None:
-        rows.append(("hours at this throughput", f"{hours:.2f}"))
+        lines.append(("hours at this throughput", f"{hours:.2f}"))
     table = Table(show_header=False)
-    for name, value in rows:
+    for name, value in lines:
         table.add_row(name, value)
     Console().print(table)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.remoe.analysis.runs import read_rows
 from megatron.remoe.convert.table import Config
+from megatron.remoe.data.pairs import prefixes_of
 from remoe.config import ROUTINGS
 
 _STEPS_OF_SPARSITY = 20
@@ -64,13 +65,8 @@ def _metrics(args: argparse.Namespace, run_dir: Path | None) -> list[dict[str, A
 
 def _data_names(args: argparse.Namespace) -> list[str]:
     """Return the names of the training data without their folders."""
-    given = args.train_data_path or args.data_path or []
-    names = [entry for entry in map(str, given) if not _is_number(entry)]
-    return [Path(name).name for name in names] or (["mock data"] if args.mock_data else [])
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdigit()
+    prefixes = prefixes_of(args.train_data_path or args.data_path or [])
+    return [Path(prefix).name for prefix in prefixes] or (["mock data"] if args.mock_data else [])
 
 
 def _commit() -> str | None:

@@ -99,7 +99,10 @@ class MegatronSource:
         self.reader = CanonicalReader(stored, l1_coeff=fork and self.args.moe_relu_routing)
         iteration = self.reader.common.get("iteration") or 0
         check_whole(str(self.checkpoint), "iteration", iteration, 0)
-        self.tokenizer = TokenizerFiles.find(self.args, tokenizer)
+        # A run keeps its tokenizer, and so does the folder of an imported checkpoint.
+        keepers = [run_dir] if (run_dir / "config.yaml").is_file() else [self.checkpoint.parent]
+        kept = [keeper / "tokenizer" for keeper in keepers]
+        self.tokenizer = TokenizerFiles.find(self.args, tokenizer, kept)
         architecture = to_config(self.args) | {"vocab_size": self._vocab_size()}
         check_config(f"the arguments in {self.checkpoint} make a model that", architecture)
         self.items = plan(architecture, self.padded_vocab_size)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.remoe.data.pairs import check_pair
+from megatron.remoe.data.pairs import check_pair, prefixes_of
 from megatron.remoe.evaluate.perplexity import find_domains, sequences
 
 
@@ -86,8 +86,7 @@ def validation_files(args: Namespace | None, option: str = "--data") -> tuple[st
     Raises:
         ValueError: the run has none, or they are not here.
     """
-    given = [str(entry) for entry in getattr(args, "valid_data_path", None) or ()]
-    prefixes = [Path(entry) for entry in given if not _is_weight(entry)]
+    prefixes = [Path(entry) for entry in prefixes_of(getattr(args, "valid_data_path", None) or ())]
     if not prefixes:
         what = "the model is no run" if args is None else "the run has no valid_data_path"
         raise ValueError(f"{what}, so that it names no text; name token files ({option})")
@@ -102,10 +101,6 @@ def validation_files(args: Namespace | None, option: str = "--data") -> tuple[st
     if len(set(names)) < len(prefixes):  # files of several folders may share their names
         names = [str(prefix) for prefix in prefixes]
     return " ".join(map(str, prefixes)), dict(zip(names, prefixes, strict=True))
-
-
-def _is_weight(text: str) -> bool:
-    return text.replace(".", "", 1).isdigit()
 
 
 def read_text(
