@@ -5,14 +5,18 @@ import inspect
 import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 from typer.models import ParameterInfo
 
+from megatron.remoe.run import examples
+
 AtLeastOne = Annotated[int, typer.Option(min=1)]
 AtLeastOneOrNone = Annotated[int | None, typer.Option(min=1)]
 Words = Annotated[list[str] | None, typer.Argument()]
+ConfigFile = Annotated[Path, typer.Argument(callback=examples.config_file)]
 
 # The help of options that mean the same in several commands, which docstrings leave out.
 _COMMON = {
