@@ -27,6 +27,10 @@ _COMMON = {
     "force": "Replace what is in the output folder already.",
     "model": "A run directory, a checkpoint or a Hugging Face folder.",
     "tokenizer": "The folder of the tokenizer, or its tokenizer.json; by default the model's own.",
+    "license": (
+        "The license that the model card names, as the hub writes it: apache-2.0, mit, other. By "
+        "default none is claimed."
+    ),
     "tensor_parallel": "The number of ranks that share each layer.",
     "pipeline_parallel": "The number of pipeline stages of the model.",
     "expert_parallel": "The number of ranks that share the experts.",
