@@ -6,9 +6,10 @@ from unittest import mock
 
 import pytest
 
+import remoe
 from megatron.remoe import cpu
 from megatron.remoe.options import router_name
-from megatron.remoe.run import rundir
+from megatron.remoe.run import examples, rundir
 from megatron.remoe.run.argv import to_argv
 from megatron.remoe.run.config import RunConfig, load_config
 from megatron.remoe.unsupported import REFUSALS
@@ -209,6 +210,33 @@ def test_keys_and_values_are_checked(parser, flags, message):
     with pytest.raises(ValueError) as error:
         to_argv(flags, parser)
     assert str(error.value) == message
+
+
+def test_an_example_that_is_not_here_is_the_installed_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = Path("examples/llama_182m/remoe.yaml")
+    assert examples.config_file(name) == examples.FOLDER / "llama_182m/remoe.yaml"
+    assert capsys.readouterr().err == (
+        f"{name} does not exist here; reading the example of remoe {remoe.__version__}\n"
+    )
+    for other in ("examples/none.yaml", "mine/quickstart.yaml", "examples", "quickstart.yaml"):
+        assert examples.config_file(Path(other)) == Path(other)
+    examples.copy(Path("examples"))
+    assert examples.config_file(name) == name
+    assert capsys.readouterr().err == ""
+    whole = load_config(name)  # with its bases, which are copied too
+    assert whole.to_dict() == load_config(examples.FOLDER / "llama_182m/remoe.yaml").to_dict()
+    with pytest.raises(ValueError, match="examples is not empty; name a folder that does not"):
+        examples.copy(Path("examples"))
+    assert [path.name for path in tmp_path.iterdir()] == ["examples"]
+
+
+def test_examples_are_listed_with_the_paths_that_commands_take():
+    listed = dict(examples.summaries())
+    known = {str(p.relative_to(tiny.EXAMPLES.parent)) for p in tiny.EXAMPLES.rglob("*.yaml")}
+    assert set(listed) == {name for name in known if "/bases/" not in name}
+    assert listed["examples/llama_182m/remoe.yaml"] == "LLaMA with 182M active parameters, ReMoE."
+    assert all(len(sentence) > 20 for sentence in listed.values())
 
 
 def example_command_lines() -> dict[str, list[str]]:

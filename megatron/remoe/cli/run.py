@@ -1,11 +1,14 @@
-"""The commands about runs: routers, describe, train, launch, sweep, plot, compare and doctor."""
+"""The commands about runs.
+
+They are examples, routers, describe, train, launch, sweep, plot, compare and doctor.
+"""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megatron.remoe.cli.common import AtLeastOne, Words, command
+from megatron.remoe.cli.common import AtLeastOne, ConfigFile, Words, command
 
 app = typer.Typer()
 
@@ -17,6 +20,31 @@ _BUDGETS = {
 }
 
 Throughput = Annotated[float | None, typer.Option(min=0.001)]
+
+
+@command(app)
+def examples(copy: Path | None = None) -> None:
+    """List the example configs, which commands take where there is no file of that name.
+
+    Example: remoe examples --copy examples
+
+    Args:
+        copy: Copy them to this folder, to be edited, with the scripts and the notebook beside them.
+            By default nothing is copied.
+    """
+    from megatron.remoe.run import examples as installed
+
+    if copy is not None:
+        installed.copy(copy)
+        typer.echo(copy)
+        return
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table(Column(no_wrap=True), "", show_header=False, box=None)
+    for path, sentence in installed.summaries():
+        table.add_row(path, sentence)
+    Console().print(table)
 
 
 @command(app)
@@ -49,7 +77,7 @@ def routers(figure: Path | None = None) -> None:
 
 @command(app)
 def describe(
-    config: Path,
+    config: ConfigFile,
     overrides: Words = None,
     nodes: AtLeastOne = 1,
     gpus_per_node: AtLeastOne = 8,
@@ -107,7 +135,7 @@ def describe(
 
 @command(app)
 def train(
-    config: Path, overrides: Words = None, nproc: int | None = None, force: bool = False
+    config: ConfigFile, overrides: Words = None, nproc: int | None = None, force: bool = False
 ) -> None:
     """Check a config, train it on this machine, show the progress and draw the curves.
 
@@ -141,7 +169,7 @@ def train(
 
 @command(app)
 def launch(
-    config: Path,
+    config: ConfigFile,
     overrides: Words = None,
     nodes: AtLeastOne = 1,
     gpus_per_node: AtLeastOne = 8,
@@ -204,7 +232,7 @@ def launch(
 
 @command(app)
 def sweep(
-    file: Path,
+    file: ConfigFile,
     jobs: AtLeastOne = 1,
     only: str | None = None,
     slurm: bool = False,

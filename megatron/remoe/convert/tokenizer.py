@@ -91,6 +91,11 @@ class TokenizerFiles:
         """The number of entries, including ids that no token has."""
         return largest_id(self._loaded[0]) + 1
 
+    @property
+    def kind(self) -> str:
+        """What the tokenizer is: the type of its model and its number of entries."""
+        return f"{type(self._loaded[0].model).__name__}, {self.vocab_size:,} entries"
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text."""
         ids: list[int] = self._loaded[0].encode(text).ids

@@ -7,7 +7,7 @@ is checked where the weights are opened.
 
 import math
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from megatron.remoe.convert.architecture import BUDGET, ROUTER_TYPES, exported_settings
@@ -33,7 +33,31 @@ _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attenti
 _LAYERS = ("num_hidden_layers", "num_layers")
 _FULL = "full_attention"
 _NUMBERS = {"rms_norm_eps": 1.0, "initializer_range": 1e3}
-_FACTS = {"iteration": 0, "tokens": 0, "sequence_length": 1, "padded_vocab_size": 1}
+_FACTS = {"iteration": 0, "tokens": 0, "sequence_length": 1, "padded_vocab_size": 1,
+          "sparsity_steps": 1, "validation_iteration": 0}  # fmt: skip
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+# Facts that are no whole numbers: a test, and the same in words.
+_OTHER_FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "data": (
+        lambda x: isinstance(x, list) and all(isinstance(one, str) for one in x),
+        "a list of names",
+    ),
+    "data_shares": (
+        lambda x: isinstance(x, list) and all(map(_is_share, x)),
+        "a list of numbers from 0 to 1",
+    ),
+    "sparsity": (_is_share, "a number from 0 to 1"),
+    "validation_loss": (
+        lambda x: isinstance(x, dict)
+        and all(loss is None or type(loss) in (int, float) for loss in x.values()),
+        "a mapping of names to numbers",
+    ),
+}  # fmt: skip
 
 
 def check_sizes(where: str, values: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -180,6 +204,10 @@ def check_facts(where: str, facts: Any) -> None:
     for name, least in _FACTS.items():
         if facts.get(name) is not None:
             check_whole(where, f"training_facts.{name}", facts[name], least)
+    for name, (is_valid, wanted) in _OTHER_FACTS.items():
+        if facts.get(name) is not None:
+            named = f"training_facts.{name}"
+            _require(is_valid(facts[name]), where, named, facts[name], wanted)
 
 
 def _require(is_valid: bool, where: str, name: str, value: Any, wanted: str) -> None:
