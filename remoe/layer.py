@@ -51,7 +51,7 @@ class ReMoELayer(ExactBuffers):
     layers of a model share one cell. The layer that made it has it as a module, so that it is
     trained and saved once; the others only refer to it.
 
-    Parameters:
+    Weights:
         router: `[E, H]`, or `[E, p]` with recurrence; gate_up: `[E, 2F, H]` (gate first); down:
             `[E, H, F]`; projection: `[p, H]`, with recurrence and unless all layers share one.
 

@@ -89,7 +89,7 @@ def _show(path: Path) -> str:
     """Return a page with a file, or with the files of a folder."""
     title = f"# {path.relative_to(ROOT)}\n\n"
     if path.suffix == ".ipynb":
-        return title + _notebook(json.loads(path.read_text()))
+        return _notebook(json.loads(path.read_text()))
     if path.is_file():
         return title + _code(path)
     inside = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
@@ -101,7 +101,7 @@ def _code(path: Path) -> str:
 
 
 def _notebook(notebook: dict) -> str:
-    """Return the cells of a notebook, and what they printed and drew."""
+    """Return the cells of a notebook, the first of which has a title, with what they printed."""
     parts = []
     for cell in notebook["cells"]:
         text = "".join(cell["source"])
