@@ -7,7 +7,7 @@ export PYTHONWARNINGS := ignore
 # Files of an environment made by this Makefile, renewed when what it installs changes.
 STAMP := $(VENV)/.remoe-installed
 
-.PHONY: setup quickstart test test-fast test-megatron test-bridge check format wheel clean
+.PHONY: setup quickstart test test-fast test-megatron test-bridge docs check format wheel clean
 
 setup: $(STAMP)
 
@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/python.sh
 	echo "setting up $(VENV) with $$python (a few minutes, 5 GB)"; \
 	"$$python" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[megatron,hf,analysis,eval,vision,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[megatron,hf,analysis,eval,vision,docs,dev]'
 	@touch $@
 
 quickstart: setup
@@ -65,6 +65,11 @@ $(BRIDGE_FOLDER): | setup
 test-bridge: setup $(BRIDGE_FOLDER)
 	REMOE_BRIDGE="$(abspath $(BRIDGE_FOLDER))" $(PYTEST) tests/mcore/test_bridge.py
 
+# The documentation as a site, which a browser opens from disk: site/index.html. A broken link fails.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the documentation is in site: open site/index.html"
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -79,4 +84,4 @@ wheel: setup
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

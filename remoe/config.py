@@ -100,8 +100,8 @@ class ReMoELayerConfig(ReLURouting):
     Attributes:
         hidden_size: width of the tokens.
         ffn_hidden_size: width of one expert before granularity.
-        num_experts, topk: experts, and how many are active per token on average, both before
-            granularity.
+        num_experts: experts before granularity.
+        topk: how many of these are active per token on average.
         granularity: G; experts x G, active experts x G, expert width / G.
         init_std: standard deviation of the initial weights.
     """

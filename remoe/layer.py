@@ -56,7 +56,7 @@ class ReMoELayer(ExactBuffers):
     layers of a model share one cell. The layer that made it has it as a module, so that it is
     trained and saved once; the others only refer to it.
 
-    Parameters:
+    Weights:
         router: `[E, H]`, or `[E, p]` with recurrence; gate_up: `[E, 2F, H]` (gate first); down:
             `[E, H, F]`; projection: `[p, H]`, with recurrence and unless all layers share one.
 
@@ -174,7 +174,8 @@ class ReMoELayer(ExactBuffers):
         if state is not None:
             state = state.reshape(-1, self.config.recurrent_size)
             state = passed_on(state, self.config.recurrent_passing)
-        state_Tp = self.recurrent_cell(x_TH, state, self.projection)
+        with _without_autocast(x_TH):
+            state_Tp = self.recurrent_cell(x_TH, state, self.projection)
         y_TH = self._experts(x_TH, state_Tp)
         state_shape = (*hidden_states.shape[:-1], self.config.recurrent_size)
         return y_TH.view_as(hidden_states), state_Tp.view(state_shape)
@@ -182,7 +183,8 @@ class ReMoELayer(ExactBuffers):
     def _experts(self, x_TH: Tensor, routed_by: Tensor) -> Tensor:
         """Compute the layer, `[T, H]`; the router reads `routed_by`, `[T, H]` or `[T, p]`."""
         router_dtype = torch.promote_types(x_TH.dtype, torch.float32)
-        logits_TE = F.linear(routed_by.to(router_dtype), self.router.to(router_dtype))
+        with _without_autocast(x_TH):
+            logits_TE = F.linear(routed_by.to(router_dtype), self.router.to(router_dtype))
         probs_TE, routing_map_TE, counts_E = self._route(logits_TE, x_TH.dtype)
         balanced = self._topk * max(1, len(x_TH))
         limit = self.config.max_assignments
@@ -246,6 +248,11 @@ class ReMoELayer(ExactBuffers):
             last_load_E=self.load,
         )
         self.counts = counts.flat if self.counts is None else self.counts + counts.flat
+
+
+def _without_autocast(x: Tensor) -> torch.autocast:
+    """Return the context of a router: a cast to fp32 is not enough where autocast casts it back."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _check_cell(cell: RecurrentCell, config: ReMoELayerConfig) -> None:

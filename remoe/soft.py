@@ -208,7 +208,7 @@ class SoftMoELayer(nn.Module):
 
     It has no loss of its own. In a causal model it would let tokens see those after them.
 
-    Parameters:
+    Weights:
         router: `[S, H]`, mu, of unit length at first; scale: `[1]`, 1 at first; up: `[E, 2F, H]`
             with "swiglu" (gate first), `[E, F, H]` with "gelu"; down: `[E, H, F]`; up_bias and
             down_bias: `[E, F]` and `[E, H]`, with "gelu" only.

@@ -1,5 +1,9 @@
-"""The help of every command: what it does, an example that parses, and what each option is."""
+"""The help of every command: what it does, an example that parses, and what each option is.
 
+The commands of the documentation parse as well.
+"""
+
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,3 +56,41 @@ def test_every_option_of_a_command_says_what_it_is(name):
 def test_an_unknown_option_in_an_example_would_be_seen():
     with pytest.raises(Exception, match="No such option: --steps"):
         COMMANDS["doctor"].make_context("doctor", ["--steps", "3"])
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def documented() -> Iterator[tuple[str, str]]:
+    """Every line of shell in the documentation that starts with `remoe`, and the page it is on.
+
+    A synopsis, with brackets around what may be left out, is no line of shell.
+    """
+    for page in PAGES:
+        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
+                command = re.sub(r"^\s*([A-Z_]+=\S+\s+)*", "", line)
+                if command.startswith("remoe ") and "[--" not in command:
+                    yield page.relative_to(ROOT).as_posix(), command
+
+
+def test_the_commands_of_the_documentation_parse():
+    lines = list(documented())
+    assert len(lines) > 100 and "docs/quickstart.md" in dict(lines)
+    wrong = []
+    for page, line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        name = next((n for n in (" ".join(words[:2]), words[0]) if n in COMMANDS), None)
+        if name is None:
+            if words[0] != "--version":
+                wrong.append(f"{page}: {line}: there is no such command")
+            continue
+        try:
+            COMMANDS[name].make_context(name, words[len(name.split()) :])
+        except Exception as error:
+            wrong.append(f"{page}: {line}: {getattr(error, 'message', error)}")
+        for word in words:
+            if word.startswith("examples/") and word.isascii() and not set("{*<") & set(word):
+                exists = (ROOT / word.partition("=")[0]).exists()
+                wrong += [] if exists else [f"{page}: {line}: {word} does not exist"]
+    assert wrong == []

@@ -162,6 +162,18 @@ def test_evaluation_and_no_grad_forwards_are_not_counted():
         l1_penalty(layer)
 
 
+@pytest.mark.parametrize("recurrent", [{}, {"recurrence": "gru", "recurrent_size": 16}])
+def test_autocast_leaves_the_routing_in_fp32(recurrent):
+    config = ReMoELayerConfig(hidden_size=64, ffn_hidden_size=32, **recurrent)
+    layer, x = ReMoELayer(config), torch.randn(256, 64)
+    layer(x)
+    expected = layer.l1_reg, layer.counts.clone()
+    layer.counts.zero_()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    assert torch.equal(layer.l1_reg, expected[0]) and torch.equal(layer.counts, expected[1])
+
+
 def test_coefficient_keeps_its_value_through_casts_and_state_dict():
     layer = ReMoELayer(CONFIG)
     layer.l1_coeff.fill_(1.2345678e-5)

@@ -169,7 +169,7 @@ REFUSALS = (
 # Flags that are for Megatron's own scripts to act on.
 _UNUSED = tuple(
     Refusal(name, "this entry point ignores it; leave it out, or use a script of Megatron-LM that "
-            "acts on it (the README says how)")
+            "acts on it (docs/own_script.md says how)")
     for name in (
         "allow_ambiguous_pad_tokens", "check_for_spiky_loss", "dataloader_fast_cache_load",
         "dataloader_defer_npy_index_mmap", "dataloader_inter_document_masking", "fim_data",

@@ -1,4 +1,4 @@
-"""Somebody's own Megatron script becomes ReMoE with the diff that the README shows."""
+"""Somebody's own Megatron script becomes ReMoE with the diff that docs/own_script.md shows."""
 
 import json
 import os
@@ -138,9 +138,9 @@ def test_at_most_ten_lines_are_added():
     assert 0 < len(added) <= 10
 
 
-def test_the_readme_shows_the_diff():
+def test_the_page_shows_the_diff():
     diff = (FOLDER / "remoe.diff").read_text()
-    assert f"```diff\n{diff}```" in (ROOT / "README.md").read_text()
+    assert f"```diff\n{diff}```" in (ROOT / "docs/own_script.md").read_text()
 
 
 def test_the_script_itself_knows_nothing_of_remoe():

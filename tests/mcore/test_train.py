@@ -3,9 +3,12 @@
 import contextlib
 import io
 import math
+import re
+import shlex
 import shutil
 import struct
 import subprocess
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -360,3 +363,68 @@ def test_a_run_without_experts_drops_their_keys(others, home):
     topk = load_config(home / "runs/topk/config.yaml").flags
     assert not [key for key in dense if key.startswith(("moe_", "num_experts"))]
     assert topk["num_experts"] == 4 and topk["moe_relu_routing"] is False
+
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+# What is added to a command of the README, so that it takes a moment. The run is the one above.
+TOY = {
+    "remoe data corpus": "--max-mb-per-domain 0.5 --valid-fraction 0.2",
+    "remoe data tokenize": "--vocab-size 300 --workers 1",
+    "remoe train": "--dry-run --gpus-per-node 2",
+    "remoe generate": "--max-new-tokens 4",
+    "remoe analyze": "--tokens 256",
+    "remoe report": "",
+    "remoe sweep": "--dry-run",
+    "remoe convert to-hf": "",
+    "remoe convert verify": "",
+}
+
+
+def commands_of(readme: str) -> list[str]:
+    """The commands of its blocks of shell and of its tables, in their order."""
+    pattern = r"^```sh\n(.*?)^```|`((?:remoe|python|make|pip) [^`]+)`"
+    found = []
+    for block, inline in re.findall(pattern, readme, re.DOTALL | re.MULTILINE):
+        lines = (shlex.join(shlex.split(line, comments=True)) for line in block.splitlines())
+        found += [inline] if inline else list(filter(None, lines))
+    return found
+
+
+def recipe(target: str) -> list[str]:
+    """The commands that `make TARGET` runs after the set-up; it fails without such a target."""
+    make = ["make", "--dry-run", "--old-file=setup", "BIN=.", target]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_the_readme_does_what_it_says(both, home, call):
+    """Each of its commands, in its order, on a small corpus and with the run of this module."""
+    (home / "examples").symlink_to(ROOT / "examples")
+    (home / "runs").mkdir(exist_ok=True)
+    (home / "runs/quickstart").symlink_to(home / "relu")
+    waiting, ran = commands_of(README), []
+    while waiting:
+        command = waiting.pop(0)
+        kind = next((known for known in TOY if command.startswith(f"{known} ")), None)
+        program, *words = shlex.split(command)
+        if program == "make":
+            done = [line.removeprefix("./") for line in recipe(*words)]
+            waiting[:0] = [line for line in done if line.startswith("remoe ")]
+        elif kind is not None:
+            toy = command.replace("remoe train", "remoe launch", 1).replace(
+                " --valid-fraction 0.01", ""
+            )
+            code, out, error = call(tiny.remoe, home, *shlex.split(f"{toy} {TOY[kind]}")[1:])
+            assert code == 0, command + out + error
+        elif program == "pip":
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+            extras = re.search(r"\[(.*)\]", words[-1])[1].split(",")
+            assert set(extras) <= set(project["optional-dependencies"])
+        elif words[:2] == ["-m", "tests.golden.replay"]:  # which test_replay.py runs
+            assert (ROOT / words[2]).is_file()
+        else:
+            assert words[0] == "clone" and words[-2:] == ["cd", "remoe"], command
+        ran.append(kind or program)
+    assert set(ran) == {*TOY, "git", "make", "pip", "python"}
+    assert (home / "runs/quickstart/report.html").is_file() and (home / "model").is_dir()
