@@ -750,6 +750,7 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
     Trainer gets `sparsity_callback()`.
     """
 
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: ReMoEConfig) -> None:

@@ -74,11 +74,6 @@ class TokenizerFiles:
             return load_gpt2_tokenizer(self.path, self.merges)
         return load_tokenizer(self.path)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without special tokens."""
-        ids: list[int] = self._loaded[0].encode(text, add_special_tokens=False).ids
-        return ids
-
     @property
     def vocab_size(self) -> int:
         """The number of entries, including ids that no token has."""
