@@ -14,9 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("transformers")
 
-from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 import remoe
+from megatron.remoe.convert.tokenizer import TokenizerFiles
 from remoe import regularization, routing
 from remoe.config import ROUTINGS
 from remoe.hf import (
@@ -615,7 +623,12 @@ class Absent:
         if name.split(".")[0] in ("remoe", "megatron"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
-from transformers import AutoModelForCausalLM
+import builtins, os
+builtins.input = lambda question: os._exit(3)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
+assert tokenizer("relu the").input_ids == [1, 0]
+assert "transformers_modules" not in sys.modules
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert "remoe" not in sys.modules
 print(type(model).__module__.split(".")[0], sum(p.numel() for p in model.parameters()))
@@ -630,6 +643,10 @@ def test_an_exported_folder_loads_where_this_package_is_missing(tmp_path):
         "AutoModelForCausalLM": "modeling_remoe.ReMoEForCausalLM",
     }
     model.save_pretrained(tmp_path / "model")
+    vocabulary = Tokenizer(models.WordLevel({"the": 0, "relu": 1}, unk_token="the"))
+    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
+    vocabulary.save(str(tmp_path / "tokenizer.json"))
+    TokenizerFiles(tmp_path / "tokenizer.json").write(tmp_path / "model")
     for source in Path(modeling_remoe.__file__).parent.glob("*_remoe.py"):
         shutil.copyfile(source, tmp_path / "model" / source.name)
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_US, str(tmp_path / "model")]
@@ -643,9 +660,6 @@ def test_an_exported_folder_loads_where_this_package_is_missing(tmp_path):
 @pytest.mark.processes
 def test_the_example_trains_on_under_control(tmp_path):
     """The coefficient starts where the config left it and follows the rule; both are saved."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     words = ["the", "router", "is", "a", "relu"]
     vocabulary = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="the"))
     vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -633,9 +633,9 @@ class ReMoEModel(ReMoEPreTrainedModel):
         With `output_routing` the output has the routing of every layer.
         """
         config = self.config
-        if kwargs and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             refuse_misspelled(kwargs, FORWARD_ARGUMENTS, "argument")
-        config.check_budget()
+            config.check_budget()
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if config.router_type == "hash" and input_ids is None:
@@ -754,6 +754,7 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
     Trainer gets `sparsity_callback()`.
     """
 
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: ReMoEConfig) -> None:

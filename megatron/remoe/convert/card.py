@@ -206,6 +206,7 @@ def _about(config: Config, facts: Rows, sizes: Sizes) -> str:
 def _code(config: Config, tokenizer: TokenizerFiles | None) -> str:
     is_moe = config["model_type"] == "remoe"
     remote = ", trust_remote_code=True" if is_moe else ""
+    without = ", trust_remote_code=False" if is_moe else ""  # or transformers asks
     names = "AutoModelForCausalLM" + (", AutoTokenizer" if tokenizer else "")
     lines = [
         f"from transformers import {names}",
@@ -215,7 +216,7 @@ def _code(config: Config, tokenizer: TokenizerFiles | None) -> str:
     ]
     if tokenizer:
         lines += [
-            f"tokenizer = AutoTokenizer.from_pretrained(folder{remote})",
+            f"tokenizer = AutoTokenizer.from_pretrained(folder{without})",
             'inputs = tokenizer("Once", return_tensors="pt", return_token_type_ids=False)',
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",
         ]
