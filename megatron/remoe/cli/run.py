@@ -89,9 +89,9 @@ def describe(
             table.add_row(*row)
         Console().print(table)
         typer.echo(
-            f"GPUs of a run: {world}; memory is that of the fullest one with the dense warm-up, and "
-            f"fits is the smallest GPU of {', '.join(map(str, about.GPUS_GB))} GB that leaves "
-            f"{about.MARGIN:.0%} free"
+            f"GPUs of a run: {world}; memory is that of the fullest one with the dense warm-up, "
+            f"and fits is the smallest GPU of {', '.join(map(str, about.GPUS_GB))} GB of which "
+            f"{about.MARGIN:.0%} stays free"
         )
         return
     description = about.describe(load_config(config, overrides), world)
