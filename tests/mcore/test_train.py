@@ -224,12 +224,12 @@ def test_a_run_that_was_copied_needs_nothing_outside_of_it(both, home, call, tmp
     assert "nowhere/train/code.bin does not exist" in message
     message = call(continued, cwd, copy, f"data_root={home / 'tokens'}")
     assert "holds a run that differs in train_data_path, valid_data_path; give" in message
-    assert call(continued, cwd, copy, f"data_root={home / 'tokens'}", force=True) == str(
-        copy / "tokenizer"
-    )
-    (copy / "tokenizer/tokenizer.json").write_text("{}")
-    message = call(continued, home, copy, "data_root=tokens", "tokenizer_model=tokens/tokenizer")
-    assert "differs in" in message
+    tokenizer = home / "tokens/tokenizer"
+    assert call(continued, cwd, copy, f"data_root={home / 'tokens'}", force=True) == str(tokenizer)
+    config = (home / "tokens/tokenizer/tokenizer_config.json").read_text()
+    (copy / "tokenizer/tokenizer_config.json").write_text(config + "\n")
+    message = call(continued, home, copy, f"data_root={home / 'tokens'}")
+    assert "tokenizer_config.json, with which the run was started; restore it" in message
 
 
 def continued(cwd: Path, run: Path, *overrides: str, force: bool = False) -> str:

@@ -32,10 +32,9 @@ def resolve(flags: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     return found
 
 
-def is_kept(value: Any, run_dir: Path) -> bool:
-    """Return whether the value of a flag is a path of the kept copy."""
-    folder = os.path.abspath(run_dir / FOLDER)
-    return isinstance(value, str) and os.path.abspath(value).startswith(folder)
+def is_comparable(flags: dict[str, Any], run_dir: Path) -> bool:
+    """Return whether `refuse_another` can compare the tokenizer's files with a kept copy."""
+    return (run_dir / FOLDER).is_dir() and bool(_sources(flags))
 
 
 def refuse_another(flags: dict[str, Any], run_dir: Path) -> None:

@@ -78,8 +78,8 @@ def refuse_another_run(config: RunConfig) -> None:
             f"run_dir, or continue that run with these settings (--force)"
         ) from None
     there, here = _with_one_key(there), _with_one_key(config.to_dict())
-    for key in kept.KEYS:
-        if any(kept.is_kept(flags.get(key), config.run_dir) for flags in (there, here)):
+    if kept.is_comparable(config.flags, config.run_dir):
+        for key in kept.KEYS:  # The paths may differ, and the files may not.
             there.pop(key, None), here.pop(key, None)
     changed = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
     if changed:
