@@ -3,6 +3,7 @@
 import os
 import socket
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def write(config: RunConfig) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     kept.keep(config.flags, config.run_dir)
     temporary = config.run_dir / f".config.yaml.{socket.gethostname()}.{os.getpid()}"
-    temporary.write_text(config.to_yaml())
+    flags = kept.as_recorded(config.flags, config.run_dir)
+    temporary.write_text(replace(config, flags=flags).to_yaml())
     os.replace(temporary, config.run_dir / RUN_CONFIG)
 
 
