@@ -206,6 +206,20 @@ def test_data_and_tokenizer_follow_from_the_folder_of_tokens(first, home):
     assert weights[0] * sizes[1] == weights[1] * sizes[0] and weights[1] > weights[0]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seq_length=8192"], "train_data_path: tokens/train/code has "),
+        (["seq_length=128"], "too few for a sequence of seq_length 128 on each of 2 data-parallel"),
+    ],
+)
+def test_too_little_text_is_refused_before_the_start(home, call, overrides, message):
+    more = ["max_position_embeddings=8192", "run_dir=little", "nproc=2"]
+    code, _, error = call(tiny.remoe, home, "train", "relu.yaml", *overrides, *more)
+    assert (code, error.count("\n")) == (2, 1) and message in error, error
+    assert not (home / "little").exists()
+
+
 def test_a_run_that_was_copied_needs_nothing_outside_of_it(both, home, call, tmp_path):
     """The data and the original are gone, and another run has the path of the original."""
     copy, cwd = tmp_path / "copy", tmp_path / "cwd"
