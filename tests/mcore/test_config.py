@@ -648,3 +648,10 @@ def test_the_config_of_a_copied_run_is_that_of_the_copy(tmp_path):
     assert config.run_dir == tmp_path / "copy"
     assert config.flags["save"] == str(tmp_path / "copy/checkpoints")
     assert config.flags["load"] == "a/runs"
+
+
+def test_overrides_may_be_a_mapping_of_values(tmp_path):
+    path = write(tmp_path / "run.yaml", "lr: 1\nseed: 3\nvalid_data_path: [a]\n")
+    config = load_config(path, {"lr": 0.5, "seed": None, "valid_data_path": ["b", "*c"]})
+    assert config.flags == {"lr": 0.5, "seed": None, "valid_data_path": ["b", "*c"]}
+    assert config.run_dir.name.startswith("run-lr=0.5-seed=None-")
