@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 
 from megatron.remoe import processes
 from megatron.remoe.analysis import runs
-from megatron.remoe.run.config import load_config, load_flags
+from megatron.remoe.run.config import RunConfig, load_config, load_flags
 
 Rows = list[dict[str, Any]]
 
@@ -34,18 +34,16 @@ class Run:
 
     Attributes:
         path: The run directory.
+        files: What is in its files.
     """
 
     path: Path
-
-    @cached_property
-    def _read(self) -> runs.Run:
-        return runs.Run.load(self.path)
+    files: runs.Run = field(repr=False)
 
     @property
     def config(self) -> dict[str, Any]:
         """The flags of the run as its `config.yaml` has them, with those that were added."""
-        return dict(self._read.config)
+        return dict(self.files.config)
 
     @cached_property
     def metrics(self) -> dict[str, np.ndarray]:
@@ -54,13 +52,13 @@ class Run:
         Values by layer (`*_per_layer`) are `[steps, layers]`, and lists of layers (`dense_layers`,
         `silent_layers`) stay lists. What a row lacks, or was not finite, is NaN.
         """
-        return _arrays(self._read.train)
+        return _arrays(self.files.train)
 
     @cached_property
     def evaluations(self) -> dict[str, dict[str, np.ndarray]]:
         """The evaluations by split, such as "valid" or "valid/code", each as in `metrics`."""
         by_split: dict[str, Rows] = {}
-        for row in self._read.evaluations:
+        for row in self.files.evaluations:
             of_split = by_split.setdefault(row["split"], [])
             of_split.append({key: value for key, value in row.items() if key != "split"})
         return {split: _arrays(rows) for split, rows in by_split.items()}
@@ -90,7 +88,7 @@ class Run:
         from megatron.remoe.analysis.plots import plot_curves
 
         path = self.path / "curves.png" if out is None else Path(out)
-        plot_curves(self._read, path)
+        plot_curves(self.files, path)
         return path
 
 
@@ -102,9 +100,7 @@ def load_run(path: Path | str) -> Run:
     Raises:
         ValueError: The folder is not a run directory, has no step yet, or has a damaged file.
     """
-    run = Run(Path(path))
-    assert run._read
-    return run
+    return Run(Path(path), runs.Run.load(Path(path)))
 
 
 def train(config: Path | str | Mapping[str, Any], *, force: bool = False, **overrides: Any) -> Run:
@@ -131,13 +127,17 @@ def train(config: Path | str | Mapping[str, Any], *, force: bool = False, **over
     return load_run(resolved.run_dir)
 
 
-def _resolved(config: Path | str | Mapping[str, Any], overrides: dict[str, Any]) -> Any:
+def _resolved(config: Path | str | Mapping[str, Any], overrides: dict[str, Any]) -> RunConfig:
     if isinstance(config, Mapping):
-        flags = dict(config) | overrides
+        flags = _plain(config) | _plain(overrides)
         if not flags.get("run_dir"):
             raise ValueError("the config has no run_dir; name the folder of the run")
         return load_flags(flags, "the config")
-    return load_config(Path(config), overrides)
+    return load_config(Path(config), _plain(overrides))
+
+
+def _plain(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
 
 
 def _run(words: list[str]) -> None:

@@ -74,14 +74,13 @@ def load_config(path: Path, overrides: list[str] | Mapping[str, Any] | None = No
         ValueError: A file is missing or malformed, the bases form a cycle, or an override has no
             `=`.
     """
-    overrides = overrides or []
-    is_mapping = isinstance(overrides, Mapping)
-    words = [f"{k}={v}" for k, v in overrides.items()] if is_mapping else list(overrides)
+    values = dict(overrides) if isinstance(overrides, Mapping) else None
+    words = [f"{k}={v}" for k, v in values.items()] if values else list(overrides or ())
     for word in words:
         _check_override(word)
     what = f"{path} with overrides {words}" if words else f"{path}"
     with _yaml_in_one_line(what):
-        changes = OmegaConf.create(dict(overrides)) if is_mapping else _parsed(words)
+        changes = _parsed(words) if values is None else OmegaConf.create(values)
     default_dir = Path("runs") / "-".join([path.stem, *(w.replace("/", "_") for w in words)])
     config = _load(path, ())
     if path.name == RUN_CONFIG:
