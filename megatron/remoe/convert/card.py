@@ -93,7 +93,7 @@ def _are_numbers(*values: Any) -> bool:
     return all(type(value) in (int, float) and math.isfinite(value) for value in values)
 
 
-def model_card(source: Source, config: Config, folder: Path, name: str, license: str | None) -> str:
+def model_card(source: Source, config: Config, folder: Path, license: str | None) -> str:
     """Return the text of an exported model's README.
 
     Args:
