@@ -427,7 +427,9 @@ def test_wandb_gets_config_tags_curves_and_histograms(pile_run):
         if record.HasField("history"):
             row = logged.setdefault(record.history.step.num, {})
             for item in record.history.item:
-                row[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+                name, *inner = item.nested_key
+                value = json.loads(item.value_json)
+                row[name] = row.get(name, {}) | {inner[0]: value} if inner else value
     for row in training(tiny.rows(pile_run / "runs/first")):
         found = logged[row["iteration"]]
         for key in ROUTING - {"sparsity_per_layer", "silent_layers", "dense_layers"}:
@@ -441,11 +443,9 @@ def test_wandb_gets_config_tags_curves_and_histograms(pile_run):
     assert any(record.HasField("exit") for record in records)
 
 
-def is_artifact(record: Any) -> bool:
-    return record.HasField("request") and record.request.HasField("log_artifact")
-
-
-def test_a_report_becomes_an_artifact_of_the_same_wandb_run(pile_run):
+def test_a_report_becomes_an_artifact_of_the_same_wandb_run(pile_run, tmp_path, monkeypatch):
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):  # else below the user's home
+        monkeypatch.setenv(name, str(tmp_path))
     run = Run.load(pile_run / "runs/first")
     first = wandb_run.last_id(run.path)
     (pile_run / "report.html").write_text("<p>a report")
@@ -455,7 +455,7 @@ def test_a_report_becomes_an_artifact_of_the_same_wandb_run(pile_run):
     assert line.startswith(f"artifact report-{first} of the W&B run {first} in pile; wandb sync ")
     records = wandb_records(run.path)  # of its newest files
     assert {r.run.run_id for r in records if r.HasField("run")} == {first}
-    (artifact,) = (r.request.log_artifact.artifact for r in records if is_artifact(r))
+    (artifact,) = (record.artifact for record in records if record.HasField("artifact"))
     assert (artifact.name, artifact.type) == (f"report-{first}", "report")
     (entry,) = artifact.manifest.contents
     assert entry.path == "report.html" and entry.size == len("<p>a report")

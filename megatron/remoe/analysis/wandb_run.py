@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron.remoe.analysis.runs import Run
 
@@ -33,12 +34,21 @@ def continue_last(save_dir: Path) -> None:
 
 @dataclass(frozen=True)
 class WandbRun:
-    """Where W&B has a run: its id, in a project of an entity (None is the user's default)."""
+    """Where W&B has a run.
+
+    Attributes:
+        id: The run's id.
+        name: The name that people see.
+        project, entity: Where the run is; an entity of None is the user's default.
+        mode: "online", "offline", or None for what wandb takes by itself.
+        save_dir: The folder with wandb's files.
+    """
 
     id: str
+    name: str | None
     project: str
     entity: str | None
-    mode: str | None
+    mode: Any
     save_dir: Path
 
     @classmethod
@@ -65,7 +75,8 @@ class WandbRun:
                 f"{save_dir / 'wandb'} has no files of a W&B run, which know its id; put them back "
                 f"there, or leave --wandb out"
             )
-        return cls(run_id, project, flags.get("wandb_entity") or None, mode, save_dir)
+        name, entity = flags.get("wandb_exp_name"), flags.get("wandb_entity") or None
+        return cls(run_id, name, project, entity, mode, save_dir)
 
     def log_report(self, report: Path) -> str:
         """Log a file as the artifact `report-ID`; return a line that says where it is."""
@@ -75,7 +86,8 @@ class WandbRun:
             id=self.id,
             project=self.project,
             entity=self.entity,
-            mode=self.mode,  # type: ignore[arg-type]
+            name=self.name,
+            mode=self.mode,
             # Offline there is nobody to ask for the run; its id is enough for `wandb sync`.
             resume=None if self.mode == "offline" else "allow",
             dir=self.save_dir,
