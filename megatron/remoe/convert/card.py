@@ -120,7 +120,7 @@ def model_card(source: Source, config: Config, folder: Path, license: str | None
     ]
     if is_moe:
         parts.append("## Router\n\n" + _table(_router(config, facts, sizes)))
-    parts.append("## Training\n\n" + _table(_training(config, facts)))
+    parts.append("## Training\n\n" + _table(_training(config, facts) | _adoption(facts)))
     if domains := _domains(facts):
         parts.append(_table(domains, head=("domain", "share of the training tokens")))
     if losses := _losses(facts):
@@ -304,23 +304,48 @@ def _domains(facts: Rows) -> Rows:
     }
 
 
+def _adoption(facts: Rows) -> Rows:
+    """Return what `remoe adopt` has measured while it made the model; empty for other models."""
+    found = facts.get("adoption")
+    if not found:
+        return {}
+    k, of = found["k"], "all weights" if found["all_weights"] else "routers"
+    losses = {
+        f"teacher ({k} active experts)": found["teacher"],
+        f"new routers ({k} active experts)": found["initial"],
+        "before distillation, at the target": found["pruned"],
+        f"adopted ({found['active']:.2f} active experts)": found["final"],
+    }
+    return {
+        "adopted from": f"{found['router']} with {k} active experts of each token, by "
+        f"{found['steps']} steps of distillation of {of}",
+        **{f"held-out loss, {name}": f"{loss:.4f}" for name, loss in losses.items()},
+    }
+
+
 def _budget(folder: Path) -> list[str]:
     """Return the section about the curve that `remoe budget` has measured; empty without one."""
     file = folder / BUDGET
     if not file.is_file():
         return []
-    points = read_json_object(file, "run remoe budget again").get("points")
-    if not isinstance(points, list) or not all(
-        isinstance(p, dict) and _are_numbers(p.get("active_experts"), p.get("loss")) for p in points
-    ):
+    measured = read_json_object(file, "run remoe budget again")
+    try:
+        (curve,) = measured["curves"]
+        points = sorted(curve["points"], key=lambda point: float(point["active"]))
+        rows = {
+            f"{point['active']:.2f}": f"{point['loss']:.4f} ± {point['half_width']:.4f}"
+            for point in points
+        }
+        tokens = measured["sequences"] * measured["sequence_length"]
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} has no points with active_experts and loss; run remoe budget again"
-        )
-    points = sorted(points, key=lambda point: point["active_experts"])
-    rows = {f"{point['active_experts']:.2f}": f"{point['loss']:.4f}" for point in points}
+            f"{file} is no curve of one model ({type(error).__name__}: {error}); measure this "
+            f"model alone with remoe budget, or delete the file"
+        ) from None
     said = (
         "The loss per token with the same weights at other mean numbers of active experts per "
-        f"token and layer (`remoe budget`; {BUDGET} has the points)."
+        f"token and layer, by `remoe budget` on {tokens:,} tokens; ± is half of a 95% interval "
+        f"over sequences. {BUDGET} has the points."
     )
     has_plot = (folder / "budget.png").is_file()
     plot = ["![Loss against active experts](budget.png)"] if has_plot else []
