@@ -211,7 +211,8 @@ def test_gradients_by_finite_differences():
         rows, p = permute(x, probs, permutation)
         return combine(grouped_swiglu(rows, p, gate_up, down, [4, 3, 0, 5]), permutation)
 
-    assert torch.autograd.gradcheck(function, (x, probs, gate_up, down))
+    # Fast: along random directions instead of entry by entry, of which there are thousands.
+    assert torch.autograd.gradcheck(function, (x, probs, gate_up, down), fast_mode=True)
 
 
 def test_main_gradients_are_added_to():
