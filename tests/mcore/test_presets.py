@@ -7,6 +7,7 @@ import os
 import random
 import struct
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -462,18 +463,28 @@ def test_a_report_becomes_an_artifact_of_the_same_wandb_run(pile_run, tmp_path, 
 
 
 def test_a_run_that_goes_on_continues_its_wandb_run(tmp_path, monkeypatch):
+    """Megatron starts W&B while it validates the arguments, before anything else is called."""
+    folder = str(tmp_path / "checkpoints")
+    args = Namespace(wandb_project="x", wandb_save_dir=str(tmp_path), load=folder, save=folder)
     for name in ("WANDB_RUN_ID", "WANDB_RESUME"):
         monkeypatch.setenv(name, "")  # which the test's end restores
         monkeypatch.delenv(name)
-    wandb_run.continue_last(tmp_path)
-    assert "WANDB_RUN_ID" not in os.environ
+
+    def run_id(**changes: Any) -> str | None:
+        wandb_run.continue_last(Namespace(**vars(args) | changes))
+        return os.environ.pop("WANDB_RUN_ID", None)
+
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb/latest-run").symlink_to("run-20261127_070840-a-b_c")
-    wandb_run.continue_last(tmp_path)
-    assert (os.environ["WANDB_RUN_ID"], os.environ["WANDB_RESUME"]) == ("a-b_c", "allow")
+    assert run_id() is None  # there is no checkpoint
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").write_text("4")
+    assert run_id() == "a-b_c" and os.environ["WANDB_RESUME"] == "allow"
+    assert run_id(save="elsewhere") is run_id(wandb_project="") is None
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
-    wandb_run.continue_last(tmp_path)
-    assert os.environ["WANDB_RUN_ID"] == "mine"
+    assert run_id() == "mine"
+    (tmp_path / "wandb/latest-run").unlink()
+    assert run_id() is None
 
 
 def without_wandb(cwd: Path, *argv: str) -> tuple[int, str, str]:

@@ -3,12 +3,14 @@
 Megatron starts the W&B run. Its folder `wandb/` in `wandb_save_dir` knows the id of the last one.
 """
 
+import argparse
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.remoe import checkpoint
 from megatron.remoe.analysis.runs import Run
 
 
@@ -21,12 +23,19 @@ def last_id(save_dir: Path) -> str | None:
     return found[1] if found else None
 
 
-def continue_last(save_dir: Path) -> None:
-    """Let the next `wandb.init` of this process continue the last W&B run, if there is one.
+def continue_last(args: argparse.Namespace) -> None:
+    """Let a run that goes on from its own checkpoint continue its last W&B run.
 
-    A `WANDB_RUN_ID` that the user has set stays.
+    Megatron calls `wandb.init` in this process later, which reads the environment. A
+    `WANDB_RUN_ID` that the user has set stays.
+
+    Args:
+        args: Megatron's arguments, as they are parsed.
     """
-    run_id = last_id(save_dir)
+    if not args.wandb_project or not args.wandb_save_dir:
+        return
+    goes_on = args.load and args.load == args.save and checkpoint.tracked(Path(args.load))
+    run_id = last_id(Path(args.wandb_save_dir)) if goes_on else None
     if run_id is not None and "WANDB_RUN_ID" not in os.environ:
         os.environ["WANDB_RUN_ID"] = run_id
         os.environ.setdefault("WANDB_RESUME", "allow")

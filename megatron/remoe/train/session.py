@@ -5,10 +5,8 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from megatron.remoe import checkpoint, processes
-from megatron.remoe.analysis import wandb_run
 from megatron.remoe.train import resume, saved
 from megatron.remoe.train.metrics import MetricsWriter
 from megatron.remoe.train.step import FinalizeStep
@@ -44,8 +42,6 @@ def running(args: argparse.Namespace, hook: FinalizeStep) -> Iterator[None]:
     with processes.exit_at_once(args.rank):
         with processes.mistakes_in_one_line():
             _choose_checkpoint(args)
-        if args.wandb_project and args.wandb_save_dir and _continues_itself(args):
-            wandb_run.continue_last(Path(args.wandb_save_dir))
         MetricsWriter.install(args, hook)
         with checkpoint.retention(args), resume.explained(args):
             yield
@@ -57,12 +53,3 @@ def _choose_checkpoint(args: argparse.Namespace) -> None:
     chosen = resume.prepare(args)
     if chosen is not None and chosen != seen:
         saved.check(args, saved.read(chosen))
-
-
-def _continues_itself(args: argparse.Namespace) -> bool:
-    """Return whether the run goes on from a checkpoint of its own, on any rank."""
-    return (
-        bool(args.load)
-        and args.load == args.save
-        and checkpoint.tracked(Path(args.load)) is not None
-    )
