@@ -7,7 +7,7 @@ export PYTHONWARNINGS := ignore
 # Files of an environment made by this Makefile, renewed when what it installs changes.
 STAMP := $(VENV)/.remoe-installed
 
-.PHONY: setup quickstart test test-fast test-megatron test-bridge docs check format clean
+.PHONY: setup quickstart test test-fast test-megatron test-bridge docs check format wheel clean
 
 setup: $(STAMP)
 
@@ -78,6 +78,10 @@ check: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# dist/remoe-VERSION-py3-none-any.whl, which needs no checkout: it has the examples too.
+wheel: setup
+	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

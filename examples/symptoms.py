@@ -106,7 +106,7 @@ def train(
         (task + l1_penalty(layer) if penalty else task).backward()
         optimizer.step()
         optimizer.zero_grad()
-        counts = TokenCounts(layer.counts)
+        counts = TokenCounts(layer.counts.double())
         loads.append(counts.per_expert / counts.num_tokens)
         coefficient.append(layer.l1_coeff.item())
         sparsity.append(update_l1_coeff(layer).item())

@@ -1,4 +1,12 @@
-"""ReMoE: mixture-of-experts with ReLU routing (arXiv 2412.14711), the algorithm on torch alone."""
+"""ReMoE: mixture-of-experts with ReLU routing (arXiv 2412.14711), the algorithm on torch alone.
+
+Two names are not of the algorithm: `remoe.train` and `remoe.load_run` train with Megatron and read
+a run (`megatron.remoe.api`). They are imported on first use, so that this package stays below that
+one and needs torch alone.
+"""
+
+import importlib
+from typing import Any
 
 from remoe.config import (
     ControllerConfig,
@@ -26,11 +34,19 @@ __all__ = [
     "apply_granularity",
     "l1_penalty",
     "l1_regularization",
+    "load_run",
     "load_weights",
     "next_l1_coeff",
     "relu_routing",
     "soft_routing",
     "sparsity",
     "tokens_per_expert",
+    "train",
     "update_l1_coeff",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("load_run", "train"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("megatron.remoe.api"), name)

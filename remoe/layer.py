@@ -1,4 +1,4 @@
-"""A ReMoE layer for any torch model on one device.
+"""A ReMoE layer for any torch model, each replica of which is on one device.
 
     layer = ReMoELayer(ReMoELayerConfig(hidden_size=256, ffn_hidden_size=1024))
     loss = loss_fn(layer(x)) + l1_penalty(layer)   # l1_penalty takes any model with such layers
@@ -15,10 +15,11 @@ Shapes: T tokens, H hidden, E experts, F expert width, A active (token, expert) 
 """
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F  # noqa: N812
 
 from remoe.buffers import ExactBuffers
@@ -39,13 +40,17 @@ from remoe.regularization import load_weights, penalty, router_regularization, s
 from remoe.routing import bounded_routing, relu_routing, tokens_per_expert
 from remoe.statistics import TokenCounts
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class ReMoELayer(ExactBuffers):
     """Mixture of SwiGLU experts behind a ReLU router, in place of a transformer's MLP.
 
     After a training forward, `l1_reg` holds the layer's regularizer (0-d, differentiable); use
     `l1_penalty` and `update_l1_coeff` on the whole model. Counts accumulate over the forwards
-    between two updates, so gradient accumulation needs nothing special.
+    between two updates, so gradient accumulation needs nothing special, and `update_l1_coeff` adds
+    up those of all ranks.
 
     With `config.recurrence` the router reads a state instead of the tokens (`remoe.recurrent`). All
     layers of a model share one cell. The layer that made it has it as a module, so that it is
@@ -66,7 +71,6 @@ class ReMoELayer(ExactBuffers):
 
     l1_coeff: Tensor
     load: Tensor | None
-    counts: Tensor
     projection: nn.Parameter | None
 
     def __init__(
@@ -97,9 +101,9 @@ class ReMoELayer(ExactBuffers):
         weighs = config.load_balancing == "global_batch"
         load = torch.ones(shape.num_experts, dtype=torch.float32, device=device)
         self.register_buffer("load", load if weighs else None)
-        # `TokenCounts` since the last update of the coefficient
-        counts = torch.zeros(1 + shape.num_experts, dtype=torch.float64, device=device)
-        self.register_buffer("counts", counts, persistent=False)
+        # `TokenCounts` since the last update of the coefficient. It is no buffer, because DDP would
+        # replace it with that of the first rank at every forward.
+        self.counts: Tensor | None = None
         self.l1_reg: Tensor | None = None
         self.reset_parameters()
         self._cell = (cell,)  # not a module of this layer
@@ -139,7 +143,7 @@ class ReMoELayer(ExactBuffers):
             nn.init.normal_(parameter, std=router_std if is_router else config.init_std)
         with torch.no_grad():
             self.l1_coeff.fill_(config.controller.l1_coeff_init)
-            self.counts.zero_()
+            self.counts = None
             if self.load is not None:
                 self.load.fill_(1)
 
@@ -229,7 +233,8 @@ class ReMoELayer(ExactBuffers):
         config = self.config
         sizes = f"hidden_size={config.hidden_size}, ffn_hidden_size={config.ffn_hidden_size}"
         experts = f"num_experts={config.num_experts}, topk={config.topk}"
-        return f"{sizes}, {experts}, granularity={config.granularity}"
+        router = "relu" if config.recurrence == "none" else f"relu, recurrence={config.recurrence}"
+        return f"{sizes}, {experts}, granularity={config.granularity}, router={router}"
 
     def _observe(self, sum_E: Tensor, counts: TokenCounts, num_tokens: int) -> None:
         """Take in the sums of every expert's gates, and the counts, of a micro-batch."""
@@ -242,7 +247,7 @@ class ReMoELayer(ExactBuffers):
             load_balancing=self.config.load_balancing,
             last_load_E=self.load,
         )
-        self.counts.add_(counts.flat)  # `+=` would register the buffer anew
+        self.counts = counts.flat if self.counts is None else self.counts + counts.flat
 
 
 def _without_autocast(x: Tensor) -> torch.autocast:
@@ -390,25 +395,63 @@ def l1_penalty(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def update_l1_coeff(model: nn.Module) -> Tensor:
+def update_l1_coeff(
+    model: nn.Module, *, group: "ProcessGroup | Literal['rank'] | None" = None
+) -> Tensor:
     """Move all layers' coefficients by their mean sparsity (Eq. 7, 8), once per optimizer step.
 
     The mean is taken over the layers that have seen tokens since the last update. If none has, the
     coefficients stay as they are. A layer with `l1_coeff_per_layer` takes its own sparsity, and one
     whose `load_balancing` is "global_batch" the load of these tokens.
 
+    Where `torch.distributed` is initialized, the counts of all ranks are added up first, so that a
+    rank with more tokens weighs more and all ranks move alike. Every rank of the group must then
+    call this, also one that has seen no tokens.
+
+    Args:
+        model: a model with ReMoE layers, also one that DDP or FSDP2 has wrapped.
+        group: the ranks that train the same layers on different tokens. None is all ranks; with
+            pipeline parallelism it must be the data-parallel group. "rank" is this rank alone, for
+            a model that no other rank trains.
+
     Returns:
         The sparsity of every layer since the last update, `[L]`; NaN for a layer without tokens.
+
+    Raises:
+        ValueError: the model has no ReMoE layer, or this rank is not in the group.
     """
     layers = remoe_layers(model)
-    sparsity_L = TokenCounts(torch.stack([layer.counts for layer in layers])).sparsity
+    counts = TokenCounts(_summed(torch.stack([_counts_of(layer) for layer in layers]), group))
+    sparsity_L = counts.sparsity
     mean = sparsity_L.nanmean()
-    for layer, own in zip(layers, sparsity_L, strict=True):
+    for index, layer in enumerate(layers):
+        own = sparsity_L[index]
         decides = own if layer.config.l1_coeff_per_layer else mean
         move_l1_coeff([layer.l1_coeff], decides, layer.config.controller)
         if layer.load is not None:
-            counts, topk = TokenCounts(layer.counts), layer.config.experts.topk
-            load_E = load_weights(counts.per_expert, num_tokens=counts.num_tokens, topk=topk)
+            topk, seen = layer.config.experts.topk, counts.num_tokens[index]
+            load_E = load_weights(counts.per_expert[index], num_tokens=seen, topk=topk)
             layer.load.copy_(torch.where(own.isnan(), layer.load, load_E))
-        layer.counts.zero_()
+        layer.counts = None
     return sparsity_L
+
+
+def _counts_of(layer: ReMoELayer) -> Tensor:
+    """Return the layer's `TokenCounts` since the last update, fp64 `[1 + E]`."""
+    if layer.counts is None:
+        size = 1 + layer.config.experts.num_experts
+        return torch.zeros(size, dtype=torch.float64, device=layer.l1_coeff.device)
+    return layer.counts.double()
+
+
+def _summed(counts: Tensor, group: "ProcessGroup | Literal['rank'] | None") -> Tensor:
+    """Return the sum of the counts over the ranks of a group; see `update_l1_coeff`."""
+    if group == "rank" or not (dist.is_available() and dist.is_initialized()):
+        return counts
+    if dist.get_rank(group) < 0:
+        raise ValueError(
+            f"rank {dist.get_rank()} is not in the group of update_l1_coeff, whose ranks would "
+            f"move without it; give a group that this rank is in"
+        )
+    dist.all_reduce(counts, group=group)
+    return counts

@@ -165,6 +165,11 @@ class RecurrentCell(nn.Module):
             x_TH, state_Tp, cell=self.cell, weights=self.weights, projection_pH=projection_pH
         )
 
+    def extra_repr(self) -> str:
+        """Return the sizes that a printed model shows."""
+        shared = "" if self.projection is None else f", hidden_size={self.projection.shape[1]}"
+        return f"cell={self.cell}, size={self.size}{shared}"
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RecurrentCell":
         """Move the parameters to another device, but never cast them."""
         exact = {name: p.detach() for name, p in self.named_parameters(recurse=False)}

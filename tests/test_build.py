@@ -36,12 +36,13 @@ def built(tmp_path_factory) -> Path:
         pytest.skip("git, which knows the files of the project, does not know this folder")
     folder = tmp_path_factory.mktemp("build")
     copy = folder / "checkout"
-    for name in run("git", "ls-files", "-z", cwd=ROOT).split("\0"):
-        if (ROOT / name).is_file():
+    for name in run("git", "ls-files", "-z", cwd=ROOT).split("\0")[:-1]:
+        if os.path.lexists(ROOT / name):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, copy / name)
+            shutil.copy(ROOT / name, copy / name, follow_symlinks=False)
     # What a checkout has after it was used must not be published.
-    for name in ("data/corpus.jsonl", "runs/quickstart/metrics.jsonl", "tests/__pycache__/x.pyc"):
+    for name in ("data/corpus.jsonl", "runs/quickstart/metrics.jsonl", "tests/__pycache__/x.pyc",
+                 "examples/own_script/__pycache__/x.pyc"):  # fmt: skip
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_text("")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", cwd=copy)
@@ -53,7 +54,7 @@ def test_the_sdist_has_what_it_needs_and_no_more(built):
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "pyproject.toml", "remoe/routing.py"} <= names
-    assert {"megatron/remoe/cli/app.py", "megatron/remoe/data/encode.py"} <= names
+    assert {"megatron/remoe/cli/app.py", "megatron/remoe/examples/quickstart.yaml"} <= names
     assert "megatron/__init__.py" not in names
     unwanted = ("data/", "runs/", ".venv", "shared")
     assert [n for n in names if n.startswith(unwanted) or "__pycache__" in n] == []
@@ -67,10 +68,10 @@ def test_the_wheel_adds_to_the_namespace_and_does_not_own_it(built):
     modules |= {str(p.relative_to(ROOT)) for p in ROOT.glob("remoe/**/*.py")}
     modules.add("megatron/remoe/run/pretrain.sbatch")
     modules |= {f"megatron/remoe/analysis/report/page.{kind}" for kind in ("css", "html", "js")}
-    presets = ROOT / "megatron/remoe/verify/gpu/presets"
-    modules |= {str(p.relative_to(ROOT)) for p in presets.rglob("*.yaml")}
     tracked = set(run("git", "ls-files", cwd=ROOT).splitlines())
-    assert {name for name in names if ".dist-info/" not in name} == modules & tracked
+    examples = {f"megatron/remoe/{name}" for name in tracked if name.startswith("examples/")}
+    assert "megatron/remoe/examples/bases/llama.yaml" in examples
+    assert {name for name in names if ".dist-info/" not in name} == (modules & tracked) | examples
     assert "megatron/__init__.py" not in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
@@ -125,11 +126,12 @@ def test_the_command_is_installed(installed, tmp_path):
     assert run(installed / "bin/remoe", "--version", cwd=tmp_path).startswith(f"remoe {version}\n")
 
 
-def test_a_job_is_submitted_with_the_batch_script_of_the_wheel(installed, tmp_path):
-    config = ROOT / "examples/llama_182m/remoe.yaml"
-    line = ["launch", config, "--nodes", "2", "--slurm", "--dry-run"]
+def test_a_job_is_submitted_with_an_example_and_the_batch_script_of_the_wheel(installed, tmp_path):
+    name = "examples/llama_182m/remoe.yaml"  # with two bases, and not in this folder
+    line = ["launch", name, "--nodes", "2", "--slurm", "--dry-run"]
     words = shlex.split(run(installed / "bin/remoe", *line, cwd=tmp_path))
     (site,) = installed.glob("lib/python*/site-packages")
+    config = site / "megatron/remoe" / name
     script = site / "megatron/remoe/run/pretrain.sbatch"
     assert words[0] == "sbatch" and words[-2:] == [str(script), str(config)]
     assert f"--export=ALL,REMOE_PYTHON={installed / 'bin/python'}" in words

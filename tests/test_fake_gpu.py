@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from remoe import ReMoELayer, ReMoELayerConfig
-from remoe.kernels import Permutation, experts, routed
+from remoe.kernels import Permutation, experts, routed, swiglu
 
 aten = torch.ops.aten
 TOKENS, EXPERTS = 32, 8
@@ -64,7 +64,7 @@ class HostCopies(TorchDispatchMode):
 
 def on_fake_gpu(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(experts, "_fused", lambda function, z: function)  # not compiled here
+    monkeypatch.setattr(swiglu, "_fused", lambda function, z: function)  # not compiled here
 
 
 def waits_of_forward(planned, dtype=torch.bfloat16, **changes):

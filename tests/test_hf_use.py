@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,10 +67,15 @@ def padded(left: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ({"head_dim": 7}, "head_dim is 7"),
         ({"max_active_experts": 0}, "max_active_experts is 0"),
         ({"at_least_one_expert": "no"}, "at_least_one_expert is 'no'"),
+        ({"max_active_experts": [2, 1, 1]}, "max_active_experts has 3 values for 2 layers"),
         (
-            {"router_type": "relu_rms", "max_active_experts": 2},
-            "max_active_experts is 2, which is a bound on the gates of ReLU routing, and router_",
+            {"router_type": "topk_sigmoid", "max_active_experts": 2},
+            r"max_active_experts is 2, .* of a ReLU \(relu, relu_rms, relu_l2\), and router_type",
         ),
+        ({"router_type": "hash", "gate_offset": 0.1}, "gate_offset is 0.1, .* router_type is hash"),
+        ({"gate_threshold": -0.1}, "gate_threshold is -0.1; it must be a number that is not neg"),
+        ({"gate_threshold": [0.1, "x"]}, "gate_threshold is .*; it must be a number that is"),
+        ({"gate_offset": float("inf")}, "gate_offset is inf; it must be a number, or a list"),
         ({"router_type": "top_p", "at_least_one_expert": True}, "at_least_one_expert is True, wh"),
         ({"mlp_only_layers": [3]}, r"mlp_only_layers is \[3\]; .* from 0 to 2"),
         ({"mlp_only_layers": "1"}, "mlp_only_layers is '1'"),
@@ -82,7 +88,7 @@ def padded(left: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ({"l1_coeff": [0.1, float("nan")]}, r"l1_coeff is \[0.1, nan\]"),
         ({"l1_coeff": 0.1}, "l1_coeff is 0.1; it must be a list"),
         ({"pad_token_id": -1}, "pad_token_id is -1 of a vocabulary of 64"),
-        ({"format_version": 2}, "format_version is 2; this code reads only 1: update it"),
+        ({"format_version": 3}, "format_version is 3; this code reads only 1 and 2: update it"),
         ({"router_bias": True}, "router_bias is True, which this code does not have any more"),
         ({"l1_coeff_rule": "pi"}, "l1_coeff_rule is 'pi', which this code does not have any more"),
         ({"l1_coef": COEFFS}, "'l1_coef' is not known; did you mean 'l1_coeff'"),
@@ -439,7 +445,7 @@ def test_layers_on_several_devices_train():
             with_kwargs=True,
         )
 
-    def dense(self, x_TH, probs_TE, active_TE):  # pretended tensors cannot be selected by value
+    def dense(self, x_TH, active_TE, probs_TE):  # pretended tensors cannot be selected by value
         return x_TH * probs_TE.sum(1, keepdim=True) * self.down_proj.sum()
 
     with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
@@ -519,7 +525,8 @@ def test_saved_in_shards_and_loaded_in_parts(tmp_path, tied):
 def test_a_folder_saved_by_transformers_has_its_code(tmp_path):
     build().save_pretrained(tmp_path)
     ReMoEForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
-    assert {"configuration_remoe.py", "modeling_remoe.py"} <= set(os.listdir(tmp_path / "again"))
+    sources = {file.name for file in Path(modeling_remoe.__file__).parent.glob("*_remoe.py")}
+    assert len(sources) == 4 and sources <= set(os.listdir(tmp_path / "again"))
     names = ReMoEConfig.from_pretrained(tmp_path / "again").auto_map
     assert names["AutoModelForCausalLM"] == "modeling_remoe.ReMoEForCausalLM"
     assert names["AutoConfig"] == "configuration_remoe.ReMoEConfig"

@@ -24,7 +24,7 @@ FLOORS = (
     ("convert",),
     ("bench", "bridge", "evaluate", "verify"),
     ("cli",),
-    ("__main__", "agent"),
+    ("__main__", "agent", "api"),
 )
 
 

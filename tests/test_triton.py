@@ -101,15 +101,16 @@ def test_kernels_equal_torch_over_many_shapes():
 @needs_triton
 @pytest.mark.processes
 def test_a_wrong_kernel_fails():
-    """A combine that leaves out the last row of every token."""
+    """A combine that leaves out the last row of every token, and a wrong derivative of silu."""
     broken = ROOT / "remoe/kernels/jit.py"
     text = broken.read_text()
-    assert "range(start, end)" in text
+    assert "range(start, end)" in text and "silu * (1 - sigmoid)" in text
     result = python(
         "-c",
         "import sys, types, pathlib, linecache\n"
         f"path = pathlib.Path({str(broken)!r})\n"
         "text = path.read_text().replace('range(start, end)', 'range(start, end - 1)')\n"
+        "text = text.replace('silu * (1 - sigmoid)', 'silu * sigmoid')\n"
         "import tempfile, importlib.util as u\n"
         "file = pathlib.Path(tempfile.mkdtemp()) / 'jit.py'\n"
         "file.write_text(text)\n"
@@ -124,7 +125,8 @@ def test_a_wrong_kernel_fails():
         "rows = kernels.compare(kernels.Case(9, 3), device)\n"
         "print(sorted(row.quantity for row in rows if not row.ok))\n",
     )
-    assert result.stdout.strip() == "['combined', 'grad gates', 'grad tokens']", result.stderr
+    wrong = ["combined", "grad gate and up", "grad gates", "grad tokens"]
+    assert result.stdout.strip() == str(wrong), result.stderr
 
 
 def test_a_deviation_or_a_spill_fails():
@@ -166,5 +168,5 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_there(tmp_path):
     assert all(line.startswith("True") for line in lines), lines
     assert {line.split()[2] for line in lines} == {
         *("route", "route_sums", "route_backward", "count_pairs", "place_pairs"),
-        *("gather", "sum_by_token"),
+        *("gather", "sum_by_token", "weighted_swiglu", "weighted_swiglu_backward"),
     }

@@ -65,6 +65,9 @@ def test_one_command_writes_table_and_plot(tmp_path):
     curves = json.loads((tmp_path / "accuracies.json").read_text())
     assert all(runs[0][-1] > 30 for runs in curves.values()), curves
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
-    command[-3] = "0"  # the number of seeds
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 2 and done.stderr == "error: seeds is 0; choose at least 1\n"
+
+
+def test_no_seed_is_refused(digits, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--seeds", "0"])
+    assert digits.main() == 2
+    assert capsys.readouterr().err == "error: seeds is 0; choose at least 1\n"

@@ -11,13 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron.remoe.bench import choices
+from megatron.remoe.bench.layer import Shape
 from megatron.remoe.verify.kernels import Case, compare, quantities
 from remoe.config import ReMoELayerConfig
-from remoe.kernels import Permutation, ReLURouted, combine, permute, relu_router
+from remoe.kernels import Permutation, ReLURouted, combine, experts, permute, relu_router
 from remoe.kernels.backend import VARIABLE
 from remoe.kernels.fused import MAX_EXPERTS
 from remoe.kernels.router import relu_router_in_torch
 from remoe.layer import ReMoELayer, l1_penalty
+from tests import test_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: too large to interpret")
@@ -33,7 +36,7 @@ def cases(draw):
     return Case(
         tokens=draw(st.integers(0, most)),
         experts=experts,
-        hidden=draw(st.sampled_from([1, 5, 16, 257])),
+        hidden=draw(st.sampled_from([1, 5, 16, 257, 1040])),
         shift=shift,
         padding=draw(st.booleans()),
         dtype=draw(st.sampled_from(["fp32", "bf16", "fp64"])),
@@ -141,15 +144,51 @@ def test_slices_of_a_map_and_of_gates_are_permuted_as_copies_of_them(monkeypatch
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("load_balancing", ["aux_loss", "none"])
-def test_a_layer_is_the_same_with_either_choice(load_balancing):
+@pytest.fixture
+def swiglu_in_triton(monkeypatch):
+    """Without the one in torch, so that nothing can run it unseen."""
+    monkeypatch.setenv(VARIABLE, "triton")
+    for name in ("activate", "activate_backward"):
+        monkeypatch.setattr(experts, name, None)
+
+
+@pytest.mark.parametrize("all_experts", [False, True])  # one by one as on a CPU, or as on a GPU
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("routing", ["mixed", "none active"])
+def test_experts_equal_the_loops(routing, dtype, all_experts, swiglu_in_triton, monkeypatch):
+    monkeypatch.setattr(experts, "takes_all_experts", lambda _: all_experts)
+    if all_experts and dtype == torch.bfloat16:
+        monkeypatch.setattr(experts, "uses_grouped_mm", lambda *_: True)
+    test_kernels.test_output_and_every_gradient_equal_the_reference(routing, dtype, DEVICE)
+
+
+def test_main_gradients_are_added_to(swiglu_in_triton):
+    test_kernels.test_main_gradients_are_added_to()
+
+
+def test_what_is_timed_runs():
+    names = [
+        alternative.name
+        for alternative in choices.alternatives(Shape(8, 8, 8, 2, 1, device=DEVICE))
+    ]
+    assert names == [
+        *("ReMoE, E=2, all in torch", "ReMoE, E=2, all in triton"),
+        *("SwiGLU and weighting, torch", "SwiGLU and weighting, triton"),
+    ]
+    for alternative in choices.alternatives(Shape(8, 8, 8, 2, 1, device=DEVICE)):
+        alternative.run()
+
+
+@pytest.mark.parametrize(("load_balancing", "most"), [("aux_loss", 10**6), ("none", 20)])
+def test_a_layer_is_the_same_with_either_choice(load_balancing, most):
+    """At once, and in chunks, which compute the activation again."""
     config = ReMoELayerConfig(
         hidden_size=16,
         ffn_hidden_size=8,
         num_experts=6,
         topk=1,
         load_balancing=load_balancing,
-        max_assignments=10**6,
+        max_assignments=most,
     )
 
     def run():

@@ -1,6 +1,6 @@
 """`python -m megatron.remoe` is the `remoe` command."""
 
-from megatron.remoe.cli.app import main
+from megatron.remoe.cli import main
 
 if __name__ == "__main__":
     main()

@@ -107,7 +107,7 @@ def _tracker_text(folder: Path) -> str:
 
 
 def folder_of(run: Path) -> Path:
-    """Return the folder of a run's checkpoints, also when the run was moved with them.
+    """Return the folder of a run's checkpoints, also when the run was moved or copied with them.
 
     Raises:
         ValueError: `run` is neither a run directory nor a folder of checkpoints.
@@ -119,10 +119,15 @@ def folder_of(run: Path) -> Path:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{config} cannot be read ({reason}); mend or remove it") from error
-        saved = flags.get("save") if isinstance(flags, dict) else None
-        if isinstance(saved, str) and Path(saved).is_dir():
-            return Path(saved)
-        return run / "checkpoints"
+        saved, before = (
+            flags.get(key) if isinstance(flags, dict) else None for key in ("save", "run_dir")
+        )
+        if not isinstance(saved, str):
+            return run / "checkpoints"
+        if isinstance(before, str) and Path(saved).is_relative_to(before):
+            # The path may be that of another run here, if this one was copied.
+            return run / Path(saved).relative_to(before)
+        return Path(saved) if Path(saved).is_dir() else run / "checkpoints"
     if find(run) or (run / TRACKER).is_file():
         return run
     raise ValueError(

@@ -9,7 +9,7 @@ experts, p state of a recurrent router (arXiv 2408.06793).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,9 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
+from .budget_remoe import Budget, limited_gates, set_budget
 from .configuration_remoe import L1_ROUTERS, ReMoEConfig, refuse_misspelled
+from .experts_remoe import ReMoEExperts
 
 logger = logging.get_logger(__name__)
 
@@ -157,6 +159,16 @@ def relu_l2_penalized(logits_TE: Tensor, *, eps: float = 1e-8) -> Tensor:
     logits_TE = at_least_fp32(logits_TE)
     norm_T1 = torch.linalg.vector_norm(logits_TE, dim=1, keepdim=True)
     return torch.relu(logits_TE / (norm_T1 + eps))
+
+
+def relu_l2_offset(
+    logits_TE: Tensor, scale: Tensor, offset: float, *, eps: float = 1e-8
+) -> tuple[Tensor, Tensor]:
+    """Return the gates of `relu_l2_routing` whose ReLU is of the unit logits minus the offset."""
+    logits_TE = at_least_fp32(logits_TE)
+    norm_T1 = torch.linalg.vector_norm(logits_TE, dim=1, keepdim=True)
+    probs_TE, routing_map = relu_routing(logits_TE / (norm_T1 + eps) - offset)
+    return probs_TE * scale.to(probs_TE.dtype), routing_map
 
 
 def relu_l2_initial_scale(num_experts: int, topk: int, *, num_samples: int = 20_000) -> float:
@@ -306,9 +318,13 @@ class ReMoERouter(nn.Module):
         if config.top_p_odds is not None and kind == "top_p":
             self.odds = config.top_p_odds[config.moe_layers.index(layer_idx)]
         self.num_experts, self.topk_of_all = experts, config.topk_of_all
-        self.max_active, self.at_least_one = config.max_active_experts, config.at_least_one_expert
+        self.config, self.moe_index = config, config.moe_layers.index(layer_idx)
         self.router_type, self.topk = kind, config.num_experts_per_tok
         self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
+
+    def extra_repr(self) -> str:
+        """Return what a printed model shows."""
+        return f"{self.router_type}, num_experts={self.num_experts}, topk={self.topk}"
 
     def forward(
         self, x_TH: Tensor, state_Tp: Tensor | None = None, cell: ReMoECell | None = None
@@ -321,16 +337,36 @@ class ReMoERouter(nn.Module):
         # A cast is not enough under autocast, which would cast it back.
         with torch.autocast(x_TH.device.type, enabled=False):
             logits_TE, state_Tp = self.score(x_TH, state_Tp, cell)
-            probs_TE, active_TE = self.select(logits_TE)
-            penalized_TE = self.penalized(logits_TE, probs_TE)
-            if self.max_active is not None or self.at_least_one:
-                probs_TE, active_TE = bounded_routing(
-                    logits_TE, probs_TE, max_active=self.max_active, at_least_one=self.at_least_one
-                )
-            return probs_TE, active_TE, penalized_TE, state_Tp
+            probs_TE, active_TE = self.route(logits_TE)
+            return probs_TE, active_TE, self.penalized(logits_TE), state_Tp
+
+    def route(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return gates and the map of active experts within the budget, both `[T, E]`."""
+        if self.router_type not in L1_ROUTERS:
+            return self.select(logits_TE)
+        threshold, most = self._of_layer("gate_threshold"), self._of_layer("max_active_experts")
+        at_least_one = self.config.at_least_one_expert
+        probs_TE, active_TE = self.select(logits_TE)
+        if threshold is not None or most is not None:
+            probs_TE, active_TE = limited_gates(
+                probs_TE, active_TE, threshold=threshold, most=most, keep_one=at_least_one
+            )
+        if at_least_one:
+            return bounded_routing(logits_TE, probs_TE, at_least_one=True)
+        return probs_TE, active_TE
+
+    def _of_layer(self, name: str) -> Any:
+        """Return a field of the budget, which the config has for all layers or for each."""
+        value = getattr(self.config, name)
+        return value[self.moe_index] if isinstance(value, list | tuple) else value
 
     def select(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Return gates and the map of active experts, both `[T, E]`."""
+        """Return gates and the map of active experts without bounds, both `[T, E]`."""
+        if self.router_type in L1_ROUTERS and (offset := self._of_layer("gate_offset")):
+            if self.router_type == "relu_l2":
+                assert self.gate_scale is not None
+                return relu_l2_offset(logits_TE, self.gate_scale, offset)
+            logits_TE = logits_TE - offset
         match self.router_type:
             case "relu":
                 return relu_routing(logits_TE)
@@ -356,12 +392,13 @@ class ReMoERouter(nn.Module):
             case _:
                 return topk_post_softmax(logits_TE, self.topk)
 
-    def penalized(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor | None:
-        """Return what the L1 penalty acts on, `[T, E]`, or None for a router without it."""
+    def penalized(self, logits_TE: Tensor) -> Tensor | None:
+        """Return what the L1 penalty acts on, `[T, E]`, or None for a router without it.
+
+        It knows nothing of the budget, which would mislead the coefficients.
+        """
         match self.router_type:
-            case "relu":
-                return probs_TE
-            case "relu_rms":
+            case "relu" | "relu_rms":
                 return torch.relu(at_least_fp32(logits_TE))
             case "relu_l2":
                 return relu_l2_penalized(logits_TE)
@@ -400,38 +437,6 @@ class ReMoEHashRouter(nn.Module):
         )
 
 
-class ReMoEExperts(nn.Module):
-    """Stacked SwiGLU experts: `gate_up_proj` is `[E, 2F, H]` (gate first), `down_proj` `[E, H, F]`.
-
-    Only active (token, expert) pairs are computed, and experts without tokens cost nothing.
-    """
-
-    def __init__(self, config: ReMoEConfig) -> None:
-        super().__init__()
-        experts, hidden, width = (
-            config.num_experts, config.hidden_size, config.moe_intermediate_size
-        )  # fmt: skip
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
-        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
-
-    def forward(self, x_TH: Tensor, probs_TE: Tensor, active_TE: Tensor) -> Tensor:
-        """Return the weighted sum of the active experts' outputs, `[T, H]`."""
-        y_TH = torch.zeros_like(x_TH)
-        # The weights are unbound once, so that backward stacks the gradients of all experts once.
-        gate_up, down = self.gate_up_proj.unbind(0), self.down_proj.unbind(0)
-        counts = active_TE.sum(dim=0).tolist()
-        tokens = active_TE.T.nonzero()[:, 1].split(counts)
-        # The first expert of a layer without any active pair still computes zero rows, so that
-        # every parameter gets a gradient (of zeros), as data parallelism and weight decay expect.
-        for expert in [e for e, count in enumerate(counts) if count] or [0]:
-            token_a = tokens[expert]
-            gate, up = F.linear(x_TH[token_a], gate_up[expert]).chunk(2, dim=-1)
-            out = F.linear(F.silu(gate) * up, down[expert])
-            out = out * probs_TE[token_a, expert, None].to(out.dtype)
-            y_TH = y_TH.index_add(0, token_a, out.to(y_TH.dtype))
-        return y_TH
-
-
 class ReMoEBlock(nn.Module):
     """Router and experts, in place of the MLP of a LLaMA layer."""
 
@@ -461,7 +466,7 @@ class ReMoEBlock(nn.Module):
             probs_TE, active_TE = self.router(token_ids.flatten())
         else:
             probs_TE, active_TE, penalized_TE, state_Tp = self.router(x_TH, state_Tp, cell=cell)
-        y_TH = self.experts(x_TH, probs_TE.to(x_TH.dtype), active_TE)
+        y_TH = self.experts(x_TH, active_TE, probs_TE.to(x_TH.dtype))
         shape = (*hidden_states.shape[:2], -1)
         penalized = None if penalized_TE is None else penalized_TE.view(shape)
         routed = probs_TE.view(shape), active_TE.view(shape), penalized
@@ -630,6 +635,7 @@ class ReMoEModel(ReMoEPreTrainedModel):
         config = self.config
         if kwargs and not torch.compiler.is_compiling():
             refuse_misspelled(kwargs, FORWARD_ARGUMENTS, "argument")
+        config.check_budget()
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if config.router_type == "hash" and input_ids is None:
@@ -769,6 +775,42 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
                 "itself on the text that was generated"
             )
         return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def set_budget(
+        self,
+        active_experts: float | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        by: Literal["threshold", "offset"] = "threshold",
+        per_layer: bool = False,
+    ) -> Budget | None:
+        """Let fewer experts be active, or more, by calibration on text; None clears the budget.
+
+        The value is found by bisection, on which layers all act together, since each changes what
+        later ones see. It is written to the config, with which it is saved. A limit of
+        `max_active_experts` stays as it is. In a process group every rank must call this.
+
+        Args:
+            active_experts: the mean number of active experts per token, over layers with experts
+                and tokens that are no padding, which is met within 1%.
+            input_ids: `[B, S]`, text like that which the model will read, at least 512 tokens.
+            attention_mask: `[B, S]`, zero for padding.
+            by: "threshold" switches off gates below a value, and the others keep theirs; "offset"
+                takes a constant from every logit, which can be negative and add experts.
+            per_layer: give each layer a value of its own, with which it keeps the same share of its
+                experts; by default all layers have one value.
+
+        Returns:
+            What was set and reached; None if the budget was cleared.
+
+        Raises:
+            ValueError: the number cannot be met, there is too little text, or the model is dense or
+                has a router without gates of a ReLU. The budget is then as before.
+        """
+        return set_budget(
+            self, active_experts, input_ids, attention_mask, by=by, per_layer=per_layer
+        )
 
     @torch.no_grad()
     def update_l1_coeff(self) -> float | None:

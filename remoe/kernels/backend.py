@@ -8,8 +8,8 @@ bring it.
 
 import importlib.util
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -19,9 +19,10 @@ VARIABLE = "REMOE_KERNELS"
 CHOICES = ("auto", "torch", "triton")
 INTERPRETER = "TRITON_INTERPRET"  # Triton's own variable: kernels run in numpy, on CPU tensors
 
-Operation = Literal["router", "permutation", "gather", "sum by token"]
-# What `auto` runs in Triton. On an H200 the others were slower than torch at some of the sizes that
-# were measured (docs/performance.md), because starting a kernel takes Triton longer than torch.
+Operation = Literal["router", "permutation", "gather", "sum by token", "SwiGLU"]
+# What `auto` runs in Triton. On an H200 router and gather were slower than torch at some of the
+# sizes that were measured (docs/performance.md), because starting a kernel takes Triton longer than
+# torch. The SwiGLU has not been timed on a GPU.
 FASTER: frozenset[Operation] = frozenset({"permutation", "sum by token"})
 
 
@@ -50,6 +51,24 @@ def uses_triton(tensor: Tensor, operation: Operation) -> bool:
             f"{INTERPRETER}=1, or unset {VARIABLE}"
         )
     return True
+
+
+@contextmanager
+def forced(choice: str) -> Iterator[None]:
+    """Run the operations as a value of REMOE_KERNELS says, for a while."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = choice
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
+
+
+def can_run_triton(device: str) -> bool:
+    """Return whether kernels in Triton can run on a kind of device, `cuda` or `cpu`."""
+    return has_triton() and (device == "cuda" or is_interpreted())
 
 
 def has_triton() -> bool:

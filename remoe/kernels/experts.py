@@ -7,10 +7,9 @@ each of them, which is quadratic in E; here every expert's gradient is written o
 Shapes: A pairs sorted by expert, H hidden, E experts, F expert width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -19,7 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
-_aten = torch.ops.aten
+from remoe.kernels.backend import uses_triton
+from remoe.kernels.loading import triton_kernels
+from remoe.kernels.swiglu import activate, activate_backward
+
 _FEW_TOKENS = 128
 GATE_UP, DOWN = 0, 1
 # How a block is multiplied: all experts in one launch, given where their rows end, on the device;
@@ -127,15 +129,20 @@ def swiglu_forward(
     blocks: Sequence[Block],
     only_for_backward: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the weighted rows `[A, H]`, and every block's product with `gate_up` for backward."""
+    """Return the weighted rows `[A, H]`, and every block's product with `gate_up` for backward.
+
+    In Triton the activation has the routing weight, and no rows are weighted.
+    """
+    in_triton = uses_triton(x_AH, "SwiGLU")
     y_AH, products = torch.empty_like(x_AH), []
     for block in blocks:
         z = multiply(block.rows_of(x_AH), block.weight_of(gate_up).mT, block.segments)
         products.append(z)
         if not only_for_backward:
-            h = _fused(_activate, z)(z)
+            prob = block.rows_of(prob_A)
+            h = triton_kernels().weighted_swiglu(z, prob) if in_triton else activate(z)
             y = multiply(h, block.weight_of(down).mT, block.segments)
-            torch.mul(y, block.rows_of(prob_A).unsqueeze(1), out=block.rows_of(y_AH))
+            y_AH = _put(y, block, y_AH, weights=None if in_triton else prob.unsqueeze(1))
     return y_AH, products
 
 
@@ -153,21 +160,42 @@ def swiglu_backward(
 
     Those of the experts' weights are added to `weight_grads`.
     """
+    in_triton = uses_triton(x_AH, "SwiGLU")
     grad_x_AH, grad_prob = torch.empty_like(x_AH), []
     for block, z in zip(blocks, products, strict=True):
-        segments = block.segments
-        # The routing weight scales rows of width H, which are cheaper than those of width F.
-        prob, grad_y = block.rows_of(prob_A).unsqueeze(1), block.rows_of(grad_y_AH)
+        segments, prob = block.segments, block.rows_of(prob_A)
+        x, grad_y = block.rows_of(x_AH), block.rows_of(grad_y_AH)
         grad_h = multiply(grad_y, block.weight_of(down), segments)
-        h, grad_z, grad_rows = _fused(_activate_backward, z)(z, grad_h)
+        if in_triton:
+            weights = None
+            h, grad_z, grad_rows = triton_kernels().weighted_swiglu_backward(z, prob, grad_h)
+        else:
+            # The routing weight scales rows of width H, which are cheaper than those of width F.
+            weights = prob.unsqueeze(1)
+            h, grad_z, grad_rows = activate_backward(z, grad_h)
         grad_prob.append(grad_rows)
-        weight_grads.add(DOWN, block.expert, (grad_y * prob).mT, h, segments)
-        weight_grads.add(GATE_UP, block.expert, grad_z.mT, block.rows_of(x_AH) * prob, segments)
+        weight_grads.add(DOWN, block.expert, _weighted(grad_y, weights).mT, h, segments)
+        weight_grads.add(GATE_UP, block.expert, grad_z.mT, _weighted(x, weights), segments)
         grad_x = multiply(grad_z, block.weight_of(gate_up), segments)
-        torch.mul(grad_x, prob, out=block.rows_of(grad_x_AH))
+        grad_x_AH = _put(grad_x, block, grad_x_AH, weights)
     if len(grad_prob) == 1:
         return grad_x_AH, grad_prob[0]
     return grad_x_AH, torch.cat(grad_prob) if grad_prob else torch.empty_like(prob_A)
+
+
+def _weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
+    return rows if weights is None else rows * weights
+
+
+def _put(rows: Tensor, block: Block, all_rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Return all rows, with those of a block, which are weighted unless they are already."""
+    if weights is not None:
+        torch.mul(rows, weights, out=block.rows_of(all_rows))
+    elif block.rows is None:
+        return rows.contiguous()
+    else:
+        block.rows_of(all_rows).copy_(rows)
+    return all_rows
 
 
 class WeightGrads:
@@ -306,44 +334,3 @@ def multiply(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
         if len(rows):
             torch.mm(rows, factor, out=part)
     return product
-
-
-def _fused(function: Callable[..., Any], z: Tensor) -> Callable[..., Any]:
-    """Compile the function into one kernel on a GPU, where torch needs no other tools for it."""
-    return _compiled(function) if z.device.type == "cuda" else function
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
-
-
-def _activate(z: Tensor) -> Tensor:
-    """Return `silu(gate) * up`, given `z = [gate, up]`."""
-    gate, up = z.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
-
-
-def _activate_backward(z: Tensor, grad_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `h = silu(gate) * up`, the gradient of z, and the gradient of each row's weight."""
-    gate, up = z.chunk(2, dim=-1)
-    scratch = F.silu(gate)
-    h = scratch * up
-    grad_z = torch.empty_like(z)  # with the strides of z, which `cat` would not keep
-    grad_gate, grad_up = grad_z.chunk(2, dim=-1)
-    _write(grad_up, "out", _aten.mul, grad_h, scratch)
-    _write(scratch, "out", _aten.mul, grad_h, up)
-    _write(grad_gate, "grad_input", _aten.silu_backward, scratch, gate)
-    _write(scratch, "out", _aten.mul, h, grad_h)
-    return h, grad_z, scratch.sum(dim=-1)
-
-
-def _write(out: Tensor, name: str, operator: Callable[..., Any], *arguments: Tensor) -> None:
-    """Write what an operator returns, where its argument of this name takes the output.
-
-    Without the copy that a compiler removes; torch's breaks a graph at such outputs with strides.
-    """
-    if torch.compiler.is_compiling():
-        out.copy_(operator(*arguments))
-    else:
-        operator(*arguments, **{name: out})

@@ -1,10 +1,10 @@
 """The operations in Triton: what they take and return, and how they are launched.
 
-`remoe.kernels.permutation` and `remoe.kernels.router` have the same operations in torch, which say
-what is computed. Sizes of tiles depend on shapes alone, never on the device, so that the order of
-sums does not either.
+`remoe.kernels.permutation`, `router` and `swiglu` have the same operations in torch, which say what
+is computed. Sizes of tiles depend on shapes alone, never on the device, so that the order of sums
+does not either.
 
-Shapes: T tokens, H hidden, E experts, A active (token, expert) pairs.
+Shapes: T tokens, H hidden, E experts, F expert width, A active (token, expert) pairs.
 """
 
 from typing import Any
@@ -246,6 +246,63 @@ def _sum_by_token(
     return sums_TH
 
 
+def weighted_swiglu(z_AG: Tensor, prob_A: Tensor) -> Tensor:
+    """Return `prob * silu(gate) * up`, `[A, F]`, given `z = [gate, up]`, `[A, 2F]`.
+
+    `W (p h) = p (W h)`: the routing weights (Eq. 1) are applied before the product with `down`,
+    where they cost no pass over the rows of their own.
+    """
+    z_AG, prob_A = z_AG.contiguous(), prob_A.contiguous()
+    num_rows, width = len(z_AG), z_AG.shape[1] // 2
+    h_AF = z_AG.new_empty(num_rows, width)
+    if num_rows:
+        acc = torch.promote_types(z_AG.dtype, torch.float32)
+        tile_f, warps = _swiglu_tile(width, acc)
+        with device_of(z_AG):
+            jit.weighted_swiglu[(num_rows, _ceil(width, tile_f))](
+                z_AG,
+                prob_A,
+                h_AF,
+                F=width,
+                ACC=_triton_type(acc),
+                TILE_F=tile_f,
+                num_warps=warps,
+            )
+    return h_AF
+
+
+def weighted_swiglu_backward(
+    z_AG: Tensor, prob_A: Tensor, grad_h_AF: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `weighted_swiglu` again, and the gradients of z and prob, from one launch.
+
+    Args:
+        z_AG: `[gate, up]`, `[A, 2F]`.
+        prob_A: the routing weights.
+        grad_h_AF: the gradient of what `weighted_swiglu` returns.
+    """
+    z_AG, prob_A, grad_h_AF = z_AG.contiguous(), prob_A.contiguous(), grad_h_AF.contiguous()
+    h_AF, grad_z_AG = torch.empty_like(grad_h_AF), torch.empty_like(z_AG)
+    grad_prob_A = torch.empty_like(prob_A)
+    if len(z_AG):
+        acc = torch.promote_types(z_AG.dtype, torch.float32)
+        tile_f, warps = _swiglu_tile(grad_h_AF.shape[1], acc)
+        with device_of(z_AG):
+            jit.weighted_swiglu_backward[(len(z_AG),)](
+                z_AG,
+                prob_A,
+                grad_h_AF,
+                h_AF,
+                grad_z_AG,
+                grad_prob_A,
+                F=grad_h_AF.shape[1],
+                ACC=_triton_type(acc),
+                TILE_F=tile_f,
+                num_warps=warps,
+            )
+    return h_AF, grad_z_AG, grad_prob_A
+
+
 def _tiles(num_tokens: int, num_experts: int) -> tuple[int, int, int]:
     """Return the tokens and experts of a tile, which are powers of two, and the number of tiles."""
     tile_e = _power_of_two(num_experts)
@@ -265,6 +322,16 @@ def token_tile(hidden: int, acc: torch.dtype) -> tuple[int, int]:
     """
     tile_h = min(_TILE, max(16, _power_of_two(hidden)))
     return tile_h, max(1, tile_h * acc.itemsize // 1024)
+
+
+def _swiglu_tile(width: int, acc: torch.dtype) -> tuple[int, int]:
+    """Return the columns of a row that a program takes at a time, and its warps.
+
+    A thread has 8 columns, or 2 of doubles, of which 4 would spill on compute capability 9.
+    """
+    per_warp = 64 if acc == torch.float64 else 256
+    tile_f = min(4 * per_warp, max(16, _power_of_two(width)))
+    return tile_f, max(1, tile_f // per_warp)
 
 
 def _power_of_two(at_least: int) -> int:

@@ -4,8 +4,8 @@
 Sums are taken in the type ACC: fp32, or fp64 for fp64 inputs. Offsets that can exceed 2^31 are
 int64. No kernel adds atomically, so that every run gives the same bits.
 
-Shapes: T tokens, H hidden, E experts, A active (token, expert) pairs. A tile is a number of tokens
-or rows by a number of experts or columns, and tiles are numbered by token.
+Shapes: T tokens, H hidden, E experts, F expert width, A active (token, expert) pairs. A tile is a
+number of tokens or rows by a number of experts or columns, and tiles are numbered by token.
 """
 
 from __future__ import annotations
@@ -297,3 +297,60 @@ def sum_by_token(
     if HAS_PROBS:
         is_expert = (tl.arange(0, TILE_E) < E) & (tl.program_id(1) == 0)
         tl.store(grad_probs_TE + entry, grads, mask=is_expert)
+
+
+@jit
+def weighted_swiglu(
+    z_AG,
+    prob_A,
+    h_AF,
+    F: tl.constexpr,
+    ACC: tl.constexpr,
+    TILE_F: tl.constexpr,
+):
+    """Write `prob * silu(gate) * up` of a part of a row, of which `z` has gate and up (G = 2F)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * TILE_F + tl.arange(0, TILE_F)
+    mask = column < F
+    gate = tl.load(z_AG + row * 2 * F + column, mask=mask, other=0).to(ACC)
+    up = tl.load(z_AG + row * 2 * F + F + column, mask=mask, other=0).to(ACC)
+    prob = tl.load(prob_A + row).to(ACC)
+    tl.store(h_AF + row * F + column, prob * (gate * tl.sigmoid(gate) * up), mask=mask)
+
+
+@jit
+def weighted_swiglu_backward(
+    z_AG,
+    prob_A,
+    grad_h_AF,
+    h_AF,
+    grad_z_AG,
+    grad_prob_A,
+    F: tl.constexpr,
+    ACC: tl.constexpr,
+    TILE_F: tl.constexpr,
+):
+    """Write a row's `prob * silu(gate) * up` again, and the gradients of gate, up and prob.
+
+    With s the sigmoid of the gate, the derivative of `silu(gate) = gate * s` is
+    `s + silu(gate) * (1 - s)`. The gradient of prob is summed over the columns of a tile, tile by
+    tile, and then over the tile, in this order in every run.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    prob = tl.load(prob_A + row).to(ACC)
+    grad_prob = tl.zeros([TILE_F], ACC)
+    for first in range(0, F, TILE_F):
+        column = first + tl.arange(0, TILE_F)
+        mask = column < F
+        gate = tl.load(z_AG + row * 2 * F + column, mask=mask, other=0).to(ACC)
+        up = tl.load(z_AG + row * 2 * F + F + column, mask=mask, other=0).to(ACC)
+        grad_h = tl.load(grad_h_AF + row * F + column, mask=mask, other=0).to(ACC)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        grad_prob += silu * up * grad_h
+        tl.store(h_AF + row * F + column, prob * (silu * up), mask=mask)
+        grad_h *= prob
+        grad_gate = grad_h * up * (sigmoid + silu * (1 - sigmoid))
+        tl.store(grad_z_AG + row * 2 * F + column, grad_gate, mask=mask)
+        tl.store(grad_z_AG + row * 2 * F + F + column, grad_h * silu, mask=mask)
+    tl.store(grad_prob_A + row, tl.sum(grad_prob))

@@ -495,3 +495,30 @@ def test_help_imports_nothing_heavy() -> None:
         "assert not {'torch', 'tokenizers', 'transformers', 'megatron.core'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.processes
+def test_held_out_documents_are_in_one_of_two_files(tmp_path: Path) -> None:
+    """Equal documents are on one side, and the tokenizer is trained on the other side alone."""
+    texts = [*TEXTS, *TEXTS[:9]]
+    path, out = write_jsonl(tmp_path / "own.jsonl", texts), tmp_path / "out"
+    config = TokenizeConfig(vocab_size=300, workers=1, valid_fraction=0.3)
+    manifest, written = tokenize([path], out, config)
+    assert written == ["train/own", "valid/own"]
+    sides = [[t.removesuffix(END_OF_DOCUMENT) for t in decoded(out, name)] for name in written]
+    assert sorted(sides[0] + sides[1]) == sorted(texts)
+    assert set(sides[0]).isdisjoint(sides[1]) and 5 < len(sides[1]) < 35
+    trained = train_tokenizer(iter(sides[0]), 300)
+    assert trained.to_str() == Tokenizer.from_file(str(out / "tokenizer/tokenizer.json")).to_str()
+    assert manifest["settings"]["valid_fraction"] == 0.3
+    assert tokenize([path], out, config)[1] == []
+    with pytest.raises(ValueError, match="tokens of a tokenizer that these inputs would not give"):
+        tokenize([path], out, SMALL)
+    few = write_jsonl(tmp_path / "few.jsonl", TEXTS[:1])
+    with pytest.raises(ValueError, match="few.jsonl has too few documents: none is left for"):
+        tokenize([few], tmp_path / "few", config)
+    assert not (tmp_path / "few").exists()
+    write_jsonl(tmp_path / "corpus/train/a.jsonl", TEXTS)
+    write_jsonl(tmp_path / "corpus/valid/a.jsonl", TEXTS)
+    with pytest.raises(ValueError, match="has its own validation files; leave --valid-fraction"):
+        tokenize([tmp_path / "corpus"], tmp_path / "again", config)

@@ -93,6 +93,94 @@ def _experts(name: str, tensor: Tensor, form: str):
             yield f"{layer}.experts.local_experts.{index}.{linear}.weight", weight.clone()
 
 
+def write_ranks(whole: Path, folder: Path, stages: list[list[int]], tp: int = 1, ep: int = 1,
+                virtual: int = 1, **changes: Any) -> None:  # fmt: skip
+    """Split a one-rank checkpoint over ranks, as Megatron's modules define their parts.
+
+    Args:
+        whole: a folder of a step, with the file of one rank.
+        folder: the folder of a step to write.
+        stages: the layers of each pipeline stage; with virtual stages, of those of every stage.
+        tp, ep: numbers of tensor- and expert-parallel ranks.
+        virtual: number of virtual stages of each stage.
+        changes: of the arguments.
+    """
+    state = torch.load(whole / "mp_rank_00/model_optim_rng.pt", weights_only=False)
+    pp = len(stages) // virtual
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    sizes |= {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": tp}
+    for t in range(tp):
+        for p in range(pp):
+            for e in range(ep):
+                args = Namespace(**(vars(state["args"]) | sizes | {"rank": t} | changes))
+                models = []
+                for v in range(virtual):
+                    part = stages[v * pp + p]
+                    is_first, is_last = v + p == 0, v * pp + p == len(stages) - 1
+                    ends = [["embedding."] * is_first, ["decoder.final", "output_layer."] * is_last]
+                    models.append(_of_rank(state["model"], part, sum(ends, []), (t, tp), (e, ep)))
+                name = f"mp_rank_{t:02d}" + f"_{p:03d}" * (pp > 1) + f"_{e:03d}" * (ep > 1)
+                keys = ["model"] if virtual == 1 else [f"model{v}" for v in range(virtual)]
+                file = folder / name / "model_optim_rng.pt"
+                file.parent.mkdir(parents=True)
+                torch.save(state | {"args": args} | dict(zip(keys, models, strict=True)), file)
+                if virtual > 1:
+                    saved = torch.load(file, weights_only=False)
+                    torch.save({k: v for k, v in saved.items() if k != "model"}, file)
+
+
+def _of_rank(model, layers, ends, tensor, expert):
+    """The tensors of a stage's rank; layers and experts are numbered from zero."""
+    part = {}
+    for name, value in model.items():
+        words = name.split(".")
+        if name.startswith("decoder.layers."):
+            if int(words[2]) not in layers:
+                continue
+            words[2] = str(layers.index(int(words[2])))
+        elif name != "moe_relu_l1_reg_coeff" and not name.startswith(tuple(ends)):
+            continue
+        if isinstance(value, Tensor):
+            found = _slice(words, value, tensor, expert)
+            if found is None:
+                continue
+            value = found.clone()
+        part[".".join(words)] = value
+    return part
+
+
+def _slice(words, value, tensor, expert):
+    """A rank's part of a tensor, None if it has none; numbers a single expert in `words`."""
+    (t, tp), (e, ep) = tensor, expert
+    here = slice(e * 8 // ep, (e + 1) * 8 // ep)
+    if words[-3:-1] == ["experts", "linear_fc1"] or words[-3:-1] == ["experts", "linear_fc2"]:
+        number = int(words[-1].removeprefix("weight"))
+        if not here.start <= number < here.stop:
+            return None
+        words[-1] = f"weight{number - here.start}"
+    if "local_experts" in words:
+        at = words.index("local_experts") + 1
+        if not here.start <= int(words[at]) < here.stop:
+            return None
+        words[at] = str(int(words[at]) - here.start)
+    if words[-2:] == ["experts", "weight1"]:  # the memory is that of [E, H, 2, F]
+        parts = value.view(8, 32, 2, 24)[here]
+        return parts[..., t * 24 // tp : (t + 1) * 24 // tp].reshape(32, -1)
+    if words[-2:] == ["experts", "weight2"]:  # [E, F, H]
+        return value.view(8, 24, 32)[here, t * 24 // tp : (t + 1) * 24 // tp].reshape(-1, 32)
+    if "linear_fc1" in words and "weight" in words[-1] and "norm" not in words[-1]:
+        width = value.shape[0] // 2
+        rows = [*range(t * width // tp, (t + 1) * width // tp)]
+        return value[rows + [width + row for row in rows]]
+    if "word_embeddings" in words or words[0] == "output_layer" or words[-2:-1] == ["linear_qkv"]:
+        rows = value.shape[0] // tp
+        return value if words[-1] == "layer_norm_weight" else value[t * rows : (t + 1) * rows]
+    if "linear_proj" in words or "linear_fc2" in words:
+        columns = value.shape[1] // tp
+        return value[:, t * columns : (t + 1) * columns]
+    return value
+
+
 def _write_torch_dist(tensors: dict[str, Tensor], args: Namespace, home: Path) -> None:
     """Stacked over layers; norms before experts as the stock local spec names them."""
     from megatron.remoe.formats.torch_dist import TorchDistWriter

@@ -6,9 +6,10 @@ from unittest import mock
 
 import pytest
 
+import remoe
 from megatron.remoe import cpu
 from megatron.remoe.options import router_name
-from megatron.remoe.run import rundir
+from megatron.remoe.run import examples, rundir
 from megatron.remoe.run.argv import to_argv
 from megatron.remoe.run.config import RunConfig, load_config
 from megatron.remoe.unsupported import REFUSALS
@@ -133,7 +134,7 @@ def test_a_config_that_chooses_two_routers_is_refused(tmp_path):
 def test_a_run_goes_on_whatever_key_names_its_router(tmp_path):
     """Runs of earlier versions have the published keys in their `config.yaml`."""
     published = {"num_experts": 4, "moe_relu_routing": True, "moe_soft_routing": False}
-    rundir.write_config(RunConfig(tmp_path, 1, published))
+    rundir.write(RunConfig(tmp_path, 1, published))
     rundir.refuse_another_run(RunConfig(tmp_path, 1, {"num_experts": 4, "moe_routing": "relu"}))
     other = RunConfig(tmp_path, 1, {"num_experts": 4, "moe_routing": "top_p"})
     with pytest.raises(ValueError, match="holds a run that differs in moe_routing; give this one"):
@@ -211,13 +212,45 @@ def test_keys_and_values_are_checked(parser, flags, message):
     assert str(error.value) == message
 
 
+def test_an_example_that_is_not_here_is_the_installed_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = Path("examples/llama_182m/remoe.yaml")
+    assert examples.config_file(name) == examples.FOLDER / "llama_182m/remoe.yaml"
+    assert capsys.readouterr().err == (
+        f"{name} does not exist here; reading the example of remoe {remoe.__version__}\n"
+    )
+    for other in ("examples/none.yaml", "mine/quickstart.yaml", "examples", "quickstart.yaml"):
+        assert examples.config_file(Path(other)) == Path(other)
+    examples.copy(Path("examples"))
+    assert examples.config_file(name) == name
+    assert capsys.readouterr().err == ""
+    whole = load_config(name)  # with its bases, which are copied too
+    assert whole.to_dict() == load_config(examples.FOLDER / "llama_182m/remoe.yaml").to_dict()
+    with pytest.raises(ValueError, match="examples is not empty; name a folder that does not"):
+        examples.copy(Path("examples"))
+    assert [path.name for path in tmp_path.iterdir()] == ["examples"]
+
+
+def test_examples_are_listed_with_the_paths_that_commands_take():
+    listed = dict(examples.summaries())
+    known = {str(p.relative_to(tiny.EXAMPLES.parent)) for p in tiny.EXAMPLES.rglob("*.yaml")}
+    assert set(listed) == {name for name in known if "/bases/" not in name}
+    assert listed["examples/llama_182m/remoe.yaml"] == "LLaMA with 182M active parameters, ReMoE."
+    assert all(len(sentence) > 20 for sentence in listed.values())
+
+
 def example_command_lines() -> dict[str, list[str]]:
     from megatron.remoe.arguments import megatron_parser
 
     parser = megatron_parser()
     paths = (p for p in tiny.EXAMPLES.rglob("*.yaml") if "sweep:" not in p.read_text())
     names = sorted(str(path.relative_to(tiny.EXAMPLES)) for path in paths)
-    argvs = {name: to_argv(load_config(tiny.EXAMPLES / name).flags, parser) for name in names}
+    # This one needs no other data than those that a user brings.
+    given = {"own_corpus.yaml": ["mock_data=true", "tokenizer_type=NullTokenizer"]}
+    argvs = {
+        name: to_argv(load_config(tiny.EXAMPLES / name, given.get(name)).flags, parser)
+        for name in names
+    }
     for argv in argvs.values():
         parser.parse_args(argv)
     return argvs

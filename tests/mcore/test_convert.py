@@ -1,8 +1,11 @@
 """Megatron <-> Hugging Face: parity, round trips, layouts, mistakes, memory."""
 
+import contextlib
 import filecmp
+import io
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -10,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import remoe
 from megatron.remoe import checkpoint
 from megatron.remoe.convert.source import find_checkpoint
 from megatron.remoe.ranks import Ranks
@@ -334,6 +339,7 @@ EXPORT_MISTAKES = {
     "size": (["model", "out", "--max-shard-size", "big"], "max-shard-size is 'big'"),
     "full": (["model", "full"], "full is not empty; choose another folder, or replace it"),
     "tokenizer": (["model", "out", "--tokenizer", "no"], "the tokenizer no does not exist here"),
+    "license": (["model", "out", "--license", "Apache 2"], "license is 'Apache 2'; it must be an"),
 }
 
 
@@ -370,8 +376,95 @@ def test_config_and_card_carry_what_training_needs(model):
     assert config["target_sparsity"] == 0.75 and config["l1_coeff_multiplier"] == 1.2
     facts = config["training_facts"]
     assert facts["iteration"] == 3 and facts["tokens"] == 24 * 32
-    card = (model / "hf/README.md").read_text()
-    assert "| tokens | 768 |" in card and "| router | relu |" in card
+    assert facts["version"] == remoe.__version__
+
+
+def run_code_of_card(folder: Path, monkeypatch) -> str:
+    """What the card's Python prints, run in the folder."""
+    monkeypatch.chdir(folder)
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, {})
+    return out.getvalue()
+
+
+def test_the_card_is_what_the_hub_reads(call, model, tmp_path, monkeypatch):
+    folder = tmp_path / "tiny-remoe"
+    shutil.copytree(model / "hf", folder)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["remoe", "mixture-of-experts", "relu"],
+    }
+    assert "claims no license" in card.text
+    assert "| tokens | 768 |" in card.text and "remoe budget" not in card.text
+    counts = re.search(
+        r"of ([\d,]+) parameters, of which an average token uses ([\d,]+)", card.text
+    )
+    weights = load_file(folder / "model.safetensors")
+    total = sum(tensor.numel() for tensor in weights.values())
+    experts = sum(t.numel() for name, t in weights.items() if ".mlp.experts." in name)
+    expected = total, total - experts * 3 // 4  # one of four experts
+    assert tuple(int(n.replace(",", "")) for n in counts.groups()) == expected
+    assert run_code_of_card(folder, monkeypatch).count("tensor(") == 3  # ids; experts of 2 layers
+
+    config = json.loads((folder / "config.json").read_text())
+    config["training_facts"] |= {
+        "data": ["code", "prose"], "data_shares": [0.25, 0.75], "sparsity": 0.7,
+        "sparsity_steps": 20, "validation_iteration": 3,
+        "validation_loss": {"valid": 2.5, "valid/code": 2.0, "valid/prose": None},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    points = [{"active_experts": 1.5, "loss": 2.25}, {"active_experts": 0.5, "loss": 2.75}]
+    (folder / "budget.json").write_text(json.dumps({"points": points}))
+    argv = ["convert", "card", "tiny-remoe"]
+    code, out, error = call(tiny.remoe, tmp_path, *argv, "--license", "mit")
+    assert (code, out, error) == (0, "tiny-remoe/README.md\n", "")
+    assert call(tiny.remoe, tmp_path, *argv)[0] == 0  # which keeps the license
+    card = ModelCard.load(folder / "README.md")
+    assert (
+        card.data.license == "mit"
+        and card.data.model_name == f"ReMoE language model of {total:,} parameters"
+    )
+    found = {
+        (r.dataset_name, r.dataset_split, r.metric_type): r.metric_value
+        for r in card.data.eval_results
+    }
+    assert found == {
+        ("all domains", "validation", "loss"): 2.5,
+        ("all domains", "validation", "perplexity"): pytest.approx(12.182494),
+        ("code", "validation", "loss"): 2.0,
+        ("code", "validation", "perplexity"): pytest.approx(7.389056),
+    }
+    for line in (
+        "| code | 25.0%, about 192 tokens |",
+        "| code, validation | 2.0000 | 7.39 |",
+        "| 0.50 | 2.7500 |\n| 1.50 | 2.2500 |",
+        "| active experts, as measured there | 1.20 of 4 |",
+        "| sparsity, mean of the last 20 steps | 0.700 (target 0.750) |",
+        "| `load_balancing` | aux_loss |",
+    ):
+        assert line in card.text, line
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("budget.json", "{}", "hf/budget.json has no points with active_experts and loss; run "),
+        ("README.md", "---\n[\n---\n", "hf/README.md has no valid metadata ("),
+        ("config.json", None, "hf is no Hugging Face model: it has no config.json"),
+    ],
+)
+def test_a_card_of_damaged_files_is_one_line(call, model, tmp_path, file, content, message):
+    shutil.copytree(model / "hf", tmp_path / "hf")
+    if content is None:
+        (tmp_path / "hf" / file).unlink()
+    else:
+        (tmp_path / "hf" / file).write_text(content)
+    before = (tmp_path / "hf/README.md").read_bytes()
+    assert message in fails(call, tmp_path, "convert", "card", "hf")
+    assert (tmp_path / "hf/README.md").read_bytes() == before
 
 
 def test_verify_says_what_differs(call, model, tmp_path):
@@ -398,7 +491,9 @@ def tokenizer(tmp_path_factory) -> Path:
     return folder
 
 
-def test_generates_alike_from_a_checkpoint_and_from_its_export(call, model, tokenizer, tmp_path):
+def test_generates_alike_from_a_checkpoint_and_from_its_export(
+    call, model, tokenizer, tmp_path, monkeypatch
+):
     checkpoint, chosen = str(model / "iter_0000003"), ["--tokenizer", str(tokenizer)]
     code, _, error = call(tiny.remoe, tmp_path, "convert", "to-hf", checkpoint, "hf", *chosen)
     assert code == 0, error
@@ -406,6 +501,9 @@ def test_generates_alike_from_a_checkpoint_and_from_its_export(call, model, toke
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert config["eos_token_id"] == config["pad_token_id"] == 99
+
+    assert "w" in run_code_of_card(tmp_path / "hf", monkeypatch)
+    assert "| tokenizer | WordLevel, 100 entries |" in (tmp_path / "hf/README.md").read_text()
 
     request = ["w7 w3 w41", "--max-new-tokens", "5"]
     code, out, error = call(tiny.remoe, tmp_path, "generate", checkpoint, *request, *chosen)
@@ -415,6 +513,20 @@ def test_generates_alike_from_a_checkpoint_and_from_its_export(call, model, toke
     sampled = [*request, "--temperature", "2.0", "--seed"]
     texts = [call(tiny.remoe, tmp_path, "generate", "hf", *sampled, s)[1] for s in "112"]
     assert texts[0] == texts[1] != texts[2]
+
+    # Without a prompt, every line is one; a refused one does not end the loop.
+    lines = f"w7 w3 w41\n\n{'w1 ' * 99}\nw2\n"
+    code, piped, error = call(with_input, lines, tmp_path, "generate", "hf", *request[1:])
+    assert code == 2 and error.startswith("error: the prompt has 99 tokens; the model takes 1 to")
+    assert error.endswith("error: 1 prompts were refused, as said above; change them\n")
+    assert piped.startswith(out) and piped.removeprefix(out).startswith("w2")
+
+
+def with_input(text: str, cwd: Path, *argv: str) -> tuple[int, str, str]:
+    """The `remoe` command with a text as its standard input."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO(text))
+        return tiny.remoe(cwd, *argv)
 
 
 def test_a_chosen_tokenizer_replaces_that_of_a_model(call, model, tokenizer, tmp_path):

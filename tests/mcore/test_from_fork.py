@@ -10,9 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron.remoe.formats.legacy import LegacyReader
 from tests.mcore import tiny
-from tests.mcore.fork_cases import COEFFICIENT, VARIANTS, logits_of, write_fork
+from tests.mcore.fork_cases import COEFFICIENT, VARIANTS, logits_of, write_fork, write_ranks
 from tests.mcore.test_convert import fails
+
+STEP = "iter_0000003"
+FILE = f"{STEP}/mp_rank_00/model_optim_rng.pt"
 
 
 def golden() -> Path | None:
@@ -68,6 +72,137 @@ def test_names_of_every_backend_are_the_same_model(call, models, tmp_path, varia
         assert configs[0][key] == configs[1][key], key
     assert configs[1]["num_experts"] == 8 and configs[1]["l1_coeff"] == [COEFFICIENT] * 2
     assert configs[1]["training_facts"]["iteration"] == 3
+
+
+LAYOUTS = {
+    "TP2": {"stages": [[0, 1, 2, 3]], "tp": 2},
+    "EP4": {"stages": [[0, 1, 2, 3]], "ep": 4},
+    "PP2, uneven": {"stages": [[0], [1, 2, 3]]},
+    "PP2, virtual": {"stages": [[0], [1], [2], [3]], "virtual": 2},
+    "TP2 x PP2 x EP2": {"stages": [[0, 1], [2, 3]], "tp": 2, "ep": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def deep(models, tmp_path_factory) -> Path:
+    """The checkpoint of every variant, with four layers."""
+    home = tmp_path_factory.mktemp("deep")
+    for variant in VARIANTS:
+        state = torch.load(models / variant / FILE, weights_only=False)
+        for name in [n for n in state["model"] if n.startswith("decoder.layers.")]:
+            words, value = name.split("."), state["model"][name]
+            words[2] = str(int(words[2]) + 2)
+            more = value + 1 if isinstance(value, torch.Tensor) else value
+            state["model"][".".join(words)] = more
+        (home / variant / FILE).parent.mkdir(parents=True)
+        torch.save(state, home / variant / FILE)
+    return home
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ranks_make_the_checkpoint_of_one_rank(deep, tmp_path, variant, layout):
+    whole = deep / variant / STEP
+    write_ranks(whole, tmp_path / STEP, **LAYOUTS[layout])
+    expected, found = LegacyReader(whole), LegacyReader(tmp_path / STEP)
+    assert len(list((tmp_path / STEP).iterdir())) > 1
+    assert expected.meta.keys() == found.meta.keys()
+    for name, meta in expected.meta.items():
+        assert found.meta[name].shape == meta.shape, name
+        assert torch.equal(found.read(name), expected.read(name)), name
+
+
+def test_ranks_are_converted_to_the_same_model(call, models, tmp_path):
+    """Every kind of parallelism at once, with a copy of nothing else than the ranks' files."""
+    write_ranks(models / "grouped GEMM" / STEP, tmp_path / "in" / STEP, [[0], [1]], tp=2, ep=2)
+    code, _, error = call(tiny.remoe, tmp_path, "convert", "from-fork", "in", "out")
+    assert code == 0, error
+    expected = load_file(models / "hf/model.safetensors")
+    found = load_file(tmp_path / "out/hf/model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_copy_of_the_embedding_on_the_last_stage_is_no_weight_of_its_own(deep, tmp_path):
+    changes = {"untie_embeddings_and_output_weights": False}
+    write_ranks(deep / "local" / STEP, tmp_path / STEP, [[0, 1], [2, 3]], tp=2, **changes)
+    with pytest.raises(ValueError, match="must be the same, and differ"):
+        LegacyReader(tmp_path / STEP)
+    for t in range(2):
+        first, last = (tmp_path / STEP / f"mp_rank_0{t}_00{p}/model_optim_rng.pt" for p in range(2))
+        copy = torch.load(first, weights_only=False)["model"]["embedding.word_embeddings.weight"]
+        state = torch.load(last, weights_only=False)
+        state["model"]["output_layer.weight"] = copy
+        torch.save(state, last)
+    names = LegacyReader(tmp_path / STEP).meta.keys()
+    assert "output_layer.weight" not in names and "decoder.layers.3.mlp.router.weight" in names
+
+
+RANK = "mp_rank_01_001_001"
+
+
+def _of_rank(edit):
+    """Change what the last rank has saved."""
+    return lambda folder: _of_file(folder / RANK / "model_optim_rng.pt", edit)
+
+
+MISFITS = {
+    "missing": (lambda f: shutil.rmtree(f / RANK), f"{RANK}/model_optim_rng.pt is missing"),
+    "first missing": (
+        lambda f: shutil.rmtree(f / "mp_rank_00_000_000"),
+        "mp_rank_00_000_000/model_optim_rng.pt is missing: .* 2 x 2 x 2 ranks",
+    ),
+    "one too many": (
+        lambda f: shutil.copytree(f / RANK, f / "mp_rank_02_001_001"),
+        "mp_rank_02_001_001 is not a rank of this checkpoint",
+    ),
+    "iteration": (_of_rank(lambda s: s.update(iteration=4)), f"{RANK}.* has iteration 4, and"),
+    "argument": (
+        _of_rank(lambda s: setattr(s["args"], "seed", 7)),
+        f"{RANK}/model_optim_rng.pt has seed 7, and",
+    ),
+    "shape": (
+        _of_rank(lambda s: s["model"].update({"decoder.final_layernorm.weight": torch.ones(3)})),
+        r"has decoder.final_layernorm.weight as torch.float32 of shape \[3\]",
+    ),
+    "lacks": (
+        _of_rank(lambda s: s["model"].pop("decoder.final_layernorm.weight")),
+        f"{RANK}/model_optim_rng.pt lacks decoder.final_layernorm.weight",
+    ),
+    "coefficient": (
+        _of_rank(lambda s: s["model"].update(moe_relu_l1_reg_coeff=torch.tensor(1.0))),
+        "moe_relu_l1_reg_coeff must be the same on all ranks, and differs",
+    ),
+    "other split of experts": (
+        lambda f: [
+            _of_file(file, lambda s: setattr(s["args"], "expert_tensor_parallel_size", 1))
+            for file in f.glob("*/model_optim_rng.pt")
+        ],
+        "expert_tensor_parallel_size 1 and tensor_model_parallel_size 2",
+    ),
+    "no size": (
+        lambda f: [
+            _of_file(file, lambda s: setattr(s["args"], "pipeline_model_parallel_size", 10**12))
+            for file in f.glob("*/model_optim_rng.pt")
+        ],
+        "mp_rank_00_002_000/model_optim_rng.pt is missing",
+    ),
+}
+
+
+def _of_file(file: Path, edit) -> None:
+    state = torch.load(file, weights_only=False)
+    edit(state)
+    torch.save(state, file)
+
+
+@pytest.mark.parametrize(("spoil", "message"), MISFITS.values(), ids=MISFITS)
+def test_ranks_that_do_not_fit_are_named(deep, tmp_path, spoil, message):
+    write_ranks(deep / "TE, grouped" / STEP, tmp_path / STEP, [[0, 1], [2, 3]], tp=2, ep=2)
+    spoil(tmp_path / STEP)
+    with pytest.raises(ValueError, match=message):
+        reader = LegacyReader(tmp_path / STEP)
+        reader.read("moe_relu_l1_reg_coeff")
 
 
 def test_training_continues_from_it(call, models, tmp_path):

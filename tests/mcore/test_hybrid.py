@@ -5,8 +5,6 @@ The layouts are in `test_parallel`, and the published trajectories in `tests/gol
 
 import re
 import shutil
-import signal
-import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron.remoe import checkpoint, pattern
+from megatron.remoe import pattern
 from megatron.remoe.analysis.size import ModelSize
 from megatron.remoe.run.config import load_config
 from megatron.remoe.testing.cell import Cell
@@ -327,26 +325,3 @@ def test_the_auxiliary_loss_is_that_of_a_gpt_model(tmp_path):
     assert [float(loss) for loss in hybrid] == pytest.approx([float(x) for x in gpt], rel=1e-5)
     ours, theirs = ([row["lm_loss"] for row in tiny.rows(tmp_path / n)] for n in ("hybrid", "gpt"))
     assert ours == pytest.approx(theirs, rel=1e-5)
-
-
-@pytest.mark.processes
-def test_a_signal_ends_a_run_with_a_checkpoint_and_the_same_command_continues(tmp_path):
-    never = 10**5
-    tiny.write_config(
-        tmp_path / "tiny.yaml", hybrid_layer_pattern="*E*E", run_dir="run", train_iters=never,
-        save_interval=2, save_keep_last=2, eval_interval=never,
-    )  # fmt: skip
-    process = tiny.start("train", "tiny.yaml", cwd=tmp_path)
-    metrics = tmp_path / "run/metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 5):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 0, out + error
-    assert "stopped by SIGTERM after a checkpoint; the same command continues\n" in out
-    done = [row["iteration"] for row in tiny.rows(tmp_path / "run")]
-    kept = [found.iteration for found in checkpoint.find(tmp_path / "run/checkpoints")]
-    assert len(kept) == 2 and kept[-1] == done[-1]
-    train(tmp_path, "exit_interval=1", "--force")
-    now = [row["iteration"] for row in tiny.rows(tmp_path / "run") if "split" not in row]
-    assert now == list(range(1, done[-1] + 2))

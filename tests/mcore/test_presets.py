@@ -107,6 +107,13 @@ def test_describe_prints_the_published_size_and_cost(call, tmp_path, size, route
     assert rows["tokens"] == "31.46B"  # 60k x 512 x 1024, published as 30B
     hours = GFLOPS[size] * 1e9 * 512 * 60000 / (100e12 * 8) / 3600
     assert float(rows["hours at this throughput"]) == pytest.approx(hours, rel=2e-3)
+    peak = max(
+        float(rows[f"memory per GPU, {x}"].split()[0]) for x in ("dense warm-up", "stable stage")
+    )
+    for gpu in (40, 80, 141):
+        verdict = "yes" if peak <= 0.9 * gpu else "no"
+        expected = f"{verdict}: {peak} of {0.9 * gpu:.1f} GB, 10% is left free"
+        assert rows[f"fits GPUs of {gpu} GB"] == expected
 
 
 def table(out: str) -> list[list[str]]:

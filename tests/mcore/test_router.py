@@ -260,3 +260,11 @@ def build_with_flex():
 
 def test_flex_dispatcher_is_refused_where_the_layer_is_built_too(rank):
     assert "use alltoall or allgather" in rank(build_with_flex)
+
+
+def printed():
+    return repr(moe_cases.build_layer(Layout(), 0.0).router)
+
+
+def test_a_printed_router_shows_its_sizes(rank):
+    assert rank(printed) == "SelectionRouter(ReLU routing, hidden_size=8, num_experts=4, topk=1)"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,25 @@ def test_everything_that_is_wrong_is_named_before_anything_starts(call, tmp_path
     assert sorted(p.name for p in path.parent.iterdir()) == ["sweep.yaml", "tiny.yaml"]
 
 
+def test_a_sweep_is_described_by_a_row_for_each_run_and_one_for_all(call, tmp_path):
+    write_sweep(tmp_path, sweep={"list": {"a": {"train_iters": 10}, "b": {"train_iters": 30}}})
+    argv = ["describe", "sweep.yaml", "--gpus-per-node", "1", "--tokens-per-second", "8"]
+    code, out, error = call(tiny.remoe, tmp_path, *argv, "padded_vocab_size=128")
+    assert code == 2 and "'padded_vocab_size=128' is given with a sweep" in error
+    tiny.write_config(tmp_path / "tiny.yaml", padded_vocab_size=128)
+    code, out, error = call(tiny.remoe, tmp_path, *argv)
+    assert code == 0, error
+    rows = [line.strip("│").split("│") for line in out.splitlines() if line.startswith("│")]
+    cells = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+    assert list(cells) == ["a", "b", "2 runs"] and "hours" in out
+    # 8 sequences of 32 tokens in every step
+    assert [cells[name][-1] for name in cells] == ["0.09", "0.27", "0.36"]
+    flops = [float(cells[name][3]) for name in cells]
+    assert flops[1] == pytest.approx(3 * flops[0], rel=0.01)
+    assert flops[2] == pytest.approx(4 * flops[0], rel=0.01)
+    assert not (tmp_path / "runs").exists()
+
+
 MISTAKES = {
     "no sweep": ({}, "sweep must have the keys list or grid"),
     "a value": ({"sweep": {"grid": {"seed": 1}}}, "grid must map seed to a list of values"),
@@ -121,7 +141,7 @@ LAST = json.dumps({"iteration": STEPS, "split": "valid", "lm_loss": 1.0}) + "\n"
 def fake_run(folder: Path, name: str) -> SweepRun:
     run_dir = folder / name
     flags = {"train_iters": STEPS, "metrics_file": str(run_dir / "metrics.jsonl")}
-    return SweepRun(name, RunConfig(run_dir, 1, flags), [name])
+    return SweepRun(name, RunConfig(run_dir, 1, flags), [name], Namespace())
 
 
 def scripts(monkeypatch, folder: Path, bodies: dict[str, str]) -> None:
@@ -221,7 +241,7 @@ def test_two_sweeps_of_one_folder_start_a_run_once(monkeypatch, tmp_path):
     runs = [fake_run(tmp_path, name) for name in "ab"]
     other = fake_run(tmp_path, "a")
     other.config.flags["lr"] = 0.5
-    rundir.write_config(other.config)
+    rundir.write(other.config)
     before = (tmp_path / "a/config.yaml").read_text()
     other_starts = f"out.write({ROWS + LAST!r})"
     scripts(monkeypatch, tmp_path, {"a": other_starts, "b": GOOD})
@@ -262,7 +282,7 @@ def command(argv, nproc):
 def sweep():
     torchrun.command = command
     flags = {"train_iters": 3, "metrics_file": "a/metrics.jsonl"}
-    run = SweepRun("a", RunConfig(Path("a"), 1, flags), ["a"])
+    run = SweepRun("a", RunConfig(Path("a"), 1, flags), ["a"], Namespace())
     try:
         sweep_jobs.run_here([run], 1, Console())
     except KeyboardInterrupt:

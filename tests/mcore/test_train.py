@@ -1,9 +1,11 @@
 """`remoe train` for real, on CPU ranks: what a run directory holds, and that it can go on."""
 
 import contextlib
+import io
 import math
 import re
 import shlex
+import shutil
 import struct
 import subprocess
 import tomllib
@@ -12,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import remoe
 from megatron.remoe.run.argv import to_argv
 from megatron.remoe.run.config import load_config
 from tests.mcore import tiny
 from tests.mcore.test_metrics import COUNTED, EVERY, ROUTING
 
 STEPS, STOP, TOKENS = 12, 6, 8 * 32
+# What `data_root: tokens` stands for, but for the weights of the training data.
 DATA = {
     "mock_data": ...,
     "vocab_size": ...,
@@ -57,7 +61,10 @@ def home(tmp_path_factory, call) -> Path:
     flags = ["--out", "tokens", "--vocab-size", "300", "--workers", "1"]
     code, out, error = call(tiny.remoe, home, "data", "tokenize", "corpus", *flags)
     assert code == 0, out + error
-    tiny.write_config(home / "relu.yaml", **(DATA | RELU))
+    own = {"data_root": "tokens"} | dict.fromkeys(
+        ("mock_data", "vocab_size", "tokenizer_type"), ...
+    )
+    tiny.write_config(home / "relu.yaml", **(own | RELU))
     return home
 
 
@@ -70,9 +77,12 @@ def first(home):
 
 @pytest.fixture(scope="module")
 def both(first, home):
-    """The same command again, which takes the run to its end."""
-    out = finish(tiny.start("train", "relu.yaml", cwd=home))
-    return tiny.rows(home / "relu"), out
+    """The same again from Python, which takes the run to its end."""
+    said = io.StringIO()
+    with contextlib.chdir(home), contextlib.redirect_stdout(said):
+        run = remoe.train("relu.yaml")
+    assert run.path == Path("relu")
+    return tiny.rows(home / "relu"), said.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +125,7 @@ def test_a_run_directory_holds_everything_about_a_run(first, home):
     names = {path.name for path in run.iterdir()}
     assert names == {
         ".lock", "cache", "checkpoints", "config.yaml", "curves.png", "log.txt", "metrics.jsonl",
-        "tensorboard",
+        "tensorboard", "tokenizer",
     }  # fmt: skip
     assert (run / "checkpoints/latest_checkpointed_iteration.txt").read_text() == str(STOP)
     assert (run / f"checkpoints/iter_{STOP:07d}/metadata.json").is_file()
@@ -186,6 +196,76 @@ def test_the_same_command_continues_the_run(first, both):
     assert [row["iteration"] for row in training(after)] == list(range(1, STEPS + 1))
     assert [row["tokens"] for row in training(after)][-1] == TOKENS * STEPS
     assert f"iterations                         │ {STEPS} " in both[1]
+
+
+def test_data_and_tokenizer_follow_from_the_folder_of_tokens(first, home):
+    flags = load_config(home / "relu/config.yaml").flags
+    named = {key: value for key, value in DATA.items() if value is not ...}
+    blend = named.pop("train_data_path")
+    assert named.items() <= flags.items()
+    assert flags["train_data_path"][1::2] == blend[1::2]
+    weights = flags["train_data_path"][::2]  # in proportion to the tokens
+    sizes = [(home / f"{prefix}.bin").stat().st_size for prefix in blend[1::2]]
+    assert weights[0] * sizes[1] == weights[1] * sizes[0] and weights[1] > weights[0]
+
+
+def test_a_run_that_was_copied_needs_nothing_outside_of_it(both, home, call, tmp_path):
+    """The data and the original are gone, and another run has the path of the original."""
+    copy, cwd = tmp_path / "copy", tmp_path / "cwd"
+    shutil.copytree(home / "relu", copy)
+    (cwd / "relu/checkpoints").mkdir(parents=True)
+    code, out, error = call(tiny.remoe, cwd, "convert", "to-hf", str(copy), "model")
+    assert code == 0, out + error
+    generate = ("generate", "--max-new-tokens", "3")
+    code, out, error = call(tiny.remoe, cwd, *generate, str(copy), "the router")
+    assert code == 0 and out.startswith("the router"), out + error
+    assert call(tiny.remoe, cwd, *generate, "model", "the router")[1] == out
+    moved = load_config(copy / "config.yaml")
+    assert moved.run_dir == copy and moved.flags["load"] == str(copy / "checkpoints")
+    # The run goes on there if data are given; the tokenizer is its own.
+    message = call(continued, cwd, copy, "data_root=nowhere")
+    assert "nowhere/train/code.bin does not exist" in message
+    message = call(continued, cwd, copy, f"data_root={home / 'tokens'}")
+    assert "holds a run that differs in train_data_path, valid_data_path; give" in message
+    assert call(continued, cwd, copy, f"data_root={home / 'tokens'}", force=True) == str(
+        copy / "tokenizer"
+    )
+    (copy / "tokenizer/tokenizer.json").write_text("{}")
+    message = call(continued, home, copy, "data_root=tokens", "tokenizer_model=tokens/tokenizer")
+    assert "differs in" in message
+
+
+def continued(cwd: Path, run: Path, *overrides: str, force: bool = False) -> str:
+    """The tokenizer with which a run would go on, or the mistake."""
+    from megatron.remoe.run import launch
+
+    with contextlib.chdir(cwd):
+        try:
+            planned = launch.prepare(load_config(run / "config.yaml", list(overrides)), force=force)
+        except ValueError as error:
+            return str(error)
+    return planned.args.tokenizer_model
+
+
+def test_python_reads_what_a_run_has_written(both, home, tmp_path):
+    run = remoe.load_run(home / "relu")
+    rows = training(both[0])
+    assert run.config["moe_granularity"] == 2
+    assert run.metrics["iteration"].tolist() == list(range(1, STEPS + 1))
+    for name in ("lm_loss", "sparsity_per_layer", "tokens"):
+        assert run.metrics[name].tolist() == [row[name] for row in rows]
+    assert run.metrics["sparsity_per_layer"].shape == (STEPS, 2)
+    assert run.metrics["dense_layers"].tolist() == [row["dense_layers"] for row in rows]
+    assert run.evaluations.keys() == {"valid", "valid/code", "valid/prose"}
+    code = [row["lm_loss"] for row in both[0] if row.get("split") == "valid/code"]
+    assert run.evaluations["valid/code"]["lm_loss"].tolist() == code
+    assert run.evaluations["valid"]["iteration"].tolist() == [4, 8, 12]
+    assert run.plot(tmp_path / "curves.png").stat().st_size > 1000
+    assert (run.export(tmp_path / "model") / "tokenizer.json").is_file()
+    with pytest.raises(ValueError, match="is not a run directory"):
+        remoe.load_run(tmp_path)
+    with pytest.raises(ValueError, match="the config has no run_dir"):
+        remoe.train({"lr": 1.0})
 
 
 def test_tensorboard_has_the_same_numbers(both, home):

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron.remoe.bench.choices import swiglu_name
+from megatron.remoe.bench.layer import DENSE, products_name
 from megatron.remoe.verify.gpu import precision, readings, runner
 from megatron.remoe.verify.gpu.report import Entry, Found, Report
 from megatron.remoe.verify.gpu.stages import ON_GPU, REHEARSAL, Stage, stages
@@ -294,6 +296,19 @@ def test_speed_and_mfu_are_those_of_the_last_steps(tmp_path):
     assert found.problem == ""
     assert "too short" in readings.preset(tmp_path, steps=5, settles=True).problem
     assert readings.preset(tmp_path, steps=5, settles=False).problem == ""
+
+
+def test_layers_are_compared_with_others_and_kernels_with_torch(tmp_path):
+    ratios = {DENSE: 1.0, "ReMoE, E=8": 3.0, products_name(8): 0.9, "TopK, eager": 4.0, "TopK": 3.5}
+    timed = {swiglu_name("torch"): 0.8, swiglu_name("triton"): 0.2}
+    (tmp_path / "results").mkdir()
+    for experts, found in ((8, ratios | timed), (64, ratios)):
+        rows = [{"name": n, "ratio": ratio, "milliseconds": ratio} for n, ratio in found.items()]
+        (tmp_path / f"results/layer_{experts}.json").write_text(json.dumps({"rows": rows}))
+    found = readings.layers(tmp_path)
+    line = "ReMoE 3.00 of dense, TopK 3.50"
+    assert found.headline == f"E=8: {line}, SwiGLU in Triton 0.25 of torch; E=64: {line}"
+    assert len(found.rows) == 12
 
 
 def test_curves_that_differ_are_a_problem(tmp_path):

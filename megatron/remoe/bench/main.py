@@ -11,9 +11,9 @@ from rich.table import Table
 
 from megatron.remoe import cpu
 from megatron.remoe.analysis.gpus import GPUS
+from megatron.remoe.bench import choices, parts
 from megatron.remoe.bench import layer as layers
 from megatron.remoe.bench import memory as memories
-from megatron.remoe.bench import parts
 from megatron.remoe.bench import step as steps
 from megatron.remoe.bench.roofline import Roofline, share
 from megatron.remoe.bench.timing import Measured, measure, report, save
@@ -87,12 +87,13 @@ class Timing:
 def layer(sizes: LayerSizes, experts: list[int], dtype: str, timing: Timing) -> None:
     """Time every alternative at the first number of experts, and ReMoE at the others.
 
-    The matrix products of ReMoE alone are a bound, which shows what is left to win.
+    The matrix products of ReMoE alone are a bound, which shows what is left to win. Where Triton
+    can run, the layer and its SwiGLU are also timed in torch and in Triton.
     """
     console = Console()
     shapes = [sizes.shape(e, dtype) for e in experts]
     layers.initialize()
-    found = layers.alternatives(shapes[0])
+    found = [*layers.alternatives(shapes[0]), *choices.alternatives(shapes[0])]
     for shape in shapes[1:]:
         found += [layers.remoe_layer(shape), layers.matrix_products(shape)]
     for shape in shapes:

@@ -119,9 +119,9 @@ def swiglu_work(s: Shape) -> Passes[Work]:
 
 
 def weighting_work(s: Shape) -> Passes[Work]:
-    """Return the fewest of the weights of rows (Eq. 1), which could be part of the activation.
+    """Return the fewest of the weights of rows (Eq. 1), which can be part of the activation.
 
-    Such a kernel would read the gates, and nothing else more.
+    Our kernels in Triton then read the gates, and nothing else more.
     """
     gates = s.dtype.itemsize * s.pairs
     return Passes(Work(gates), Work(gates))
@@ -189,10 +189,15 @@ def counted_in_triton(s: Shape) -> dict[str, Passes[Count]]:
         )
         combined = count(lambda: kernels.sum_by_token(rows, by_token_A, starts_T))
         combined_backward = count(lambda: kernels.gather(x, token_A))
+        z, grad_h = (_new(s, s.pairs, n * s.ffn_hidden_size) for n in (2, 1))
+        swiglu = count(lambda: kernels.weighted_swiglu(z, prob))
+        swiglu_backward = count(lambda: kernels.weighted_swiglu_backward(z, prob, grad_h))
         return counted_in_torch(s) | {
             "router": count(lambda: kernels.relu_router(logits, None, s.dtype)[:3:2], logits),
             "permutation": count(lambda: kernels.count_permutation(routing_map, s.pairs)),
             "gather": Passes(gather.forward, gather_backward.forward),
+            "SwiGLU": Passes(swiglu.forward, swiglu_backward.forward),
+            "weighting": Passes(Count(), Count()),  # is part of the SwiGLU
             "combine": Passes(combined.forward, combined_backward.forward),
         }
 
@@ -200,9 +205,9 @@ def counted_in_triton(s: Shape) -> dict[str, Passes[Count]]:
 def _of_experts(s: Shape) -> dict[str, Passes[Count]]:
     """Return what the experts launch and move where `grouped_mm` takes all of them in one launch.
 
-    torch.compile makes one kernel of the activation, and two of its gradients: one for the product
-    with gate and up, and one for the activation and the gates. Every weighting reads and writes
-    rows of width H; backward has three.
+    In Triton the products are the same. Without it, torch.compile makes one kernel of the
+    activation, and two of its gradients: one for the product with gate and up, and one for the
+    activation and the gates. Every weighting reads and writes rows of width H; backward has three.
     """
     item = s.dtype.itemsize
     products = products_work(s)

@@ -15,7 +15,17 @@ from megatron.remoe.cli import bench, checkpoint, convert, data, model, run, ver
 # The panels of `remoe --help` and their commands, in the order in which they are shown.
 PANELS = {
     "Data": ("data",),
-    "Train": ("routers", "describe", "train", "launch", "sweep", "plot", "compare", "checkpoint"),
+    "Train": (
+        "examples",
+        "routers",
+        "describe",
+        "train",
+        "launch",
+        "sweep",
+        "plot",
+        "compare",
+        "checkpoint",
+    ),  # fmt: skip
     "Models": ("convert", "generate", "evaluate", "analyze", "report"),
     "Check": ("doctor", "verify", "bench"),
 }

@@ -35,7 +35,8 @@ def layer(
 ) -> None:
     """Time one layer, forward and backward, at exactly tokens x topk assignments.
 
-    With --soft, time Soft MoE with as many slots as tokens instead.
+    With --soft, time Soft MoE with as many slots as tokens instead. On a GPU with Triton, ReMoE and
+    its SwiGLU are also timed with all kernels in torch and in Triton.
 
     Example: remoe bench layer --experts 8 64 --rounds 10
 

@@ -5,14 +5,18 @@ import inspect
 import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 from typer.models import ParameterInfo
 
+from megatron.remoe.run import examples
+
 AtLeastOne = Annotated[int, typer.Option(min=1)]
 AtLeastOneOrNone = Annotated[int | None, typer.Option(min=1)]
 Words = Annotated[list[str] | None, typer.Argument()]
+ConfigFile = Annotated[Path, typer.Argument(callback=examples.config_file)]
 
 # The help of options that mean the same in several commands, which docstrings leave out.
 _COMMON = {
@@ -23,6 +27,19 @@ _COMMON = {
     "force": "Replace what is in the output folder already.",
     "model": "A run directory, a checkpoint or a Hugging Face folder.",
     "tokenizer": "The folder of the tokenizer, or its tokenizer.json; by default the model's own.",
+    "active_experts": (
+        "The mean number of active experts per token to keep, for routers with ReLU gates: smaller "
+        "gates than a threshold are switched off. By default the model's own budget stays."
+    ),
+    "calibrate_on": (
+        "The text on which the threshold of --active-experts is found: a folder of token files, "
+        "one of them without its suffix, or a text file. By default it is the validation files of "
+        "the run."
+    ),
+    "license": (
+        "The license that the model card names, as the hub writes it: apache-2.0, mit, other. By "
+        "default none is claimed."
+    ),
     "tensor_parallel": "The number of ranks that share each layer.",
     "pipeline_parallel": "The number of pipeline stages of the model.",
     "expert_parallel": "The number of ranks that share the experts.",

@@ -31,6 +31,7 @@ def to_hf(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     tokenizer: Path | None = None,
+    license: str | None = None,
     force: bool = False,
 ) -> None:
     """Export a checkpoint for transformers, with its tokenizer, the model's code and a model card.
@@ -55,10 +56,29 @@ def to_hf(
             dtype=chosen,
             max_shard_bytes=size,
             tokenizer=tokenizer,
+            license=license,
             force=force,
             progress=report,
         )
     typer.echo(f"{out}: {config['architectures'][0]}, {config['dtype']}")
+
+
+@command(app, "card")
+def card_(folder: Path, license: str | None = None) -> None:
+    """Write the model card of an exported model anew, with its budget curve if there is one by now.
+
+    The card is README.md in the folder. What was written into it by hand is lost, but for its
+    license.
+
+    Example: remoe convert card model --license apache-2.0
+
+    Args:
+        folder: The Hugging Face folder that remoe convert has made.
+    """
+    prepare()
+    from megatron.remoe.convert import card
+
+    typer.echo(card.rewrite(folder, license))
 
 
 @command(app, "to-megatron")

@@ -49,6 +49,7 @@ def tokenize(
     text_key: str = "text",
     append_eod: bool = True,
     skip_invalid: bool = False,
+    valid_fraction: float | None = None,
     force: bool = False,
 ) -> None:
     """Tokenize files, or each domain and split of a corpus, into pairs of .bin and .idx files.
@@ -68,6 +69,8 @@ def tokenize(
         text_key: The JSON key that holds the text of a document.
         append_eod: Write the end-of-document token after every document.
         skip_invalid: Count malformed lines and leave them out, instead of stopping at the first.
+        valid_fraction: The share of the documents of every file to hold out for validation, chosen
+            by a hash of their text. By default none is held out.
     """
     from megatron.remoe import cpu
     from megatron.remoe.data.tokenize import TokenizeConfig
@@ -83,6 +86,7 @@ def tokenize(
         text_key=text_key,
         append_eod=append_eod,
         skip_invalid=skip_invalid,
+        valid_fraction=valid_fraction,
         **({} if workers is None else {"workers": workers}),
     )
     manifest, written = run(inputs, out, config, force=force)

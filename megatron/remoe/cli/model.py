@@ -2,9 +2,10 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,20 +18,27 @@ app = typer.Typer()
 @command(app)
 def generate(
     model: Path,
-    prompt: str,
+    prompt: Annotated[str | None, typer.Argument()] = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
     dtype: str | None = None,
     tokenizer: Path | None = None,
+    active_experts: float | None = None,
+    calibrate_on: Path | None = None,
 ) -> None:
     """Continue a prompt, and print the text while it is generated.
+
+    Without a prompt, every line of standard input is one, until Ctrl-D; the model is loaded once.
+
+    With --active-experts fewer experts compute every token, down to that mean number, which may be
+    below 1. The budget in use is printed first.
 
     Example: remoe generate runs/quickstart "def main(" --temperature 0.7 --max-new-tokens 48
 
     Args:
-        prompt: The text to continue.
+        prompt: The text to continue. By default prompts are read from standard input, one a line.
         max_new_tokens: The largest number of tokens to generate.
         temperature: The temperature of sampling. With 0 every token is the likeliest one.
         top_p: Sample only from the likeliest tokens, whose probabilities sum to this number.
@@ -39,23 +47,60 @@ def generate(
     """
     prepare()
     from megatron.remoe.convert.export import parse_dtype
-    from megatron.remoe.convert.generate import generate as run
+    from megatron.remoe.convert.generate import generator
+    from megatron.remoe.evaluate.budget import choose
+
+    chosen = parse_dtype(dtype)
+    budget = choose(model, active_experts, calibrate_on, dtype=chosen, tokenizer=tokenizer)
+    if budget.said:
+        typer.echo(budget.said, err=True)
 
     def emit(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    run(
+    continue_ = generator(
         model,
-        prompt,
         emit,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        dtype=parse_dtype(dtype),
+        dtype=chosen,
         tokenizer=tokenizer,
+        budget=budget.fields,
     )
+    if prompt is None:
+        _read_prompts(continue_)
+    else:
+        continue_(prompt)
+
+
+def _read_prompts(continue_: Callable[[str], None]) -> None:
+    """Continue every line of standard input; a prompt that is refused does not end the loop.
+
+    Raises:
+        ValueError: Prompts of a pipe were refused.
+    """
+    is_terminal, refused = sys.stdin.isatty(), 0
+    while True:
+        try:
+            line = input("> ") if is_terminal else next(sys.stdin)
+        except (EOFError, KeyboardInterrupt, StopIteration):
+            break
+        if not line.strip():
+            continue
+        try:
+            continue_(line.rstrip("\n"))
+        except ValueError as error:
+            refused += 1
+            typer.echo(f"error: {error}", err=True)
+        except KeyboardInterrupt:  # It ends this text.
+            typer.echo()
+    if is_terminal:
+        typer.echo()
+    elif refused:
+        raise ValueError(f"{refused} prompts were refused, as said above; change them")
 
 
 @command(app)
@@ -70,6 +115,8 @@ def evaluate(
     batch_size: AtLeastOne = 8,
     dtype: str = "fp32",
     tokenizer: Path | None = None,
+    active_experts: float | None = None,
+    calibrate_on: Path | None = None,
     out: Path | None = None,
 ) -> None:
     """Evaluate a model on tasks, and measure its loss and perplexity on each domain's token files.
@@ -88,7 +135,8 @@ def evaluate(
         batch_size: The number of sequences that are evaluated at a time.
         dtype: The type of the weights: fp32, bf16 or fp16.
         out: The JSON file to which the results are added. By default it is evaluation.json in a run
-            directory, and none for other models.
+            directory, or evaluation_X_active.json with --active-experts X, and none for other
+            models.
     """
     if tasks is None and perplexity is None:
         raise ValueError("nothing to evaluate; give --tasks, --perplexity, or both")
@@ -97,7 +145,13 @@ def evaluate(
 
     chosen = parse_dtype(dtype)
     assert chosen is not None
+    from megatron.remoe.evaluate.budget import choose
+
+    budget = choose(model, active_experts, calibrate_on, dtype=chosen, tokenizer=tokenizer)
     found: dict[str, Any] = {}
+    if budget.said:
+        found["budget"] = budget.said
+        typer.echo(budget.said)
     if perplexity is not None:
         from megatron.remoe.evaluate import perplexity as losses
 
@@ -109,6 +163,7 @@ def evaluate(
                 seed=seed,
                 dtype=chosen,
                 batch_size=batch_size,
+                budget=budget.fields,
                 progress=report,
             )
         found["perplexity"] = {
@@ -128,12 +183,14 @@ def evaluate(
             batch_size=batch_size,
             dtype=str(chosen).removeprefix("torch."),
             tokenizer=None if tokenizer is None else str(tokenizer),
+            budget=budget.fields,
         )
         found["tasks"] = harness.run(request)
         found["limit"] = limit
         typer.echo(published.table(model.name, found["tasks"]))
     is_run = (model / "config.yaml").is_file()
-    file = out or (model / "evaluation.json" if is_run else None)
+    name = "evaluation" if active_experts is None else f"evaluation_{active_experts:g}_active"
+    file = out or (model / f"{name}.json" if is_run else None)
     if file is not None:
         _merge(file, {"model": str(model), "dtype": dtype} | found)
         typer.echo(file)

@@ -1,11 +1,14 @@
-"""The commands about runs: routers, describe, train, launch, sweep, plot, compare and doctor."""
+"""The commands about runs.
+
+They are examples, routers, describe, train, launch, sweep, plot, compare and doctor.
+"""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megatron.remoe.cli.common import AtLeastOne, Words, command
+from megatron.remoe.cli.common import AtLeastOne, ConfigFile, Words, command
 
 app = typer.Typer()
 
@@ -17,6 +20,31 @@ _BUDGETS = {
 }
 
 Throughput = Annotated[float | None, typer.Option(min=0.001)]
+
+
+@command(app)
+def examples(copy: Path | None = None) -> None:
+    """List the example configs, which commands take where there is no file of that name.
+
+    Example: remoe examples --copy examples
+
+    Args:
+        copy: Copy them to this folder, to be edited, with the scripts and the notebook beside them.
+            By default nothing is copied.
+    """
+    from megatron.remoe.run import examples as installed
+
+    if copy is not None:
+        installed.copy(copy)
+        typer.echo(copy)
+        return
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table(Column(no_wrap=True), "", show_header=False, box=None)
+    for path, sentence in installed.summaries():
+        table.add_row(path, sentence)
+    Console().print(table)
 
 
 @command(app)
@@ -49,7 +77,7 @@ def routers(figure: Path | None = None) -> None:
 
 @command(app)
 def describe(
-    config: Path,
+    config: ConfigFile,
     overrides: Words = None,
     nodes: AtLeastOne = 1,
     gpus_per_node: AtLeastOne = 8,
@@ -58,37 +86,56 @@ def describe(
 ) -> None:
     """Print a run's parameters, FLOPs, tokens and memory per GPU, and its hours at a throughput.
 
+    Of a sweep, every run is a row of a table, and the last row is about all of them.
+
     Example: remoe describe examples/llama_182m/remoe.yaml --nodes 2 --tflops 100
 
     Args:
+        config: The YAML file of a run, or of a sweep.
         tflops: The throughput of each GPU in TFLOP/s. By default no hours are printed.
         tokens_per_second: The throughput of the whole run in tokens per second. By default no hours
             are printed.
     """
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from megatron.remoe import cpu
+    from megatron.remoe.run import describe as about
     from megatron.remoe.run.config import load_config
-    from megatron.remoe.run.describe import describe as run
+    from megatron.remoe.run.sweep import is_sweep
 
     cpu.prepare_megatron()
     if tflops is not None and tokens_per_second is not None:
         raise ValueError("--tflops and --tokens-per-second are both given; give one throughput")
-    description = run(load_config(config, overrides), nodes * gpus_per_node)
-    rows = description.rows()
-    hours = description.hours(tflops=tflops, tokens_per_second=tokens_per_second)
+    world, speed = nodes * gpus_per_node, {"tflops": tflops, "tokens_per_second": tokens_per_second}
+    if is_sweep(config):
+        if overrides:
+            raise ValueError(f"{overrides[0]!r} is given with a sweep; write it into {config}")
+        columns, *rows = about.sweep_table(about.describe_sweep(config, world), **speed)
+        table = Table(Column(columns[0], no_wrap=True), *columns[1:])
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        typer.echo(
+            f"GPUs of a run: {world}; memory is that of the fullest one with the dense warm-up, "
+            f"and fits is the smallest GPU of {', '.join(map(str, about.GPUS_GB))} GB that leaves "
+            f"{about.MARGIN:.0%} free"
+        )
+        return
+    description = about.describe(load_config(config, overrides), world)
+    lines = description.rows()
+    hours = description.hours(**speed)
     if hours is not None:
-        rows.append(("hours at this throughput", f"{hours:.2f}"))
+        lines.append(("hours at this throughput", f"{hours:.2f}"))
     table = Table(show_header=False)
-    for name, value in rows:
+    for name, value in lines:
         table.add_row(name, value)
     Console().print(table)
 
 
 @command(app)
 def train(
-    config: Path, overrides: Words = None, nproc: int | None = None, force: bool = False
+    config: ConfigFile, overrides: Words = None, nproc: int | None = None, force: bool = False
 ) -> None:
     """Check a config, train it on this machine, show the progress and draw the curves.
 
@@ -122,7 +169,7 @@ def train(
 
 @command(app)
 def launch(
-    config: Path,
+    config: ConfigFile,
     overrides: Words = None,
     nodes: AtLeastOne = 1,
     gpus_per_node: AtLeastOne = 8,
@@ -185,7 +232,7 @@ def launch(
 
 @command(app)
 def sweep(
-    file: Path,
+    file: ConfigFile,
     jobs: AtLeastOne = 1,
     only: str | None = None,
     slurm: bool = False,

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 
 import remoe.hf
-from megatron.remoe.convert.facts import model_card
+from megatron.remoe.convert import card
 from megatron.remoe.convert.hf_source import DTYPES, PADDING_FILE, check_finite, validated
 from megatron.remoe.convert.output import new_folder
 from megatron.remoe.convert.source import MegatronSource, Source
-from megatron.remoe.convert.table import CONFIG, PADDING, Config, Item, dtype_of
+from megatron.remoe.convert.table import CONFIG, PADDING, Config, dtype_of
 from megatron.remoe.formats.safetensors import ShardWriter, Spec
-from remoe.hf.configuration_remoe import FORMAT_VERSION
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
-_SOURCES = ("configuration_remoe.py", "modeling_remoe.py")
+_SOURCES = tuple(f"{name}_remoe.py" for name in ("configuration", "modeling", "budget", "experts"))
 Progress = Callable[[int, int], None]
 
 
@@ -41,6 +40,7 @@ def to_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     tokenizer: Path | None = None,
+    license: str | None = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Config:
@@ -52,6 +52,7 @@ def to_hf(
         dtype: the dtype of the weights; None is that of the checkpoint.
         max_shard_bytes: the largest size of a file of weights.
         tokenizer: a tokenizer to use in place of the one that the run names.
+        license: an identifier of the hub for the model card; None claims no license.
         force: whether to replace `out`.
         progress: called with the number of bytes that are written, and of all bytes.
 
@@ -67,6 +68,7 @@ def to_hf(
         reads=[path, *([tokenizer] if tokenizer else [])],
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
+        license=license,
         force=force,
         progress=progress,
     )
@@ -79,10 +81,12 @@ def export(
     reads: Iterable[Path] = (),
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    license: str | None = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Config:
     """Write an open model as `to_hf` does; `out` must not replace anything in `reads`."""
+    card.check_license(license)
     dtype = dtype or source.dtype
     config = source.config | {"dtype": str(dtype).removeprefix("torch.")}
     validated(config)
@@ -91,8 +95,11 @@ def export(
         _write_config(config, folder)
         if source.tokenizer is not None:
             source.tokenizer.write(folder)
-        card = model_card(config, *_count(source.items, config))
-        (folder / "README.md").write_text(card)
+        for name in card.BUDGET_FILES:
+            if (source.folder / name).is_file():
+                shutil.copyfile(source.folder / name, folder / name)
+        text = card.model_card(source, config, folder, license)
+        (folder / card.NAME).write_text(text)
     return config
 
 
@@ -136,7 +143,7 @@ def _write_config(config: Config, folder: Path) -> None:
             "AutoModel": "modeling_remoe.ReMoEModel",
             "AutoModelForCausalLM": "modeling_remoe.ReMoEForCausalLM",
         }
-        whole["format_version"] = FORMAT_VERSION
+        whole["format_version"] = validated(config)["format_version"]
         for name in _SOURCES:
             shutil.copyfile(Path(remoe.hf.__file__).with_name(name), folder / name)
     _write_json(folder / "config.json", whole)
@@ -147,17 +154,3 @@ def _write_config(config: Config, folder: Path) -> None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def _count(items: list[Item], config: Config) -> tuple[int, int]:
-    """Count all parameters, and those that an average token uses."""
-    sizes = {
-        name: torch.Size(shape).numel()
-        for item in items
-        for name, shape in item.hf.items()
-        if not name.startswith((CONFIG, PADDING))
-    }
-    experts = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
-    total = sum(sizes.values())
-    share = config["num_experts_per_tok"] / config["num_experts"] if experts else 0
-    return total, total - round(experts * (1 - share))

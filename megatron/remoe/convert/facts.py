@@ -1,14 +1,14 @@
-"""What is known about a model's training, and the model card that presents it."""
+"""What is known about a model's training, for its `config.json` and its model card."""
 
 import argparse
-import math
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import remoe
 from megatron.remoe.analysis.runs import read_rows
 from megatron.remoe.convert.table import Config
-from remoe.config import ROUTINGS
+from megatron.remoe.data.pairs import prefixes_of
 
 _STEPS_OF_SPARSITY = 20
 
@@ -28,12 +28,15 @@ def training_facts(
     if known is not None:  # the checkpoint was made from an exported model
         return known
     samples = getattr(args, "consumed_train_samples", 0) or 0
+    names, shares = _data(args)
     facts: Config = {
         "iteration": iteration,
         "tokens": samples * args.seq_length,
         "sequence_length": args.seq_length,
         "padded_vocab_size": padded_vocab_size,
-        "data": _data_names(args),
+        "data": names,
+        "data_shares": shares,
+        "version": remoe.__version__,
         "commit": _commit(),
     }
     rows = [row for row in _metrics(args, run_dir) if row["iteration"] <= iteration]
@@ -62,122 +65,34 @@ def _metrics(args: argparse.Namespace, run_dir: Path | None) -> list[dict[str, A
     return []
 
 
-def _data_names(args: argparse.Namespace) -> list[str]:
-    """Return the names of the training data without their folders."""
-    given = args.train_data_path or args.data_path or []
-    names = [entry for entry in map(str, given) if not _is_number(entry)]
-    return [Path(name).name for name in names] or (["mock data"] if args.mock_data else [])
+def _data(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:
+    """Return the names of the training data without their folders, and their shares of the tokens.
 
-
-def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdigit()
+    The shares are None where the arguments have no weights, so that Megatron takes the sizes.
+    """
+    given = list(map(str, args.train_data_path or args.data_path or []))
+    if not given:
+        return (["mock data"] if args.mock_data else []), None
+    prefixes = prefixes_of(given)
+    weights = [float(entry) for entry in given if entry not in prefixes]
+    names = [Path(prefix).name for prefix in prefixes]
+    if len(names) == 1:
+        return names, [1.0]
+    if len(weights) != len(names) or sum(weights) <= 0:
+        return names, None
+    return names, [weight / sum(weights) for weight in weights]
 
 
 def _commit() -> str | None:
-    """Return the commit of this code, if it runs from a repository."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    """Return the commit of this code, if it runs from its own repository.
+
+    An installed package may lie in an environment inside of another repository.
+    """
+    root = Path(__file__).resolve().parents[3]
+    command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
-
-
-def model_card(config: Config, num_params: int, num_active: int) -> str:
-    """Return the text of an exported model's README.
-
-    Args:
-        config: the model's config.json.
-        num_params: the number of all parameters.
-        num_active: the number of parameters that an average token uses at the target sparsity.
-    """
-    facts = config.get("training_facts") or {}
-    is_moe = config["model_type"] == "remoe"
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    lines += ["tags:", "- remoe", "- mixture-of-experts"] if is_moe else ["tags:", "- llama"]
-    lines += ["---", "", f"# {'ReMoE' if is_moe else 'Dense'} language model", ""]
-    if is_moe:
-        lines += [_about(config), ""]
-    remote = ", trust_remote_code=True" if is_moe else ""
-    lines += [
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'folder = "."  # this folder',
-        f"tokenizer = AutoTokenizer.from_pretrained(folder{remote})",
-        f"model = AutoModelForCausalLM.from_pretrained(folder{remote})",
-        'inputs = tokenizer("Once", return_tensors="pt", return_token_type_ids=False)',
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",
-        "```",
-        "",
-        "## Architecture",
-        "",
-        *_table(_architecture(config, num_params, num_active)),
-        "",
-        "## Training",
-        "",
-        *_table(_training(config, facts)),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _about(config: Config) -> str:
-    if config["router_type"] == "relu":
-        return (
-            "Mixture-of-experts whose router is a ReLU "
-            "([arXiv 2412.14711](https://arxiv.org/abs/2412.14711)): the number of active experts "
-            "varies by token and layer."
-        )
-    if config["router_type"].startswith("topk"):
-        return f"Mixture-of-experts with a top-k router ({config['router_type']})."
-    routing = ROUTINGS[config["router_type"]]
-    return f"Mixture-of-experts with {routing.title} ({routing.source})."
-
-
-def _architecture(config: Config, num_params: int, num_active: int) -> dict[str, Any]:
-    rows = {
-        "parameters": f"{num_params:,}",
-        "layers": config["num_hidden_layers"],
-        "hidden size": config["hidden_size"],
-        "query heads, key-value heads": f"{config['num_attention_heads']}, "
-        f"{config['num_key_value_heads']}",
-        "vocabulary": config["vocab_size"],
-        "positions": config["max_position_embeddings"],
-        "tied embeddings": "yes" if config["tie_word_embeddings"] else "no",
-    }
-    if config["model_type"] == "llama":
-        return rows | {"width of the MLP": config["intermediate_size"]}
-    return rows | {
-        "parameters an average token uses": f"{num_active:,}",
-        "router": config["router_type"],
-        "experts, active on average": f"{config['num_experts']}, {config['num_experts_per_tok']}",
-        "width of an expert": config["moe_intermediate_size"],
-    }
-
-
-def _training(config: Config, facts: Config) -> dict[str, Any]:
-    rows: dict[str, Any] = {
-        "steps": facts.get("iteration"),
-        "tokens": f"{facts['tokens']:,}" if facts.get("tokens") else None,
-        "sequence length": facts.get("sequence_length"),
-        "data": ", ".join(facts.get("data") or []) or None,
-    }
-    if "sparsity" in facts:
-        rows[f"sparsity, mean of the last {facts['sparsity_steps']} steps"] = (
-            f"{facts['sparsity']:.3f} (target {config['target_sparsity']:.3f})"
-        )
-    for split, loss in sorted((facts.get("validation_loss") or {}).items()):
-        shown = "NaN" if loss is None else f"{loss:.4f}"
-        rows[f"validation loss, {split} (step {facts['validation_iteration']})"] = shown
-    if config.get("l1_coeff"):
-        rows["coefficient of the L1 penalty"] = (
-            f"{math.fsum(config['l1_coeff']) / len(config['l1_coeff']):.3e}"
-        )
-    rows["commit of the converter"] = facts.get("commit")
-    return {name: value for name, value in rows.items() if value is not None}
-
-
-def _table(rows: dict[str, Any]) -> list[str]:
-    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    top, commit = done.stdout.splitlines()
+    return commit if Path(top) == root else None

@@ -1,6 +1,6 @@
 """Generation of text by any model; a checkpoint of a run is converted on the way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,8 @@ import torch
 from megatron.remoe.convert.exported import exported_with_tokenizer, load
 
 
-def generate(
+def generator(
     path: Path,
-    prompt: str,
     emit: Callable[[str], None],
     *,
     max_new_tokens: int = 64,
@@ -20,12 +19,14 @@ def generate(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     tokenizer: Path | None = None,
-) -> None:
-    """Continue a prompt, and pass on the text as it is generated, with the prompt first.
+    budget: Mapping[str, Any] | None = None,
+) -> Callable[[str], None]:
+    """Load a model, and return what continues a prompt of at least one token.
+
+    The text is passed on as it is generated, with the prompt first.
 
     Args:
         path: a Hugging Face folder, a run directory or a checkpoint.
-        prompt: a text of at least one token.
         emit: called with pieces of text.
         max_new_tokens: the largest number of tokens to generate.
         temperature: the temperature of sampling; 0 is greedy.
@@ -33,6 +34,7 @@ def generate(
         seed: the seed of sampling.
         dtype: the dtype of the model; None is that of its weights.
         tokenizer: a tokenizer to use in place of the model's own.
+        budget: fields of the model's config that replace its own budget of active experts.
 
     Raises:
         ValueError: there is no model or no tokenizer, or a value is out of range.
@@ -46,7 +48,7 @@ def generate(
 
     with exported_with_tokenizer(path, tokenizer) as folder:
         tokens = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = load(folder, dtype)
+        model = load(folder, dtype, budget)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     class Streamer(TextStreamer):
@@ -57,17 +59,21 @@ def generate(
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         torch.manual_seed(seed)
-    inputs = tokens(prompt, return_tensors="pt").to(model.device)
-    room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
-    if inputs["input_ids"].shape[1] == 0 or room < 1:
-        raise ValueError(
-            f"the prompt has {inputs['input_ids'].shape[1]} tokens; the model takes 1 to "
-            f"{model.config.max_position_embeddings - 1}"
+
+    def continue_(prompt: str) -> None:
+        inputs = tokens(prompt, return_tensors="pt").to(model.device)
+        room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
+        if inputs["input_ids"].shape[1] == 0 or room < 1:
+            raise ValueError(
+                f"the prompt has {inputs['input_ids'].shape[1]} tokens; the model takes 1 to "
+                f"{model.config.max_position_embeddings - 1}"
+            )
+        model.generate(
+            inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=min(max_new_tokens, room),
+            streamer=Streamer(tokens),
+            **sampling,
         )
-    model.generate(
-        inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=min(max_new_tokens, room),
-        streamer=Streamer(tokens),
-        **sampling,
-    )
+
+    return continue_

@@ -38,10 +38,15 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 
 
 class Source(Protocol):
-    """A model of which any tensor can be asked for, in Hugging Face's terms."""
+    """A model of which any tensor can be asked for, in Hugging Face's terms.
+
+    Attributes:
+        folder: where other files about the model are.
+    """
 
     config: Config
     items: list[Item]
+    folder: Path
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,6 +84,7 @@ class MegatronSource:
         fork: whether the checkpoint is of the published implementation.
 
     Attributes:
+        folder: the run's directory, or where it would be.
         pattern: the layers of a hybrid model, of which the equivalent GPT model is converted.
 
     Raises:
@@ -88,7 +94,7 @@ class MegatronSource:
     def __init__(self, path: Path, tokenizer: Path | None = None, *, fork: bool = False) -> None:
         self.checkpoint = find_checkpoint(path)
         has_config = (path / "config.yaml").is_file()
-        run_dir = path if has_config else self.checkpoint.absolute().parents[1]
+        self.folder = path if has_config else self.checkpoint.absolute().parents[1]
         self._is_old = is_legacy(self.checkpoint)
         stored: Reader = (LegacyReader if self._is_old else TorchDistReader)(self.checkpoint)
         self.args = read_arguments(stored.common["args"], self.checkpoint, fork=fork)
@@ -99,12 +105,15 @@ class MegatronSource:
         self.reader = CanonicalReader(stored, l1_coeff=fork and self.args.moe_relu_routing)
         iteration = self.reader.common.get("iteration") or 0
         check_whole(str(self.checkpoint), "iteration", iteration, 0)
-        self.tokenizer = TokenizerFiles.find(self.args, tokenizer)
+        # A run keeps its tokenizer, and so does the folder of an imported checkpoint.
+        is_run = (self.folder / "config.yaml").is_file()
+        keeper = self.folder if is_run else self.checkpoint.parent
+        self.tokenizer = TokenizerFiles.find(self.args, tokenizer, [keeper / "tokenizer"])
         architecture = to_config(self.args) | {"vocab_size": self._vocab_size()}
         check_config(f"the arguments in {self.checkpoint} make a model that", architecture)
         self.items = plan(architecture, self.padded_vocab_size)
         self._check_tensors()
-        facts = training_facts(self.args, iteration, self.padded_vocab_size, run_dir)
+        facts = training_facts(self.args, iteration, self.padded_vocab_size, self.folder)
         self.config = architecture | self._other_settings() | {"training_facts": facts}
 
     def _check_tensors(self) -> None:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from megatron.remoe.data.tokenizer import (
     CONFIG,
+    GPT2_FILES,
     largest_id,
     load_gpt2_tokenizer,
     load_tokenizer,
@@ -39,14 +40,25 @@ class TokenizerFiles:
     merges: Path | None = None
 
     @classmethod
-    def find(cls, args: argparse.Namespace, chosen: Path | None) -> "TokenizerFiles | None":
+    def find(
+        cls, args: argparse.Namespace, chosen: Path | None, kept: Iterable[Path] = ()
+    ) -> "TokenizerFiles | None":
         """Return the chosen tokenizer, or the one that the arguments name; None if they do not.
+
+        Args:
+            args: a run's arguments.
+            chosen: a tokenizer to use in place of the run's.
+            kept: folders in which the run's tokenizer may be, in the place of the path in the
+                arguments.
 
         Raises:
             ValueError: the tokenizer does not exist here.
         """
         if chosen is None:
             kind = args.tokenizer_type
+            copies = [folder for folder in kept if _is_tokenizer(folder)]
+            if copies and kind in ("GPT2BPETokenizer", "HuggingFaceTokenizer"):
+                return cls(copies[0])
             if kind == "GPT2BPETokenizer" and args.vocab_file and args.merge_file:
                 return cls(Path(args.vocab_file), Path(args.merge_file))
             if kind != "HuggingFaceTokenizer" or not args.tokenizer_model:
@@ -63,8 +75,8 @@ class TokenizerFiles:
         """
         if not path.exists():
             raise ValueError(
-                f"the tokenizer {path} does not exist here; go to the directory that the run was "
-                f"started in, or name a copy (--tokenizer PATH)"
+                f"the tokenizer {path} does not exist here, and the run has no copy of it; go to "
+                f"the directory that it was started in, or name a copy (--tokenizer PATH)"
             )
         return cls(path)
 
@@ -78,6 +90,11 @@ class TokenizerFiles:
     def vocab_size(self) -> int:
         """The number of entries, including ids that no token has."""
         return largest_id(self._loaded[0]) + 1
+
+    @property
+    def kind(self) -> str:
+        """What the tokenizer is: the type of its model and its number of entries."""
+        return f"{type(self._loaded[0].model).__name__}, {self.vocab_size:,} entries"
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text."""
@@ -139,3 +156,9 @@ class TokenizerFiles:
         settings.setdefault("pad_token", end)
         settings.setdefault("padding_side", "left")
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _is_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has the files of a tokenizer that can be exported."""
+    pairs = [("tokenizer.json",), *GPT2_FILES]
+    return any(all((folder / name).is_file() for name in names) for names in pairs)

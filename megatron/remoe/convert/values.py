@@ -7,10 +7,10 @@ is checked where the weights are opened.
 
 import math
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from megatron.remoe.convert.architecture import ROUTER_TYPES, exported_settings
+from megatron.remoe.convert.architecture import BUDGET, ROUTER_TYPES, exported_settings
 from megatron.remoe.convert.table import Config
 from megatron.remoe.formats.torch_dist import MOST_LAYERS
 
@@ -33,7 +33,31 @@ _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attenti
 _LAYERS = ("num_hidden_layers", "num_layers")
 _FULL = "full_attention"
 _NUMBERS = {"rms_norm_eps": 1.0, "initializer_range": 1e3}
-_FACTS = {"iteration": 0, "tokens": 0, "sequence_length": 1, "padded_vocab_size": 1}
+_FACTS = {"iteration": 0, "tokens": 0, "sequence_length": 1, "padded_vocab_size": 1,
+          "sparsity_steps": 1, "validation_iteration": 0}  # fmt: skip
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+# Facts that are no whole numbers: a test, and the same in words.
+_OTHER_FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "data": (
+        lambda x: isinstance(x, list) and all(isinstance(one, str) for one in x),
+        "a list of names",
+    ),
+    "data_shares": (
+        lambda x: isinstance(x, list) and all(map(_is_share, x)),
+        "a list of numbers from 0 to 1",
+    ),
+    "sparsity": (_is_share, "a number from 0 to 1"),
+    "validation_loss": (
+        lambda x: isinstance(x, dict)
+        and all(loss is None or type(loss) in (int, float) for loss in x.values()),
+        "a mapping of names to numbers",
+    ),
+}  # fmt: skip
 
 
 def check_sizes(where: str, values: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -147,13 +171,15 @@ def _check_routing(where: str, config: Config) -> None:
     known = isinstance(router, str) and router in ROUTER_TYPES
     _require(known, where, "router_type", router, f"one of {', '.join(ROUTER_TYPES)}")
     if (limit := config.get("max_active_experts")) is not None:
-        check_whole(where, "max_active_experts", limit, 1, most)
+        for one in limit if isinstance(limit, list) else [limit]:
+            check_whole(where, "max_active_experts", one, 1, most)
     if (target := config.get("target_sparsity")) is not None:
         check_number(where, "target_sparsity", target, above=-1e-9, below=1)
         is_valid = abs(target - (1 - k / most)) <= 1e-6
         _require(is_valid, where, "target_sparsity", target, f"1 - k/E, {1 - k / most:g}")
     for setting in exported_settings(router):
-        if setting.name in config:
+        is_of_layers = isinstance(config.get(setting.name), list)  # of the budget: checked above
+        if setting.name in config and not (setting.name in BUDGET and is_of_layers):
             value = config[setting.name]
             if setting.type is float:
                 above = -1e-9 if str(setting.within).startswith("[0") else 0
@@ -178,6 +204,10 @@ def check_facts(where: str, facts: Any) -> None:
     for name, least in _FACTS.items():
         if facts.get(name) is not None:
             check_whole(where, f"training_facts.{name}", facts[name], least)
+    for name, (is_valid, wanted) in _OTHER_FACTS.items():
+        if facts.get(name) is not None:
+            named = f"training_facts.{name}"
+            _require(is_valid(facts[name]), where, named, facts[name], wanted)
 
 
 def _require(is_valid: bool, where: str, name: str, value: Any, wanted: str) -> None:

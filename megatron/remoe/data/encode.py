@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megatron.remoe import processes
+from megatron.remoe.data.holdout import Side
 from megatron.remoe.data.jsonl import Chunk, parse_text
 
 _tokenizer: Tokenizer
@@ -58,11 +59,12 @@ def start_workers(
 
 
 def encode_chunks(
-    pool: ProcessPoolExecutor, chunks: Iterable[Chunk], *, workers: int
+    pool: ProcessPoolExecutor, chunks: Iterable[Chunk], *, workers: int, side: Side | None = None
 ) -> Iterator[Encoded]:
     """Yield the encoded chunks in order, with at most a few per worker under way.
 
-    `Executor.map` and `Pool.imap` would read the whole file before the workers need it.
+    `Executor.map` and `Pool.imap` would read the whole file before the workers need it. Documents
+    that are not of the side are left out without being counted.
 
     Raises:
         ValueError: a worker was killed.
@@ -70,7 +72,7 @@ def encode_chunks(
     under_way: deque[Future[Encoded]] = deque()
     try:
         for chunk in chunks:
-            under_way.append(pool.submit(_encode_chunk, chunk))
+            under_way.append(pool.submit(_encode_chunk, chunk, side))
             if len(under_way) >= 3 * workers:
                 yield under_way.popleft().result()
         while under_way:
@@ -93,7 +95,7 @@ def _start_worker(parent: int, tokenizer_json: str, text_key: str, suffix: list[
     _text_key, _suffix = text_key, suffix
 
 
-def _encode_chunk(chunk: Chunk) -> Encoded:
+def _encode_chunk(chunk: Chunk, side: Side | None) -> Encoded:
     texts: list[str] = []
     invalid: list[tuple[int, str]] = []
     empty = 0
@@ -102,6 +104,8 @@ def _encode_chunk(chunk: Chunk) -> Encoded:
             text = parse_text(line, _text_key)
         except ValueError as error:
             invalid.append((number, str(error)))
+            continue
+        if side is not None and not side.keeps(text):
             continue
         if text:
             texts.append(text)

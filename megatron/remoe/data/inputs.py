@@ -34,6 +34,21 @@ def find_inputs(paths: list[Path]) -> dict[str, Path]:
     return found
 
 
+def with_both_sides(inputs: dict[str, Path]) -> dict[str, Path]:
+    """Return the input file of `train/NAME` and of `valid/NAME` for every name.
+
+    Raises:
+        ValueError: there are validation files already.
+    """
+    for name, path in inputs.items():
+        if name.startswith(("train/", "valid/")):
+            raise ValueError(
+                f"{path} is of a corpus that has its own validation files; leave --valid-fraction "
+                f"out"
+            )
+    return {f"{side}/{name}": path for name, path in inputs.items() for side in ("train", "valid")}
+
+
 def _files_by_prefix(path: Path) -> dict[str, list[Path]]:
     if not path.exists():
         raise ValueError(f"{path} does not exist; name a {_KIND} or folder")

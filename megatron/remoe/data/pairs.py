@@ -7,8 +7,9 @@ boundaries (8 each).
 """
 
 import struct
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -20,6 +21,28 @@ _BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # bytes of a token, by the code o
 def pair_of(prefix: Path) -> list[Path]:
     """Return the paths of the two files of a prefix."""
     return [Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx")]
+
+
+def prefixes_of(blend: Sequence[Any]) -> list[str]:
+    """Return the prefixes of a list of Megatron's, which may have a weight before each of them."""
+    words = [str(word) for word in blend]
+    return words[1::2] if len(words) % 2 == 0 and all(map(_is_number, words[::2])) else words
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def count_tokens(prefix: Path) -> int:
+    """Return the number of tokens of a pair that is whole."""
+    tokens, index = pair_of(prefix)
+    with index.open("rb") as file:
+        code = _HEADER.unpack(file.read(_HEADER.size))[2]
+    return tokens.stat().st_size // _BYTES[code]
 
 
 def check_pair(prefix: Path, *, contents: bool = True) -> None:

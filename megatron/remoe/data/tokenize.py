@@ -1,5 +1,7 @@
 """`remoe data tokenize`: JSON Lines to Megatron's `.bin`/`.idx`, one pair per file or domain.
 
+With a share for validation, every file becomes two pairs, `train/NAME` and `valid/NAME`.
+
 The output folder holds the pairs, `tokenizer/` as Megatron reads it, and `manifest.json`. Each pair
 appears whole or not at all, and a run that stopped continues after the pairs that it finished.
 """
@@ -17,8 +19,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megatron.remoe.data.encode import encode_chunks, start_workers
-from megatron.remoe.data.inputs import find_inputs
+from megatron.remoe.data.holdout import Side
+from megatron.remoe.data.inputs import find_inputs, with_both_sides
 from megatron.remoe.data.jsonl import iter_texts, line_error, read_chunks
+from megatron.remoe.data.manifest import UNFINISHED, read_token_manifest
 from megatron.remoe.data.pairs import pair_of
 from megatron.remoe.data.tokenizer import (
     END_OF_DOCUMENT,
@@ -31,15 +35,12 @@ from megatron.remoe.data.tokenizer import (
 )
 from megatron.remoe.files import (
     output_folder,
-    read_manifest,
     scratch_folder,
     sha256_file,
     write_manifest,
 )
 from megatron.remoe.progress import byte_progress
 
-_ENTRY = {"input_sha256", "pair_bytes", "documents", "tokens", "empty", "invalid"}
-_UNFINISHED = "unfinished"  # key of the manifest: pairs that are being moved into place
 TRAINING_BYTES = 256_000_000  # text to train on, spread evenly over the files; it bounds memory
 
 
@@ -58,6 +59,7 @@ class TokenizeConfig:
     text_key: str = "text"
     append_eod: bool = True
     skip_invalid: bool = False
+    valid_fraction: float | None = None
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
 
     def __post_init__(self) -> None:
@@ -75,6 +77,11 @@ class TokenizeConfig:
                 f"--vocab-size {self.vocab_size} is too small for the 256 bytes and the end of a "
                 f"document; use at least {MIN_VOCAB_SIZE}"
             )
+        if self.valid_fraction is not None and not 0 < self.valid_fraction < 1:
+            raise ValueError(
+                f"--valid-fraction {self.valid_fraction} is not between 0 and 1; use a share of "
+                f"the documents such as 0.02"
+            )
         if self.workers < 1:
             raise ValueError(f"--workers {self.workers} leaves nobody to work; use at least 1")
 
@@ -82,6 +89,17 @@ class TokenizeConfig:
     def trains(self) -> bool:
         """Whether the tokenizer is trained on the input."""
         return self.tokenizer is None and self.vocab_file is None
+
+    @property
+    def holdout(self) -> dict[str, float]:
+        """The share for validation as the manifest has it; nothing if there is none."""
+        return {} if self.valid_fraction is None else {"valid_fraction": self.valid_fraction}
+
+    def side_of(self, output: str) -> Side | None:
+        """Return the documents of an input that an output gets; None is all of them."""
+        if self.valid_fraction is None:
+            return None
+        return Side(self.valid_fraction, output.startswith("valid/"))
 
 
 def tokenize(
@@ -96,9 +114,12 @@ def tokenize(
             another process writes to `out`.
     """
     inputs = find_inputs(paths)
+    if config.valid_fraction is not None:
+        inputs = with_both_sides(inputs)
     with output_folder(out):
-        hashes = {name: sha256_file(path) for name, path in inputs.items()}
-        return _Call(inputs, hashes, out, _read_own_manifest(out), config, force).tokenize()
+        by_path = {path: sha256_file(path) for path in set(inputs.values())}
+        hashes = {name: by_path[path] for name, path in inputs.items()}
+        return _Call(inputs, hashes, out, read_token_manifest(out), config, force).tokenize()
 
 
 class _Chosen(NamedTuple):
@@ -143,7 +164,8 @@ class _Call:
             save_tokenizer(tokenizer, chosen.eod_token, scratch / "tokenizer")
             finished: dict[str, Any] = {}
             for name, path in todo.items():
-                entry = _write_pair(path, scratch / name, pool, config, largest_id(tokenizer) + 1)
+                size = largest_id(tokenizer) + 1
+                entry = _write_pair(path, scratch / name, pool, config, size, config.side_of(name))
                 finished[name] = {"input": path.name, "input_sha256": self.hashes[name]} | entry
                 # Tokens of other settings are replaced all at once, so that a folder's pairs match.
                 if self.old is None or manifest is self.old:
@@ -165,10 +187,10 @@ class _Call:
             "vocab_size": config.vocab_size,
             "text_key": config.text_key,
             "inputs": {name: self.hashes[name] for name in used},
-        }
+        } | config.holdout
         # After a kill the tokenizer may not be in place yet; training gives the same one again.
         is_same = self.old is not None and self.old["training"] == training
-        if self.old is not None and not self.force and not (is_same and _UNFINISHED in self.old):
+        if self.old is not None and not self.force and not (is_same and UNFINISHED in self.old):
             folder = self.out / "tokenizer"
             if is_same:
                 return _Chosen(*load_tokenizer(folder), training)
@@ -177,7 +199,7 @@ class _Call:
                 f"pass --tokenizer {folder} to add to them, --force to replace them, "
                 "or choose another --out"
             )
-        texts = _training_texts(list(used.values()), config)
+        texts = _training_texts(used, config)
         return _Chosen(train_tokenizer(texts, config.vocab_size), END_OF_DOCUMENT, training)
 
     def _choose_manifest(self, chosen: _Chosen) -> dict[str, Any]:
@@ -193,7 +215,7 @@ class _Call:
             "eod_id": chosen.tokenizer.token_to_id(chosen.eod_token),
             "append_eod": self.config.append_eod,
             "text_key": self.config.text_key,
-        }
+        } | self.config.holdout
         if self.old is not None:
             if self.old["settings"] == settings:
                 return self.old
@@ -223,7 +245,7 @@ class _Call:
             pair = pair_of(self.out / name)
             sizes = [file.stat().st_size if file.exists() else None for file in pair]
             done = entry.get("input_sha256") == self.hashes[name] and entry["pair_bytes"] == sizes
-            interrupted = name in manifest.get(_UNFINISHED, ())
+            interrupted = name in manifest.get(UNFINISHED, ())
             if not done and not self.force and not interrupted and sizes != [None, None]:
                 raise ValueError(
                     f"{pair[0]} exists but is not, or not whole, of {path} with these settings; "
@@ -234,41 +256,29 @@ class _Call:
         return todo
 
 
-def _read_own_manifest(out: Path) -> dict[str, Any] | None:
-    """Return the manifest of token files, after checking that nothing of it is missing.
-
-    Raises:
-        ValueError: the manifest is of something else, or damaged.
-    """
-    manifest = read_manifest(out)
-    if manifest is None:
-        return None
-    outputs = manifest.get("outputs")
-    entries = outputs.values() if isinstance(outputs, dict) else [None]
-    are_ours = all(isinstance(entry, dict) and entry.keys() >= _ENTRY for entry in entries)
-    if not are_ours or not isinstance(manifest.get("settings"), dict) or "training" not in manifest:
-        raise ValueError(
-            f"{out} has a manifest that is not of token files, or damaged; choose another --out"
-        )
-    return manifest
-
-
-def _training_texts(paths: list[Path], config: TokenizeConfig) -> Iterator[str]:
+def _training_texts(inputs: dict[str, Path], config: TokenizeConfig) -> Iterator[str]:
     """Yield texts from the beginning of every file, up to an equal share of `TRAINING_BYTES`."""
-    for path in paths:
-        room = TRAINING_BYTES // len(paths)
+    for name, path in inputs.items():
+        room, side = TRAINING_BYTES // len(inputs), config.side_of(name)
         with byte_progress(f"training the tokenizer on {path}", path.stat().st_size) as advance:
             for text in iter_texts(
                 path, config.text_key, skip_invalid=config.skip_invalid, advance=advance
             ):
                 if room <= 0:
                     break
+                if side is not None and not side.keeps(text):
+                    continue
                 room -= len(text.encode())
                 yield text
 
 
 def _write_pair(
-    path: Path, prefix: Path, pool: ProcessPoolExecutor, config: TokenizeConfig, vocab_size: int
+    path: Path,
+    prefix: Path,
+    pool: ProcessPoolExecutor,
+    config: TokenizeConfig,
+    vocab_size: int,
+    side: Side | None,
 ) -> dict[str, Any]:
     """Tokenize one file into `prefix`.bin and .idx; return its entry in the manifest.
 
@@ -285,7 +295,7 @@ def _write_pair(
     counts = dict.fromkeys(("documents", "tokens", "text_bytes", "empty", "invalid"), 0)
     with byte_progress(f"tokenizing {path}", path.stat().st_size) as advance:
         chunks = read_chunks(path, advance)
-        for encoded in encode_chunks(pool, chunks, workers=config.workers):
+        for encoded in encode_chunks(pool, chunks, workers=config.workers, side=side):
             if encoded.invalid and not config.skip_invalid:
                 raise line_error(path, *encoded.invalid[0])
             ends = np.cumsum(encoded.lengths, dtype=np.int64)
@@ -296,6 +306,12 @@ def _write_pair(
             counts["text_bytes"] += encoded.text_bytes
             counts["empty"] += encoded.empty
             counts["invalid"] += len(encoded.invalid)
+    if counts["documents"] == 0 and side is not None:
+        what = "validation" if side.is_valid else "training"
+        raise ValueError(
+            f"{path} has too few documents: none is left for {what} at --valid-fraction "
+            f"{side.fraction}; add documents, or change the share"
+        )
     if counts["documents"] == 0:
         raise ValueError(f"{path} holds no document with text; leave it out")
     if counts["tokens"] == counts["documents"] * int(config.append_eod):
@@ -312,8 +328,8 @@ def _publish(scratch: Path, out: Path, manifest: dict[str, Any], finished: dict[
     same call can continue after a kill.
     """
     manifest["outputs"] = {k: v for k, v in manifest["outputs"].items() if k not in finished}
-    manifest.pop(_UNFINISHED, None)
-    write_manifest(out, manifest | {_UNFINISHED: sorted(finished)})
+    manifest.pop(UNFINISHED, None)
+    write_manifest(out, manifest | {UNFINISHED: sorted(finished)})
     files = [file for name in finished for file in pair_of(scratch / name)]
     if (scratch / "tokenizer").is_dir():
         files += (scratch / "tokenizer").iterdir()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.remoe.data.pairs import check_pair
+from megatron.remoe.data.pairs import check_pair, prefixes_of
 from megatron.remoe.evaluate.perplexity import find_domains, sequences
 
 
@@ -67,7 +67,7 @@ def domains_of(data: Path | None, args: Namespace | None) -> tuple[str, dict[str
     if data is not None:
         named, domains = str(data), find_domains(data)
     else:
-        named, domains = _validation_files(args)
+        named, domains = validation_files(args)
     if len(domains) < 2:
         raise ValueError(
             f"{named} holds text of one domain only ({next(iter(domains))}), so that nothing can "
@@ -76,27 +76,31 @@ def domains_of(data: Path | None, args: Namespace | None) -> tuple[str, dict[str
     return named, domains
 
 
-def _validation_files(args: Namespace | None) -> tuple[str, dict[str, Path]]:
-    given = [str(entry) for entry in getattr(args, "valid_data_path", None) or ()]
-    prefixes = [Path(entry) for entry in given if not _is_weight(entry)]
+def validation_files(args: Namespace | None, option: str = "--data") -> tuple[str, dict[str, Path]]:
+    """Return the validation files of a run as they are named, and the prefix of each domain.
+
+    Args:
+        args: the arguments of a run; None for a model that is no run.
+        option: the option of the command that names other files.
+
+    Raises:
+        ValueError: the run has none, or they are not here.
+    """
+    prefixes = [Path(entry) for entry in prefixes_of(getattr(args, "valid_data_path", None) or ())]
     if not prefixes:
         what = "the model is no run" if args is None else "the run has no valid_data_path"
-        raise ValueError(f"{what}, so that it names no text; name token files (--data)")
+        raise ValueError(f"{what}, so that it names no text; name token files ({option})")
     for prefix in prefixes:
         if not Path(f"{prefix}.idx").is_file():
             raise ValueError(
                 f"{prefix}.idx does not exist here; go to the directory that the run was started "
-                f"in, or name token files (--data)"
+                f"in, or name token files ({option})"
             )
         check_pair(prefix)
     names = getattr(args, "validation_set_names", None) or [prefix.name for prefix in prefixes]
     if len(set(names)) < len(prefixes):  # files of several folders may share their names
         names = [str(prefix) for prefix in prefixes]
     return " ".join(map(str, prefixes)), dict(zip(names, prefixes, strict=True))
-
-
-def _is_weight(text: str) -> bool:
-    return text.replace(".", "", 1).isdigit()
 
 
 def read_text(

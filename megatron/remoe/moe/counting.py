@@ -71,6 +71,14 @@ class CountsRouting(ExactBuffers):
         self.register_buffer("stats", zeros.sums, persistent=False)
         self.register_buffer("most_active", zeros.most_active, persistent=False)
 
+    def extra_repr(self) -> str:
+        """Return the sizes that a printed model shows."""
+        name = type(self.selection).title
+        return (
+            f"{name}, hidden_size={self.config.hidden_size}, num_experts={self.num_experts}, "
+            f"topk={self.config.moe_router_topk}"
+        )
+
     @property
     def state(self) -> dict[str, Tensor]:
         """The buffers of the selection by their names."""

@@ -70,6 +70,14 @@ class SoftRouter(MegatronModule):
             # Every rank has the gradient of its own tokens, and Megatron sums them.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
+    def extra_repr(self) -> str:
+        """Return the sizes that a printed model shows."""
+        slots, hidden = self.weight.shape
+        return (
+            f"Soft MoE, hidden_size={hidden}, num_experts={self.config.num_moe_experts}, "
+            f"slots={slots}"
+        )
+
     def set_layer_number(self, layer_number: int) -> None:
         """Set the number of the layer, as Megatron's routers have one."""
         self.layer_number = layer_number

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron.remoe import checkpoint, compat, unsupported
 from megatron.remoe.arguments import megatron_parser
-from megatron.remoe.data.pairs import check_pair
+from megatron.remoe.data.pairs import check_pair, count_tokens
 from megatron.remoe.run.mistakes import Foreign, explain, names, one_line
 
 # Number of options that are left out, one at a time, to find the one that does not fit.
@@ -207,6 +207,14 @@ def check_paths(args: argparse.Namespace) -> None:
                 check_pair(Path(prefix), contents=False)
             except ValueError as error:
                 raise ValueError(f"{flag}: {error}") from None
+            # Without one whole sequence Megatron validates on nothing.
+            tokens = count_tokens(Path(prefix))
+            if args.seq_length is not None and tokens <= args.seq_length:
+                raise ValueError(
+                    f"{flag}: {prefix} has {tokens} tokens, and one sequence of seq_length "
+                    f"{args.seq_length} needs {args.seq_length + 1}; add text, or choose a shorter "
+                    f"seq_length"
+                )
     is_elsewhere = args.load is not None and (
         args.save is None or os.path.abspath(args.load) != os.path.abspath(args.save)
     )

@@ -2,15 +2,16 @@
 
 A config is a page of flags. Four keys are this project's own: `base` (a path, or a list of paths,
 relative to the file), `run_dir`, `nproc` (the number of processes on this machine), and
-`data_root`, a variable for the other values (`${data_root}/01`). Other paths are relative to the
-working directory, as for Megatron.
+`data_root`, a folder of token files, from which data and tokenizer follow where the config does not
+name them (`data.root`). It is also a variable for the other values (`${data_root}/01`). Other paths
+are relative to the working directory, as for Megatron.
 """
 
 import contextlib
 import functools
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,10 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from megatron.remoe.data.root import with_data_root
 from megatron.remoe.options import PUBLISHED
 from megatron.remoe.run.mistakes import one_line
 
 OWN_KEYS = ("base", "run_dir", "nproc", "data_root")
+RUN_CONFIG, METRICS = "config.yaml", "metrics.jsonl"  # in a run directory
 _YAML_ERRORS = (OmegaConfBaseException, YAMLError, TypeError, ValueError, RecursionError)
 _DEEPEST_BASES = 50
 _MOST_PROCESSES = 1024
@@ -36,39 +39,86 @@ class RunConfig:
         run_dir: The folder to which the run writes everything.
         nproc: Number of processes on this machine. None means one per GPU, or one without GPUs.
         flags: Megatron's flags and those of this project, with underscores.
+        data_root: The folder of the token files, if the config names it. The flags have it already.
     """
 
     run_dir: Path
     nproc: int | None
     flags: dict[str, Any] = field(default_factory=dict)
+    data_root: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as the mapping that its file holds."""
-        return {"run_dir": str(self.run_dir), "nproc": self.nproc} | self.flags
+        root = {} if self.data_root is None else {"data_root": self.data_root}
+        return {"run_dir": str(self.run_dir), "nproc": self.nproc} | root | self.flags
 
     def to_yaml(self) -> str:
         """Return the config as the text of its file."""
         return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
 
 
-def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+def load_config(path: Path, overrides: list[str] | Mapping[str, Any] | None = None) -> RunConfig:
     """Read a config with its bases, apply the overrides, and resolve interpolations.
 
     `num_experts: null` makes the model dense: every key that only concerns experts is dropped.
     Without `run_dir` the run goes to `runs/<file stem>`, followed by the overrides, so that
     variations of one file do not overwrite each other. The flags of the file itself come after
-    those of its bases, and those of the overrides last.
+    those of its bases, and those of the overrides last. The `config.yaml` of a run that was moved
+    or copied is that of a run where it is now.
+
+    Args:
+        path: The file.
+        overrides: Flags that replace those of the file, each as `key=value`, or as a mapping.
 
     Raises:
         ValueError: A file is missing or malformed, the bases form a cycle, or an override has no
             `=`.
     """
     overrides = overrides or []
-    for override in overrides:
-        _check_override(override)
-    what = f"{path} with overrides {overrides}" if overrides else f"{path}"
-    default_dir = Path("runs") / "-".join([path.stem, *(o.replace("/", "_") for o in overrides)])
-    return _resolve(_load(path, ()), overrides, default_dir, what)
+    is_mapping = isinstance(overrides, Mapping)
+    words = [f"{k}={v}" for k, v in overrides.items()] if is_mapping else list(overrides)
+    for word in words:
+        _check_override(word)
+    what = f"{path} with overrides {words}" if words else f"{path}"
+    with _yaml_in_one_line(what):
+        changes = OmegaConf.create(dict(overrides)) if is_mapping else _parsed(words)
+    default_dir = Path("runs") / "-".join([path.stem, *(w.replace("/", "_") for w in words)])
+    config = _load(path, ())
+    if path.name == RUN_CONFIG:
+        with _yaml_in_one_line(what):
+            config = OmegaConf.create(_as_of(path.parent, _plain(config)))
+    return _resolve(config, changes, default_dir, what)
+
+
+def read_run_config(run_dir: Path) -> dict[str, Any]:
+    """Read the `config.yaml` of a run, with the paths as they are where the run is now.
+
+    Raises:
+        ValueError: The file is missing or malformed.
+    """
+    return _as_of(run_dir, read_yaml(run_dir / RUN_CONFIG))
+
+
+def _as_of(folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """Return flags with the paths of a run in a folder, if that is a run which was moved there."""
+    before = flags.get("run_dir")
+    is_run = isinstance(before, str) and (folder / METRICS).is_file()
+    if not is_run or flags.get("metrics_file") != str(Path(before or "") / METRICS):
+        return flags
+    if os.path.realpath(before or "") == os.path.realpath(folder):
+        return flags
+    return cast(dict[str, Any], _moved(flags, str(before), str(folder)))
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    """Return a value, or all values in it, with the paths below one folder below another."""
+    if isinstance(value, dict):
+        return {key: _moved(one, old, new) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_moved(one, old, new) for one in value]
+    if isinstance(value, str) and (value == old or value.startswith(old.rstrip("/") + "/")):
+        return new + value.removeprefix(old.rstrip("/"))
+    return value
 
 
 def load_flags(flags: dict[str, Any], what: str) -> RunConfig:
@@ -84,7 +134,8 @@ def load_flags(flags: dict[str, Any], what: str) -> RunConfig:
     _check_keys(flags, what)
     with _yaml_in_one_line(what):
         config = OmegaConf.create(flags)
-    return _resolve(_on_its_bases(config, Path(), (), what), [], Path("runs"), what)
+    merged = _on_its_bases(config, Path(), (), what)
+    return _resolve(merged, OmegaConf.create({}), Path("runs"), what)
 
 
 def read_yaml(path: Path, what: str = "config") -> dict[str, Any]:
@@ -116,15 +167,24 @@ def bases_of(base: Any, what: object) -> list[str]:
     return bases
 
 
-def _resolve(merged: DictConfig, overrides: list[str], default_dir: Path, what: str) -> RunConfig:
+def _parsed(overrides: list[str]) -> DictConfig:
+    return OmegaConf.from_dotlist([_quoted_pattern(override) for override in overrides])
+
+
+def _resolve(merged: DictConfig, changes: DictConfig, default_dir: Path, what: str) -> RunConfig:
     with _yaml_in_one_line(what):
-        changes = OmegaConf.from_dotlist([_quoted_pattern(o) for o in overrides])
+        before = merged.get("data_root")
+        if before and isinstance(changes.get("data_root"), str):
+            moved = _moved(_plain(merged), str(before), changes["data_root"])
+            merged = OmegaConf.create(moved)
         config = _plain(_merged(merged, changes), resolve=True)
     last = {str(key): config[str(key)] for key in changes}
     config = {key: value for key, value in config.items() if key not in last} | last
     if config.get("num_experts") is None:
         config = {k: v for k, v in config.items() if not _concerns_experts(k)}
-    config.pop("data_root", None)
+    data_root = config.pop("data_root", None)
+    if data_root is not None and (not isinstance(data_root, str) or not data_root):
+        raise ValueError(f"data_root is {data_root!r}; it must be the path of a folder")
     nproc = config.pop("nproc", None)
     if nproc is not None and (type(nproc) is not int or not 1 <= nproc <= _MOST_PROCESSES):
         raise ValueError(
@@ -134,7 +194,9 @@ def _resolve(merged: DictConfig, overrides: list[str], default_dir: Path, what: 
     run_dir = config.pop("run_dir", None)
     if run_dir is not None and (not isinstance(run_dir, str) or not run_dir):
         raise ValueError(f"run_dir is {run_dir!r}; it must be the path of a folder")
-    return RunConfig(Path(run_dir or default_dir), nproc, config)
+    if data_root is not None:
+        config = with_data_root(config, data_root)
+    return RunConfig(Path(run_dir or default_dir), nproc, config, data_root)
 
 
 def _quoted_pattern(override: str) -> str:

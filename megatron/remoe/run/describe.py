@@ -1,17 +1,23 @@
-"""Describe the size, cost and memory of a run without starting it (`remoe describe`)."""
+"""Describe size, cost and memory of a run, or of a sweep's runs, without starting it."""
 
 import argparse
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megatron.remoe.analysis.memory import RankLoad, Recompute, activation_bytes
 from megatron.remoe.analysis.size import ModelSize
 from megatron.remoe.pattern import as_gpt
 from megatron.remoe.run.config import RunConfig
 from megatron.remoe.run.plan import Place, plan
+from megatron.remoe.run.sweep import load_sweep
 from remoe.config import ROUTINGS
 from remoe.kernels.chunks import UNLIMITED
 
 _GB = 1e9
+GPUS_GB = (40, 80, 141)  # A100; A100 and H100; H200
+# The part of a GPU that is left free for what the estimate does not count: the CUDA context,
+# buffers of communication, and fragmentation.
+MARGIN = 0.1
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,26 @@ class Description:
             return self.tokens / tokens_per_second / 3600
         if tflops is None:
             return None
-        flops = self.size.flops_per_sequence * self.sequences
-        return flops / (tflops * 1e12 * self.world) / 3600
+        return self.flops / (tflops * 1e12 * self.world) / 3600
+
+    @property
+    def flops(self) -> float:
+        """The operations of the whole run."""
+        return self.size.flops_per_sequence * self.sequences
+
+    @property
+    def peak_gb(self) -> float:
+        """Memory of the fullest GPU in GB, the dense warm-up included."""
+        return self.weights_gb + max(self.dense_gb, self.stable_gb)
+
+    def fits(self, gpu_gb: float) -> bool:
+        """Return whether the run fits GPUs of a size with the margin."""
+        return self.peak_gb <= gpu_gb * (1 - MARGIN)
+
+    def _fit(self, gpu_gb: float) -> str:
+        usable = gpu_gb * (1 - MARGIN)
+        word = "yes" if self.fits(gpu_gb) else "no"
+        return f"{word}: {self.peak_gb:.1f} of {usable:.1f} GB, {MARGIN:.0%} is left free"
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the lines of the report, each with a name and a value."""
@@ -76,7 +100,7 @@ class Description:
             ("GFLOPs per sequence", f"{size.flops_per_sequence / 1e9:.1f}"),
             ("sequences", f"{self.sequences:,} of {size.seq_length} tokens"),
             ("tokens", f"{self.tokens / 1e9:.2f}B"),
-            ("FLOPs of the run", f"{size.flops_per_sequence * self.sequences:.3g}"),
+            ("FLOPs of the run", f"{self.flops:.3g}"),
             (f"layout, {self.world} GPUs", self.layout),
             ("weights and optimizer per GPU", f"{self.weights_gb:.1f} GB"),
             ("activations, dense warm-up", f"{self.dense_gb:.1f} GB"),
@@ -84,6 +108,7 @@ class Description:
             ("activations, dense at once", f"{self.at_once_gb:.1f} GB"),
             ("memory per GPU, dense warm-up", f"{self.weights_gb + self.dense_gb:.1f} GB"),
             ("memory per GPU, stable stage", f"{self.weights_gb + self.stable_gb:.1f} GB"),
+            *((f"fits GPUs of {size} GB", self._fit(size)) for size in GPUS_GB),
         ]
 
 
@@ -95,9 +120,28 @@ def describe(config: RunConfig, world: int) -> Description:
     Raises:
         ValueError: The run would reject an argument, or its model cannot be counted.
     """
+    args = plan(config, Place(processes=world, purpose="describe")).args
+    return describe_args(args, world)
+
+
+def describe_sweep(path: Path, world: int) -> dict[str, Description]:
+    """Describe every run of a sweep by its name, each on the same number of GPUs.
+
+    Raises:
+        ValueError: Runs are wrong; everything that is wrong in any of them is named, a line each.
+    """
+    place = Place(processes=world, purpose="describe")
+    return {run.name: describe_args(run.args, world) for run in load_sweep(path, place=place)}
+
+
+def describe_args(args: argparse.Namespace, world: int) -> Description:
+    """Describe the run of arguments that Megatron has checked.
+
+    Raises:
+        ValueError: The model cannot be counted.
+    """
     from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 
-    args = plan(config, Place(processes=world, purpose="describe")).args
     if args.padded_vocab_size is None:
         raise ValueError("padded_vocab_size is not given; the model's size depends on it")
     args = argparse.Namespace(**as_gpt(vars(args)))
@@ -156,6 +200,40 @@ def _in_words(args: argparse.Namespace, layout: RankLoad) -> str:
         f"{split}; micro-batches {layout.num_micro_batches} of {layout.micro_batch}; "
         f"recompute {layout.recompute}"
     )
+
+
+def sweep_table(
+    runs: dict[str, Description],
+    *,
+    tflops: float | None = None,
+    tokens_per_second: float | None = None,
+) -> list[list[str]]:
+    """Return the rows of a table: the columns' names, the runs of a sweep, and all of them.
+
+    Args:
+        runs: The runs by their names.
+        tflops, tokens_per_second: A throughput, as `Description.hours` takes it.
+    """
+    rows = [["run", "active", "total", "tokens", "FLOPs", "memory", "fits", "hours"]]
+    hours = [run.hours(tflops=tflops, tokens_per_second=tokens_per_second) for run in runs.values()]
+    known = [one for one in hours if one is not None]
+    for (name, run), one in zip(runs.items(), hours, strict=True):
+        sizes = [_count(run.size.active_params), _count(run.size.total_params)]
+        rows.append([name, *sizes, *_costs([run]), "" if one is None else f"{one:.2f}"])
+    every = list(runs.values())
+    rows.append([f"{len(runs)} runs", "", "", *_costs(every), f"{sum(known):.2f}" if known else ""])
+    return rows if known else [row[:-1] for row in rows]
+
+
+def _costs(runs: list[Description]) -> list[str]:
+    """Return the tokens and FLOPs of runs, the largest memory, and the smallest GPU they fit."""
+    fits = [f"{size} GB" for size in GPUS_GB if all(run.fits(size) for run in runs)]
+    return [
+        _count(sum(run.tokens for run in runs)),
+        f"{sum(run.flops for run in runs):.3g}",
+        f"{max(run.peak_gb for run in runs):.1f} GB",
+        fits[0] if fits else "none",
+    ]
 
 
 def _count(params: int) -> str:

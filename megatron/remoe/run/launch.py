@@ -40,7 +40,7 @@ def prepare(config: RunConfig, place: Place | None = None, *, force: bool = Fals
     run_dir = planned.config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     os.close(rundir.hold(run_dir))
-    rundir.write_config(planned.config)
+    rundir.write(planned.config)
     return planned
 
 

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from megatron.remoe import cpu, unsupported
 from megatron.remoe.arguments import megatron_parser
-from megatron.remoe.run import rundir
+from megatron.remoe.run import kept, rundir
 from megatron.remoe.run.argv import to_argv
 from megatron.remoe.run.check import check
-from megatron.remoe.run.config import RunConfig
+from megatron.remoe.run.config import METRICS, RunConfig
 
 _LOG_INTERVAL = 100  # Megatron's default
 # A launched run that receives this signal saves a checkpoint and exits with 0. It is not SIGTERM,
@@ -100,8 +100,8 @@ def complete(config: RunConfig) -> RunConfig:
     Raises:
         ValueError: The metrics would be elsewhere, or nowhere.
     """
-    run_dir, flags = config.run_dir, dict(config.flags)
-    metrics, steps = str(run_dir / "metrics.jsonl"), train_iters(flags)
+    run_dir, flags = config.run_dir, kept.resolve(config.flags, config.run_dir)
+    metrics, steps = str(run_dir / METRICS), train_iters(flags)
     given = flags.setdefault("metrics_file", metrics)
     if not isinstance(given, str) or os.path.abspath(given) != os.path.abspath(metrics):
         raise ValueError(
@@ -131,7 +131,8 @@ def complete(config: RunConfig) -> RunConfig:
         flags.setdefault("wandb_exp_name", run_dir.name)
         flags.setdefault("wandb_save_dir", str(run_dir))
     added = {key: value for key, value in flags.items() if key not in config.flags}
-    return RunConfig(run_dir, config.nproc or _default_nproc(), added | config.flags)
+    nproc = config.nproc or _default_nproc()
+    return replace(config, nproc=nproc, flags=added | {key: flags[key] for key in config.flags})
 
 
 def _default_nproc() -> int:

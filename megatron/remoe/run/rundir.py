@@ -1,4 +1,4 @@
-"""A run's directory: what stands in its way, whose it is, and the config in it."""
+"""A run's directory: what stands in its way, whose it is, its config and its tokenizer."""
 
 import os
 import socket
@@ -8,9 +8,10 @@ from typing import Any
 
 from megatron.remoe import processes
 from megatron.remoe.options import PUBLISHED, router_name
-from megatron.remoe.run.config import RunConfig, read_yaml
+from megatron.remoe.run import kept
+from megatron.remoe.run.config import METRICS, RUN_CONFIG, RunConfig, read_run_config
 
-_FILES = ("config.yaml", ".lock", "log.txt", "metrics.jsonl", "curves.png")
+_FILES = (RUN_CONFIG, ".lock", "log.txt", METRICS, "curves.png")
 _FOLDERS = (
     "save", "data_cache_path", "tensorboard_dir", "wandb_save_dir", "moe_routing_trace_path",
 )  # fmt: skip
@@ -66,37 +67,49 @@ def _check_folder(key: str, path: Path) -> None:
 
 def refuse_another_run(config: RunConfig) -> None:
     """Raise `ValueError` when the run directory holds a run with other settings."""
-    path = config.run_dir / "config.yaml"
+    path = config.run_dir / RUN_CONFIG
     if not path.exists():
         return
     try:
-        there = read_yaml(path)
+        there = read_run_config(config.run_dir)
     except ValueError as error:
         raise ValueError(
             f"{config.run_dir} holds a run whose config.yaml is damaged ({error}); choose another "
             f"run_dir, or continue that run with these settings (--force)"
         ) from None
     there, here = _with_one_key(there), _with_one_key(config.to_dict())
+    for key in kept.KEYS:
+        if any(kept.is_kept(flags.get(key), config.run_dir) for flags in (there, here)):
+            there.pop(key, None), here.pop(key, None)
     changed = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
     if changed:
         raise ValueError(
             f"{config.run_dir} holds a run that differs in {', '.join(changed)}; give this one its "
             f"own directory (run_dir=PATH), or continue that run with these settings (--force)"
         )
+    kept.refuse_another(config.flags, config.run_dir)
 
 
 def _with_one_key(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return a config in which one key names the router, which three may choose."""
-    others = {k: v for k, v in flags.items() if k not in ("moe_routing", *PUBLISHED)}
+    """Return a config in which one key names the router, which three may choose.
+
+    `data_root` is left out, because the paths of the data tell whether they differ.
+    """
+    left_out = ("moe_routing", "data_root", *PUBLISHED)
+    others = {k: v for k, v in flags.items() if k not in left_out}
     return others | ({"moe_routing": router_name(flags)} if flags.get("num_experts") else {})
 
 
-def write_config(config: RunConfig) -> None:
-    """Write `config.yaml` in one step, because the machines of a run write it at the same time."""
+def write(config: RunConfig) -> None:
+    """Write `config.yaml`, and keep the tokenizer's files.
+
+    Each appears in one step, because the machines of a run write them at the same time.
+    """
     config.run_dir.mkdir(parents=True, exist_ok=True)
+    kept.keep(config.flags, config.run_dir)
     temporary = config.run_dir / f".config.yaml.{socket.gethostname()}.{os.getpid()}"
     temporary.write_text(config.to_yaml())
-    os.replace(temporary, config.run_dir / "config.yaml")
+    os.replace(temporary, config.run_dir / RUN_CONFIG)
 
 
 def hold(run_dir: Path) -> int:

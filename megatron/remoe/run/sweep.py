@@ -11,8 +11,9 @@ sweep:
 """
 
 import itertools
+from argparse import Namespace
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,23 @@ from megatron.remoe.run.plan import Place, plan, resolve
 _KEYS = ("list", "grid")
 
 
+def is_sweep(path: Path) -> bool:
+    """Return whether a file is a sweep, and no config.
+
+    Raises:
+        ValueError: The file is missing or malformed.
+    """
+    return "sweep" in read_yaml(path)
+
+
 @dataclass(frozen=True)
 class SweepRun:
-    """A run of a sweep: its name, its completed config, and its command line."""
+    """A run of a sweep: its name, completed config, command line, and Megatron's arguments."""
 
     name: str
     config: RunConfig
     argv: list[str]
+    args: Namespace
 
 
 def load_sweep(
@@ -144,13 +155,14 @@ def _check_run(
             known[key] = value
         except ValueError as error:
             problems.append(str(error))
-    config = RunConfig(config.run_dir, config.nproc, known)
+    config = replace(config, flags=known)
     try:
         if len(bases) == len(named):
             planned = plan(config, place)
-            rundir.refuse_another_run(planned.config)
+            if place.purpose != "describe":
+                rundir.refuse_another_run(planned.config)
             if not problems:
-                return SweepRun(name, planned.config, planned.argv), []
+                return SweepRun(name, planned.config, planned.argv, planned.args), []
         else:  # Without its base Megatron would miss half of the model, so we only parse the rest.
             check_parser(resolve(config, place)[1])
     except ValueError as error:

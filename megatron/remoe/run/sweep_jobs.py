@@ -118,7 +118,7 @@ def _start(run: SweepRun, jobs: int) -> subprocess.Popen[bytes]:
     def claim() -> None:
         """Check again with the directory held: another sweep may have written its config."""
         rundir.refuse_another_run(run.config)
-        rundir.write_config(run.config)
+        rundir.write(run.config)
 
     run.config.run_dir.mkdir(parents=True, exist_ok=True)
     with (run.config.run_dir / "log.txt").open("a") as log:
@@ -233,7 +233,7 @@ def submit(runs: list[SweepRun], place: Place, report: Callable[[str], None]) ->
         elif job_file.exists() and _is_queued(job_file.read_text().strip()):
             report(f"{run.name}: in the queue as job {job_file.read_text().strip()}")
         else:
-            rundir.write_config(run.config)
+            rundir.write(run.config)
             path = run.config.run_dir / "config.yaml"
             command = cluster.sbatch(path, [], place, name=run.name)
             done = subprocess.run(

@@ -3,7 +3,8 @@
 Triton decides when it is imported whether it interprets kernels or compiles them, so each of the
 two proofs has a process of its own: `python -m megatron.remoe.verify.kernels compare|compile`.
 
-Shapes: T tokens, H hidden, E experts, A active (token, expert) pairs.
+Shapes: T tokens, H hidden, E experts, A active (token, expert) pairs. The SwiGLU is compared
+on T rows of width H, since no routing decides its sizes.
 """
 
 import json
@@ -20,11 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from megatron.remoe import cpu
 from megatron.remoe.testing.launches import recorded_launches
 from remoe.kernels import Permutation, combine, permute
-from remoe.kernels.backend import INTERPRETER, VARIABLE, has_triton
+from remoe.kernels.backend import INTERPRETER, VARIABLE, forced, has_triton
+from remoe.kernels.loading import triton_kernels
 from remoe.kernels.router import relu_router, relu_router_in_torch
 
 CAPABILITIES = (80, 90, 100)  # A100, H100, B200
@@ -72,6 +75,8 @@ CASES = (
     Case(13, 6, shift=-99, padding=True),
     Case(33, 1024, 8, shift=-2.5, padding=True),
     Case(9, 12, dtype="fp64", padding=True),
+    Case(3, 2, 2049, dtype="bf16"),  # two tiles of a row, and one column
+    Case(3, 2, 517, dtype="fp64"),
 )
 
 
@@ -120,15 +125,9 @@ class Compiled:
 def compare(case: Case, device: str = "cpu") -> list[Compared]:
     """Run a case in Triton and in torch, and compare all outputs and gradients."""
     found = {}
-    before = os.environ.get(VARIABLE)
-    try:
-        for choice in ("torch", "triton"):
-            os.environ[VARIABLE] = choice
+    for choice in ("torch", "triton"):
+        with forced(choice):
             found[choice] = list(quantities(case, device))
-    finally:
-        os.environ.pop(VARIABLE)
-        if before is not None:
-            os.environ[VARIABLE] = before
     return [
         Compared(case.name, name, _deviation(actual, expected), _tolerance(expected.dtype))
         for (name, expected), (_, actual) in zip(found["torch"], found["triton"], strict=True)
@@ -178,6 +177,29 @@ def quantities(case: Case, device: str) -> Iterator[tuple[str, Tensor]]:
     grads = torch.autograd.grad(y, (x, probs), randn(case.tokens, case.hidden).to(dtype))
     yield "grad tokens", grads[0]
     yield "grad gates", grads[1]
+
+    z = randn(case.tokens, 2 * case.hidden).to(dtype)
+    weights, grad_h = randn(case.tokens).to(dtype), randn(case.tokens, case.hidden).to(dtype)
+    swiglu = swiglu_by_autograd if in_torch else swiglu_in_triton
+    names = ("activation", "activation again", "grad gate and up", "grad weights")
+    yield from zip(names, swiglu(z, weights, grad_h), strict=True)
+
+
+def swiglu_by_autograd(z_AG: Tensor, prob_A: Tensor, grad_h_AF: Tensor) -> tuple[Tensor, ...]:
+    """Return `prob * silu(gate) * up`, twice, and its gradients, computed in at least fp32."""
+    exact = torch.promote_types(z_AG.dtype, torch.float32)
+    z, prob = (t.to(exact).requires_grad_() for t in (z_AG, prob_A))
+    gate, up = z.chunk(2, dim=1)
+    h = prob.unsqueeze(1) * F.silu(gate) * up
+    grads = torch.autograd.grad(h, (z, prob), grad_h_AF.to(exact))
+    return tuple(t.to(z_AG.dtype) for t in (h, h, *grads))
+
+
+def swiglu_in_triton(z_AG: Tensor, prob_A: Tensor, grad_h_AF: Tensor) -> tuple[Tensor, ...]:
+    """Return what both kernels return."""
+    kernels = triton_kernels()
+    h: Tensor = kernels.weighted_swiglu(z_AG, prob_A)
+    return h, *kernels.weighted_swiglu_backward(z_AG, prob_A, grad_h_AF)
 
 
 def _deviation(actual: Tensor, expected: Tensor) -> float:
@@ -317,6 +339,9 @@ def _launch_all(shape: Shape) -> None:
     fused.gather(x, index_A)
     fused.sum_by_token(rows, index_A, starts_T)
     fused.gather_backward(rows, prob, index_A, starts_T, index_A, shape.experts)
+    z, grad_h = x.new_zeros(shape.pairs, 2 * shape.hidden), x.new_zeros(shape.pairs, shape.hidden)
+    fused.weighted_swiglu(z, prob)
+    fused.weighted_swiglu_backward(z, prob, grad_h)
 
 
 def _specialized(launch: Launch, target: Any) -> tuple[Any, Any, Any, Any]:

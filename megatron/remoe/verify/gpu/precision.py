@@ -128,10 +128,10 @@ def _quantities(case: Case, device: str, dtype: torch.dtype) -> Iterator[tuple[s
     yield "output", y.detach()
     outputs, directions = [y], [direction]
     if isinstance(layer, ReMoELayer):
-        assert layer.l1_reg is not None
+        assert layer.l1_reg is not None and layer.counts is not None
         outputs, directions = [y, layer.l1_reg], [direction, torch.ones_like(layer.l1_reg)]
         yield "regularizer", layer.l1_reg.detach()
-        yield "tokens of experts", layer.counts
+        yield "tokens of experts", layer.counts.double()
     named = dict(layer.named_parameters())
     gradients = torch.autograd.grad(outputs, [x, *named.values()], directions)
     yield from zip(("grad tokens", *(f"grad {name}" for name in named)), gradients, strict=True)

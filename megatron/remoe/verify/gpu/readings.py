@@ -19,7 +19,7 @@ LAST_STEPS = 20
 # the backward of attention adds up in no fixed order, which bf16 rounds differently.
 RESUME_TOLERANCE = 1e-2
 SPARSITY_TOLERANCE = 0.05
-_DENSE = "dense SwiGLU"
+_SWIGLU = ("SwiGLU and weighting, torch", "SwiGLU and weighting, triton")  # of `remoe bench layer`
 _REPLAYED = re.compile(r"^ {2}(\w+) +(\S+) (relative|absolute) \(tolerance (\S+)\) +(\w+)$", re.M)
 
 
@@ -110,9 +110,12 @@ def layers(folder: Path) -> Found:
             for row, ratio in zip(record["rows"], times.values(), strict=True)
         ]
         ours = min(ratio for name, ratio in times.items() if name.startswith("ReMoE"))
-        others = {n: r for n, r in times.items() if not n.startswith(("ReMoE", _DENSE))}
+        others = {n: r for n, r in times.items() if n.startswith("TopK")}
         fastest = min(others, key=lambda name: others[name])
         best.append(f"E={experts}: ReMoE {ours:.2f} of dense, {fastest} {others[fastest]:.2f}")
+        swiglu = [times[name] for name in _SWIGLU if name in times]
+        if swiglu:  # where Triton runs
+            best[-1] += f", SwiGLU in Triton {swiglu[1] / swiglu[0]:.2f} of torch"
     return Found("; ".join(best), rows)
 
 

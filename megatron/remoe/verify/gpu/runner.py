@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +17,12 @@ import torch
 import megatron.remoe
 import remoe
 from megatron.remoe import cpu
+from megatron.remoe.run import examples
 from megatron.remoe.verify.gpu.report import Entry, Found, Report
 from megatron.remoe.verify.gpu.stages import ON_GPU, REHEARSAL, Stage, stages
 
 # No stage is stopped sooner, so that a small budget finishes the first stages.
 LEAST_SECONDS = 180.0
-# Links to configs in examples/, which an installed package does not have. Stages use a copy.
-PRESETS = Path(__file__).parent / "presets"
 _LONGEST_LINE = 300
 _PROGRAMS = {
     "remoe": [sys.executable, "-W", "ignore", "-m", "megatron.remoe"],
@@ -104,7 +102,7 @@ def run(
     """Run the stages in order, and write the report after each of them.
 
     A stage may take its share of the budget, but at least three minutes, and no longer than the
-    budget lasts. Its commands run in the folder, which gets a copy of the presets, and their output
+    budget lasts. Its commands run in the folder, which gets a copy of the examples. Their output
     goes to `logs/` there.
 
     Args:
@@ -122,7 +120,7 @@ def run(
         raise ValueError(f"{folder} is not empty; delete it, or choose another folder with --out")
     for name in ("logs", "results"):
         (folder / name).mkdir(parents=True)
-    shutil.copytree(PRESETS, folder / "presets")
+    examples.copy(folder / "examples")
     end = time.monotonic() + budget
     entries = [Entry(stage.name, list(stage.commands)) for stage in stages]
     report = Report(folder, facts, entries)

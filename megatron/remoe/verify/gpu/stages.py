@@ -204,7 +204,7 @@ def _golden(sizes: Sizes, folder: Path | None) -> Stage:
 
 def _quickstart(sizes: Sizes) -> tuple[str, ...]:
     train = (
-        f"remoe train presets/quickstart.yaml expert_model_parallel_size=1 log_interval=1 "
+        f"remoe train examples/quickstart.yaml expert_model_parallel_size=1 log_interval=1 "
         f"{sizes.quickstart} --nproc 1"
     )
     return (
@@ -255,4 +255,4 @@ def _on_text(sizes: Sizes) -> str:
 def _preset(name: str, settings: str, run: str, sizes: Sizes) -> str:
     mock = " vocab_size=500" if "mock_data" in settings else ""
     more = f"{sizes.preset} log_interval=1 run_dir=runs/{run}"
-    return f"remoe train presets/llama_182m/{name}.yaml {settings}{mock} {more} --nproc 1"
+    return f"remoe train examples/llama_182m/{name}.yaml {settings}{mock} {more} --nproc 1"
