@@ -1,7 +1,9 @@
 """The layer on two ranks, wrapped by DDP or FSDP2, against one process that has all tokens."""
 
 import copy
+import runpy
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,3 +170,18 @@ def test_a_group_bounds_the_reduction_and_must_have_the_rank(ranks):
     (first, same, none), (second, same_too, message) = ranks.run(update_of_groups)
     assert same and same_too and first != second
     assert none == "" and "rank 1 is not in the group" in message
+
+
+def train_the_example(steps, fsdp):
+    path = Path(__file__).parents[1] / "examples/own_model_ddp.py"
+    return runpy.run_path(str(path))["train"](steps, fsdp=fsdp)
+
+
+def test_the_example_keeps_coefficients_equal_under_both_wrappers(ranks):
+    ddp, other = ranks.run(train_the_example, 12, fsdp=False)
+    fsdp, _ = ranks.run(train_the_example, 12, fsdp=True)
+    assert [row[1:] for row in ddp] == [row[1:] for row in other]
+    assert ddp[-1][0] != other[-1][0], "ranks must see different tokens"
+    assert ddp[-1][2] == pytest.approx(1e-5 * 1.2**12)
+    for a, b in zip(ddp, fsdp, strict=True):
+        assert a == pytest.approx(b, rel=1e-3)

@@ -123,6 +123,17 @@ def test_ranks_are_converted_to_the_same_model(call, models, tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_tensor_parallel_ranks_may_have_coefficients_of_their_own(deep, tmp_path, capsys):
+    """The fork reduces the sparsity over the other ranks only."""
+    write_ranks(deep / "local" / STEP, tmp_path / STEP, [[0, 1], [2, 3]], tp=2)
+    for stage in range(2):
+        file = tmp_path / STEP / f"mp_rank_01_00{stage}/model_optim_rng.pt"
+        _of_file(file, lambda s: s["model"].update(moe_relu_l1_reg_coeff=torch.tensor(0.5)))
+    reader = LegacyReader(tmp_path / STEP)
+    assert reader.read("moe_relu_l1_reg_coeff").item() == COEFFICIENT
+    assert f"have the coefficients {COEFFICIENT}, 0.5, since" in capsys.readouterr().out
+
+
 def test_a_copy_of_the_embedding_on_the_last_stage_is_no_weight_of_its_own(deep, tmp_path):
     changes = {"untie_embeddings_and_output_weights": False}
     write_ranks(deep / "local" / STEP, tmp_path / STEP, [[0, 1], [2, 3]], tp=2, **changes)

@@ -147,6 +147,44 @@ def from_fork(
 
 
 @command(app)
+def script(
+    launcher: Path,
+    out: Annotated[Path | None, typer.Argument()] = None,
+    values: Annotated[list[str] | None, typer.Option("--set")] = None,
+    force: bool = False,
+) -> None:
+    """Turn a launch script of the fork, or of Megatron-LM, into a config, without running it.
+
+    Every flag that is renamed, left out or added is named with the reason.
+
+    Example: remoe convert script train_llama_182m_remoe.sh remoe.yaml --set 4=16
+
+    Args:
+        launcher: The script, in bash, that starts pretrain_gpt.py.
+        out: The YAML file to write. By default the config is printed.
+        values: A variable of the script, or an argument by its number, as NAME=VALUE; by default
+            those have the values that the script gives them.
+        force: Replace the YAML file.
+    """
+    prepare()
+    from megatron.remoe.convert import script as run
+    from megatron.remoe.files import write_whole
+
+    if out is not None and out.exists() and not force:
+        raise ValueError(f"{out} exists; choose another file, or replace it (--force)")
+    made = run.convert(launcher, values or [], name=None if out is None else out.stem)
+    text = made.to_yaml(launcher.name)
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, text)
+    for note in made.notes:
+        typer.echo(f"- {note}")
+    typer.echo(f"{out}; train with remoe train {out}")
+
+
+@command(app)
 def upcycle(
     dense: Path,
     out: Path,

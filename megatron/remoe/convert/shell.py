@@ -171,7 +171,10 @@ class _Lexer:
             return _Part("command", self._until("`", line), is_quoted)
         if self._peek(3) == "$((":
             self._take(3)
-            return _Part("arithmetic", self._until("))", line), is_quoted)
+            part = _Part("arithmetic", self._balanced("()", line), is_quoted)
+            if self._take() != ")":
+                _refuse(line, "$(( has no ))", "close it")
+            return part
         if self._peek(2) in ("$(", "${"):
             kind = "command" if self._take(2) == "$(" else "variable"
             return _Part(kind, self._balanced("()" if kind == "command" else "{}", line), is_quoted)
@@ -362,7 +365,7 @@ class _Shell:
                 self.launch = Launch(line, words[:index], name, words[index + 1 :])
                 return
             if re.search(r"\bpretrain_\w+\.py\b", word):
-                _refuse(line, f"{name} starts inside quotes", "write its command out")
+                _refuse(line, "the program starts inside quotes", "write its command out")
         if words[0] == "exit":
             self._has_ended = True
         elif words[0] == "eval" or words[:2] == ["set", "--"]:
@@ -457,7 +460,10 @@ class _Shell:
             elif part.kind == "arithmetic":
                 yield self._arithmetic(part.text, line), False
             else:
-                for index, value in enumerate(self._variable(part.text, line, in_test)):
+                values = self._variable(part.text, line, in_test)
+                if part.is_quoted and part.text.endswith("[*]"):
+                    values = [" ".join(values)]
+                for index, value in enumerate(values):
                     if index:
                         yield " ", True
                     yield value, not part.is_quoted
@@ -487,7 +493,9 @@ class _Shell:
                 self.values[name] = [value]
             return [value]
         if in_test:
-            self.notes.append(f"line {line}: {name} is not set; --set {name}=VALUE sets it")
+            self.notes.append(
+                f"line {line}: {name} is not set and counts as empty; --set {name}=VALUE sets it"
+            )
             return [""]
         return [self._unknown(f"line {line}: ${name} is not set; give --set {name}=VALUE")]
 

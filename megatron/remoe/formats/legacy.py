@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron.remoe.formats import shards
+from megatron.remoe.formats.names import COEFFICIENT
 from megatron.remoe.formats.pickles import load_allowed
 
 _FILE = "model_optim_rng.pt"
@@ -88,6 +89,7 @@ class LegacyReader:
             self._stages[rank] = _models(loaded, file)
         self._grids: dict[str, tuple[str, list[list[Tensor]], int]] = {}
         self._collect(files)
+        self._choose_coefficient()
         self._drop_tied_output()
         self.meta = {name: self._join(name, is_meta=True) for name in self._grids}
 
@@ -144,6 +146,26 @@ class LegacyReader:
                 for e in experts:
                     self._grids[shards.with_expert(ours, e * count)] = (name, [grid[e]], count)
         return len({layer for name in names if (layer := shards.layer_of(name)) is not None})
+
+    def _choose_coefficient(self) -> None:
+        """Take the first tensor-parallel rank's coefficient, as the fork's `torch_dist` does.
+
+        The fork reduces the sparsity over data-parallel ranks and pipeline stages, but not over
+        tensor-parallel ranks. With sequence parallelism each of these then steers its own tokens.
+        """
+        if COEFFICIENT not in self._grids:
+            return
+        stored, grid, count = self._grids[COEFFICIENT]
+        columns = [[[row[t]] for row in grid] for t in range(self._layout.tensor)]
+        values = [shards.join(stored, column, is_gated=False, num_local_experts=0)
+                  for column in columns]  # fmt: skip
+        if not all(torch.equal(values[0], other) for other in values[1:]):
+            print(
+                f"remoe: warning: the tensor-parallel ranks of {self._folder} have the "
+                f"coefficients {', '.join(str(v.tolist()) for v in values)}, since the fork does "
+                f"not reduce the sparsity over them; taking the first"
+            )
+        self._grids[COEFFICIENT] = (stored, [[values[0]]], count)
 
     def _drop_tied_output(self) -> None:
         """Leave out the last stage's copy of the embedding, after a comparison."""

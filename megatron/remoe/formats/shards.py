@@ -103,6 +103,8 @@ def join(name: str, grid: Grid, *, is_gated: bool, num_local_experts: int) -> Te
     Raises:
         ValueError: parts that should be equal differ, or have shapes that cannot be joined.
     """
+    if len(grid) == 1 and len(grid[0]) == 1:
+        return grid[0][0]
     split = next((one for one in _SPLITS if one.pattern.fullmatch(name)), None)
     if split is None:
         return _the_same(name, [part for parts in grid for part in parts])

@@ -269,6 +269,8 @@ def _pass(model: Any, args: argparse.Namespace) -> None:
             module.forward = module.rehearse
         elif isinstance(module, MoELayer):
             module.forward = lambda hidden, *args, **kwargs: (hidden, None)
+    if args.overlap_param_gather and args.use_distributed_optimizer:
+        model.disable_forward_pre_hook(param_sync=False)  # Nothing can be gathered on meta.
     tokens = torch.zeros(args.micro_batch_size, args.seq_length, dtype=torch.long)
     with torch.no_grad():  # The backward pass of dropout and masks fails on the meta device only.
         model(tokens, torch.zeros_like(tokens), None, labels=tokens)
