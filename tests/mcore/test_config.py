@@ -1,6 +1,7 @@
 """Configs: inheritance, overrides, and the command line that they become; our flags' checks."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -9,7 +10,7 @@ import pytest
 import remoe
 from megatron.remoe import cpu
 from megatron.remoe.options import router_name
-from megatron.remoe.run import examples, rundir
+from megatron.remoe.run import examples, kept, rundir
 from megatron.remoe.run.argv import to_argv
 from megatron.remoe.run.config import RunConfig, load_config
 from megatron.remoe.unsupported import REFUSALS
@@ -619,3 +620,59 @@ def test_a_router_without_k_experts_of_every_token_is_not_traced():
             if not refused(argparse.Namespace(num_experts=4, moe_routing=name))
         ]
     assert traced == ["topk"]
+
+
+def test_a_run_keeps_its_tokenizer_and_refuses_another(tmp_path):
+    source, run = tmp_path / "source", tmp_path / "run"
+    write(source / "tokenizer.json", "{}")
+    write(source / "model.safetensors", "weights")
+    flags = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(source)}
+    config = RunConfig(run, 1, flags)
+    rundir.write(config)
+    assert [file.name for file in (run / "tokenizer").iterdir()] == ["tokenizer.json"]
+    source.rename(tmp_path / "elsewhere")
+    resolved = replace(config, flags=kept.resolve(flags, run))
+    assert resolved.flags["tokenizer_model"] == str(run / "tokenizer")
+    rundir.refuse_another_run(resolved)
+    rundir.write(resolved)
+    assert load_config(run / "config.yaml").flags == flags  # so that the same command goes on
+    other = flags | {"tokenizer_model": "nowhere"}
+    assert kept.resolve(other, run) == other
+    with pytest.raises(ValueError, match="holds a run that differs in tokenizer_model"):
+        rundir.refuse_another_run(replace(config, flags=other))
+    elsewhere = replace(config, flags=flags | {"tokenizer_model": str(tmp_path / "elsewhere")})
+    rundir.refuse_another_run(elsewhere)
+    write(tmp_path / "elsewhere/tokenizer.json", "[]")
+    with pytest.raises(ValueError, match=r"elsewhere/tokenizer.json differs from .*--force"):
+        rundir.refuse_another_run(elsewhere)
+    rundir.write(elsewhere)
+    assert (run / "tokenizer/tokenizer.json").read_text() == "[]"
+
+
+def test_a_run_keeps_a_tokenizer_of_the_hub(tmp_path, monkeypatch):
+    def save(flags, folder):
+        write(folder / "tokenizer.json", flags["tokenizer_model"])
+        return True
+
+    monkeypatch.setattr(kept, "_save_from_hub", save)
+    flags = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "some/model"}
+    rundir.write(RunConfig(tmp_path, 1, flags))
+    resolved = kept.resolve(flags, tmp_path)  # without a network it goes on as well
+    assert resolved["tokenizer_model"] == str(tmp_path / "tokenizer")
+    other = flags | {"tokenizer_model": "other/model"}
+    assert kept.resolve(other, tmp_path) == other
+    rundir.write(RunConfig(tmp_path, 1, other))
+    assert (tmp_path / "tokenizer/tokenizer.json").read_text() == "other/model"
+
+
+def test_the_config_of_a_copied_run_is_that_of_the_copy(tmp_path):
+    text = (
+        "run_dir: a/run\nsave: a/run/checkpoints\nload: a/runs\nmetrics_file: a/run/metrics.jsonl\n"
+    )
+    path = write(tmp_path / "copy/config.yaml", text)
+    assert load_config(path).run_dir == Path("a/run")  # this is a config of somebody's, and no run
+    write(tmp_path / "copy/metrics.jsonl", "")
+    config = load_config(path)
+    assert config.run_dir == tmp_path / "copy"
+    assert config.flags["save"] == str(tmp_path / "copy/checkpoints")
+    assert config.flags["load"] == "a/runs"

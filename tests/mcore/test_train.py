@@ -209,6 +209,20 @@ def test_data_and_tokenizer_follow_from_the_folder_of_tokens(first, home):
     assert weights[0] * sizes[1] == weights[1] * sizes[0] and weights[1] > weights[0]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seq_length=8192"], "train_data_path: tokens/train/code has "),
+        (["seq_length=128"], "too few for a sequence of seq_length 128 on each of 2 data-parallel"),
+    ],
+)
+def test_too_little_text_is_refused_before_the_start(home, call, overrides, message):
+    more = ["max_position_embeddings=8192", "run_dir=little", "nproc=2"]
+    code, _, error = call(tiny.remoe, home, "train", "relu.yaml", *overrides, *more)
+    assert (code, error.count("\n")) == (2, 1) and message in error, error
+    assert not (home / "little").exists()
+
+
 def test_a_run_that_was_copied_needs_nothing_outside_of_it(both, home, call, tmp_path):
     """The data and the original are gone, and another run has the path of the original."""
     copy, cwd = tmp_path / "copy", tmp_path / "cwd"
@@ -227,12 +241,12 @@ def test_a_run_that_was_copied_needs_nothing_outside_of_it(both, home, call, tmp
     assert "nowhere/train/code.bin does not exist" in message
     message = call(continued, cwd, copy, f"data_root={home / 'tokens'}")
     assert "holds a run that differs in train_data_path, valid_data_path; give" in message
-    assert call(continued, cwd, copy, f"data_root={home / 'tokens'}", force=True) == str(
-        copy / "tokenizer"
-    )
-    (copy / "tokenizer/tokenizer.json").write_text("{}")
-    message = call(continued, home, copy, "data_root=tokens", "tokenizer_model=tokens/tokenizer")
-    assert "differs in" in message
+    tokenizer = home / "tokens/tokenizer"
+    assert call(continued, cwd, copy, f"data_root={home / 'tokens'}", force=True) == str(tokenizer)
+    config = (home / "tokens/tokenizer/tokenizer_config.json").read_text()
+    (copy / "tokenizer/tokenizer_config.json").write_text(config + "\n")
+    message = call(continued, home, copy, f"data_root={home / 'tokens'}")
+    assert "tokenizer_config.json, with which the run was started; restore it" in message
 
 
 def continued(cwd: Path, run: Path, *overrides: str, force: bool = False) -> str:

@@ -118,8 +118,8 @@ def describe(
         Console().print(table)
         typer.echo(
             f"GPUs of a run: {world}; memory is that of the fullest one with the dense warm-up, "
-            f"and fits is the smallest GPU of {', '.join(map(str, about.GPUS_GB))} GB that leaves "
-            f"{about.MARGIN:.0%} free"
+            f"and fits is the smallest GPU of {', '.join(map(str, about.GPUS_GB))} GB of which "
+            f"{about.MARGIN:.0%} stays free"
         )
         return
     description = about.describe(load_config(config, overrides), world)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron.remoe import checkpoint, compat, unsupported
 from megatron.remoe.arguments import megatron_parser
-from megatron.remoe.data.pairs import check_pair, count_tokens
+from megatron.remoe.data.pairs import check_pair, count_tokens, prefixes_of
 from megatron.remoe.run.mistakes import Foreign, explain, names, one_line
 
 # Number of options that are left out, one at a time, to find the one that does not fit.
@@ -92,6 +92,8 @@ def _validated(argv: list[str], nproc: int, *, paths: bool) -> argparse.Namespac
             validate_args(args)
             core_transformer_config_from_args(args)
             _check_what_megatron_finds_late(args)
+            if paths and args.full_validation:
+                _check_full_validation(args)
             unsupported.refuse_unused(args)
             saved.check_before_start(args)
             warning = rehearse(args, tokenizer=paths)
@@ -177,6 +179,19 @@ def _check_what_megatron_finds_late(args: argparse.Namespace) -> None:
             f"micro_batch_size {args.micro_batch_size} on each of {args.data_parallel_size} "
             f"data-parallel ranks; choose another of the three"
         )
+
+
+def _check_full_validation(args: argparse.Namespace) -> None:
+    """Refuse validation sets of which a rank would get nothing, at which Megatron ends the run."""
+    for prefix in prefixes_of(args.valid_data_path or ()):
+        tokens = count_tokens(Path(prefix))
+        if (tokens - 1) // args.seq_length < args.data_parallel_size:
+            raise ValueError(
+                f"valid_data_path: {prefix} has {tokens} tokens, too few for a sequence of "
+                f"seq_length {args.seq_length} on each of {args.data_parallel_size} data-parallel "
+                f"ranks; add text, choose a shorter seq_length, or validate on a sample "
+                f"(full_validation=false multiple_validation_sets=false)"
+            )
 
 
 def check_paths(args: argparse.Namespace) -> None:

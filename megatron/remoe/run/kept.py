@@ -4,12 +4,15 @@ A run starts with the tokenizer that its flags name, and keeps a copy in `tokeni
 named files are gone, as on another machine, the copy takes their place.
 """
 
+import contextlib
 import filecmp
 import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from megatron.remoe.run.config import RUN_CONFIG, read_yaml
 
 FOLDER = "tokenizer"
 KEYS = ("tokenizer_model", "vocab_file", "merge_file")
@@ -19,11 +22,15 @@ _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 
 
 def resolve(flags: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Return the flags with the kept copy in the place of tokenizer files that are not here."""
-    found = dict(flags)
+    """Return the flags with the kept copy in the place of the run's files that are not here.
+
+    A flag that is not what the run has recorded stays as it is, and so does a name on the hub of
+    which there is no copy yet.
+    """
+    found, recorded = dict(flags), _recorded(run_dir)
     for key in KEYS:
         given = flags.get(key)
-        if isinstance(given, str) and given and not os.path.exists(given):
+        if isinstance(given, str) and given == recorded.get(key) and not os.path.exists(given):
             copy = run_dir / FOLDER / _NAMES.get(key, Path(given).name)
             if key == "tokenizer_model" and not copy.is_file():
                 copy = run_dir / FOLDER
@@ -32,10 +39,26 @@ def resolve(flags: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     return found
 
 
-def is_kept(value: Any, run_dir: Path) -> bool:
-    """Return whether the value of a flag is a path of the kept copy."""
-    folder = os.path.abspath(run_dir / FOLDER)
-    return isinstance(value, str) and os.path.abspath(value).startswith(folder)
+def as_recorded(flags: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Return the flags as the run's config has them: with the files' own names, and no copy's."""
+    folder, recorded = os.path.abspath(run_dir / FOLDER), _recorded(run_dir)
+    return flags | {
+        key: recorded[key]
+        for key in KEYS
+        if recorded.get(key) and Path(os.path.abspath(str(flags.get(key)))).is_relative_to(folder)
+    }
+
+
+def _recorded(run_dir: Path) -> dict[str, Any]:
+    """Return the flags in the run's config, or none if there is no whole one."""
+    with contextlib.suppress(ValueError):
+        return read_yaml(run_dir / RUN_CONFIG)
+    return {}
+
+
+def is_comparable(flags: dict[str, Any], run_dir: Path) -> bool:
+    """Return whether `refuse_another` can compare the tokenizer's files with a kept copy."""
+    return (run_dir / FOLDER).is_dir() and bool(_sources(flags))
 
 
 def refuse_another(flags: dict[str, Any], run_dir: Path) -> None:
@@ -55,12 +78,13 @@ def keep(flags: dict[str, Any], run_dir: Path) -> None:
         ValueError: The tokenizer is a name on the hub and cannot be read.
     """
     folder = run_dir / FOLDER
-    if folder.is_dir() and not _differing(flags, folder):
+    sources, model = _sources(flags), flags.get("tokenizer_model")
+    is_same = not _differing(flags, folder) if sources else model == _recorded(run_dir).get(KEYS[0])
+    if folder.is_dir() and is_same:
         return
     with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=run_dir) as scratch:
         whole = Path(scratch) / FOLDER
         whole.mkdir(mode=0o755)
-        sources = _sources(flags)
         for name, source in sources.items():
             shutil.copyfile(source, whole / name)
         if not sources and not _save_from_hub(flags, whole):

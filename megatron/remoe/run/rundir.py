@@ -3,6 +3,7 @@
 import os
 import socket
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,8 @@ def refuse_another_run(config: RunConfig) -> None:
             f"run_dir, or continue that run with these settings (--force)"
         ) from None
     there, here = _with_one_key(there), _with_one_key(config.to_dict())
-    for key in kept.KEYS:
-        if any(kept.is_kept(flags.get(key), config.run_dir) for flags in (there, here)):
+    if kept.is_comparable(config.flags, config.run_dir):
+        for key in kept.KEYS:  # The paths may differ, and the files may not.
             there.pop(key, None), here.pop(key, None)
     changed = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
     if changed:
@@ -108,7 +109,8 @@ def write(config: RunConfig) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     kept.keep(config.flags, config.run_dir)
     temporary = config.run_dir / f".config.yaml.{socket.gethostname()}.{os.getpid()}"
-    temporary.write_text(config.to_yaml())
+    flags = kept.as_recorded(config.flags, config.run_dir)
+    temporary.write_text(replace(config, flags=flags).to_yaml())
     os.replace(temporary, config.run_dir / RUN_CONFIG)
 
 
