@@ -7,7 +7,10 @@ export PYTHONWARNINGS := ignore
 # Files of an environment made by this Makefile, renewed when what it installs changes.
 STAMP := $(VENV)/.remoe-installed
 
-.PHONY: setup quickstart test test-fast test-megatron test-bridge docs check format wheel clean
+# All extras but te, which needs a CUDA toolkit, and what `make setup` installs.
+EXTRAS := megatron,hf,analysis,eval,vision,docs,dev
+
+.PHONY: setup quickstart test test-fast test-megatron test-bridge docs check format wheel constraints clean
 
 setup: $(STAMP)
 
@@ -16,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/python.sh
 	echo "setting up $(VENV) with $$python (a few minutes, 5 GB)"; \
 	"$$python" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[megatron,hf,analysis,eval,vision,docs,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 quickstart: setup
@@ -82,6 +85,10 @@ format: setup
 # dist/remoe-VERSION-py3-none-any.whl, which needs no checkout: it has the examples too.
 wheel: setup
 	$(BIN)/python -m build --wheel --no-isolation
+
+# Renews constraints.txt by an unpinned installation, from which the next `make setup` starts.
+constraints:
+	scripts/constraints.sh '$(EXTRAS)'
 
 clean:
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -305,10 +305,20 @@ def routing_metrics(report: StepReport) -> dict[str, Any]:
     return row
 
 
-def load_metrics(report: StepReport) -> dict[str, float]:
-    """Return how evenly the tokens are spread over the experts.
+def expert_loads(report: StepReport) -> Tensor:
+    """Return the load of every expert of the layers with a router, fp64.
 
-    The load of an expert is its number of tokens divided by the mean over the experts of its layer.
+    The load of an expert is its number of tokens divided by the mean over the experts of its layer,
+    and 1 in a layer without any active expert.
+    """
+    counts_LE = report.tokens_per_expert_LE[report.has_router].double()
+    mean_L1 = counts_LE.mean(dim=1, keepdim=True)
+    return torch.where(mean_L1 > 0, counts_LE / mean_L1, 1.0)
+
+
+def load_metrics(report: StepReport) -> dict[str, float]:
+    """Return how evenly the tokens are spread over the experts, by their loads (`expert_loads`).
+
     `expert_load_min` and `expert_load_max` are taken over all experts, and `expert_load_cv`, the
     coefficient of variation, is a mean over layers. `dead_experts` counts the experts of all layers
     that have less than `1 / DEAD_SHARE` of a balanced share, which is k/E of the tokens. In a
@@ -318,8 +328,7 @@ def load_metrics(report: StepReport) -> dict[str, float]:
     counts_LE = report.tokens_per_expert_LE[report.has_router].double()
     tokens_L = report.tokens_L[report.has_router].double()
     num_experts = counts_LE.shape[1]
-    mean_L1 = counts_LE.mean(dim=1, keepdim=True)
-    load_LE = torch.where(mean_L1 > 0, counts_LE / mean_L1, 1.0)
+    load_LE = expert_loads(report)
     balanced_L1 = (tokens_L * report.topk / num_experts).unsqueeze(1)
     return {
         "expert_load_min": load_LE.min().item(),

@@ -92,6 +92,7 @@ USERS = (
     ("remoe/hf/", ("hf",)),
     ("remoe/", ()),
     ("megatron/remoe/evaluate/harness.py", ("eval", "megatron")),
+    ("megatron/remoe/analysis/wandb_run.py", ("analysis", "wandb")),
     ("megatron/remoe/analysis/", ("analysis",)),
     ("megatron/remoe/", ("megatron",)),
     ("examples/continue_training.py", ("hf",)),
@@ -204,3 +205,20 @@ def test_a_missing_package_is_named_with_the_extras_that_have_it():
         "megatron-core is not installed; run: pip install 'remoe[megatron]'"
     )
     assert missing.remedy("no_such_package") is None
+
+
+def test_the_image_has_what_exists_and_is_installed_by_the_documented_line():
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    copied = [name for line in re.findall(r"^COPY (.*)", text, re.M) for name in line.split()[:-1]]
+    assert all((ROOT / name).exists() for name in copied)
+    kept = re.findall(r"^!(.*)", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    assert kept == copied
+    page = (ROOT / "docs/installation.md").read_text()
+    (line,) = re.findall(r"uv pip install (--system .*?) +&&", text)
+    line = line.replace("--system --no-cache ", "").replace("${TORCH_BACKEND}", "cpu")
+    assert f"\nuv pip install {line}\n" in page
+    # In NVIDIA's container, what the extra requires beside its torch is named package by package.
+    (block,) = re.findall(r"pip install (accelerate .*?)\npython", page, re.DOTALL)
+    words = block.replace("\\\n", " ").replace("'", "").split()
+    named = {canonicalize_name(Requirement(word).name) for word in words}
+    assert named == declared(["megatron"]).keys() - {"torch", "numpy", "megatron-core"}

@@ -262,7 +262,10 @@ def test_what_was_not_analyzed_is_refused(home, tmp_path, capsys):
     assert "is not a folder" in fails(capsys, str(tmp_path / "nowhere"))
     one = str(home / RELU)
     assert "share one report" in fails(capsys, one, str(home / TOPK))
-    assert "is named more than once" in fails(capsys, one, one, "--out", str(tmp_path / "x.html"))
+    out = ["--out", str(tmp_path / "x.html")]
+    assert "is named more than once" in fails(capsys, one, one, *out)
+    assert "--wandb takes that of one" in fails(capsys, one, str(home / TOPK), *out, "--wandb")
+    assert "so that W&B has no run of it; leave" in fails(capsys, one, *out, "--wandb")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     assert "report.html" not in [path.name for path in (tmp_path / "run").iterdir()]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from megatron.remoe import compat, cpu, options, ranges, unsupported
 from megatron.remoe import pattern as patterns
+from megatron.remoe.analysis import wandb_run
 from megatron.remoe.unsupported import has_package
 from remoe.config import (
     ROUTINGS,
@@ -217,11 +218,12 @@ def derive(args: argparse.Namespace) -> None:
     if args.save_keep_last is not None:
         args.save_milestone_interval = args.save_retain_interval
         args.save_retain_interval = None
-    # Megatron has no flags for these two; W&B reads them from the environment.
+    # Megatron has no flags for these; W&B reads them from the environment.
     if args.wandb_mode is not None:
         os.environ["WANDB_MODE"] = args.wandb_mode
     if args.wandb_tags is not None:
         os.environ["WANDB_TAGS"] = ",".join(args.wandb_tags)
+    wandb_run.continue_last(args)
     if args.masked_lm:
         args.create_attention_mask_in_dataloader = False  # it would be a causal one
     if not _is_dense(args):

@@ -416,8 +416,10 @@ def test_the_card_is_what_the_hub_reads(call, model, tmp_path, monkeypatch):
         "validation_loss": {"valid": 2.5, "valid/code": 2.0, "valid/prose": None},
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    points = [{"active_experts": 1.5, "loss": 2.25}, {"active_experts": 0.5, "loss": 2.75}]
-    (folder / "budget.json").write_text(json.dumps({"points": points}))
+    points = [(1.5, 2.25), (0.5, 2.75)]
+    points = [{"active": active, "loss": loss, "half_width": 0.125} for active, loss in points]
+    curve = {"sequences": 4, "sequence_length": 512, "curves": [{"points": points}]}
+    (folder / "budget.json").write_text(json.dumps(curve))
     argv = ["convert", "card", "tiny-remoe"]
     code, out, error = call(tiny.remoe, tmp_path, *argv, "--license", "mit")
     assert (code, out, error) == (0, "tiny-remoe/README.md\n", "")
@@ -440,7 +442,8 @@ def test_the_card_is_what_the_hub_reads(call, model, tmp_path, monkeypatch):
     for line in (
         "| code | 25.0%, about 192 tokens |",
         "| code, validation | 2.0000 | 7.39 |",
-        "| 0.50 | 2.7500 |\n| 1.50 | 2.2500 |",
+        "| 0.50 | 2.7500 ± 0.1250 |\n| 1.50 | 2.2500 ± 0.1250 |",
+        "on 2,048 tokens",
         "| active experts, as measured there | 1.20 of 4 |",
         "| sparsity, mean of the last 20 steps | 0.700 (target 0.750) |",
         "| `load_balancing` | aux_loss |",
@@ -451,7 +454,7 @@ def test_the_card_is_what_the_hub_reads(call, model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("budget.json", "{}", "hf/budget.json has no points with active_experts and loss; run "),
+        ("budget.json", "{}", "hf/budget.json is no curve of one model (KeyError: 'curves'); "),
         ("README.md", "---\n[\n---\n", "hf/README.md has no valid metadata ("),
         ("config.json", None, "hf is no Hugging Face model: it has no config.json"),
     ],

@@ -41,14 +41,23 @@ def report(l1_reg: float = 0.25) -> StepReport:
 class Recorder:
     """A TensorBoard or W&B writer that remembers."""
 
+    Histogram = list  # W&B's class
+
     def __init__(self) -> None:
-        self.scalars, self.flushed = [], 0
+        self.scalars, self.histograms, self.flushed = [], [], 0
 
     def add_scalar(self, tag, value, iteration):
         self.scalars.append((tag, float(value), iteration))
 
     def log(self, values, iteration):
-        self.scalars += [(tag, float(value), iteration) for tag, value in values.items()]
+        for tag, value in values.items():
+            if isinstance(value, list):
+                self.add_histogram(tag, torch.tensor(value), iteration)
+            else:
+                self.add_scalar(tag, value, iteration)
+
+    def add_histogram(self, tag, values, iteration):
+        self.histograms.append((tag, values.tolist(), iteration))
 
     def flush(self):
         self.flushed += 1
@@ -355,6 +364,10 @@ def test_tensorboard_and_wandb_get_the_same_numbers(megatron_on, path):
     by_megatron = {tag for tag, _, _ in tensorboard.scalars} - {tag for tag, _, _ in routing}
     assert set(tensorboard.scalars) >= {*routing, ("lm loss", 2.0, 1), ("grad-norm", 0.5, 1)}
     assert {"lm loss vs samples", "lm loss validation", "batch-size"} <= by_megatron
+    # The loads of the four experts of both routers: their tokens by the mean of the layer.
+    loads = [[1.0, 1.0, 1.0, 1.0], [3.0, 0.875, 0.125, 0.0]]
+    drawn = [(f"remoe/expert_load/{i}", row, 1) for i, row in enumerate(loads, start=1)]
+    assert tensorboard.histograms == megatron_on.wandb.histograms == drawn
     run.writer.flush()
     assert tensorboard.flushed == 1
 

@@ -1,16 +1,26 @@
 """The published configs: what they say, what they count to, and that shrunken ones run."""
 
+import contextlib
 import json
 import math
+import os
 import random
+import struct
+import sys
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import zstandard
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron.remoe.analysis import wandb_run
 from megatron.remoe.analysis.memory import RankLoad, activation_bytes
+from megatron.remoe.analysis.runs import Run
 from megatron.remoe.analysis.size import ModelSize
 from megatron.remoe.ranks import Ranks, initialize_layout
 from megatron.remoe.run.argv import to_argv
@@ -371,27 +381,24 @@ def write_shards(folder: Path) -> None:
         path.write_bytes(zstandard.compress(lines.encode()))
 
 
-# Stands in the place of W&B, which sends nothing in offline mode: writes what it is told.
-WANDB = """
-import json, os
-from unittest.mock import MagicMock
+def wandb_records(run: Path) -> list[Any]:
+    """What W&B has written offline for a run: protobuf records in blocks, as LevelDB's log has."""
+    from wandb.proto import wandb_internal_pb2
 
-config, run, Artifact = MagicMock(), MagicMock(), MagicMock()
-
-def _write(entry):
-    with open("wandb.jsonl", "a") as file:
-        file.write(json.dumps(entry, default=float) + "\\n")
-
-def init(*, config, **settings):
-    environment = {k: v for k, v in os.environ.items() if k.startswith("WANDB_")}
-    _write({"settings": settings, "environment": environment, "lr": config["lr"]})
-
-def log(values, step=None):
-    _write({"step": step} | values)
-
-def finish(*args):
-    _write("finished")
-"""
+    (path,) = run.glob("wandb/latest-run/run-*.wandb")
+    data, at, parts, records = path.read_bytes(), 7, b"", []
+    assert data.startswith(b":W&B")
+    while at < len(data):
+        if 32768 - at % 32768 < 7:  # no header fits before the end of a block
+            at += 32768 - at % 32768
+            continue
+        size, kind = struct.unpack_from("<HB", data, at + 4)  # after the checksum
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(wandb_internal_pb2.Record.FromString(parts))
+            parts = b""
+    return records
 
 
 @pytest.fixture(scope="module")
@@ -402,15 +409,11 @@ def pile_run(call, tmp_path_factory):
     argv = ["data", "tokenize", "pile", "--out", "tokens", "--vocab-size", "300", "--workers", "1"]
     code, out, error = call(tiny.remoe, home, *argv)
     assert code == 0, out + error
-    (home / "stub").mkdir()
-    (home / "stub/wandb.py").write_text(WANDB)
     overrides = [*SHRUNK, "data_root=tokens", "padded_vocab_size=512", "run_dir=runs/first"]
     overrides += ["train_iters=4", "eval_interval=4", "eval_iters=1", "save_interval=4"]
     overrides += ["wandb_project=pile", "wandb_tags=[a,b]", "wandb_mode=offline"]
     path = str(EXAMPLES / "llama_182m/remoe.yaml")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(home / "stub"), prepend=":")
-        finish(tiny.start("train", path, *overrides, cwd=home))
+    finish(tiny.start("train", path, *overrides, cwd=home))
     return home
 
 
@@ -421,30 +424,83 @@ def test_from_the_piles_shards_to_training(pile_run):
     assert all(row["sparsity"] > 0 for row in rows)
 
 
-def test_wandb_gets_project_name_tags_mode_and_every_number(pile_run):
-    lines = [json.loads(line) for line in (pile_run / "wandb.jsonl").read_text().splitlines()]
-    start = lines[0]
-    assert start["settings"] == {"dir": "runs/first", "name": "first", "project": "pile"}
-    assert start["environment"] == {"WANDB_MODE": "offline", "WANDB_TAGS": "a,b"}
-    assert start["lr"] == 5e-4 and lines[-1] == "finished"
-    logged: dict[tuple[int, str], float] = {}
-    for line in lines[1:-1]:
-        step = line.pop("step")
-        logged |= {(step, name): value for name, value in line.items()}
+def test_wandb_gets_config_tags_curves_and_histograms(pile_run):
+    records = wandb_records(pile_run / "runs/first")
+    run = next(record.run for record in records if record.HasField("run"))
+    assert (run.project, run.display_name, list(run.tags)) == ("pile", "first", ["a", "b"])
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["lr"] == 5e-4 and config["moe_relu_routing"] is True
+    logged: dict[int, dict[str, Any]] = {}
+    for record in records:
+        if record.HasField("history"):
+            row = logged.setdefault(record.history.step.num, {})
+            for item in record.history.item:
+                name, *inner = item.nested_key
+                value = json.loads(item.value_json)
+                row[name] = row.get(name, {}) | {inner[0]: value} if inner else value
     for row in training(tiny.rows(pile_run / "runs/first")):
+        found = logged[row["iteration"]]
         for key in ROUTING - {"sparsity_per_layer", "silent_layers", "dense_layers"}:
-            assert logged[row["iteration"], f"remoe/{key}"] == row[key]
+            assert found[f"remoe/{key}"] == pytest.approx(row[key])
         for layer, value in enumerate(row["sparsity_per_layer"], start=1):
-            assert logged[row["iteration"], f"remoe/sparsity_per_layer/{layer}"] == value
-        assert logged[row["iteration"], "lm loss"] == pytest.approx(row["lm_loss"])
+            assert found[f"remoe/sparsity_per_layer/{layer}"] == pytest.approx(value)
+            # The loads of the 8 experts, whose mean is 1 by definition.
+            histogram = found[f"remoe/expert_load/{layer}"]
+            assert histogram["_type"] == "histogram" and sum(histogram["values"]) == 8
+        assert found["lm loss"] == pytest.approx(row["lm_loss"])
+    assert any(record.HasField("exit") for record in records)
+
+
+def test_a_report_becomes_an_artifact_of_the_same_wandb_run(pile_run, tmp_path, monkeypatch):
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):  # else below the user's home
+        monkeypatch.setenv(name, str(tmp_path))
+    run = Run.load(pile_run / "runs/first")
+    first = wandb_run.last_id(run.path)
+    (pile_run / "report.html").write_text("<p>a report")
+    with contextlib.chdir(pile_run):
+        logged = wandb_run.WandbRun.of(replace(run, path=Path("runs/first")))
+        line = logged.log_report(Path("report.html"))
+    assert line.startswith(f"artifact report-{first} of the W&B run {first} in pile; wandb sync ")
+    records = wandb_records(run.path)  # of its newest files
+    assert {r.run.run_id for r in records if r.HasField("run")} == {first}
+    (artifact,) = (record.artifact for record in records if record.HasField("artifact"))
+    assert (artifact.name, artifact.type) == (f"report-{first}", "report")
+    (entry,) = artifact.manifest.contents
+    assert entry.path == "report.html" and entry.size == len("<p>a report")
+
+
+def test_a_run_that_goes_on_continues_its_wandb_run(tmp_path, monkeypatch):
+    """Megatron starts W&B while it validates the arguments, before anything else is called."""
+    folder = str(tmp_path / "checkpoints")
+    args = Namespace(wandb_project="x", wandb_save_dir=str(tmp_path), load=folder, save=folder)
+    for name in ("WANDB_RUN_ID", "WANDB_RESUME"):
+        monkeypatch.setenv(name, "")  # which the test's end restores
+        monkeypatch.delenv(name)
+
+    def run_id(**changes: Any) -> str | None:
+        wandb_run.continue_last(Namespace(**vars(args) | changes))
+        return os.environ.pop("WANDB_RUN_ID", None)
+
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/latest-run").symlink_to("run-20261127_070840-a-b_c")
+    assert run_id() is None  # there is no checkpoint
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").write_text("4")
+    assert run_id() == "a-b_c" and os.environ["WANDB_RESUME"] == "allow"
+    assert run_id(save="elsewhere") is run_id(wandb_project="") is None
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    assert run_id() == "mine"
+    (tmp_path / "wandb/latest-run").unlink()
+    assert run_id() is None
+
+
+def without_wandb(cwd: Path, *argv: str) -> tuple[int, str, str]:
+    with mock.patch.dict(sys.modules, {"wandb": None}):
+        return tiny.remoe(cwd, *argv)
 
 
 def test_wandb_that_is_not_installed_is_one_line(call, tmp_path):
-    import importlib.util
-
-    if importlib.util.find_spec("wandb") is not None:
-        pytest.skip("wandb is installed here, so nothing is missing")
     tiny.write_config(tmp_path / "tiny.yaml")
-    code, _, error = call(tiny.remoe, tmp_path, "train", "tiny.yaml", "wandb_project=x")
+    code, _, error = call(without_wandb, tmp_path, "train", "tiny.yaml", "wandb_project=x")
     assert code == 2
     assert error.startswith("error: wandb_project is x, but wandb is not installed; run: pip inst")

@@ -307,7 +307,7 @@ def analyze(
 
 
 @command(app)
-def report(runs: list[Path], out: Path | None = None) -> None:
+def report(runs: list[Path], out: Path | None = None, wandb: bool = False) -> None:
     """Write one HTML file that shows how the experts of analyzed runs are used.
 
     The file opens from disk in any browser, without a network. It has figures that answer to the
@@ -320,12 +320,21 @@ def report(runs: list[Path], out: Path | None = None) -> None:
         runs: The run directories, or folders of analyses, that remoe analyze has worked on.
         out: The HTML file to write, by default report.html in the run directory. An older report is
             replaced. Several runs need a name.
+        wandb: Log the file as an artifact of the run's W&B run, as its config says: online or
+            offline.
     """
     from megatron.remoe.analysis.report import page, subject
+    from megatron.remoe.analysis.runs import Run
+    from megatron.remoe.analysis.wandb_run import WandbRun
 
     if out is None and len(runs) > 1:
         raise ValueError(f"{len(runs)} runs share one report; name its file (--out)")
+    if wandb and len(runs) > 1:
+        raise ValueError(f"{len(runs)} runs share one report; --wandb takes that of one run")
     out = out or runs[0] / "report.html"
     page.check_output(out)
+    logged = WandbRun.of(Run.load(runs[0])) if wandb else None
     page.write(subject.load(runs), out)
     typer.echo(out)
+    if logged is not None:
+        typer.echo(logged.log_report(out))

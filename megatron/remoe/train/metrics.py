@@ -19,7 +19,7 @@ from megatron.remoe import compat
 from megatron.remoe.train import peak
 from megatron.remoe.train.jsonl import JSONLWriter
 from megatron.remoe.train.step import FinalizeStep
-from remoe.statistics import routing_metrics
+from remoe.statistics import StepReport, expert_loads, routing_metrics
 
 _EVALUATION = "lm loss validation"
 
@@ -103,6 +103,8 @@ class MetricsWriter:
         for name, value in routing.items():
             scalar = len(value) if name.endswith("_layers") else value  # the number of such layers
             self._forward(f"remoe/{name}", scalar, iteration)
+        if self.hook.report is not None:
+            self._forward_histograms("remoe/expert_load", self.hook.report, iteration)
         self._report_extremes(iteration, routing)
 
     def _report_extremes(self, iteration: int, routing: dict[str, Any]) -> None:
@@ -168,3 +170,16 @@ class MetricsWriter:
                 self.writer.add_scalar(name, number, iteration)
             if wandb := get_wandb_writer():
                 wandb.log({name: number}, iteration)
+
+    def _forward_histograms(self, tag: str, report: StepReport, iteration: int) -> None:
+        """Draw the loads of each layer's experts where there is a TensorBoard or W&B."""
+        from megatron.training import get_wandb_writer
+
+        wandb = get_wandb_writer()
+        if self.writer is None and not wandb:
+            return
+        for layer, loads_E in enumerate(expert_loads(report).cpu(), start=1):
+            if self.writer is not None:
+                self.writer.add_histogram(f"{tag}/{layer}", loads_E, iteration)
+            if wandb:
+                wandb.log({f"{tag}/{layer}": wandb.Histogram(loads_E.tolist())}, iteration)
