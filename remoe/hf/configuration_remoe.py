@@ -72,6 +72,8 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: _is_number(x) and 0 <= x < 1, "a number of at least 0 and below 1",
     ),
     "attention_dropout": (lambda x: _is_number(x) and 0 <= x <= 1, "a number between 0 and 1"),
+    "qk_norm": (lambda x: x in ("projection", "head"), "projection, head or null"),
+    "clip_qkv": (lambda x: _is_number(x) and x > 0, "a positive number, or null"),
 }  # fmt: skip
 
 
@@ -97,6 +99,9 @@ class ReMoEConfig(LlamaConfig):
         num_experts: E.
         num_experts_per_tok: k; with ReLU routing the mean at the target sparsity.
         moe_intermediate_size: width of one expert.
+        qk_norm: RMSNorm of queries and keys before RoPE: over the whole "projection" (as in OLMoE),
+            over each "head" (as in Qwen3-MoE), or None.
+        clip_qkv: bound on the size of queries, keys and values (as in OLMoE), or None.
         mlp_only_layers: layers with a dense MLP of width `intermediate_size` in place of experts.
         l1_coeff: coefficient of the L1 penalty for every layer with experts; None means no penalty.
         l1_coeff_init, l1_coeff_multiplier, target_sparsity: settings of its controller (Eq. 7).
@@ -135,6 +140,8 @@ class ReMoEConfig(LlamaConfig):
     num_experts: int = 8
     num_experts_per_tok: int = 1
     moe_intermediate_size: int = 11008
+    qk_norm: str | None = None
+    clip_qkv: float | None = None
     mlp_only_layers: list[int] | None = None
     l1_coeff: list[float] | None = None
     l1_coeff_init: float = 1e-8
@@ -233,6 +240,17 @@ class ReMoEConfig(LlamaConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even one")
+        width = self.num_attention_heads * self.head_dim
+        if self.qk_norm == "projection" and width != self.hidden_size:
+            raise ValueError(
+                f"qk_norm is 'projection', which asks for heads of {self.hidden_size} values in "
+                f"all (hidden_size); num_attention_heads * head_dim is {width}"
+            )
+        if self.clip_qkv is not None and self.qk_norm != "projection":
+            raise ValueError(
+                f"clip_qkv is {self.clip_qkv!r}, which only goes with qk_norm 'projection'; leave "
+                f"it out"
+            )
         dense = self.mlp_only_layers
         layers = range(self.num_hidden_layers)
         if dense is not None and not (
