@@ -591,7 +591,7 @@ def test_an_exported_folder_loads_where_this_package_is_missing(tmp_path):
         "AutoModelForCausalLM": "modeling_remoe.ReMoEForCausalLM",
     }
     model.save_pretrained(tmp_path / "model")
-    for name in ("configuration_remoe.py", "modeling_remoe.py"):
+    for name in ("configuration_remoe.py", "modeling_remoe.py", "budget_remoe.py"):
         source = Path(modeling_remoe.__file__).with_name(name)
         shutil.copyfile(source, tmp_path / "model" / name)
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_US, str(tmp_path / "model")]

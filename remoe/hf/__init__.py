@@ -1,6 +1,6 @@
 """ReMoE for transformers: importing this package registers it with the `Auto*` classes.
 
-The two modules beside this file need torch and transformers only. They are exported with every
+The modules beside this file need torch and transformers only. They are exported with every
 model, so that it loads with `trust_remote_code=True` where this package is missing.
 """
 

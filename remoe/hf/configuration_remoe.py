@@ -16,9 +16,10 @@ ROUTER_TYPES = (
     *L1_ROUTERS, "topk_pre_softmax", "topk_post_softmax", "topk_sigmoid", "null_experts", "top_p",
     "expert_threshold", "hash",
 )  # fmt: skip
-FORMAT_VERSION = (
-    1  # version of config.json and of the names of weights; older code refuses a newer one
-)
+BUDGET = ("gate_threshold", "gate_offset", "max_active_experts")
+# Version of config.json and of the names of weights; older code refuses a newer one. A model whose
+# budget older code would ignore has the second.
+FORMAT_VERSION, BUDGET_VERSION = 1, 2
 
 _FORMER = {"l1_coeff_rule": "sign", "router_bias": False}  # settings of earlier versions
 
@@ -36,14 +37,26 @@ def _is_coefficients(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(_is_number(one) and one >= 0 for one in value)
 
 
+def _one_or_each(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return a test of a value for all layers, or of a list of values for each of them."""
+    return lambda x: all(map(is_valid, x if isinstance(x, list | tuple) else (x,)))
+
+
 _COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
-    "num_experts", "num_experts_per_tok", "max_active_experts", "recurrent_size",
-    "num_null_experts",
+    "num_experts", "num_experts_per_tok", "recurrent_size", "num_null_experts",
 )  # fmt: skip
 # What a value must be, by name: a test, and the same in words. A default of None passes as well.
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "gate_threshold": (
+        _one_or_each(lambda x: _is_number(x) and x >= 0),
+        "a number that is not negative, or a list of them",
+    ),
+    "gate_offset": (_one_or_each(_is_number), "a number, or a list of them"),
+    "max_active_experts": (
+        _one_or_each(_is_count), "a whole number of at least 1, or a list of them",
+    ),
     **dict.fromkeys(_COUNTS, (_is_count, "a whole number of at least 1")),
     "router_type": (lambda x: x in ROUTER_TYPES, f"one of {', '.join(ROUTER_TYPES)}"),
     "router_dtype": (lambda x: x in ("float32", "float64", None), "float32, float64 or null"),
@@ -105,7 +118,13 @@ class ReMoEConfig(LlamaConfig):
         mlp_only_layers: layers with a dense MLP of width `intermediate_size` in place of experts.
         l1_coeff: coefficient of the L1 penalty for every layer with experts; None means no penalty.
         l1_coeff_init, l1_coeff_multiplier, target_sparsity: settings of its controller (Eq. 7).
+        gate_threshold: gates of a smaller size are switched off, and the others keep their value.
+        gate_offset: a constant that is taken from every logit before the ReLU, with `relu_l2` from
+            the logits over their norm; a negative one lets more experts be active.
         max_active_experts: most experts of a token, those with the largest gates; None is no limit.
+            These three are the budget of a router with ReLU gates (`relu`, `relu_rms`, `relu_l2`).
+            They may change after loading, and each is one value or a list with one for every layer
+            with experts. The offset comes first, then the threshold, then the limit.
         at_least_one_expert: whether a token without any expert gets that of its largest logit.
         recurrence: the cell of recurrent routers (arXiv 2408.06793), "gru" or "rnn"; or "none".
         recurrent_size: number of values of their state.
@@ -148,7 +167,9 @@ class ReMoEConfig(LlamaConfig):
     l1_coeff_multiplier: float = 1.2
     target_sparsity: float | None = None
     load_balancing: str = "aux_loss"
-    max_active_experts: int | None = None
+    gate_threshold: float | list[float] | None = None
+    gate_offset: float | list[float] | None = None
+    max_active_experts: int | list[int] | None = None
     at_least_one_expert: bool = False
     l1_coeff_per_layer: bool = False
     num_null_experts: int | None = None
@@ -161,14 +182,14 @@ class ReMoEConfig(LlamaConfig):
     recurrent_passing: str = "full"
     recurrent_projection: str = "layer"
     training_facts: dict[str, Any] | None = None
-    format_version: int = 1
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.format_version != FORMAT_VERSION:
+        if self.format_version not in (FORMAT_VERSION, BUDGET_VERSION):
             raise ValueError(
                 f"format_version is {self.format_version!r}; this code reads only "
-                f"{FORMAT_VERSION}: update it, or load the model with the code in its own folder "
-                f"(trust_remote_code=True)"
+                f"{FORMAT_VERSION} and {BUDGET_VERSION}: update it, or load the model with the "
+                f"code in its own folder (trust_remote_code=True)"
             )
         for name, only in _FORMER.items():
             if kwargs.get(name, only) != only:
@@ -177,19 +198,54 @@ class ReMoEConfig(LlamaConfig):
                     f"model with the code in its own folder (trust_remote_code=True)"
                 )
         refuse_misspelled(kwargs, vars(self), "the setting")
-        for name, (is_valid, meaning) in _VALUES.items():
-            value = getattr(self, name)
-            is_default = value is None and getattr(type(self), name) is None
-            if not is_default and not is_valid(value):
-                raise ValueError(f"{name} is {value!r}; it must be {meaning}")
+        for name in _VALUES:
+            self._check_value(name)
         self._check_sizes()
         if self.target_sparsity is None:
             self.target_sparsity = 1 - self.num_experts_per_tok / self.num_experts
         super().__post_init__(**kwargs)
         self._check_layers()
+        self.check_budget()
         if self.router_type == "top_p" and self.top_p_odds is None:
             odds = self.num_experts / self.num_experts_per_tok - 1
             self.top_p_odds = [odds] * len(self.moe_layers)
+
+    def _check_value(self, name: str) -> None:
+        value, (is_valid, meaning) = getattr(self, name), _VALUES[name]
+        is_default = value is None and getattr(type(self), name) is None
+        if not is_default and not is_valid(value):
+            raise ValueError(f"{name} is {value!r}; it must be {meaning}")
+
+    def check_budget(self) -> None:
+        """Check the fields of the budget, which may have changed since the config was made.
+
+        Raises:
+            ValueError: a value is none of that field, or the router has no gates to limit.
+        """
+        for name in BUDGET:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if self.router_type not in L1_ROUTERS:
+                raise ValueError(
+                    f"{name} is {value!r}, which is a bound on gates of a ReLU "
+                    f"({', '.join(L1_ROUTERS)}), and router_type is {self.router_type}; leave it "
+                    f"out"
+                )
+            self._check_value(name)
+            if isinstance(value, list | tuple) and len(value) != len(self.moe_layers):
+                raise ValueError(
+                    f"{name} has {len(value)} values for {len(self.moe_layers)} layers with "
+                    f"experts; it needs one for each"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields, with the version of the format that these need."""
+        fields: dict[str, Any] = super().to_dict()
+        is_new = self.gate_threshold is not None or self.gate_offset is not None
+        if (most := self.max_active_experts) is not None:  # which only `relu` had, for all layers
+            is_new = is_new or self.router_type != "relu" or not isinstance(most, int)
+        return fields | {"format_version": BUDGET_VERSION if is_new else FORMAT_VERSION}
 
     def _check_sizes(self) -> None:
         """Refuse values that contradict each other, before LLaMA's own config reads them."""
@@ -205,15 +261,11 @@ class ReMoEConfig(LlamaConfig):
                 f"num_null_experts is {self.num_null_experts}; k (E + n) / E must be whole, with k "
                 f"{self.num_experts_per_tok} and E {self.num_experts}"
             )
-        for name, bound in (
-            ("max_active_experts", self.max_active_experts is not None),
-            ("at_least_one_expert", self.at_least_one_expert),
-        ):
-            if bound and self.router_type != "relu":
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, which is a bound on the gates of ReLU "
-                    f"routing, and router_type is {self.router_type}; leave it out"
-                )
+        if self.at_least_one_expert and self.router_type != "relu":
+            raise ValueError(
+                f"at_least_one_expert is {self.at_least_one_expert!r}, which is a bound on the "
+                f"gates of ReLU routing, and router_type is {self.router_type}; leave it out"
+            )
         if self.router_type == "hash" and self.recurrence != "none":
             raise ValueError(
                 f"recurrence is {self.recurrence!r}; a hash router has no logits, so that it must "

@@ -33,6 +33,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
+from .budget_remoe import limited_gates
 from .configuration_remoe import L1_ROUTERS, ReMoEConfig, refuse_misspelled
 
 logger = logging.get_logger(__name__)
@@ -161,6 +162,16 @@ def relu_l2_penalized(logits_TE: Tensor, *, eps: float = 1e-8) -> Tensor:
     logits_TE = at_least_fp32(logits_TE)
     norm_T1 = torch.linalg.vector_norm(logits_TE, dim=1, keepdim=True)
     return torch.relu(logits_TE / (norm_T1 + eps))
+
+
+def relu_l2_offset(
+    logits_TE: Tensor, scale: Tensor, offset: float, *, eps: float = 1e-8
+) -> tuple[Tensor, Tensor]:
+    """Return the gates of `relu_l2_routing` whose ReLU is of the unit logits minus the offset."""
+    logits_TE = at_least_fp32(logits_TE)
+    norm_T1 = torch.linalg.vector_norm(logits_TE, dim=1, keepdim=True)
+    probs_TE, routing_map = relu_routing(logits_TE / (norm_T1 + eps) - offset)
+    return probs_TE * scale.to(probs_TE.dtype), routing_map
 
 
 def relu_l2_initial_scale(num_experts: int, topk: int, *, num_samples: int = 20_000) -> float:
@@ -310,7 +321,7 @@ class ReMoERouter(nn.Module):
         if config.top_p_odds is not None and kind == "top_p":
             self.odds = config.top_p_odds[config.moe_layers.index(layer_idx)]
         self.num_experts, self.topk_of_all = experts, config.topk_of_all
-        self.max_active, self.at_least_one = config.max_active_experts, config.at_least_one_expert
+        self.config, self.moe_index = config, config.moe_layers.index(layer_idx)
         self.router_type, self.topk = kind, config.num_experts_per_tok
         self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
 
@@ -325,16 +336,36 @@ class ReMoERouter(nn.Module):
         # A cast is not enough under autocast, which would cast it back.
         with torch.autocast(x_TH.device.type, enabled=False):
             logits_TE, state_Tp = self.score(x_TH, state_Tp, cell)
-            probs_TE, active_TE = self.select(logits_TE)
-            penalized_TE = self.penalized(logits_TE, probs_TE)
-            if self.max_active is not None or self.at_least_one:
-                probs_TE, active_TE = bounded_routing(
-                    logits_TE, probs_TE, max_active=self.max_active, at_least_one=self.at_least_one
-                )
-            return probs_TE, active_TE, penalized_TE, state_Tp
+            probs_TE, active_TE = self.route(logits_TE)
+            return probs_TE, active_TE, self.penalized(logits_TE), state_Tp
+
+    def route(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return gates and the map of active experts within the budget, both `[T, E]`."""
+        if self.router_type not in L1_ROUTERS:
+            return self.select(logits_TE)
+        threshold, most = self._of_layer("gate_threshold"), self._of_layer("max_active_experts")
+        at_least_one = self.config.at_least_one_expert
+        probs_TE, active_TE = self.select(logits_TE)
+        if threshold is not None or most is not None:
+            probs_TE, active_TE = limited_gates(
+                probs_TE, active_TE, threshold=threshold, most=most, keep_one=at_least_one
+            )
+        if at_least_one:
+            return bounded_routing(logits_TE, probs_TE, at_least_one=True)
+        return probs_TE, active_TE
+
+    def _of_layer(self, name: str) -> Any:
+        """Return a field of the budget, which the config has for all layers or for each."""
+        value = getattr(self.config, name)
+        return value[self.moe_index] if isinstance(value, list | tuple) else value
 
     def select(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Return gates and the map of active experts, both `[T, E]`."""
+        """Return gates and the map of active experts without bounds, both `[T, E]`."""
+        if self.router_type in L1_ROUTERS and (offset := self._of_layer("gate_offset")):
+            if self.router_type == "relu_l2":
+                assert self.gate_scale is not None
+                return relu_l2_offset(logits_TE, self.gate_scale, offset)
+            logits_TE = logits_TE - offset
         match self.router_type:
             case "relu":
                 return relu_routing(logits_TE)
@@ -360,12 +391,13 @@ class ReMoERouter(nn.Module):
             case _:
                 return topk_post_softmax(logits_TE, self.topk)
 
-    def penalized(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor | None:
-        """Return what the L1 penalty acts on, `[T, E]`, or None for a router without it."""
+    def penalized(self, logits_TE: Tensor) -> Tensor | None:
+        """Return what the L1 penalty acts on, `[T, E]`, or None for a router without it.
+
+        It knows nothing of the budget, which would mislead the coefficients.
+        """
         match self.router_type:
-            case "relu":
-                return probs_TE
-            case "relu_rms":
+            case "relu" | "relu_rms":
                 return torch.relu(at_least_fp32(logits_TE))
             case "relu_l2":
                 return relu_l2_penalized(logits_TE)
@@ -634,6 +666,7 @@ class ReMoEModel(ReMoEPreTrainedModel):
         config = self.config
         if kwargs and not torch.compiler.is_compiling():
             refuse_misspelled(kwargs, FORWARD_ARGUMENTS, "argument")
+        config.check_budget()
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if config.router_type == "hash" and input_ids is None:

@@ -95,6 +95,9 @@ ROUTER_TYPES = (
     "topk_sigmoid",
 )
 
+# Fields of a budget that is set after training, of which Megatron knows the last, for `relu`.
+BUDGET = ("gate_threshold", "gate_offset", "max_active_experts")
+
 
 def to_config(args: argparse.Namespace) -> Config:
     """Return the architecture part of `config.json`, without vocabulary, special tokens and dtype.
@@ -201,6 +204,20 @@ def check_expressible(config: Config) -> None:
             f"config.json has rope_theta {rope['rope_theta']}, but Megatron's rotary_base is a "
             f"whole number"
         )
+    _check_budget(config)
+
+
+def _check_budget(config: Config) -> None:
+    """Refuse a budget of active experts that was set after training."""
+    for name in BUDGET:
+        value = config.get(name)
+        is_trained = config.get("router_type") == "relu" and isinstance(value, int)
+        if value is not None and not (name == "max_active_experts" and is_trained):
+            raise ValueError(
+                f"config.json has {name} = {value!r}, a budget that was set after training and "
+                f"that Megatron's routers do not have; clear it (set {name} to null, or call "
+                f"model.set_budget(None) and save the model), and set it again after training"
+            )
 
 
 def to_flags(config: Config, padded_vocab_size: int) -> dict[str, Any]:

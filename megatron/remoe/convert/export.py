@@ -16,10 +16,9 @@ from megatron.remoe.convert.output import new_folder
 from megatron.remoe.convert.source import MegatronSource, Source
 from megatron.remoe.convert.table import CONFIG, PADDING, Config, Item, dtype_of
 from megatron.remoe.formats.safetensors import ShardWriter, Spec
-from remoe.hf.configuration_remoe import FORMAT_VERSION
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
-_SOURCES = ("configuration_remoe.py", "modeling_remoe.py")
+_SOURCES = ("configuration_remoe.py", "modeling_remoe.py", "budget_remoe.py")
 Progress = Callable[[int, int], None]
 
 
@@ -136,7 +135,7 @@ def _write_config(config: Config, folder: Path) -> None:
             "AutoModel": "modeling_remoe.ReMoEModel",
             "AutoModelForCausalLM": "modeling_remoe.ReMoEForCausalLM",
         }
-        whole["format_version"] = FORMAT_VERSION
+        whole["format_version"] = validated(config)["format_version"]
         for name in _SOURCES:
             shutil.copyfile(Path(remoe.hf.__file__).with_name(name), folder / name)
     _write_json(folder / "config.json", whole)

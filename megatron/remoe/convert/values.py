@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron.remoe.convert.architecture import ROUTER_TYPES, exported_settings
+from megatron.remoe.convert.architecture import BUDGET, ROUTER_TYPES, exported_settings
 from megatron.remoe.convert.table import Config
 from megatron.remoe.formats.torch_dist import MOST_LAYERS
 
@@ -147,13 +147,15 @@ def _check_routing(where: str, config: Config) -> None:
     known = isinstance(router, str) and router in ROUTER_TYPES
     _require(known, where, "router_type", router, f"one of {', '.join(ROUTER_TYPES)}")
     if (limit := config.get("max_active_experts")) is not None:
-        check_whole(where, "max_active_experts", limit, 1, most)
+        for one in limit if isinstance(limit, list) else [limit]:
+            check_whole(where, "max_active_experts", one, 1, most)
     if (target := config.get("target_sparsity")) is not None:
         check_number(where, "target_sparsity", target, above=-1e-9, below=1)
         is_valid = abs(target - (1 - k / most)) <= 1e-6
         _require(is_valid, where, "target_sparsity", target, f"1 - k/E, {1 - k / most:g}")
     for setting in exported_settings(router):
-        if setting.name in config:
+        is_of_layers = isinstance(config.get(setting.name), list)  # of the budget: checked above
+        if setting.name in config and not (setting.name in BUDGET and is_of_layers):
             value = config[setting.name]
             if setting.type is float:
                 above = -1e-9 if str(setting.within).startswith("[0") else 0

@@ -17,7 +17,6 @@ from megatron.remoe.evaluate.models import hooked, is_foreign, routers_of, routi
 from megatron.remoe.evaluate.routing import Advance, batches_of, losses_of
 from megatron.remoe.evaluate.text import Text
 from remoe.hf.configuration_remoe import L1_ROUTERS
-from remoe.hf.modeling_remoe import bounded_routing
 
 Row = dict[str, Any]
 
@@ -85,12 +84,7 @@ def _shifted(
 ) -> tuple[Any, ...]:
     """Return the output of a ReLU router whose logits are smaller by the offset."""
     logits_TE = router.score(*inputs, **named)[0] - offset
-    probs_TE, active_TE = router.select(logits_TE)
-    if router.max_active is not None or router.at_least_one:
-        probs_TE, active_TE = bounded_routing(
-            logits_TE, probs_TE, max_active=router.max_active, at_least_one=router.at_least_one
-        )
-    return probs_TE, active_TE, *output[2:]
+    return *router.route(logits_TE), *output[2:]
 
 
 def _pruned(router: Any, keep_E: Tensor, output: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,0 +1,122 @@
+"""A budget of active experts that is set after training, in the model for transformers."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import AutoModelForCausalLM
+
+from megatron.remoe.convert import architecture
+from remoe.hf import ReMoEConfig, configuration_remoe
+from remoe.hf.budget_remoe import limited_gates
+from tests.test_hf import SIZES, build, some_tokens, state_of_its_own
+
+GATED = ("relu", "relu_rms", "relu_l2")
+
+
+def by_loops(router, logits, *, offset, threshold, most):
+    """The gates of one token, one by one."""
+    scale = 1.0 if router.gate_scale is None else router.gate_scale.tolist()
+    scales = scale * len(logits) if isinstance(scale, list) and len(scale) == 1 else scale
+    scales = [1.0] * len(logits) if router.gate_scale is None else scales
+    norm = 1.0
+    if router.router_type == "relu_l2":
+        norm = sum(z * z for z in logits) ** 0.5 + 1e-8
+    gates = [max(0.0, z / norm - offset) for z in logits]
+    if router.router_type == "relu_rms":
+        rms = (sum(g * g for g in gates) / len(gates) + 1e-6) ** 0.5
+        gates = [g / rms for g in gates]
+    gates = [g * s for g, s in zip(gates, scales, strict=True)]
+    gates = [g if abs(g) >= threshold else 0.0 for g in gates]
+    order = sorted(range(len(gates)), key=lambda e: -abs(gates[e]))
+    return [g if e in order[:most] else 0.0 for e, g in enumerate(gates)]
+
+
+@pytest.mark.parametrize("router", GATED)
+def test_gates_within_a_budget_are_those_of_loops(router):
+    """Offset, threshold and limit of one layer, whose scales are negative too."""
+    model = state_of_its_own(build(router_type=router))
+    model.config.gate_offset, model.config.gate_threshold = [0.0, 0.1], [9.0, 0.4]
+    model.config.max_active_experts = [1, 2]
+    module = model.model.layers[2].mlp.router
+    if module.gate_scale is not None:
+        module.gate_scale.data[0] *= -1
+    x = torch.randn(60, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        probs, active, penalized, _ = module(x)
+        logits = module.score(x)[0]
+        plain = module.penalized(logits)
+    budget = {"offset": 0.1, "threshold": 0.4, "most": 2}
+    expected = torch.tensor([by_loops(module, row, **budget) for row in logits.tolist()])
+    torch.testing.assert_close(probs, expected)
+    assert torch.equal(active, expected != 0)
+    assert torch.equal(penalized, plain) and (penalized > 0).sum() > active.sum()
+    assert set(active.sum(dim=1).tolist()) == {0, 1, 2}
+
+
+def test_what_a_threshold_leaves_keeps_its_value_and_its_gradient():
+    gates = torch.tensor([[0.2, 0.5, 0.0], [0.3, 0.1, 0.2]], requires_grad=True)
+    active = gates > 0
+    kept, map_TE = limited_gates(gates, active, threshold=0.3)
+    assert kept.tolist() == torch.tensor([[0.0, 0.5, 0.0], [0.3, 0.0, 0.0]]).tolist()
+    assert torch.equal(map_TE, kept > 0)
+    kept.sum().backward()
+    assert torch.equal(gates.grad, map_TE.float())
+    one, _ = limited_gates(gates, active, threshold=0.4, keep_one=True)
+    assert one.tolist() == kept.tolist()
+    none, _ = limited_gates(gates * 0, gates > 1, threshold=0.4, keep_one=True)
+    assert not none.any()
+
+
+def test_a_negative_offset_adds_experts_and_a_threshold_takes_them_away():
+    model, tokens = build(), some_tokens(2, 9)
+
+    def active() -> torch.Tensor:
+        with torch.no_grad():
+            return torch.stack(model(tokens, output_routing=True).active_experts)
+
+    before = active()
+    model.config.gate_offset = -0.5
+    assert active().sum() > before.sum()
+    model.config.gate_offset, model.config.gate_threshold = None, 0.5
+    assert active().sum() < before.sum()
+    model.config.gate_threshold = [1.0]
+    with pytest.raises(ValueError, match="gate_threshold has 1 values for 2 layers"):
+        active()
+
+
+def test_a_budget_is_saved_with_a_version_that_older_code_refuses(tmp_path):
+    model, tokens = build(), some_tokens(2, 9)
+    assert model.config.to_dict()["format_version"] == 1
+    model.config.gate_threshold, model.config.max_active_experts = 0.25, [3, 1]
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.format_version == 2
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    assert not torch.equal(again(tokens).logits, build()(tokens).logits)
+    again.config.gate_threshold = again.config.max_active_experts = None
+    assert again.config.to_dict()["format_version"] == 1
+    for changes, version in (
+        ({"max_active_experts": 2}, 1),  # which older code has
+        ({"max_active_experts": 2, "router_type": "relu_l2"}, 2),
+        ({"gate_offset": [0.1, -0.1]}, 2),
+    ):
+        assert ReMoEConfig(**SIZES | changes).to_dict()["format_version"] == version
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gate_threshold": 0.1},
+        {"gate_offset": -0.1},
+        {"max_active_experts": [1, 2]},
+        {"max_active_experts": 2, "router_type": "relu_rms"},
+    ],
+)
+def test_megatron_is_not_given_a_model_with_a_budget(changes):
+    config = ReMoEConfig(**SIZES | changes).to_dict()
+    with pytest.raises(ValueError, match=f"has {next(iter(changes))} = .*, a budget that was set"):
+        architecture.check_expressible(config)
+    architecture.check_expressible(ReMoEConfig(**SIZES, max_active_experts=2).to_dict())
+    assert architecture.BUDGET == configuration_remoe.BUDGET
