@@ -16,9 +16,11 @@ ROUTER_TYPES = (
     *L1_ROUTERS, "topk_pre_softmax", "topk_post_softmax", "topk_sigmoid", "null_experts", "top_p",
     "expert_threshold", "hash",
 )  # fmt: skip
+# Routers whose small gates may be switched off: besides, those of TopK, which then use k at most.
+THRESHOLD_ROUTERS = (*L1_ROUTERS, "topk_pre_softmax", "topk_post_softmax", "topk_sigmoid")
 BUDGET = ("gate_threshold", "gate_offset", "max_active_experts")
 # Version of config.json and of the names of weights; older code refuses a newer one. A model whose
-# budget older code would ignore has the second.
+# budget, or whose norm of queries and keys, older code would ignore has the second.
 FORMAT_VERSION, BUDGET_VERSION = 1, 2
 
 _FORMER = {"l1_coeff_rule": "sign", "router_bias": False}  # settings of earlier versions
@@ -118,7 +120,8 @@ class ReMoEConfig(LlamaConfig):
         mlp_only_layers: layers with a dense MLP of width `intermediate_size` in place of experts.
         l1_coeff: coefficient of the L1 penalty for every layer with experts; None means no penalty.
         l1_coeff_init, l1_coeff_multiplier, target_sparsity: settings of its controller (Eq. 7).
-        gate_threshold: gates of a smaller size are switched off, and the others keep their value.
+        gate_threshold: gates of a smaller size are switched off, and the others keep their value;
+            also with TopK routers, whose tokens then have k experts or fewer.
         gate_offset: a constant that is taken from every logit before the ReLU, with `relu_l2` from
             the logits over their norm; a negative one lets more experts be active.
         max_active_experts: most experts of a token, those with the largest gates; None is no limit.
@@ -226,11 +229,11 @@ class ReMoEConfig(LlamaConfig):
             value = getattr(self, name)
             if value is None:
                 continue
-            if self.router_type not in L1_ROUTERS:
+            allowed = THRESHOLD_ROUTERS if name == "gate_threshold" else L1_ROUTERS
+            if self.router_type not in allowed:
                 raise ValueError(
-                    f"{name} is {value!r}, which is a bound on gates of a ReLU "
-                    f"({', '.join(L1_ROUTERS)}), and router_type is {self.router_type}; leave it "
-                    f"out"
+                    f"{name} is {value!r}, which is a bound on gates of the routers "
+                    f"{', '.join(allowed)}, and router_type is {self.router_type}; leave it out"
                 )
             self._check_value(name)
             if isinstance(value, list | tuple) and len(value) != len(self.moe_layers):
@@ -242,7 +245,8 @@ class ReMoEConfig(LlamaConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, with the version of the format that these need."""
         fields: dict[str, Any] = super().to_dict()
-        is_new = self.gate_threshold is not None or self.gate_offset is not None
+        added = (self.gate_threshold, self.gate_offset, self.qk_norm)
+        is_new = any(value is not None for value in added)
         if (most := self.max_active_experts) is not None:  # which only `relu` had, for all layers
             is_new = is_new or self.router_type != "relu" or not isinstance(most, int)
         return fields | {"format_version": BUDGET_VERSION if is_new else FORMAT_VERSION}

@@ -34,7 +34,7 @@ from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
 from .budget_remoe import limited_gates
-from .configuration_remoe import L1_ROUTERS, ReMoEConfig, refuse_misspelled
+from .configuration_remoe import L1_ROUTERS, THRESHOLD_ROUTERS, ReMoEConfig, refuse_misspelled
 
 logger = logging.get_logger(__name__)
 
@@ -341,7 +341,7 @@ class ReMoERouter(nn.Module):
 
     def route(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Return gates and the map of active experts within the budget, both `[T, E]`."""
-        if self.router_type not in L1_ROUTERS:
+        if self.router_type not in THRESHOLD_ROUTERS:
             return self.select(logits_TE)
         threshold, most = self._of_layer("gate_threshold"), self._of_layer("max_active_experts")
         at_least_one = self.config.at_least_one_expert

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,12 @@ def export(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     force: bool = False,
     progress: Progress = lambda done, total: None,
+    files: Mapping[str, str] | None = None,
 ) -> Config:
-    """Write an open model as `to_hf` does; `out` must not replace anything in `reads`."""
+    """Write an open model as `to_hf` does; `out` must not replace anything in `reads`.
+
+    The other `files`, texts by their names, are written beside the model.
+    """
     dtype = dtype or source.dtype
     config = source.config | {"dtype": str(dtype).removeprefix("torch.")}
     validated(config)
@@ -92,6 +96,8 @@ def export(
             source.tokenizer.write(folder)
         card = model_card(config, *_count(source.items, config))
         (folder / "README.md").write_text(card)
+        for name, text in (files or {}).items():
+            (folder / name).write_text(text)
     return config
 
 

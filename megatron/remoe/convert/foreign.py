@@ -131,7 +131,8 @@ def build(config: Config, state: dict[str, Tensor]) -> Any:
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     # Its frequencies are in no state.
-    model.model.rotary_emb = ReMoERotaryEmbedding(config=model.config)
+    rotary = ReMoERotaryEmbedding(config=model.config)
+    model.model.rotary_emb = rotary.to(next(iter(state.values())).device)
     return model.eval()
 
 

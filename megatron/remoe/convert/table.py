@@ -9,8 +9,9 @@ the model's config, `padding.` is a tensor for a file beside the weights (rows o
 that only Megatron has), and everything else is a weight.
 
 Dimensions: V vocabulary, P padded rows beyond V, H hidden, Q query heads x head, K query groups x
-head, Z values of a head, E experts, N logits of a router, A scales of its gates, F expert width, G = 2F, D dense width,
-R what a router reads (the state of a recurrent router, else H), S rows of the gates of its cell.
+head, Z values of a head, E experts, N logits of a router, A scales of its gates, F expert width,
+G = 2F, D dense width, R what a router reads (the state of a recurrent router, else H), S rows of
+the gates of its cell.
 """
 
 from collections import Counter

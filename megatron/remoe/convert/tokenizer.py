@@ -79,6 +79,11 @@ class TokenizerFiles:
         """The number of entries, including ids that no token has."""
         return largest_id(self._loaded[0]) + 1
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of every token."""
+        entries: dict[str, int] = self._loaded[0].get_vocab()
+        return entries
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text."""
         ids: list[int] = self._loaded[0].encode(text).ids
