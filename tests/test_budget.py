@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron.remoe.convert import architecture
 from remoe.hf import ReMoEConfig, configuration_remoe
-from remoe.hf.budget_remoe import limited_gates
+from remoe.hf.budget_remoe import Calibration, calibrate, limited_gates
 from tests.test_hf import SIZES, build, some_tokens, state_of_its_own
 
 GATED = ("relu", "relu_rms", "relu_l2")
@@ -120,3 +120,85 @@ def test_megatron_is_not_given_a_model_with_a_budget(changes):
         architecture.check_expressible(config)
     architecture.check_expressible(ReMoEConfig(**SIZES, max_active_experts=2).to_dict())
     assert architecture.BUDGET == configuration_remoe.BUDGET
+
+
+def test_the_calibration_finds_what_a_falling_function_reaches():
+    found = calibrate(lambda x: 8 * 2.0**-x, 3.0, tolerance=1e-3)
+    assert found.reached == pytest.approx(3.0, rel=1e-3)
+    assert found.value == pytest.approx(1.415, abs=2e-3)
+    negative = calibrate(lambda x: 8 * 2.0**-x, 20.0)
+    assert negative.value < 0 and negative.reached == pytest.approx(20.0, rel=0.01)
+    assert calibrate(lambda x: 8 * 2.0**-x, 20.0, least=0.0) == Calibration(0.0, 8.0, 1)
+    assert calibrate(lambda x: max(1.0, 8 - x), 0.5).reached == 1.0
+    assert calibrate(lambda x: 2.0 if x < 0.3 else 0.4, 0.5).reached == 0.4
+    assert calibrate(lambda x: 5.0, 5.0).steps == 1
+
+
+@pytest.fixture(scope="module")
+def text():
+    ids = torch.randint(1, 64, (12, 60), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[0, :20] = mask[1, 40:] = 0
+    return ids, mask
+
+
+def active_per_token(model, ids, mask) -> float:
+    with torch.no_grad():
+        counts = torch.stack(model(ids, attention_mask=mask, output_routing=True).active_experts)
+    return float(counts[:, mask.bool()].double().mean())
+
+
+@pytest.mark.parametrize(
+    ("router", "by", "target", "per_layer"),
+    [
+        ("relu", "threshold", 0.7, False),
+        ("relu", "offset", 3.0, False),
+        ("relu_rms", "threshold", 1.2, True),
+        ("relu_l2", "offset", 0.5, True),
+        ("relu_l2", "threshold", 0.5, False),
+    ],
+)
+def test_a_budget_is_met_on_tokens_that_are_no_padding(text, router, by, target, per_layer):
+    model = state_of_its_own(build(router_type=router)).train()
+    before = active_per_token(model.eval(), *text)
+    budget = model.train().set_budget(target, *text, by=by, per_layer=per_layer)
+    assert model.training
+    reached = active_per_token(model.eval(), *text)
+    assert reached == pytest.approx(target, rel=0.01)
+    assert budget.active_experts == pytest.approx(reached)
+    assert budget.before == pytest.approx(before) and budget.tokens == text[1].sum()
+    stored, other = model.config.gate_threshold, model.config.gate_offset
+    stored, other = (stored, other) if by == "threshold" else (other, stored)
+    assert stored == budget.value and other is None
+    assert isinstance(stored, list) == per_layer
+    assert model.set_budget(None) is None
+    assert active_per_token(model, *text) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "target", "more", "message"),
+    [
+        ({}, 4.5, {}, "active_experts is 4.5; it must be .* at most 4, the number of experts"),
+        ({}, 0, {}, "active_experts is 0; it must be a number .* above 0"),
+        ({}, float("nan"), {}, "active_experts is nan"),
+        ({}, 3.9, {}, "active_experts is 3.9, which cannot .* by='offset' can add some"),
+        ({}, 1e-5, {}, "active_experts is 1e-05, which cannot be met within 1%: .* more text"),
+        ({"at_least_one_expert": True}, 0.5, {}, "the nearest threshold leaves 1 on this text"),
+        ({}, 1.0, {"rows": 8}, "the text has 440 tokens .*; pass at least 512"),
+        ({}, 1.0, {"rows": None}, "input_ids are not given"),
+        ({}, 1.0, {"by": "scale"}, "by is 'scale'; it must be one of threshold, offset"),
+        ({"router_type": "topk_sigmoid"}, 1.0, {}, "router_type is topk_sigmoid, whose number"),
+        ({"mlp_only_layers": [0, 1, 2]}, 1.0, {}, "the model is dense"),
+    ],
+)
+def test_a_budget_that_cannot_be_set_is_refused_and_changes_nothing(
+    text, changes, target, more, message
+):
+    model = build(**changes)
+    if not changes:
+        model.config.gate_threshold = 0.25
+    rows = more.pop("rows", 12)
+    inputs = () if rows is None else tuple(one[:rows] for one in text)
+    with pytest.raises(ValueError, match=message):
+        model.set_budget(target, *inputs, **more)
+    assert model.config.gate_threshold == (0.25 if not changes else None)

@@ -7,8 +7,57 @@ threshold that meets a budget is found by bisection on text.
 This file is exported with every model and therefore self-contained. Shapes: T tokens, E experts.
 """
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
+
+from .configuration_remoe import L1_ROUTERS
+
+# The number of a token's active experts deviates from its mean by about as much as that is. Over
+# these tokens the mean then has a standard error of 1 / sqrt(512), 4.4% of itself.
+LEAST_TOKENS = 512
+TOLERANCE = 0.01  # of the target
+_FIELDS = {"threshold": "gate_threshold", "offset": "gate_offset"}
+_TOKENS_AT_ONCE = 8192
+_MOST_STEPS = 32  # of doubling, and of halving
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a search has found.
+
+    Attributes:
+        value: the argument.
+        reached: what was measured with it.
+        steps: the number of measurements.
+    """
+
+    value: float
+    reached: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget that a model has got.
+
+    Attributes:
+        by: what was set: "threshold" or "offset".
+        value: the value of all layers, or those of each layer with experts.
+        active_experts: the mean number of active experts per token that was reached on the text.
+        before: the same without the budget.
+        tokens: the number of tokens of the text, without padding.
+    """
+
+    by: str
+    value: float | list[float]
+    active_experts: float
+    before: float
+    tokens: int
 
 
 def limited_gates(
@@ -43,3 +92,182 @@ def limited_gates(
         largest = size_TE.topk(most, dim=1).indices
         kept_TE = kept_TE & torch.zeros_like(kept_TE).scatter(1, largest, True)
     return probs_TE.masked_fill(~kept_TE, 0), kept_TE
+
+
+def calibrate(
+    measure: Callable[[float], float],
+    target: float,
+    *,
+    least: float = -math.inf,
+    step: float = 0.05,
+    tolerance: float = TOLERANCE,
+) -> Calibration:
+    """Find the argument of a falling function at which it has a value, by bisection from zero.
+
+    Args:
+        measure: a function that falls, if not at every step, as its argument grows.
+        target: the value, above zero.
+        least: the smallest argument that is tried, at most zero.
+        step: the first step away from zero, which is doubled until the target is between two steps.
+        tolerance: the difference from the target, as a share of it, that ends the search.
+
+    Returns:
+        The argument whose value is nearest to the target, which may be out of reach.
+    """
+    found: dict[float, float] = {}
+
+    def is_above(value: float) -> bool:
+        found[value] = measure(value)
+        return found[value] > target
+
+    def is_met() -> bool:
+        return any(abs(reached - target) <= tolerance * target for reached in found.values())
+
+    low = high = 0.0
+    rises = is_above(0.0)
+    for _ in range(_MOST_STEPS):
+        if is_met() or (not rises and low <= least):
+            break
+        if rises:
+            low, high = high, high + step
+        else:
+            low, high = max(least, low - step), low
+        step *= 2
+        if is_above(high if rises else low) != rises:
+            break
+    for _ in range(_MOST_STEPS):
+        middle = (low + high) / 2
+        if is_met() or middle in found:  # or there is no number between the two
+            break
+        low, high = (middle, high) if is_above(middle) else (low, middle)
+    value = min(found, key=lambda one: abs(found[one] - target))
+    return Calibration(value, found[value], len(found))
+
+
+@torch.no_grad()
+def set_budget(
+    model: Any,
+    active_experts: float | None,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    by: Literal["threshold", "offset"] = "threshold",
+    per_layer: bool = False,
+) -> Budget | None:
+    """Set the budget of a model; see `ReMoEForCausalLM.set_budget`."""
+    config = model.config
+    before = {field: getattr(config, field) for field in _FIELDS.values()}
+    if active_experts is None:
+        _write(config, dict.fromkeys(before))
+        return None
+    _check(config, active_experts, by)
+    if input_ids is None:
+        raise ValueError(
+            "input_ids are not given; a budget is calibrated on text, so pass the token ids "
+            f"[B, S] of some, at least {LEAST_TOKENS} tokens"
+        )
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    tokens = int(mask.sum())
+    if mask.shape != input_ids.shape or tokens < LEAST_TOKENS:
+        raise ValueError(
+            f"the text has {tokens} tokens that are no padding; pass at least {LEAST_TOKENS}, as "
+            f"ids and mask [B, S], since the mean over fewer says too little of other text"
+        )
+    was_training = model.training
+    model.eval()
+    try:
+        _write(config, dict.fromkeys(before))
+        budget = _calibrated(model, active_experts, input_ids, mask, by, per_layer)
+    except BaseException:
+        _write(config, before)
+        raise
+    finally:
+        model.train(was_training)
+    return budget
+
+
+def _calibrated(
+    model: Any, target: float, ids: Tensor, mask: Tensor, by: str, per_layer: bool
+) -> Budget:
+    """Set the field of a model without a budget, and return what was reached."""
+    config, field = model.config, _FIELDS[by]
+    plain_L = active_by_layer(model, ids, mask)
+    before = float(plain_L.mean())
+    values = [0.0] * len(plain_L)
+    least = 0.0 if by == "threshold" else -math.inf
+    if not per_layer:
+
+        def measure(value: float) -> float:
+            setattr(config, field, value)
+            return float(active_by_layer(model, ids, mask).mean())
+
+        values = [calibrate(measure, target, least=least).value]
+    # Every layer gets the same share of its experts. Layers change the input of later ones.
+    for layer, plain in enumerate(plain_L.tolist() if per_layer else ()):
+
+        def measure_layer(value: float, layer: int = layer) -> float:
+            setattr(config, field, [*values[:layer], value, *values[layer + 1 :]])
+            return float(active_by_layer(model, ids, mask)[layer])
+
+        share = target / before if before else 0
+        if plain:
+            values[layer] = calibrate(measure_layer, plain * share, least=least).value
+    value = values if per_layer else values[0]
+    setattr(config, field, value)
+    reached = float(active_by_layer(model, ids, mask).mean())
+    if abs(reached - target) > TOLERANCE * target:
+        takes_only = by == "threshold" and target > before
+        why = (
+            "a threshold only takes experts away; by='offset' can add some"
+            if takes_only
+            else ("choose another number, or more text")
+        )
+        raise ValueError(
+            f"active_experts is {target:g}, which cannot be met within {TOLERANCE:.0%}: the model "
+            f"has {before:.4g} without a budget, and the nearest {by} leaves {reached:.4g} on this "
+            f"text; {why}"
+        )
+    tokens = int(mask.sum())
+    return Budget(by, value, reached, before, tokens)
+
+
+def active_by_layer(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean number of active experts of tokens that are no padding, fp64 `[L]`.
+
+    In a process group it is the mean over the texts of all ranks, which must all call this.
+    """
+    rows = max(1, _TOKENS_AT_ONCE // ids.shape[1])
+    counts = torch.zeros(len(model.config.moe_layers) + 1, dtype=torch.int64, device=model.device)
+    for some, real in zip(ids.split(rows), mask.split(rows), strict=True):
+        some, real = some.to(model.device), real.to(model.device)
+        active = model.model(
+            some, attention_mask=real, use_cache=False, output_routing=True, return_dict=True
+        ).active_experts
+        sums = [(one * real.to(one.device)).sum().to(counts.device) for one in active]
+        counts += torch.stack([*sums, real.sum()])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
+    return counts[:-1].double() / counts[-1]
+
+
+def _check(config: Any, active_experts: float, by: str) -> None:
+    """Refuse models without such gates, and impossible numbers."""
+    if config.router_type not in L1_ROUTERS:
+        raise ValueError(
+            f"router_type is {config.router_type}, whose number of experts has no threshold; a "
+            f"budget can be set for {', '.join(L1_ROUTERS)}"
+        )
+    if not config.moe_layers:
+        raise ValueError("the model is dense, so that it has no active experts to budget")
+    if not isinstance(active_experts, int | float) or not 0 < active_experts <= config.num_experts:
+        raise ValueError(
+            f"active_experts is {active_experts!r}; it must be a number of experts per token above "
+            f"0 and at most {config.num_experts}, the number of experts"
+        )
+    if by not in _FIELDS:
+        raise ValueError(f"by is {by!r}; it must be one of {', '.join(_FIELDS)}")
+
+
+def _write(config: Any, fields: dict[str, Any]) -> None:
+    for name, value in fields.items():
+        setattr(config, name, value)

@@ -9,7 +9,7 @@ experts, p state of a recurrent router (arXiv 2408.06793).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
-from .budget_remoe import limited_gates
+from .budget_remoe import Budget, limited_gates, set_budget
 from .configuration_remoe import L1_ROUTERS, THRESHOLD_ROUTERS, ReMoEConfig, refuse_misspelled
 
 logger = logging.get_logger(__name__)
@@ -806,6 +806,42 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
                 "itself on the text that was generated"
             )
         return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def set_budget(
+        self,
+        active_experts: float | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        by: Literal["threshold", "offset"] = "threshold",
+        per_layer: bool = False,
+    ) -> Budget | None:
+        """Let fewer experts be active, or more, by calibration on text; None clears the budget.
+
+        The value is found by bisection, on which layers all act together, since each changes what
+        later ones see. It is written to the config, with which it is saved. A limit of
+        `max_active_experts` stays as it is. In a process group every rank must call this.
+
+        Args:
+            active_experts: the mean number of active experts per token, over layers with experts
+                and tokens that are no padding, which is met within 1%.
+            input_ids: `[B, S]`, text like that which the model will read, at least 512 tokens.
+            attention_mask: `[B, S]`, zero for padding.
+            by: "threshold" switches off gates below a value, and the others keep theirs; "offset"
+                takes a constant from every logit, which can be negative and add experts.
+            per_layer: give each layer a value of its own, with which it keeps the same share of its
+                experts; by default all layers have one value.
+
+        Returns:
+            What was set and reached; None if the budget was cleared.
+
+        Raises:
+            ValueError: the number cannot be met, there is too little text, or the model is dense or
+                has a router without gates of a ReLU. The budget is then as before.
+        """
+        return set_budget(
+            self, active_experts, input_ids, attention_mask, by=by, per_layer=per_layer
+        )
 
     @torch.no_grad()
     def update_l1_coeff(self) -> float | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron.remoe.adopt import distill as training
 from megatron.remoe.adopt.distill import Plan, Progress
-from megatron.remoe.adopt.fit import ROUTERS, fit_lines, fitted
+from megatron.remoe.adopt.fit import fit
 from megatron.remoe.adopt.state import Saved, saved_beside
 from megatron.remoe.adopt.teacher import Teacher, open_teacher
 from megatron.remoe.convert.architecture import moe_layers
@@ -29,6 +29,7 @@ from megatron.remoe.evaluate.text import Text, hash_of, read_text
 
 RECORD = "adoption.json"
 KEPT = "topk"  # the teacher's own router, under a threshold
+ROUTERS = ("relu", KEPT)
 _LENGTH = 1024  # the longest sequences by default
 _HELD_OUT, _CALIBRATION = 64, 32  # the most sequences
 _SAVE_EVERY = 20  # steps
@@ -42,7 +43,7 @@ class Settings:
     Attributes:
         active_experts: the mean number of active experts of a token; None with `keep_topk`.
         steps, batch_size, lr, all_weights, walk: see `Plan`.
-        router: the router of the adopted model: one of `ROUTERS`, or `KEPT`.
+        router: the router of the adopted model, one of `ROUTERS`.
         keep_topk: k of a TopK model that is distilled in its place, a baseline; None is none.
         sequence_length: None is that of the run, or else the positions of the model, 1024 at most.
         seed: the seed of the order of documents.
@@ -76,11 +77,16 @@ class Settings:
                 f"active_experts is {x:g}; it must be above 0 and at most {k}, the number of "
                 f"experts that {teacher.path} was trained with ({experts} in all)"
             )
-        for name, allowed in (("router", (*ROUTERS, KEPT)), ("walk", training.WALKS)):
+        for name, allowed in (("router", ROUTERS), ("walk", training.WALKS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}"
                 )
+        if teacher.config.get("recurrence", "none") != "none" and self.router != KEPT:
+            raise ValueError(
+                f"{teacher.path} has recurrent routers, for which no gates of a ReLU are fitted; "
+                f"keep the model's own, under a threshold (--router {KEPT})"
+            )
         if self.walk == "l1" and (self.router == KEPT or self.keep_topk is not None):
             raise ValueError("the walk is l1, which acts on gates of a ReLU; choose --router relu")
 
@@ -259,13 +265,10 @@ class _Job:
         """Return the student before its first step, and measure what comes before that."""
         self.losses["teacher"], _ = self._measure(self.teacher)
         state = self.teacher.state_dict()
-        offsets: list[float] | None = None
-        if self.settings.router in ROUTERS and self.settings.keep_topk is None:
-            layers = moe_layers(self.opened.config)
-            self.lines = fit_lines(self.teacher, self.calibration, self.settings.router)
-            weights, offsets = fitted(state, self.lines, layers, self.settings.router)
+        if self.settings.router != KEPT and self.settings.keep_topk is None:
+            weights, self.lines = fit(self.teacher, self.calibration)
             state = state | weights
-        student = self._student(state, offsets)
+        student = self._student(state)
         if self.plan.target is not None:
             training.calibrate(student, self.calibration, self.opened.topk)
         self.losses["initial"], _ = self._measure(student)
@@ -276,22 +279,22 @@ class _Job:
         student.config.gate_threshold = start
         return student
 
-    def _student(self, state: dict[str, Tensor], offsets: list[float] | None) -> Any:
+    def _student(self, state: dict[str, Tensor]) -> Any:
         """Return a student with its own routers, or its own weights if all are trained."""
         own = {
             name: tensor.clone()
             for name, tensor in state.items()
             if self.plan.all_weights or ".mlp.router." in name
         }
-        return build(self._student_config(offsets), state | own)
+        return build(self._student_config(), state | own)
 
-    def _student_config(self, offsets: list[float] | None) -> Config:
+    def _student_config(self) -> Config:
         config = dict(self.opened.config)
         if self.settings.keep_topk is not None:
             config["num_experts_per_tok"] = self.settings.keep_topk
             config["target_sparsity"] = None
         elif self.settings.router != KEPT:
-            config |= {"router_type": self.settings.router, "gate_offset": offsets}
+            config["router_type"] = self.settings.router
             config["l1_coeff"] = [1e-8] * len(moe_layers(config))
         return validated(config)
 
@@ -313,13 +316,12 @@ class _Job:
                 "optimizer": self.optimizer.state_dict(),
                 "peaks": [group["peak"] for group in self.optimizer.param_groups],
                 "gate_threshold": config.gate_threshold,
-                "gate_offset": config.gate_offset,
             }
         )
 
     def _rebuilt(self, state: dict[str, Any]) -> Any:
         weights = {name: w.to(self.teacher.device) for name, w in state["weights"].items()}
-        return self._student(self.teacher.state_dict() | weights, state["gate_offset"])
+        return self._student(self.teacher.state_dict() | weights)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.student.config.gate_threshold = state["gate_threshold"]

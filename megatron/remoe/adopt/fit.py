@@ -1,14 +1,13 @@
 """The first routers of an adopted model, fitted to what the teacher's routers did with text.
 
-The teacher's gate of a chosen expert is close to an affine function of what a router with ReLU
-gates computes before its ReLU, v: the logit z (`relu`), or z over the norm of all logits of the
-token (`relu_l2`). A least-squares line g ~ a v + b over the chosen pairs of a layer gives
+The teacher's gate of a chosen expert is close to an affine function of its logit z = w x. Our
+router has no bias; in its place is the linear function of x that is nearest to 1, m x. The line
 
-    relu:     W' = a W,              gate = relu(W' x - c),         c = -b
-    relu_l2:  W' = W,  scale s = a,  gate = s relu(z / |z| - c),    c = -b / a
+    g ~ a z + b (m x)    over the chosen pairs of a layer, by least squares
 
-where c is `gate_offset`. Both gates are then a v + b, above zero. Which of them stay is decided by
-`gate_threshold`, whose gates jump to zero as those of a TopK router do.
+gives the gates relu(W' x) with W' = a W + b m, for every expert of the layer. They reach zero at
+another place than a TopK router, whose smallest gate is far from zero: which of them stay is
+decided by `gate_threshold`, at which gates jump to zero as those of a TopK router do.
 
 Shapes: T tokens, E experts, H hidden.
 """
@@ -20,92 +19,74 @@ import torch
 from torch import Tensor
 
 from megatron.remoe.evaluate.models import hooked, routing_of
-from remoe.hf.modeling_remoe import at_least_fp32
-
-ROUTERS = ("relu", "relu_l2")
+from remoe.upcycling import nearest_to_one
 
 
 @dataclass(frozen=True)
 class Line:
-    """A least-squares line of gates over what is before the ReLU.
+    """The line of a layer.
 
     Attributes:
         slope, intercept: a and b.
-        explained: the share of the gates' variance that the line explains.
+        explained: the share of the gates' variance over the chosen pairs that it explains.
+        one: the standard deviation of m x, whose mean is close to 1, over tokens.
     """
 
     slope: float
     intercept: float
     explained: float
-
-    @classmethod
-    def through(cls, values: Tensor, gates: Tensor) -> "Line":
-        """Fit a line to some pairs, in fp64."""
-        x, y = values.double(), gates.double()
-        dx, dy = x - x.mean(), y - y.mean()
-        slope = (dx * dy).sum() / dx.square().sum().clamp(min=1e-30)
-        left = (dy - slope * dx).square().sum()
-        explained = 1 - left / dy.square().sum().clamp(min=1e-30)
-        return cls(float(slope), float(y.mean() - slope * x.mean()), float(explained))
+    one: float
 
 
-def before_relu(logits_TE: Tensor, router: str) -> Tensor:
-    """Return what the ReLU of a router acts on, `[T, E]`, without an offset."""
-    if router == "relu":
-        return logits_TE
-    norm_T1 = torch.linalg.vector_norm(at_least_fp32(logits_TE), dim=1, keepdim=True)
-    return logits_TE / (norm_T1 + 1e-8)
+def fitted_router(
+    x_TH: Tensor, weight_EH: Tensor, probs_TE: Tensor, active_TE: Tensor
+) -> tuple[Tensor, Line]:
+    """Return W', `[E, H]`, and the line that it follows.
+
+    Args:
+        x_TH: what the router reads.
+        weight_EH: the teacher's router, W.
+        probs_TE: the teacher's gates.
+        active_TE: the map of its chosen experts.
+    """
+    x, w = x_TH.double(), weight_EH.double()
+    m_H = nearest_to_one(x)
+    one_T = x @ m_H
+    chosen = torch.stack(((x @ w.T)[active_TE], one_T[:, None].expand_as(active_TE)[active_TE]))
+    gates = probs_TE[active_TE].double()
+    solved = torch.linalg.lstsq(chosen.T, gates[:, None]).solution[:, 0]
+    # A line that falls would rank the experts the other way round.
+    slope, intercept = max(float(solved[0]), 1e-6), float(solved[1])
+    left = (gates - slope * chosen[0] - intercept * chosen[1]).square().sum()
+    explained = 1 - left / (gates - gates.mean()).square().sum().clamp(min=1e-30)
+    line = Line(slope, intercept, float(explained), float(one_T.std()))
+    return (slope * w + intercept * m_H).to(weight_EH.dtype), line
 
 
 @torch.no_grad()
-def fit_lines(model: Any, inputs: Tensor, router: str) -> list[Line]:
-    """Return the line of every layer with experts.
+def fit(model: Any, inputs: Tensor) -> tuple[dict[str, Tensor], list[Line]]:
+    """Return the new routers by the names of their weights, and the line of every layer.
 
     Args:
         model: the teacher.
         inputs: ids, int64 `[N, S]`.
-        router: one of `ROUTERS`.
     """
-    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    read: dict[int, list[tuple[Tensor, ...]]] = {}
+    routers: dict[int, Any] = {}
 
-    def read(layer: int, module: Any, given: Any, named: Any, output: Any) -> None:
-        routing = routing_of(module, given, named, output)
-        values_TE = before_relu(module.score(*given, **named)[0], router)
-        pairs = (values_TE[routing.active].cpu(), routing.probs[routing.active].cpu())
-        found.setdefault(layer, []).append(pairs)
+    def collect(layer: int, router: Any, given: Any, named: Any, output: Any) -> None:
+        routing = routing_of(router, given, named, output)
+        routers[layer] = router
+        read.setdefault(layer, []).append((given[0].float(), routing.probs, routing.active))
 
-    with hooked(model, read):
+    with hooked(model, collect):
         for batch in inputs.split(8):
             model.model(batch.to(model.device), use_cache=False)
-    return [
-        Line.through(*(torch.cat(part) for part in zip(*found[layer], strict=True)))
-        for layer in sorted(found)
-    ]
-
-
-def fitted(
-    state: dict[str, Tensor], lines: list[Line], layers: list[int], router: str
-) -> tuple[dict[str, Tensor], list[float]]:
-    """Return the routers' new weights by name, and the offset of every layer with experts.
-
-    Args:
-        state: the teacher's weights.
-        lines: the line of every layer with experts.
-        layers: the indices of these layers.
-        router: one of `ROUTERS`.
-    """
-    weights: dict[str, Tensor] = {}
-    offsets = []
-    for layer, line in zip(layers, lines, strict=True):
-        # A line that falls would rank the experts the other way round.
-        slope = max(line.slope, 1e-3)
-        prefix = f"model.layers.{layer}.mlp.router"
-        weight = state[f"{prefix}.weight"]
-        if router == "relu":
-            weights[f"{prefix}.weight"] = slope * weight
-            offsets.append(-line.intercept)
-        else:
-            weights[f"{prefix}.weight"] = weight.clone()
-            weights[f"{prefix}.gate_scale"] = weight.new_tensor([slope])
-            offsets.append(-line.intercept / slope)
-    return weights, offsets
+    weights, lines = {}, []
+    for layer in sorted(read):
+        parts = (torch.cat(part) for part in zip(*read[layer], strict=True))
+        x_TH, probs_TE, active_TE = parts
+        weight, line = fitted_router(x_TH, routers[layer].weight, probs_TE, active_TE)
+        weights[f"model.layers.{layer - 1}.mlp.router.weight"] = weight
+        lines.append(line)
+    return weights, lines

@@ -49,8 +49,8 @@ def adopt(
         batch_size: The number of sequences of a step.
         lr: The learning rate, relative to the size of each weight.
         all_weights: Train all weights, and not the routers alone.
-        router: The router of the new model, relu or relu_l2, or topk for that of the teacher, whose
-            small gates are switched off.
+        router: The router of the new model, relu, or topk for that of the teacher, whose small gates
+            are switched off.
         walk: What takes experts away on the way to the target, the threshold of gates, or l1 for
             the L1 penalty.
         sequence_length: The length of the sequences, by default that of the run, or else the
