@@ -271,7 +271,7 @@ class _Job:
         student = self._student(state)
         if self.plan.target is not None:
             training.calibrate(student, self.calibration, self.opened.topk)
-        self.losses["initial"], _ = self._measure(student)
+        self.losses["initial"], _ = self._measure(student if self.plan.target else self.teacher)
         start = student.config.gate_threshold
         if self.plan.target is not None:
             training.calibrate(student, self.calibration, self.plan.target)

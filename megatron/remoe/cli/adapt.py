@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from megatron.remoe.cli.common import AtLeastOne, AtLeastOneOrNone, command, prepare
-from megatron.remoe.progress import told_progress
+from megatron.remoe.progress import progress, told_progress
 
 app = typer.Typer()
 
@@ -49,8 +49,8 @@ def adopt(
         batch_size: The number of sequences of a step.
         lr: The learning rate, relative to the size of each weight.
         all_weights: Train all weights, and not the routers alone.
-        router: The router of the new model, relu, or topk for that of the teacher, whose small gates
-            are switched off.
+        router: The router of the new model, relu, or topk for that of the teacher, of which small
+            gates are switched off.
         walk: What takes experts away on the way to the target, the threshold of gates, or l1 for
             the L1 penalty.
         sequence_length: The length of the sequences, by default that of the run, or else the
@@ -80,3 +80,56 @@ def adopt(
     typer.echo(f"  the same at the target               {made.pruned:.4f}")
     typer.echo(f"  after distillation                   {made.final:.4f}")
     typer.echo(f"{out}: {made.active:.3f} active experts per token and layer")
+
+
+@command(app)
+def budget(
+    models: list[Path],
+    data: Annotated[Path, typer.Option()],
+    points: str = "0.3,0.5,0.7,0.85,1,1.25,1.5,2,3",
+    tokens: AtLeastOne = 32768,
+    sequence_length: AtLeastOneOrNone = None,
+    seed: AtLeastOne = 1234,
+    tokenizer: Path | None = None,
+    out: Path | None = None,
+) -> None:
+    """Measure the loss of models against the number of active experts, without training.
+
+    Models with ReLU gates get a threshold, or an offset for more experts than they activate. TopK
+    models get another k, and those of ours also a threshold. The intervals are of 95%, over
+    sequences. The figure has all models.
+
+    Example: remoe budget runs/quickstart --data data/quickstart/tokens/valid
+
+    Args:
+        models: The run directories, checkpoints or Hugging Face folders.
+        data: The folder of token files, or one of them without its suffix, on which the loss is
+            measured.
+        points: The numbers of active experts, as multiples of the number that each model was
+            trained for.
+        tokens: The largest number of tokens to read, taken from all files in turn.
+        sequence_length: The length of the sequences, by default the shortest that a model was
+            trained with.
+        seed: The seed that orders the documents.
+        out: The folder for budget.json, budget.csv, budget.md and budget.png, by default that of
+            the model, if there is only one.
+    """
+    if out is None and len(models) > 1:
+        raise ValueError(f"{len(models)} models share one figure; name a folder for it (--out)")
+    folder = out or models[0]
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder (--out)")
+    try:
+        multiples = tuple(float(point) for point in points.split(","))
+    except ValueError:
+        raise ValueError(f"points is {points!r}; it must be numbers such as 0.5,1,2") from None
+    prepare()
+    from megatron.remoe.analysis.budget import to_markdown, write
+    from megatron.remoe.evaluate import budget as run
+
+    settings = run.Settings(multiples, tokens, sequence_length, seed, tokenizer)
+    with progress("models") as report:
+        measured = run.measure(models, data, settings, report)
+    typer.echo(to_markdown(measured))
+    for file in write(measured, folder):
+        typer.echo(file)

@@ -171,7 +171,19 @@ def _training(config: Config, facts: Config) -> dict[str, Any]:
     for split, loss in sorted((facts.get("validation_loss") or {}).items()):
         shown = "NaN" if loss is None else f"{loss:.4f}"
         rows[f"validation loss, {split} (step {facts['validation_iteration']})"] = shown
-    if config.get("l1_coeff"):
+    if adoption := facts.get("adoption"):
+        k, of = adoption["k"], "all weights" if adoption["all_weights"] else "routers"
+        rows |= {
+            "adopted from": f"{adoption['router']} with {k} active experts of each token, by "
+            f"{adoption['steps']} steps of distillation of {of}",
+            f"held-out loss, teacher ({k} active experts)": f"{adoption['teacher']:.4f}",
+            f"held-out loss, new routers ({k} active experts)": f"{adoption['initial']:.4f}",
+            "held-out loss, before distillation, at the target": f"{adoption['pruned']:.4f}",
+            f"held-out loss, adopted ({adoption['active']:.2f} active experts)": (
+                f"{adoption['final']:.4f}"
+            ),
+        }
+    elif config.get("l1_coeff"):
         rows["coefficient of the L1 penalty"] = (
             f"{math.fsum(config['l1_coeff']) / len(config['l1_coeff']):.3e}"
         )
