@@ -18,20 +18,20 @@ from megatron.remoe.adopt.state import Saved, saved_beside
 from megatron.remoe.adopt.teacher import Teacher, open_teacher
 from megatron.remoe.convert.architecture import moe_layers
 from megatron.remoe.convert.export import export
-from megatron.remoe.convert.exported import check_vocabulary
 from megatron.remoe.convert.foreign import build
 from megatron.remoe.convert.hf_source import validated
 from megatron.remoe.convert.output import check_folder
 from megatron.remoe.convert.table import CONFIG, Config, Item, plan
 from megatron.remoe.convert.tokenizer import TokenizerFiles
 from megatron.remoe.evaluate.perplexity import default_length, find_domains
-from megatron.remoe.evaluate.text import Text, hash_of, read_text
+from megatron.remoe.evaluate.text import Text, read_text
 
 RECORD = "adoption.json"
 KEPT = "topk"  # the teacher's own router, under a threshold
 ROUTERS = ("relu", KEPT)
 _LENGTH = 1024  # the longest sequences by default
 _HELD_OUT, _CALIBRATION = 64, 32  # the most sequences
+_PARTS = 8  # one of them is held out
 _SAVE_EVERY = 20  # steps
 Shown = Callable[[int, int, str], None]
 
@@ -125,6 +125,7 @@ def adopt(
     data: Path,
     settings: Settings,
     *,
+    held_out: Path | None = None,
     tokenizer: Path | None = None,
     force: bool = False,
     shown: Shown = lambda done, total, text: None,
@@ -136,6 +137,7 @@ def adopt(
         out: the folder to make.
         data: a folder of token files, or one of them without its suffix.
         settings: how to adopt.
+        held_out: token files for the losses that are reported; None holds out a part of `data`.
         tokenizer: a tokenizer to use in place of the model's own.
         force: whether to replace `out`, and to forget an interrupted adoption.
         shown: called with the number of steps that are done, that of all steps, and a text.
@@ -146,17 +148,18 @@ def adopt(
     """
     teacher = open_teacher(path, tokenizer)
     settings.check(teacher)
-    check_folder(out, reads=[path, data, *([tokenizer] if tokenizer else [])], force=force)
-    texts = read_texts(teacher, data, settings)
+    reads = [one for one in (path, data, held_out, tokenizer) if one is not None]
+    check_folder(out, reads=reads, force=force)
+    texts = read_texts(teacher, data, held_out, settings)
     known = asdict(settings) | {
         "model": str(path),
         "config": teacher.config,
         "data": texts.train.fingerprint(),
+        "held_out": texts.held_out.fingerprint(),
     }
     with saved_beside(out, known, force=force) as saved:
         job = _Job(teacher, settings, texts, saved, shown)
         result = job.run()
-        reads = [path, data]
         source = _Source(teacher, job.config(result), job.student)
         record = json.dumps(job.record(result), indent=2) + "\n"
         export(source, out, reads=reads, force=force, files={RECORD: record})
@@ -164,35 +167,51 @@ def adopt(
     return result
 
 
-def read_texts(teacher: Teacher, data: Path, settings: Settings) -> Texts:
-    """Read the text, of which one part is held out.
+def read_texts(teacher: Teacher, data: Path, held_out: Path | None, settings: Settings) -> Texts:
+    """Read the text, of which one part is held out unless there are other files for it.
 
     Raises:
         ValueError: it is too little, or of another vocabulary.
     """
+    length = settings.sequence_length or min(default_length(teacher.config), _LENGTH)
+    needed = max(settings.steps * settings.batch_size, _CALIBRATION)
+    if held_out is not None:
+        texts = Texts(
+            _read(teacher, data, needed, length, settings.seed),
+            _read(teacher, held_out, _HELD_OUT, length, settings.seed),
+        )
+    else:
+        most = max(needed, (_PARTS - 1) * _HELD_OUT) + _HELD_OUT
+        text = _read(teacher, data, most, length, settings.seed)
+        count = max(2, min(_HELD_OUT, len(text.inputs) // _PARTS))
+        texts = Texts(_rows(text, count, None), _rows(text, 0, count))
+    found = len(texts.train.inputs)
+    if found < settings.batch_size:
+        beside = "" if held_out is not None else f" beside {len(texts.held_out.inputs)} held out"
+        raise ValueError(
+            f"{data} has {found} sequences of {length} tokens{beside}, fewer than the "
+            f"{settings.batch_size} of a step; name more data (--data), or use shorter sequences "
+            f"(--sequence-length)"
+        )
+    return texts
+
+
+def _read(teacher: Teacher, data: Path, count: int, length: int, seed: int) -> Text:
+    """Read up to a number of sequences."""
     domains = find_domains(data)
     _check_tokenizer(data, teacher.tokenizer)
-    length = settings.sequence_length or min(default_length(teacher.config), _LENGTH)
-    most = settings.steps * settings.batch_size + _HELD_OUT
-    text = read_text(str(data), domains, length=length, tokens=most * length, seed=settings.seed)
-    found = len(text.inputs)
-    held_out = min(_HELD_OUT, max(2, found // 8))
-    if found - held_out < settings.batch_size:
-        raise ValueError(
-            f"{data} has {found} sequences of {length} tokens, and {held_out} are held out; "
-            f"{settings.batch_size} are needed beside them: name more data (--data), or use "
-            f"shorter sequences (--sequence-length)"
-        )
+    count = max(count, len(domains))
+    text = read_text(str(data), domains, length=length, tokens=count * length, seed=seed)
     largest = max(int(text.inputs.max()), int(text.labels.max()))
     if largest >= teacher.config["vocab_size"]:
         raise ValueError(
-            f"the data has token {largest}, the model's vocabulary has "
+            f"{data} has token {largest}, the model's vocabulary has "
             f"{teacher.config['vocab_size']} entries; tokenize with the model's tokenizer"
         )
-    return Texts(_rows(text, held_out, found), _rows(text, 0, held_out))
+    return text
 
 
-def _rows(text: Text, start: int, end: int) -> Text:
+def _rows(text: Text, start: int, end: int | None) -> Text:
     return replace(
         text,
         inputs=text.inputs[start:end],
@@ -230,7 +249,6 @@ class _Job:
             settings.lr, settings.all_weights,
         )  # fmt: skip
         self.teacher = teacher.load()
-        check_vocabulary(texts.train.inputs, self.teacher)
         self.calibration = texts.train.inputs[:_CALIBRATION]
         self.progress, self.losses = Progress.start(), dict[str, float]()
         self.lines: list[Any] = []
@@ -347,11 +365,11 @@ class _Job:
         return {
             "model": str(self.opened.path),
             "data": self.texts.train.data,
+            "held_out_data": self.texts.held_out.data,
             "settings": asdict(self.settings),
             "sequence_length": self.texts.train.length,
             "train_sequences": len(self.texts.train.inputs),
             "held_out_sequences": len(self.texts.held_out.inputs),
-            "held_out": hash_of(self.texts.held_out.inputs),
             "losses": asdict(result),
             "gate_threshold": self.student.config.gate_threshold,
             "lines": lines,

@@ -18,6 +18,7 @@ def adopt(
     data: Annotated[Path, typer.Option()],
     active_experts: float | None = None,
     keep_topk: AtLeastOneOrNone = None,
+    held_out: Path | None = None,
     steps: Annotated[int, typer.Option(min=0)] = 200,
     batch_size: AtLeastOne = 8,
     lr: float = 0.02,
@@ -40,11 +41,13 @@ def adopt(
     Args:
         out: The Hugging Face folder to create.
         data: The folder of token files, or one of them without its suffix, from which the model
-            learns. A part is held out, on which the losses are measured.
+            learns.
         active_experts: The mean number of active experts of a token and layer, at most the
             teacher's k. By default --keep-topk is needed.
         keep_topk: The k of a TopK model that is distilled in place of an adaptive one, to compare
             with it. By default there is none.
+        held_out: The token files on which the losses are measured, by default a part of --data that
+            the model does not learn from.
         steps: The number of steps of distillation. With 0 the fitted routers are only calibrated.
         batch_size: The number of sequences of a step.
         lr: The learning rate, relative to the size of each weight.
