@@ -25,6 +25,8 @@ from torch.nn import functional as F  # noqa: N812
 from megatron.remoe.evaluate.models import hooked
 from megatron.remoe.evaluate.routing import losses_of
 from remoe.controller import ControllerConfig, next_l1_coeff
+from remoe.hf.budget_remoe import active_by_layer
+from remoe.hf.budget_remoe import calibrate as bisect
 from remoe.regularization import l1_regularization
 
 WALKS = ("threshold", "l1")
@@ -230,15 +232,14 @@ def follow(config: Any, gates: list[Tensor], budget: float) -> None:
 
 @torch.no_grad()
 def calibrate(model: Any, inputs: Tensor, target: float) -> float:
-    """Set a model's threshold so that tokens have a mean number of active experts.
+    """Set a model's threshold so that tokens have a mean number of active experts, or fewer.
 
     The experts of a layer change what later layers see, so that the threshold is set again until it
-    agrees with what it leaves.
+    agrees with what it leaves. If it goes around in circles, it is found by bisection.
 
     Returns:
         The mean number of active experts that was reached.
     """
-    reached = 0.0
     for _ in range(_ROUNDS):
         with gates_of(model) as gates:
             for batch in inputs.split(_SEQUENCES):
@@ -246,10 +247,17 @@ def calibrate(model: Any, inputs: Tensor, target: float) -> float:
         threshold = model.config.gate_threshold or 0.0
         kept = sum(int((g.abs() >= max(threshold, 1e-30)).sum()) for g in gates)
         reached = kept / sum(len(g) for g in gates)
-        if abs(reached - target) <= _TOLERANCE * target:
-            break
+        if abs(reached - target) <= _TOLERANCE * target or (reached < target and not threshold):
+            return reached
         model.config.gate_threshold = threshold_for(gates, target)
-    return reached
+
+    def measure(value: float) -> float:
+        model.config.gate_threshold = value
+        return float(active_by_layer(model, inputs, torch.ones_like(inputs)).mean())
+
+    found = bisect(measure, target, least=0.0)
+    model.config.gate_threshold = found.value
+    return found.reached
 
 
 @torch.no_grad()
