@@ -14,9 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("transformers")
 
-from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 import remoe
+from megatron.remoe.convert.tokenizer import TokenizerFiles
 from remoe import regularization, routing
 from remoe.config import ROUTINGS
 from remoe.hf import (
@@ -335,6 +343,45 @@ def test_a_block_is_the_sum_of_its_active_experts_also_in_backward(router):
     assert 0 < active.float().mean() < 1
 
 
+def one_after_another(experts, x, active, probs):
+    """The experts in a loop, each of which adds to its tokens."""
+    y = torch.zeros_like(x)
+    for e, chosen in enumerate(active.T):
+        tokens = chosen.nonzero()[:, 0]
+        gate, up = torch.nn.functional.linear(x[tokens], experts.gate_up_proj[e]).chunk(2, dim=-1)
+        hidden = torch.nn.functional.silu(gate) * up
+        out = torch.nn.functional.linear(hidden, experts.down_proj[e])
+        y = y.index_add(0, tokens, out * probs[tokens, e, None])
+    return y
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 40])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_experts_are_those_of_a_loop_bit_by_bit(tokens, share):
+    """One token as in decoding, too; some without any expert, and experts without tokens."""
+    torch.manual_seed(tokens)
+    experts = modeling_remoe.ReMoEExperts(ReMoEConfig(**SIZES | {"num_experts": 6}))
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(tokens, 32, requires_grad=True)
+    active = torch.rand(tokens, 6) < share
+    active[:, 2] = share == 1
+    probs = (torch.rand(tokens, 6) * active).requires_grad_()
+    expected = one_after_another(experts, x, active, probs)
+    with torch.no_grad():
+        assert torch.equal(experts(x, active, probs), expected)
+    found = experts(x, active, probs)
+    assert torch.equal(found, expected)
+    inputs = (x, probs, *experts.parameters())
+    gradients = [torch.autograd.grad(y.square().sum(), inputs) for y in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+    narrow = (experts.bfloat16(), x.bfloat16(), active, probs.bfloat16())
+    wide = 2**-6 * expected.abs().max().item()  # the loop rounds every partial sum
+    torch.testing.assert_close(
+        narrow[0](*narrow[1:]), one_after_another(*narrow), rtol=0.02, atol=wide
+    )
+
+
 def test_experts_cost_what_they_use():
     experts = modeling_remoe.ReMoEExperts(ReMoEConfig(**SIZES))
     for parameter in experts.parameters():
@@ -343,7 +390,7 @@ def test_experts_cost_what_they_use():
 
     def flops() -> int:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            experts(x, active.float(), active)
+            experts(x, active, active.float())
         return counter.get_total_flops()
 
     assert flops() == 0
@@ -576,7 +623,11 @@ class Absent:
         if name.split(".")[0] in ("remoe", "megatron"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
-from transformers import AutoModelForCausalLM
+sys.stdin.close()  # a question would be an error
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+assert tokenizer("relu the").input_ids == [1, 0]
+assert "transformers_modules" not in sys.modules
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert "remoe" not in sys.modules
 print(type(model).__module__.split(".")[0], sum(p.numel() for p in model.parameters()))
@@ -591,9 +642,12 @@ def test_an_exported_folder_loads_where_this_package_is_missing(tmp_path):
         "AutoModelForCausalLM": "modeling_remoe.ReMoEForCausalLM",
     }
     model.save_pretrained(tmp_path / "model")
-    for name in ("configuration_remoe.py", "modeling_remoe.py", "budget_remoe.py"):
-        source = Path(modeling_remoe.__file__).with_name(name)
-        shutil.copyfile(source, tmp_path / "model" / name)
+    vocabulary = Tokenizer(models.WordLevel({"the": 0, "relu": 1}, unk_token="the"))
+    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
+    vocabulary.save(str(tmp_path / "tokenizer.json"))
+    TokenizerFiles(tmp_path / "tokenizer.json").write(tmp_path / "model")
+    for source in Path(modeling_remoe.__file__).parent.glob("*_remoe.py"):
+        shutil.copyfile(source, tmp_path / "model" / source.name)
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_US, str(tmp_path / "model")]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -605,9 +659,6 @@ def test_an_exported_folder_loads_where_this_package_is_missing(tmp_path):
 @pytest.mark.processes
 def test_the_example_trains_on_under_control(tmp_path):
     """The coefficient starts where the config left it and follows the rule; both are saved."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     words = ["the", "router", "is", "a", "relu"]
     vocabulary = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="the"))
     vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,12 +120,16 @@ def test_a_misspelt_argument_is_refused_and_that_of_a_tool_is_not():
 
 
 def test_caches_and_beams_agree_with_each_text_alone():
-    """Left padding, dynamic, static and no cache, and beams of which some end early."""
+    """Left padding, dynamic, static and no cache, and beams of which some end early.
+
+    The beams are those of a model with a budget.
+    """
     model, tokens = build(pad_token_id=0, eos_token_id=5), some_tokens(2, 6)
     mask = torch.ones_like(tokens)
     mask[0, :2] = 0
     batch = tokens * mask
-    for beams in (1, 3):
+    for beams, threshold in ((1, None), (3, 0.3)):
+        model.config.gate_threshold = threshold
         request = {"do_sample": False, "max_new_tokens": 8, "num_beams": beams}
         dynamic = model.generate(batch, attention_mask=mask, **request)
         without = model.generate(batch, attention_mask=mask, use_cache=False, **request)
@@ -137,6 +142,16 @@ def test_caches_and_beams_agree_with_each_text_alone():
             alone = model.generate(text, attention_mask=torch.ones_like(text), **request)
             new = alone[0, text.shape[1] :]
             assert torch.equal(dynamic[row, 6 : 6 + len(new)], new)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_changes_no_logits(left):
+    model = build(pad_token_id=0, gate_threshold=0.2)
+    text, batch, mask = padded(left)
+    with torch.no_grad():
+        alone = model(text).logits
+        logits = model(batch, attention_mask=mask).logits[mask.bool()]
+    torch.testing.assert_close(logits, alone[0], rtol=1e-4, atol=1e-4)
 
 
 def test_text_goes_on_from_a_cache_and_from_embeddings():
@@ -444,7 +459,7 @@ def test_layers_on_several_devices_train():
             with_kwargs=True,
         )
 
-    def dense(self, x_TH, probs_TE, active_TE):  # pretended tensors cannot be selected by value
+    def dense(self, x_TH, active_TE, probs_TE):  # pretended tensors cannot be selected by value
         return x_TH * probs_TE.sum(1, keepdim=True) * self.down_proj.sum()
 
     with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
@@ -524,7 +539,8 @@ def test_saved_in_shards_and_loaded_in_parts(tmp_path, tied):
 def test_a_folder_saved_by_transformers_has_its_code(tmp_path):
     build().save_pretrained(tmp_path)
     ReMoEForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
-    assert {"configuration_remoe.py", "modeling_remoe.py"} <= set(os.listdir(tmp_path / "again"))
+    sources = {file.name for file in Path(modeling_remoe.__file__).parent.glob("*_remoe.py")}
+    assert len(sources) == 4 and sources <= set(os.listdir(tmp_path / "again"))
     names = ReMoEConfig.from_pretrained(tmp_path / "again").auto_map
     assert names["AutoModelForCausalLM"] == "modeling_remoe.ReMoEForCausalLM"
     assert names["AutoConfig"] == "configuration_remoe.ReMoEConfig"

@@ -218,7 +218,7 @@ def _calibrated(
     if abs(reached - target) > TOLERANCE * target:
         takes_only = by == "threshold" and target > before
         why = (
-            "a threshold only takes experts away; by='offset' can add some"
+            "a threshold only takes experts away; model.set_budget(..., by='offset') can add some"
             if takes_only
             else ("choose another number, or more text")
         )

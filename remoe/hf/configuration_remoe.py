@@ -153,8 +153,13 @@ class ReMoEConfig(LlamaConfig):
     """
 
     model_type = "remoe"
-    # LLaMA's plans for tensor and pipeline parallelism do not know the experts.
-    base_model_tp_plan = None  # type: ignore[assignment]
+    # Tensor parallelism splits every expert; each rank routes all tokens, and alike.
+    base_model_tp_plan = LlamaConfig.base_model_tp_plan | {
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+    # LLaMA's plan for pipeline parallelism knows neither experts nor their state.
     base_model_pp_plan = None  # type: ignore[assignment]
 
     router_type: str = "relu"

@@ -35,6 +35,7 @@ from transformers.utils.generic import ModelOutput
 
 from .budget_remoe import Budget, limited_gates, set_budget
 from .configuration_remoe import L1_ROUTERS, THRESHOLD_ROUTERS, ReMoEConfig, refuse_misspelled
+from .experts_remoe import ReMoEExperts
 
 logger = logging.get_logger(__name__)
 
@@ -436,38 +437,6 @@ class ReMoEHashRouter(nn.Module):
         )
 
 
-class ReMoEExperts(nn.Module):
-    """Stacked SwiGLU experts: `gate_up_proj` is `[E, 2F, H]` (gate first), `down_proj` `[E, H, F]`.
-
-    Only active (token, expert) pairs are computed, and experts without tokens cost nothing.
-    """
-
-    def __init__(self, config: ReMoEConfig) -> None:
-        super().__init__()
-        experts, hidden, width = (
-            config.num_experts, config.hidden_size, config.moe_intermediate_size
-        )  # fmt: skip
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
-        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
-
-    def forward(self, x_TH: Tensor, probs_TE: Tensor, active_TE: Tensor) -> Tensor:
-        """Return the weighted sum of the active experts' outputs, `[T, H]`."""
-        y_TH = torch.zeros_like(x_TH)
-        # The weights are unbound once, so that backward stacks the gradients of all experts once.
-        gate_up, down = self.gate_up_proj.unbind(0), self.down_proj.unbind(0)
-        counts = active_TE.sum(dim=0).tolist()
-        tokens = active_TE.T.nonzero()[:, 1].split(counts)
-        # The first expert of a layer without any active pair still computes zero rows, so that
-        # every parameter gets a gradient (of zeros), as data parallelism and weight decay expect.
-        for expert in [e for e, count in enumerate(counts) if count] or [0]:
-            token_a = tokens[expert]
-            gate, up = F.linear(x_TH[token_a], gate_up[expert]).chunk(2, dim=-1)
-            out = F.linear(F.silu(gate) * up, down[expert])
-            out = out * probs_TE[token_a, expert, None].to(out.dtype)
-            y_TH = y_TH.index_add(0, token_a, out.to(y_TH.dtype))
-        return y_TH
-
-
 class ReMoEBlock(nn.Module):
     """Router and experts, in place of the MLP of a LLaMA layer."""
 
@@ -497,7 +466,7 @@ class ReMoEBlock(nn.Module):
             probs_TE, active_TE = self.router(token_ids.flatten())
         else:
             probs_TE, active_TE, penalized_TE, state_Tp = self.router(x_TH, state_Tp, cell=cell)
-        y_TH = self.experts(x_TH, probs_TE.to(x_TH.dtype), active_TE)
+        y_TH = self.experts(x_TH, active_TE, probs_TE.to(x_TH.dtype))
         shape = (*hidden_states.shape[:2], -1)
         penalized = None if penalized_TE is None else penalized_TE.view(shape)
         routed = probs_TE.view(shape), active_TE.view(shape), penalized
@@ -785,6 +754,7 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
     Trainer gets `sparsity_callback()`.
     """
 
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: ReMoEConfig) -> None:

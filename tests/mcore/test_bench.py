@@ -11,7 +11,7 @@ from rich.console import Console
 from torch.nn import functional as F  # noqa: N812
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron.remoe.bench import timing
+from megatron.remoe.bench import generate, timing
 from megatron.remoe.bench.layer import (
     DENSE,
     Shape,
@@ -47,6 +47,18 @@ def results(tmp_path_factory):
         assert done.returncode == 0, done.stderr
         found[name] = json.loads(path.read_text())
     return found
+
+
+def test_generation_is_timed_with_equal_logits_and_equal_work():
+    model = generate.Model(layers=1, hidden=32, ffn=16, experts=8, topk=2, heads=2)
+    found = generate.cases(model, torch.float32, "cpu")
+    assert list(found) == ["prefill of 512 tokens", "decoding, batch 1", "decoding, batch 8"]
+    for alternatives, rows in zip(found.values(), (1, 1, 8), strict=True):
+        loop, ours, *others = (one.run() for one in alternatives)
+        assert torch.equal(loop, ours) and len(ours) == rows
+        assert {other.shape for other in others} == {ours.shape}
+        assert torch.equal(ours, alternatives[1].run())  # from the same cache
+        assert float(alternatives[0].facts["active experts"]) == pytest.approx(2, rel=0.011)
 
 
 @pytest.mark.processes

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +170,45 @@ def test_published_rows_stand_beside_the_papers_tasks():
     averages = {"dense 182M": 38.20, "TopK 469M*": 43.69, "ReMoE 978M": 45.20}  # as published
     for row, average in averages.items():
         assert sum(ROWS[row]) / len(TASKS) == pytest.approx(average, abs=0.011)
+
+
+def test_a_budget_is_calibrated_on_named_text_and_said(call, home):
+    """By default on the validation files of the run, and never on a prompt."""
+    request = ["--perplexity", "tokens/valid", "--seed", str(SEED), "--out"]
+    code, _, error = call(tiny.remoe, home, "evaluate", "hf", *request, "plain.json")
+    assert code == 0, error
+    half = ["--active-experts", "0.5"]
+    code, out, error = call(tiny.remoe, home, "evaluate", "runs/run", *request, "half.json", *half)
+    assert code == 0, error
+    assert re.search(
+        r"budget: a gate threshold of 0\.\d+ leaves 0\.(49|50)\d of .* of \S*valid", out
+    )
+    plain, less = (json.loads((home / f"{name}.json").read_text()) for name in ("plain", "half"))
+    assert less["perplexity"]["all"]["loss"] != plain["perplexity"]["all"]["loss"]
+    assert less["budget"] in out and "budget" not in plain
+    (home / "text").write_text("import os\n\ndef main(a, b):\n    return a + b\n" * 200)
+    prompt = ["def", "--max-new-tokens", "2"]
+    code, _, error = call(
+        tiny.remoe, home, "generate", "hf", *prompt, *half, "--calibrate-on", "text"
+    )
+    assert code == 0 and "tokens of text)" in error, error
+    config = json.loads((home / "hf/config.json").read_text())
+    shutil.copytree(home / "hf", home / "stored")
+    stored = config | {"gate_threshold": 0.25, "format_version": 2}
+    (home / "stored/config.json").write_text(json.dumps(stored))
+    code, _, error = call(tiny.remoe, home, "generate", "stored", *prompt)
+    assert code == 0 and "budget: the model's own, gate_threshold 0.25" in error
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--active-experts", "0.5"], "no run, so that it names no text; .*(--calibrate-on)"),
+        (["--calibrate-on", "tokens/valid"], "there is nothing to calibrate"),
+        (["--active-experts", "99", "--calibrate-on", "tokens/valid"], "active_experts is 99.0"),
+        (["--active-experts", "0.5", "--calibrate-on", "run.yaml"], "pass at least 512"),
+    ],
+)
+def test_a_budget_without_text_or_number_is_refused(call, home, argv, message):
+    code, _, error = call(tiny.remoe, home, "generate", "hf", "def", *argv)
+    assert code == 2 and re.search(message, error), error

@@ -1,10 +1,15 @@
 """Grouped experts are Megatron's sequential ones: initial weights, checkpoints, gradients."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from megatron.remoe.ranks import Ranks
 from remoe.kernels.chunks import UNLIMITED
+from tests import test_hf as hf_cases
 from tests.mcore import moe_cases
 from tests.mcore.moe_cases import Layout
 
@@ -176,3 +181,50 @@ def main_gradients(dtype):
 def test_experts_that_it_does_not_know_are_refused(ranks, change):
     with pytest.raises(AssertionError, match=r"ValueError: moe_grouped_gemm with transformer_impl"):
         ranks.run(build, Layout(), True, **change)
+
+
+def in_tensor_parallel(folder: Path, tokens: torch.Tensor) -> tuple:
+    """Loss, gradients, greedy text and shapes of a model that transformers splits over 2 ranks."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    import remoe.hf  # noqa: F401, registers the model with transformers
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, distributed_config=DistributedConfig(tp_size=2)
+    ).train()
+    loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    gradients, shapes = {}, {}
+    for name, parameter in model.named_parameters():
+        is_split = isinstance(parameter, DTensor)
+        gradients[name] = parameter.grad.full_tensor() if is_split else parameter.grad
+        shapes[name] = (parameter.to_local() if is_split else parameter).shape
+    model.save_pretrained(folder / "again")
+    text = model.eval().generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False
+    )
+    return loss.detach(), gradients, text, shapes
+
+
+@pytest.mark.parametrize("router", ["relu", "relu_l2"])
+def test_an_exported_model_is_split_by_the_plan_of_transformers(ranks, router, tmp_path):
+    """Losses, all gradients, greedy text and saved weights are those of one process."""
+    model = hf_cases.build(router_type=router, l1_coeff=[0.1, 0.2], gate_threshold=0.05)
+    tokens = hf_cases.some_tokens(2, 9)
+    model.save_pretrained(tmp_path)
+    text = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False
+    )
+    loss = model.train()(tokens, labels=tokens).loss
+    loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    for found in ranks.run(in_tensor_parallel, tmp_path, tokens):
+        torch.testing.assert_close(found[0], loss.detach())
+        torch.testing.assert_close(found[1], expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(found[2], text)
+        split = {name for name, p in model.named_parameters() if found[3][name] != p.shape}
+        assert all((".self_attn." in n or ".mlp." in n or "lm_head" in n) for n in split)
+        assert "model.layers.0.mlp.experts.down_proj" in split and len(split) == 3 * 4 + 4 + 3 + 1
+    again = load_file(tmp_path / "again/model.safetensors")
+    assert all(torch.equal(again[name], p) for name, p in model.named_parameters())

@@ -1,6 +1,6 @@
 """Curves of loss against the number of active experts, as tables and a figure.
 
-A curve is measured by `megatron.remoe.evaluate.budget`; this module only shows it.
+A curve is measured by `megatron.remoe.evaluate.curves`; this module only shows it.
 """
 
 import csv

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from megatron.remoe import cpu
 from megatron.remoe.analysis.gpus import GPUS
+from megatron.remoe.bench import generate as generation
 from megatron.remoe.bench import layer as layers
 from megatron.remoe.bench import memory as memories
 from megatron.remoe.bench import parts
@@ -168,6 +169,37 @@ def step(
             relative = ratio / times[f"TopK E={experts[0]}"]
             console.print(f"{name}: {relative:.3f} of the time of TopK", highlight=False)
     _growth(rows, [f"ReMoE E={e}" for e in experts], console)
+
+
+def generate(model: generation.Model, dtype: str, timing: Timing) -> None:
+    """Time prefill and decoding in transformers, relative to experts in a loop."""
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
+    if not 1 <= model.topk <= model.experts:
+        raise ValueError(
+            f"topk is {model.topk} of {model.experts} experts; choose it between 1 and experts"
+        )
+    if model.hidden % (2 * model.heads):
+        raise ValueError(
+            f"hidden is {model.hidden}; it must be a multiple of {2 * model.heads}, for "
+            f"{model.heads} heads"
+        )
+    console, rows = Console(), []
+    device = "cuda" if cpu.has_gpu() else "cpu"
+    for case, found in generation.cases(model, _DTYPES[dtype], device).items():
+        measured = measure(found, rounds=timing.rounds, baseline=generation.LOOP, console=console)
+        title = (f"{case}: L={model.layers} H={model.hidden} F={model.ffn} E={model.experts} "
+                 f"k={model.topk} {dtype}")  # fmt: skip
+        report(measured, title=title, baseline="loop", settings={}, console=console,
+               json_path=None)  # fmt: skip
+        times = {row.name: row.ratio for row in measured}
+        for name in times:
+            if name.startswith("OLMoE"):
+                relative = times[generation.OURS] / times[name]
+                console.print(f"ReMoE: {relative:.3f} of the time of {name}", highlight=False)
+        rows += [asdict(row) | {"case": case} for row in measured]
+    settings = asdict(model) | {"dtype": dtype, "rounds": timing.rounds}
+    save({"settings": settings, "rows": rows}, timing.json_path)
 
 
 def memory(sizes: LayerSizes, experts: list[int], timing: Timing) -> None:

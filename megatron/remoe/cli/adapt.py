@@ -128,7 +128,7 @@ def budget(
         raise ValueError(f"points is {points!r}; it must be numbers such as 0.5,1,2") from None
     prepare()
     from megatron.remoe.analysis.budget import to_markdown, write
-    from megatron.remoe.evaluate import budget as run
+    from megatron.remoe.evaluate import curves as run
 
     settings = run.Settings(multiples, tokens, sequence_length, seed, tokenizer)
     with progress("models") as report:

@@ -11,7 +11,7 @@ import typer
 from megatron.remoe.cli.common import AtLeastOne, AtLeastOneOrNone, command
 
 app = typer.Typer(
-    help="Measure the time and memory of a layer, its parts and a training step.",
+    help="Measure the time and memory of a layer, its parts, a training step and generation.",
     no_args_is_help=True,
 )
 
@@ -147,6 +147,37 @@ def step(
     main.step(
         model, experts or [8], granularity or [], routing or [], main.Timing(rounds, json_path)
     )
+
+
+@command(app)
+def generate(
+    layers: AtLeastOne = 4,
+    hidden: AtLeastOne = 512,
+    ffn: AtLeastOne = 256,
+    experts: AtLeastOne = 64,
+    topk: AtLeastOne = 8,
+    dtype: str = "fp32",
+    rounds: AtLeastOne = 10,
+    json_path: Json = None,
+) -> None:
+    """Time an exported model in transformers: the prefill of 512 tokens, and decoding.
+
+    It is compared with its experts in a loop, and with OLMoE of equal shape.
+
+    Example: remoe bench generate --experts 8 --topk 1 --ffn 1024
+
+    Args:
+        layers: The number of layers of the model.
+        ffn: The width of each expert.
+        experts: The number of experts of a layer.
+        dtype: The type of the weights: fp32 or bf16.
+    """
+    _prepare()
+    from megatron.remoe.bench import main
+    from megatron.remoe.bench.generate import Model
+
+    model = Model(layers=layers, hidden=hidden, ffn=ffn, experts=experts, topk=topk)
+    main.generate(model, dtype, main.Timing(rounds, json_path))
 
 
 @command(app)

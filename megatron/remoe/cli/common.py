@@ -23,6 +23,15 @@ _COMMON = {
     "force": "Replace what is in the output folder already.",
     "model": "A run directory, a checkpoint or a Hugging Face folder.",
     "tokenizer": "The folder of the tokenizer, or its tokenizer.json; by default the model's own.",
+    "active_experts": (
+        "The mean number of active experts per token to keep, for routers with ReLU gates: smaller "
+        "gates than a threshold are switched off. By default the model's own budget stays."
+    ),
+    "calibrate_on": (
+        "The text on which the threshold of --active-experts is found: a folder of token files, "
+        "one of them without its suffix, or a text file. By default it is the validation files of "
+        "the run."
+    ),
     "tensor_parallel": "The number of ranks that share each layer.",
     "pipeline_parallel": "The number of pipeline stages of the model.",
     "expert_parallel": "The number of ranks that share the experts.",

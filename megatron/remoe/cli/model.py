@@ -24,8 +24,13 @@ def generate(
     seed: int = 0,
     dtype: str | None = None,
     tokenizer: Path | None = None,
+    active_experts: float | None = None,
+    calibrate_on: Path | None = None,
 ) -> None:
     """Continue a prompt, and print the text while it is generated.
+
+    With --active-experts fewer experts compute every token, down to that mean number, which may be
+    below 1. The budget in use is printed first.
 
     Example: remoe generate runs/quickstart "def main(" --temperature 0.7 --max-new-tokens 48
 
@@ -40,6 +45,12 @@ def generate(
     prepare()
     from megatron.remoe.convert.export import parse_dtype
     from megatron.remoe.convert.generate import generate as run
+    from megatron.remoe.evaluate.budget import choose
+
+    chosen = parse_dtype(dtype)
+    budget = choose(model, active_experts, calibrate_on, dtype=chosen, tokenizer=tokenizer)
+    if budget.said:
+        typer.echo(budget.said, err=True)
 
     def emit(text: str) -> None:
         sys.stdout.write(text)
@@ -53,8 +64,9 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        dtype=parse_dtype(dtype),
+        dtype=chosen,
         tokenizer=tokenizer,
+        budget=budget.fields,
     )
 
 
@@ -70,6 +82,8 @@ def evaluate(
     batch_size: AtLeastOne = 8,
     dtype: str = "fp32",
     tokenizer: Path | None = None,
+    active_experts: float | None = None,
+    calibrate_on: Path | None = None,
     out: Path | None = None,
 ) -> None:
     """Evaluate a model on tasks, and measure its loss and perplexity on each domain's token files.
@@ -88,7 +102,8 @@ def evaluate(
         batch_size: The number of sequences that are evaluated at a time.
         dtype: The type of the weights: fp32, bf16 or fp16.
         out: The JSON file to which the results are added. By default it is evaluation.json in a run
-            directory, and none for other models.
+            directory, or evaluation_X_active.json with --active-experts X, and none for other
+            models.
     """
     if tasks is None and perplexity is None:
         raise ValueError("nothing to evaluate; give --tasks, --perplexity, or both")
@@ -97,7 +112,13 @@ def evaluate(
 
     chosen = parse_dtype(dtype)
     assert chosen is not None
+    from megatron.remoe.evaluate.budget import choose
+
+    budget = choose(model, active_experts, calibrate_on, dtype=chosen, tokenizer=tokenizer)
     found: dict[str, Any] = {}
+    if budget.said:
+        found["budget"] = budget.said
+        typer.echo(budget.said)
     if perplexity is not None:
         from megatron.remoe.evaluate import perplexity as losses
 
@@ -109,6 +130,7 @@ def evaluate(
                 seed=seed,
                 dtype=chosen,
                 batch_size=batch_size,
+                budget=budget.fields,
                 progress=report,
             )
         found["perplexity"] = {
@@ -128,12 +150,14 @@ def evaluate(
             batch_size=batch_size,
             dtype=str(chosen).removeprefix("torch."),
             tokenizer=None if tokenizer is None else str(tokenizer),
+            budget=budget.fields,
         )
         found["tasks"] = harness.run(request)
         found["limit"] = limit
         typer.echo(published.table(model.name, found["tasks"]))
     is_run = (model / "config.yaml").is_file()
-    file = out or (model / "evaluation.json" if is_run else None)
+    name = "evaluation" if active_experts is None else f"evaluation_{active_experts:g}_active"
+    file = out or (model / f"{name}.json" if is_run else None)
     if file is not None:
         _merge(file, {"model": str(model), "dtype": dtype} | found)
         typer.echo(file)

@@ -18,7 +18,7 @@ from megatron.remoe.convert.table import CONFIG, PADDING, Config, Item, dtype_of
 from megatron.remoe.formats.safetensors import ShardWriter, Spec
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
-_SOURCES = ("configuration_remoe.py", "modeling_remoe.py", "budget_remoe.py")
+_SOURCES = tuple(f"{name}_remoe.py" for name in ("configuration", "modeling", "budget", "experts"))
 Progress = Callable[[int, int], None]
 
 

@@ -1,7 +1,8 @@
 """Any model as transformers loads it: a Hugging Face folder as it is, or a temporary export."""
 
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 import remoe.hf  # noqa: F401, registers the model with transformers
 from megatron.remoe.convert.export import export
-from megatron.remoe.convert.hf_source import HFSource, check_finite
+from megatron.remoe.convert.hf_source import HFSource, check_finite, validated
 from megatron.remoe.convert.source import MegatronSource, open_source
 
 
@@ -61,8 +62,31 @@ def exported_with_tokenizer(
         yield folder
 
 
-def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> Any:
+@contextmanager
+def with_budget(folder: Path, budget: Mapping[str, Any] | None) -> Iterator[Path]:
+    """Yield the Hugging Face folder of a model with fields of its config replaced, or itself."""
+    if not budget:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch)
+        for file in folder.absolute().iterdir():
+            if file.name != "config.json":
+                (copy / file.name).symlink_to(file)
+        config = json.loads((folder / "config.json").read_text()) | dict(budget)
+        config["format_version"] = validated(config)["format_version"]
+        (copy / "config.json").write_text(json.dumps(config))
+        yield copy
+
+
+def load(
+    folder: Path,
+    dtype: torch.dtype | None = torch.float32,
+    budget: Mapping[str, Any] | None = None,
+) -> Any:
     """Load the model of a Hugging Face folder on the CPU; None is the dtype of its weights.
+
+    Fields in `budget` replace those of the model's config.
 
     Raises:
         ValueError: a weight is NaN or infinite.
@@ -74,6 +98,8 @@ def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> Any:
     )
     for name, weight in model.named_parameters():
         check_finite(f"{name} of {folder}", weight)
+    for name, value in (budget or {}).items():
+        setattr(model.config, name, value)
     return model.eval()
 
 

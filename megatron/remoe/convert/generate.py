@@ -1,6 +1,6 @@
 """Generation of text by any model; a checkpoint of a run is converted on the way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ def generate(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     tokenizer: Path | None = None,
+    budget: Mapping[str, Any] | None = None,
 ) -> None:
     """Continue a prompt, and pass on the text as it is generated, with the prompt first.
 
@@ -33,6 +34,7 @@ def generate(
         seed: the seed of sampling.
         dtype: the dtype of the model; None is that of its weights.
         tokenizer: a tokenizer to use in place of the model's own.
+        budget: fields of the model's config that replace its own budget of active experts.
 
     Raises:
         ValueError: there is no model or no tokenizer, or a value is out of range.
@@ -46,7 +48,7 @@ def generate(
 
     with exported_with_tokenizer(path, tokenizer) as folder:
         tokens = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = load(folder, dtype)
+        model = load(folder, dtype, budget)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     class Streamer(TextStreamer):

@@ -1,10 +1,5 @@
-"""Measure the loss of models against the mean number of active experts, without training.
+"""A budget of active experts for a command: calibrated on text, or the one that a model has."""
 
-Routers with ReLU gates get a threshold, or below it a negative offset for more experts than they
-activate. TopK routers get another k, and ours among them also a threshold.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,168 +7,107 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.remoe.analysis.budget import Curve, Measured, Point
-from megatron.remoe.analysis.measures import half_width
-from megatron.remoe.convert.exported import check_vocabulary
-from megatron.remoe.evaluate.interventions import Intervention
-from megatron.remoe.evaluate.models import Opened, open_model
-from megatron.remoe.evaluate.perplexity import default_length, find_domains
-from megatron.remoe.evaluate.routing import batches_of, losses_of
-from megatron.remoe.evaluate.text import Text, read_text
-from remoe.hf.budget_remoe import LEAST_TOKENS
-from remoe.hf.configuration_remoe import L1_ROUTERS
+from megatron.remoe.convert.architecture import BUDGET
+from megatron.remoe.convert.exported import check_vocabulary, exported, load
+from megatron.remoe.convert.source import HFSource, MegatronSource, open_source
+from megatron.remoe.evaluate.perplexity import DEFAULT_SEED, default_length, find_domains
+from megatron.remoe.evaluate.text import read_text, validation_files
 
-POINTS = (0.3, 0.5, 0.7, 0.85, 1.0, 1.25, 1.5, 2.0, 3.0)  # times the trained mean
-_CALIBRATION = 8192  # tokens, from the beginning of the text
-_MET = 0.01  # a point this close to the model as it is, as a share, is not measured again
+TOKENS = 8192  # of the text: the mean over them has a standard error of about 1%
+_OPTION = "--calibrate-on"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What to measure.
+class Chosen:
+    """The budget of a command.
 
     Attributes:
-        points: mean numbers of active experts, as multiples of the trained k.
-        tokens: the largest number of tokens, in whole sequences of all domains in turn.
-        sequence_length: the length of the sequences; None is the shortest default of the models.
-        seed: the seed of the order of documents.
-        tokenizer: a tokenizer to use in place of the models' own.
+        fields: fields of the config that replace the model's own; empty if those stay.
+        said: what to tell the user; empty if the model has no budget.
     """
 
-    points: tuple[float, ...] = POINTS
-    tokens: int = 32768
-    sequence_length: int | None = None
-    seed: int = 1234
-    tokenizer: Path | None = None
-
-    def __post_init__(self) -> None:
-        for point in self.points:
-            if not 0 < point < 1e6:
-                raise ValueError(
-                    f"points has {point:g}; they are multiples of the trained number of active "
-                    f"experts, above 0, such as 0.5,1,2"
-                )
+    fields: dict[str, Any]
+    said: str
 
 
-def measure(
-    paths: Sequence[Path],
-    data: Path,
-    settings: Settings,
-    shown: Callable[[int, int], None] = lambda done, total: None,
-) -> Measured:
-    """Return the curve of every model on the same text.
+def choose(
+    path: Path,
+    active_experts: float | None,
+    calibrate_on: Path | None,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer: Path | None = None,
+) -> Chosen:
+    """Calibrate a budget on text; without a number, keep the model's own.
+
+    The text is `calibrate_on`, or else the validation files of the run, and never a prompt, with
+    which the same command would route every prompt by another threshold.
 
     Args:
-        paths: run directories, checkpoints or Hugging Face folders, each with experts.
-        data: a folder of token files, or one of them without its suffix.
-        settings: what to measure.
-        shown: called with the number of models that are done, and of all models.
+        path: Hugging Face folder, run or checkpoint.
+        active_experts: mean number of active experts per token; None keeps the model's budget.
+        calibrate_on: folder of token files, one of them without its suffix, or a file of text.
+        dtype: dtype of the model; None is that of its weights.
+        tokenizer: tokenizer to use in place of the model's own.
 
     Raises:
-        ValueError: a model is dense or has a router without such a budget, or there is too little
-            text, or text of another vocabulary.
+        ValueError: there is no text, too little of it, or the model cannot have the budget.
     """
-    opened = [open_model(path, settings.tokenizer) for path in paths]
-    for one in opened:
-        if not one.router.startswith("topk_") and one.router not in L1_ROUTERS:
+    if active_experts is None:
+        if calibrate_on is not None:
             raise ValueError(
-                f"{one.path} has the router {one.router}, whose number of active experts has no "
-                f"threshold and no k to change; leave it out"
+                f"{_OPTION} is {calibrate_on}, but there is nothing to calibrate; give a number of "
+                f"experts (--active-experts), or leave it out"
             )
-    text = _text(opened, data, settings)
-    curves = []
-    for done, one in enumerate(opened):
-        shown(done, len(opened))
-        curves.append(_curve(one, text, settings))
-    shown(len(opened), len(opened))
-    return Measured(str(data), settings.seed, len(text.inputs), text.length, curves)
-
-
-def _text(opened: list[Opened], data: Path, settings: Settings) -> Text:
-    domains = find_domains(data)
-    configs = [one.config.to_dict() if one.source is None else one.source.config for one in opened]
-    length = settings.sequence_length or min(map(default_length, configs))
-    text = read_text(str(data), domains, length=length, tokens=settings.tokens, seed=settings.seed)
-    if len(text.inputs) < 2:
-        raise ValueError(
-            f"{data} has one sequence of {length} tokens, from which no interval follows; name "
-            f"more data, or use shorter sequences (--sequence-length)"
-        )
-    calibration = _calibration(text)
-    if calibration.numel() < LEAST_TOKENS:
-        raise ValueError(
-            f"{calibration.numel()} tokens are too few to set a budget by; read at least "
-            f"{LEAST_TOKENS} (--tokens)"
-        )
-    for one in opened:
-        check_vocabulary(torch.cat((text.inputs, text.labels)), one.shape)
-    return text
-
-
-def _calibration(text: Text) -> Tensor:
-    return text.inputs[: max(1, _CALIBRATION // text.length)]
-
-
-def _curve(opened: Opened, text: Text, settings: Settings) -> Curve:
-    model = opened.load(torch.float32)
-    topk = int(opened.config.num_experts_per_tok)
-    plain = _read(model, text, Intervention())
-    points = [_point("none", None, plain, plain)]
-    for by, value, intervention in _changes(model, opened, text, settings, points[0].active):
-        found = _read(model, text, intervention)
-        points.append(_point(by, value, found, plain))
-    return Curve(str(opened.path), opened.router, topk, opened.num_experts, points)
-
-
-def _changes(
-    model: Any, opened: Opened, text: Text, settings: Settings, active: float
-) -> Iterator[tuple[str, float, Intervention]]:
-    """Change a model, one point after the other; yield what was changed, and how it is applied."""
-    topk, experts = int(opened.config.num_experts_per_tok), opened.num_experts
-    is_topk = opened.router.startswith("topk_")
-    has_threshold = getattr(opened.config, "gate_threshold", None) is not None
-    if is_topk and not has_threshold:
-        levels = {max(1, min(experts, round(topk * point))) for point in settings.points}
-        for k in sorted(levels - {topk}):
-            yield "k", k, Intervention(topk=k)
-    if opened.source is None:
-        return
-    config = model.config
-    before = {name: getattr(config, name) for name in ("gate_threshold", "gate_offset")}
-    calibration = _calibration(text)
-    model.set_budget(None)
-    most = _read(model, text, Intervention())[1]
-    for target in [topk * point for point in sorted(settings.points)]:
-        adds = target > most * (1 - _MET)
-        is_met = abs(target - active) <= _MET * active
-        if is_met or target >= experts or (adds and is_topk):
-            continue
-        by = "offset" if adds else "threshold"
-        budget = model.set_budget(target, calibration, by=by)
-        yield by, budget.value, Intervention()
-    for name, value in before.items():
-        setattr(config, name, value)
-
-
-def _read(model: Any, text: Text, intervention: Intervention) -> tuple[Tensor, float]:
-    """Return the loss of every sequence, `[N]`, in nats per token, and the mean active experts."""
-    losses = []
-    with intervention.apply(model) as counts:
-        for inputs, labels, _ in batches_of(text):
-            losses.append(losses_of(model, inputs, labels).view(labels.shape).double().mean(dim=1))
-    return torch.cat(losses), float(torch.cat(counts).double().mean())
-
-
-def _point(
-    by: str, value: float | None, found: tuple[Tensor, float], plain: tuple[Tensor, float]
-) -> Point:
-    losses, extra = found[0], found[0] - plain[0]
-    return Point(
-        by=by,
-        value=value,
-        active=found[1],
-        loss=float(losses.mean()),
-        half_width=half_width(losses.tolist()),
-        extra_loss=float(extra.mean()),
-        extra_half_width=half_width(extra.tolist()),
+        return Chosen({}, _own(path))
+    source = open_source(path, tokenizer)
+    named, ids = _text(source, calibrate_on)
+    with exported(source) as folder:
+        model = load(folder, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    check_vocabulary(ids, model)
+    if not hasattr(model, "set_budget"):
+        raise ValueError(f"{path} is a dense model; leave --active-experts out")
+    found = model.set_budget(active_experts, ids)
+    fields = {name: getattr(model.config, name) for name in BUDGET[:2]}
+    return Chosen(
+        fields,
+        f"budget: a gate threshold of {found.value:.4g} leaves {found.active_experts:.3f} of "
+        f"{found.before:.3f} active experts per token ({found.tokens} tokens of {named})",
     )
+
+
+def _own(path: Path) -> str:
+    """Say which budget a model has; one in a checkpoint of Megatron has none."""
+    if not (path / "config.json").is_file():
+        return ""
+    config = HFSource(path).config
+    stored = [f"{name} {config[name]}" for name in BUDGET if config.get(name) is not None]
+    return f"budget: the model's own, {', '.join(stored)}" if stored else ""
+
+
+def _text(source: MegatronSource | HFSource, given: Path | None) -> tuple[str, Tensor]:
+    """Return the name of the text, and its ids `[N, S]`."""
+    length = default_length(source.config)
+    if given is not None and given.is_file() and given.suffix not in (".bin", ".idx"):
+        return str(given), _ids_of_file(source, given, length)
+    if given is not None:
+        named, domains = str(given), find_domains(given)
+    else:
+        args = source.args if isinstance(source, MegatronSource) else None
+        named, domains = validation_files(args, _OPTION)
+    tokens = max(TOKENS, length * len(domains))
+    return named, read_text(named, domains, length=length, tokens=tokens, seed=DEFAULT_SEED).inputs
+
+
+def _ids_of_file(source: MegatronSource | HFSource, file: Path, length: int) -> Tensor:
+    if source.tokenizer is None:
+        raise ValueError(f"the model has no tokenizer to read {file} with; name one (--tokenizer)")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{file} is no text in UTF-8; name such a file or token files ({_OPTION})"
+        ) from None
+    ids = torch.tensor(source.tokenizer.encode(text)[:TOKENS])
+    length = min(length, max(1, len(ids)))
+    return ids[: len(ids) // length * length].view(-1, length)

@@ -34,6 +34,7 @@ class Request:
         batch_size: number of sequences at a time.
         dtype: dtype of the model, as torch names it.
         tokenizer: tokenizer to use instead of the one that a run names.
+        budget: fields of the model's config that replace its own budget of active experts.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Request:
     batch_size: int = 8
     dtype: str = "float32"
     tokenizer: str | None = None
+    budget: dict[str, Any] | None = None
 
 
 def run(request: Request) -> dict[str, dict[str, float]]:
@@ -83,10 +85,13 @@ def evaluate(request: Request) -> dict[str, dict[str, float]]:
     tasks = [name for task in request.tasks for name in (TASKS if task == PAPER else (task,))]
     manager = _manager(tasks, request.include)
     _fetch(manager, tasks)
-    from megatron.remoe.convert.exported import exported_with_tokenizer
+    from megatron.remoe.convert.exported import exported_with_tokenizer, with_budget
 
     tokenizer = Path(request.tokenizer) if request.tokenizer else None
-    with exported_with_tokenizer(Path(request.model), tokenizer, check=True) as folder:
+    with (
+        exported_with_tokenizer(Path(request.model), tokenizer, check=True) as plain,
+        with_budget(plain, request.budget) as folder,
+    ):
         results: Any = lm_eval.simple_evaluate(
             model="hf",
             model_args={"pretrained": str(folder), "dtype": request.dtype},

@@ -6,6 +6,7 @@ every token is predicted from the same context as in a validation of the run.
 
 import math
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +72,7 @@ def perplexity(
     seed: int | None = None,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 8,
+    budget: Mapping[str, Any] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Loss]:
     """Return the loss of every domain, and that of all tokens as `all`.
@@ -83,6 +85,7 @@ def perplexity(
         seed: seed of the order of documents; None is that of the run, or else 1234.
         dtype: dtype of the model.
         batch_size: number of sequences at a time.
+        budget: fields of the model's config that replace its own budget of active experts.
         progress: called with the number of sequences that are done, and of all sequences.
 
     Raises:
@@ -95,7 +98,7 @@ def perplexity(
         seed = getattr(source.args, "seed", None) if isinstance(source, MegatronSource) else None
     length = sequence_length or default_length(config)
     with exported(source) as folder:
-        model = load(folder, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+        model = load(folder, dtype, budget).to("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as scratch:
         sets = {
             name: sequences(prefix, length, seed or DEFAULT_SEED, Path(scratch))

@@ -67,7 +67,7 @@ def domains_of(data: Path | None, args: Namespace | None) -> tuple[str, dict[str
     if data is not None:
         named, domains = str(data), find_domains(data)
     else:
-        named, domains = _validation_files(args)
+        named, domains = validation_files(args)
     if len(domains) < 2:
         raise ValueError(
             f"{named} holds text of one domain only ({next(iter(domains))}), so that nothing can "
@@ -76,17 +76,26 @@ def domains_of(data: Path | None, args: Namespace | None) -> tuple[str, dict[str
     return named, domains
 
 
-def _validation_files(args: Namespace | None) -> tuple[str, dict[str, Path]]:
+def validation_files(args: Namespace | None, option: str = "--data") -> tuple[str, dict[str, Path]]:
+    """Return the validation files of a run as they are named, and the prefix of each domain.
+
+    Args:
+        args: the arguments of a run; None for a model that is no run.
+        option: the option of the command that names other files.
+
+    Raises:
+        ValueError: the run has none, or they are not here.
+    """
     given = [str(entry) for entry in getattr(args, "valid_data_path", None) or ()]
     prefixes = [Path(entry) for entry in given if not _is_weight(entry)]
     if not prefixes:
         what = "the model is no run" if args is None else "the run has no valid_data_path"
-        raise ValueError(f"{what}, so that it names no text; name token files (--data)")
+        raise ValueError(f"{what}, so that it names no text; name token files ({option})")
     for prefix in prefixes:
         if not Path(f"{prefix}.idx").is_file():
             raise ValueError(
                 f"{prefix}.idx does not exist here; go to the directory that the run was started "
-                f"in, or name token files (--data)"
+                f"in, or name token files ({option})"
             )
         check_pair(prefix)
     names = getattr(args, "validation_set_names", None) or [prefix.name for prefix in prefixes]
