@@ -24,7 +24,7 @@ from remoe.hf.budget_remoe import LEAST_TOKENS
 from remoe.hf.configuration_remoe import L1_ROUTERS
 
 POINTS = (0.3, 0.5, 0.7, 0.85, 1.0, 1.25, 1.5, 2.0, 3.0)  # times the trained mean
-_CALIBRATION = 8192  # tokens, from the beginning of the text
+_CALIBRATION = 4096  # tokens, from the beginning of the text
 _MET = 0.01  # a point this close to the model as it is, as a share, is not measured again
 
 
