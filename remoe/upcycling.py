@@ -14,18 +14,6 @@ from torch import Tensor
 _RIDGE = 1e-3  # relative to the mean square of an activation
 
 
-def nearest_to_one(x_TH: Tensor) -> Tensor:
-    """Return the `w`, `[H]`, that minimizes the mean of `(x w - 1)^2` with a ridge.
-
-    It is what a linear function without a bias has in place of one.
-    """
-    second = x_TH.T @ x_TH / len(x_TH)
-    eye = torch.eye(x_TH.shape[1], dtype=x_TH.dtype, device=x_TH.device)
-    ridge = _RIDGE * second.diagonal().mean() * eye
-    w_H: Tensor = torch.linalg.solve(second + ridge, x_TH.mean(dim=0))
-    return w_H
-
-
 def router_of_copies(
     fit_TH: Tensor,
     held_out_TH: Tensor,
@@ -51,7 +39,9 @@ def router_of_copies(
         generator: of the noise.
     """
     x, y = fit_TH.double(), held_out_TH.double()
-    w_H = nearest_to_one(x)
+    second = x.T @ x / len(x)
+    ridge = _RIDGE * second.diagonal().mean() * torch.eye(x.shape[1], dtype=x.dtype)
+    w_H: Tensor = torch.linalg.solve(second + ridge, x.mean(dim=0))
     noise_EGH = torch.randn(
         (num_copies, num_slices, x.shape[1]), generator=generator, dtype=x.dtype
     )

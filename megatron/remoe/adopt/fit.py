@@ -1,15 +1,16 @@
 """The first routers of an adopted model, fitted to what the teacher's routers did with text.
 
-The teacher's gate of a chosen expert is close to an affine function of its logit z = w x. Our
-router has no bias; in its place is the linear function of x that is nearest to 1, m x. The line
+Over the chosen pairs of a layer, the teacher's gate of an expert is close to a linear function of the
+expert's logit z = w x and of the token x, whose coefficients all experts share:
 
-    g ~ a z + b (m x)    over the chosen pairs of a layer, by least squares
+    g ~ a z + u x    by least squares, with a ridge
 
-gives the gates relu(W' x) with W' = a W + b m, for every expert of the layer. They reach zero at
-another place than a TopK router, whose smallest gate is far from zero: which of them stay is
-decided by `gate_threshold`, at which gates jump to zero as those of a TopK router do.
+u x stands for the bias that our router does not have, and for the denominator of the softmax, which
+all experts of a token share. The router is W' = a W + u, and its gates are relu(W' x). They reach zero
+at another place than those of a TopK router, whose smallest gate is far from zero: which of them stay
+is decided by `gate_threshold`, at which gates jump to zero as those of a TopK router do.
 
-Shapes: T tokens, E experts, H hidden.
+Shapes: T tokens, E experts, H hidden, P chosen pairs.
 """
 
 from dataclasses import dataclass
@@ -19,29 +20,27 @@ import torch
 from torch import Tensor
 
 from megatron.remoe.evaluate.models import hooked, routing_of
-from remoe.upcycling import nearest_to_one
+
+_RIDGE = 1e-3  # relative to the mean square of a feature
 
 
 @dataclass(frozen=True)
 class Line:
-    """The line of a layer.
+    """The fit of a layer.
 
     Attributes:
-        slope, intercept: a and b.
+        slope: a.
         explained: the share of the gates' variance over the chosen pairs that it explains.
-        one: the standard deviation of m x, whose mean is close to 1, over tokens.
     """
 
     slope: float
-    intercept: float
     explained: float
-    one: float
 
 
 def fitted_router(
     x_TH: Tensor, weight_EH: Tensor, probs_TE: Tensor, active_TE: Tensor
 ) -> tuple[Tensor, Line]:
-    """Return W', `[E, H]`, and the line that it follows.
+    """Return W', `[E, H]`, and the fit that it follows.
 
     Args:
         x_TH: what the router reads.
@@ -50,17 +49,20 @@ def fitted_router(
         active_TE: the map of its chosen experts.
     """
     x, w = x_TH.double(), weight_EH.double()
-    m_H = nearest_to_one(x)
-    one_T = x @ m_H
-    chosen = torch.stack(((x @ w.T)[active_TE], one_T[:, None].expand_as(active_TE)[active_TE]))
-    gates = probs_TE[active_TE].double()
-    solved = torch.linalg.lstsq(chosen.T, gates[:, None]).solution[:, 0]
-    # A line that falls would rank the experts the other way round.
-    slope, intercept = max(float(solved[0]), 1e-6), float(solved[1])
-    left = (gates - slope * chosen[0] - intercept * chosen[1]).square().sum()
-    explained = 1 - left / (gates - gates.mean()).square().sum().clamp(min=1e-30)
-    line = Line(slope, intercept, float(explained), float(one_T.std()))
-    return (slope * w + intercept * m_H).to(weight_EH.dtype), line
+    z_P, gates_P = (x @ w.T)[active_TE], probs_TE[active_TE].double()
+    x_PH = x[active_TE.nonzero()[:, 0]]
+    size = z_P.square().mean().sqrt()
+    features = torch.cat((z_P[:, None] / size * x_PH.square().mean().sqrt(), x_PH), dim=1)
+    second = features.T @ features / len(features)
+    eye = torch.eye(len(second), dtype=x.dtype, device=x.device)
+    ridge = _RIDGE * second.diagonal().mean() * eye
+    solved = torch.linalg.solve(second + ridge, features.T @ gates_P / len(features))
+    slope = float(solved[0] * x_PH.square().mean().sqrt() / size)
+    left = (gates_P - features @ solved).square().sum()
+    explained = 1 - left / (gates_P - gates_P.mean()).square().sum().clamp(min=1e-30)
+    # A slope that falls would rank the experts the other way round.
+    router = max(slope, 1e-6) * w + solved[1:]
+    return router.to(weight_EH.dtype), Line(slope, float(explained))
 
 
 @torch.no_grad()
