@@ -1,14 +1,14 @@
 """The first routers of an adopted model, fitted to what the teacher's routers did with text.
 
-Over the chosen pairs of a layer, the teacher's gate of an expert is close to a linear function of the
-expert's logit z = w x and of the token x, whose coefficients all experts share:
+Over the chosen pairs of a layer, the teacher's gate of an expert is close to a linear function of
+the expert's logit z = w x and of the token x, whose coefficients all experts share:
 
     g ~ a z + u x    by least squares, with a ridge
 
 u x stands for the bias that our router does not have, and for the denominator of the softmax, which
-all experts of a token share. The router is W' = a W + u, and its gates are relu(W' x). They reach zero
-at another place than those of a TopK router, whose smallest gate is far from zero: which of them stay
-is decided by `gate_threshold`, at which gates jump to zero as those of a TopK router do.
+all experts of a token share. The router is W' = a W + u, and its gates are relu(W' x). They reach
+zero at another place than those of a TopK router, whose smallest gate is far from zero: which of
+them stay is decided by `gate_threshold`, at which gates jump to zero as those of a TopK router do.
 
 Shapes: T tokens, E experts, H hidden, P chosen pairs.
 """
