@@ -242,7 +242,7 @@ def calibrate(model: Any, inputs: Tensor, target: float) -> float:
     """
     for _ in range(_ROUNDS):
         with gates_of(model) as gates:
-            for batch in inputs.split(_SEQUENCES):
+            for batch in torch.split(inputs, _SEQUENCES):
                 model.model(batch.to(model.device), use_cache=False)
         threshold = model.config.gate_threshold or 0.0
         kept = sum(int((g.abs() >= max(threshold, 1e-30)).sum()) for g in gates)
@@ -269,6 +269,8 @@ def mean_loss(model: Any, inputs: Tensor, labels: Tensor) -> tuple[float, float]
         counts.append(output[1].sum(dim=1).cpu())
 
     with hooked(model, read):
-        for some, targets in zip(inputs.split(_SEQUENCES), labels.split(_SEQUENCES), strict=True):
+        for some, targets in zip(
+            torch.split(inputs, _SEQUENCES), torch.split(labels, _SEQUENCES), strict=True
+        ):
             losses.append(losses_of(model, some, targets))
     return float(torch.cat(losses).double().mean()), float(torch.cat(counts).double().mean())

@@ -82,7 +82,7 @@ def fit(model: Any, inputs: Tensor) -> tuple[dict[str, Tensor], list[Line]]:
         read.setdefault(layer, []).append((given[0].float(), routing.probs, routing.active))
 
     with hooked(model, collect):
-        for batch in inputs.split(8):
+        for batch in torch.split(inputs, 8):
             model.model(batch.to(model.device), use_cache=False)
     weights, lines = {}, []
     for layer in sorted(read):

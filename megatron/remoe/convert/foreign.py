@@ -48,7 +48,7 @@ def config_of(path: Path) -> Config:
     from transformers import AutoConfig
 
     file = path / "config.json"
-    kind = read_json_object(file, "copy it again").get("model_type")
+    kind = str(read_json_object(file, "copy it again").get("model_type"))
     if kind in _REFUSED:
         raise ValueError(f"{file} has model_type {kind!r}, which {_REFUSED[kind]}")
     try:
