@@ -173,6 +173,8 @@ def test_a_topk_model_of_ours_is_adopted_in_other_ways(call, home):
         assert after.config.router_type == (
             "relu" if name in ("l1", "whole") else model.config.router_type
         )
+    message = fails(call, home, "adopt", "kept", "twice", *FLAGS)
+    assert "kept has a threshold of gates, so that it is adopted already" in message
     message = fails(call, home, "convert", "to-megatron", "kept", "back")
     assert "config.json has gate_threshold" in message
     message = fails(call, home, "convert", "to-megatron", "adopted", "back")

@@ -139,7 +139,7 @@ def adopt(
         settings: how to adopt.
         held_out: token files for the losses that are reported; None holds out a part of `data`.
         tokenizer: a tokenizer to use in place of the model's own.
-        force: whether to replace `out`, and to forget an interrupted adoption.
+        force: whether to replace `out`, and to forget an interrupted adoption with other settings.
         shown: called with the number of steps that are done, that of all steps, and a text.
 
     Raises:
@@ -350,7 +350,9 @@ class _Job:
     def config(self, result: Adopted) -> Config:
         """Return the config of the adopted model, with the facts of its adoption."""
         config = self.student.config.to_dict()
-        facts = dict(config.get("training_facts") or {})
+        before = config.get("training_facts") or {}
+        kept = ("sequence_length", "padded_vocab_size")
+        facts = {name: before[name] for name in kept if name in before} | {"teacher": before}
         facts["adoption"] = asdict(result) | {
             "k": self.opened.topk,
             "router": self.opened.config["router_type"],

@@ -31,10 +31,10 @@ class Saved:
         if not file.is_file():
             return None
         try:
-            state: dict[str, Any] = torch.load(file, weights_only=True)
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds of errors for a damaged file
             raise ValueError(
-                f"{file} cannot be read ({type(error).__name__}); start anew (--force)"
+                f"{file} cannot be read ({type(error).__name__}); delete {self.folder} to start anew"
             ) from error
         return state
 
@@ -56,7 +56,7 @@ def saved_beside(out: Path, settings: dict[str, Any], *, force: bool) -> Iterato
     Args:
         out: the folder to make.
         settings: all that decides about the result, as JSON.
-        force: whether to start anew.
+        force: whether to start anew if the settings are others.
 
     Raises:
         ValueError: another process adopts there, or an adoption with other settings was
@@ -86,13 +86,15 @@ def _check(folder: Path, settings: dict[str, Any], out: Path, force: bool) -> No
     """Compare the settings with those of an interrupted adoption, or write them."""
     file = folder / _SETTINGS
     text = json.dumps(settings, indent=2, sort_keys=True)
-    if force or not (folder / _STATE).is_file():
-        (folder / _STATE).unlink(missing_ok=True)
+    if not (folder / _STATE).is_file():
         write_whole(file, text)
         return
-    before, now = read_json_object(file, "start anew (--force)"), json.loads(text)
+    before, now = read_json_object(file, f"delete {folder} to start anew"), json.loads(text)
     different = [name for name in now if before.get(name) != now[name]]
-    if different:
+    if different and force:
+        (folder / _STATE).unlink()
+        write_whole(file, text)
+    elif different:
         name = different[0]
         raise ValueError(
             f"an adoption to {out} with {name} {before.get(name)!r} was interrupted, and now "

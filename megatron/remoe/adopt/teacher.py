@@ -8,7 +8,7 @@ import torch
 
 from megatron.remoe.convert.exported import exported, load
 from megatron.remoe.convert.foreign import config_of, is_foreign, load_foreign, stored_dtype
-from megatron.remoe.convert.source import MegatronSource, open_source
+from megatron.remoe.convert.source import open_source
 from megatron.remoe.convert.table import Config
 from megatron.remoe.convert.tokenizer import TokenizerFiles
 
@@ -79,6 +79,9 @@ def open_teacher(path: Path, tokenizer: Path | None = None) -> Teacher:
             f"{path} has the router {config['router_type']}, and a TopK router is adopted; the "
             f"budget of a router with ReLU gates can be set as it is (remoe budget)"
         )
-    if isinstance(source, MegatronSource):
-        config = config | {"architectures": ["ReMoEForCausalLM"]}
+    if config.get("gate_threshold") is not None:
+        raise ValueError(
+            f"{path} has a threshold of gates, so that it is adopted already; its budget can be set "
+            f"as it is (remoe budget)"
+        )
     return Teacher(path, config, source.tokenizer, source.dtype, source)
