@@ -34,7 +34,8 @@ class Saved:
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds of errors for a damaged file
             raise ValueError(
-                f"{file} cannot be read ({type(error).__name__}); delete {self.folder} to start anew"
+                f"{file} cannot be read ({type(error).__name__}); delete {self.folder}, which "
+                f"starts anew"
             ) from error
         return state
 

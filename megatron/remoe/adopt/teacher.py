@@ -81,7 +81,7 @@ def open_teacher(path: Path, tokenizer: Path | None = None) -> Teacher:
         )
     if config.get("gate_threshold") is not None:
         raise ValueError(
-            f"{path} has a threshold of gates, so that it is adopted already; its budget can be set "
-            f"as it is (remoe budget)"
+            f"{path} has a threshold of gates, so that it is adopted already; its budget can be "
+            f"set as it is (remoe budget)"
         )
     return Teacher(path, config, source.tokenizer, source.dtype, source)
