@@ -111,6 +111,8 @@ def test_a_budget_is_saved_with_a_version_that_older_code_refuses(tmp_path):
     assert again.config.format_version == 2
     assert torch.equal(again(tokens).logits, model(tokens).logits)
     assert not torch.equal(again(tokens).logits, build()(tokens).logits)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path, gate_threshold=0.5)
+    assert other.config.gate_threshold == 0.5
     again.config.gate_threshold = again.config.max_active_experts = None
     assert again.config.to_dict()["format_version"] == 1
     for changes, version in (
@@ -197,7 +199,7 @@ def test_a_budget_is_met_on_tokens_that_are_no_padding(text, router, by, target,
         ({}, 4.5, {}, "active_experts is 4.5; it must be .* at most 4, the number of experts"),
         ({}, 0, {}, "active_experts is 0; it must be a number .* above 0"),
         ({}, float("nan"), {}, "active_experts is nan"),
-        ({}, 3.9, {}, "active_experts is 3.9, which cannot .* by='offset' can add some"),
+        ({}, 3.9, {}, "active_experts is 3.9, which cannot .* by='offset'\) can add"),
         ({}, 1e-5, {}, "active_experts is 1e-05, which cannot be met within 1%: .* more text"),
         ({"at_least_one_expert": True}, 0.5, {}, "the nearest threshold leaves 1 on this text"),
         ({}, 1.0, {"rows": 8}, "the text has 440 tokens .*; pass at least 512"),

@@ -623,9 +623,10 @@ class Absent:
         if name.split(".")[0] in ("remoe", "megatron"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
-sys.stdin.close()  # a question would be an error
+import builtins, os
+builtins.input = lambda question: os._exit(3)
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
 assert tokenizer("relu the").input_ids == [1, 0]
 assert "transformers_modules" not in sys.modules
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)

@@ -633,9 +633,9 @@ class ReMoEModel(ReMoEPreTrainedModel):
         With `output_routing` the output has the routing of every layer.
         """
         config = self.config
-        if kwargs and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             refuse_misspelled(kwargs, FORWARD_ARGUMENTS, "argument")
-        config.check_budget()
+            config.check_budget()
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if config.router_type == "hash" and input_ids is None:

@@ -44,9 +44,11 @@ def generate(
     """
     prepare()
     from megatron.remoe.convert.export import parse_dtype
+    from megatron.remoe.convert.generate import check_sampling
     from megatron.remoe.convert.generate import generate as run
     from megatron.remoe.evaluate.budget import choose
 
+    check_sampling(max_new_tokens, temperature, top_p)
     chosen = parse_dtype(dtype)
     budget = choose(model, active_experts, calibrate_on, dtype=chosen, tokenizer=tokenizer)
     if budget.said:

@@ -100,12 +100,13 @@ def model_card(config: Config, num_params: int, num_active: int) -> str:
     if is_moe:
         lines += [_about(config), ""]
     remote = ", trust_remote_code=True" if is_moe else ""
+    without = ", trust_remote_code=False" if is_moe else ""  # or transformers asks
     lines += [
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'folder = "."  # this folder',
-        f"tokenizer = AutoTokenizer.from_pretrained(folder{remote})",
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{without})",
         f"model = AutoModelForCausalLM.from_pretrained(folder{remote})",
         'inputs = tokenizer("Once", return_tensors="pt", return_token_type_ids=False)',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",

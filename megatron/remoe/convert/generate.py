@@ -9,6 +9,19 @@ import torch
 from megatron.remoe.convert.exported import exported_with_tokenizer, load
 
 
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Check what `generate` is asked for, before a model is loaded.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"max-new-tokens is {max_new_tokens}, temperature {temperature}, top-p {top_p}; they "
+            f"must be at least 1, at least 0, and in (0, 1]"
+        )
+
+
 def generate(
     path: Path,
     prompt: str,
@@ -39,11 +52,7 @@ def generate(
     Raises:
         ValueError: there is no model or no tokenizer, or a value is out of range.
     """
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"max-new-tokens is {max_new_tokens}, temperature {temperature}, top-p {top_p}; they "
-            f"must be at least 1, at least 0, and in (0, 1]"
-        )
+    check_sampling(max_new_tokens, temperature, top_p)
     from transformers import AutoTokenizer, TextStreamer
 
     with exported_with_tokenizer(path, tokenizer) as folder:

@@ -12,6 +12,7 @@ from megatron.remoe.convert.exported import check_vocabulary, exported, load
 from megatron.remoe.convert.source import HFSource, MegatronSource, open_source
 from megatron.remoe.evaluate.perplexity import DEFAULT_SEED, default_length, find_domains
 from megatron.remoe.evaluate.text import read_text, validation_files
+from megatron.remoe.files import read_json_object
 
 TOKENS = 8192  # of the text: the mean over them has a standard error of about 1%
 _OPTION = "--calibrate-on"
@@ -78,9 +79,8 @@ def choose(
 
 def _own(path: Path) -> str:
     """Say which budget a model has; one in a checkpoint of Megatron has none."""
-    if not (path / "config.json").is_file():
-        return ""
-    config = HFSource(path).config
+    file = path / "config.json"
+    config = read_json_object(file, "copy it again") if file.is_file() else {}
     stored = [f"{name} {config[name]}" for name in BUDGET if config.get(name) is not None]
     return f"budget: the model's own, {', '.join(stored)}" if stored else ""
 
