@@ -55,6 +55,22 @@ def test_gates_within_a_budget_are_those_of_loops(router):
     assert set(active.sum(dim=1).tolist()) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("router", ["topk_pre_softmax", "topk_post_softmax", "topk_sigmoid"])
+def test_a_threshold_leaves_k_gates_of_a_topk_router_or_fewer(router):
+    model = build(router_type=router)
+    module = model.model.layers[0].mlp.router
+    x = torch.randn(60, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        plain = module(x)[0]
+        model.config.gate_threshold = float(plain[plain > 0].median())
+        probs, active, *_ = module(x)
+    for before, after, chosen in zip(plain.tolist(), probs.tolist(), active.tolist(), strict=True):
+        kept = [gate if gate >= model.config.gate_threshold else 0.0 for gate in before]
+        assert after == kept and chosen == [gate > 0 for gate in kept]
+    assert {1, 2} <= set(active.sum(dim=1).tolist()) <= {0, 1, 2}
+    assert model.config.to_dict()["format_version"] == 2
+
+
 def test_what_a_threshold_leaves_keeps_its_value_and_its_gradient():
     gates = torch.tensor([[0.2, 0.5, 0.0], [0.3, 0.1, 0.2]], requires_grad=True)
     active = gates > 0
@@ -189,7 +205,8 @@ def test_a_budget_is_met_on_tokens_that_are_no_padding(text, router, by, target,
         ({}, 1.0, {"rows": 8}, "the text has 440 tokens .*; pass at least 512"),
         ({}, 1.0, {"rows": None}, "input_ids are not given"),
         ({}, 1.0, {"by": "scale"}, "by is 'scale'; it must be one of threshold, offset"),
-        ({"router_type": "topk_sigmoid"}, 1.0, {}, "router_type is topk_sigmoid, whose number"),
+        ({"router_type": "top_p"}, 1.0, {}, "router_type is top_p, whose number of experts has"),
+        ({"router_type": "topk_sigmoid"}, 1.0, {"by": "offset"}, "whose number of experts has no"),
         ({"mlp_only_layers": [0, 1, 2]}, 1.0, {}, "the model is dense"),
     ],
 )

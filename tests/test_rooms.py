@@ -23,6 +23,7 @@ FLOORS = (
     ("run", "testing"),  # the parent process; runs of the golden files
     ("convert",),
     ("bench", "bridge", "evaluate", "verify"),
+    ("adopt",),
     ("cli",),
     ("__main__", "agent", "api"),
 )

@@ -38,6 +38,16 @@ def progress(unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
+def told_progress(unit: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show a bar as `progress` does; the function that is yielded also takes a text to show."""
+    with bars(
+        Console(stderr=True), TextColumn("{task.fields[told]}"), TimeRemainingColumn()
+    ) as bar:
+        task = bar.add_task(unit, total=None, told="")
+        yield lambda done, total, told: bar.update(task, completed=done, total=total, told=told)
+
+
+@contextmanager
 def byte_progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show progress through `total` bytes; yield a function that takes the bytes just done.
 

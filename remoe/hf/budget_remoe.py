@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .configuration_remoe import L1_ROUTERS
+from .configuration_remoe import L1_ROUTERS, THRESHOLD_ROUTERS
 
 # The number of a token's active experts deviates from its mean by about as much as that is. Over
 # these tokens the mean then has a standard error of 1 / sqrt(512), 4.4% of itself.
@@ -252,10 +252,11 @@ def active_by_layer(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
 def _check(config: Any, active_experts: float, by: str) -> None:
     """Refuse models without such gates, and impossible numbers."""
-    if config.router_type not in L1_ROUTERS:
+    allowed = L1_ROUTERS if by == "offset" else THRESHOLD_ROUTERS
+    if config.router_type not in allowed:
         raise ValueError(
-            f"router_type is {config.router_type}, whose number of experts has no threshold; a "
-            f"budget can be set for {', '.join(L1_ROUTERS)}"
+            f"router_type is {config.router_type}, whose number of experts has no {by}; a "
+            f"budget can be set for {', '.join(allowed)}"
         )
     if not config.moe_layers:
         raise ValueError("the model is dense, so that it has no active experts to budget")

@@ -16,9 +16,11 @@ ROUTER_TYPES = (
     *L1_ROUTERS, "topk_pre_softmax", "topk_post_softmax", "topk_sigmoid", "null_experts", "top_p",
     "expert_threshold", "hash",
 )  # fmt: skip
+# Routers whose small gates may be switched off: besides, those of TopK, which then use k at most.
+THRESHOLD_ROUTERS = (*L1_ROUTERS, "topk_pre_softmax", "topk_post_softmax", "topk_sigmoid")
 BUDGET = ("gate_threshold", "gate_offset", "max_active_experts")
 # Version of config.json and of the names of weights; older code refuses a newer one. A model whose
-# budget older code would ignore has the second.
+# budget, or whose norm of queries and keys, older code would ignore has the second.
 FORMAT_VERSION, BUDGET_VERSION = 1, 2
 
 _FORMER = {"l1_coeff_rule": "sign", "router_bias": False}  # settings of earlier versions
@@ -85,6 +87,8 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: _is_number(x) and 0 <= x < 1, "a number of at least 0 and below 1",
     ),
     "attention_dropout": (lambda x: _is_number(x) and 0 <= x <= 1, "a number between 0 and 1"),
+    "qk_norm": (lambda x: x in ("projection", "head"), "projection, head or null"),
+    "clip_qkv": (lambda x: _is_number(x) and x > 0, "a positive number, or null"),
 }  # fmt: skip
 
 
@@ -110,10 +114,14 @@ class ReMoEConfig(LlamaConfig):
         num_experts: E.
         num_experts_per_tok: k; with ReLU routing the mean at the target sparsity.
         moe_intermediate_size: width of one expert.
+        qk_norm: RMSNorm of queries and keys before RoPE: over the whole "projection" (as in OLMoE),
+            over each "head" (as in Qwen3-MoE), or None.
+        clip_qkv: bound on the size of queries, keys and values (as in OLMoE), or None.
         mlp_only_layers: layers with a dense MLP of width `intermediate_size` in place of experts.
         l1_coeff: coefficient of the L1 penalty for every layer with experts; None means no penalty.
         l1_coeff_init, l1_coeff_multiplier, target_sparsity: settings of its controller (Eq. 7).
-        gate_threshold: gates of a smaller size are switched off, and the others keep their value.
+        gate_threshold: gates of a smaller size are switched off, and the others keep their value;
+            also with TopK routers, whose tokens then have k experts or fewer.
         gate_offset: a constant that is taken from every logit before the ReLU, with `relu_l2` from
             the logits over their norm; a negative one lets more experts be active.
         max_active_experts: most experts of a token, those with the largest gates; None is no limit.
@@ -159,6 +167,8 @@ class ReMoEConfig(LlamaConfig):
     num_experts: int = 8
     num_experts_per_tok: int = 1
     moe_intermediate_size: int = 11008
+    qk_norm: str | None = None
+    clip_qkv: float | None = None
     mlp_only_layers: list[int] | None = None
     l1_coeff: list[float] | None = None
     l1_coeff_init: float = 1e-8
@@ -224,11 +234,11 @@ class ReMoEConfig(LlamaConfig):
             value = getattr(self, name)
             if value is None:
                 continue
-            if self.router_type not in L1_ROUTERS:
+            allowed = THRESHOLD_ROUTERS if name == "gate_threshold" else L1_ROUTERS
+            if self.router_type not in allowed:
                 raise ValueError(
-                    f"{name} is {value!r}, which is a bound on gates of a ReLU "
-                    f"({', '.join(L1_ROUTERS)}), and router_type is {self.router_type}; leave it "
-                    f"out"
+                    f"{name} is {value!r}, which is a bound on gates of the routers "
+                    f"{', '.join(allowed)}, and router_type is {self.router_type}; leave it out"
                 )
             self._check_value(name)
             if isinstance(value, list | tuple) and len(value) != len(self.moe_layers):
@@ -240,7 +250,8 @@ class ReMoEConfig(LlamaConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, with the version of the format that these need."""
         fields: dict[str, Any] = super().to_dict()
-        is_new = self.gate_threshold is not None or self.gate_offset is not None
+        added = (self.gate_threshold, self.gate_offset, self.qk_norm)
+        is_new = any(value is not None for value in added)
         if (most := self.max_active_experts) is not None:  # which only `relu` had, for all layers
             is_new = is_new or self.router_type != "relu" or not isinstance(most, int)
         return fields | {"format_version": BUDGET_VERSION if is_new else FORMAT_VERSION}
@@ -290,6 +301,17 @@ class ReMoEConfig(LlamaConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even one")
+        width = self.num_attention_heads * self.head_dim
+        if self.qk_norm == "projection" and width != self.hidden_size:
+            raise ValueError(
+                f"qk_norm is 'projection', which asks for heads of {self.hidden_size} values in "
+                f"all (hidden_size); num_attention_heads * head_dim is {width}"
+            )
+        if self.clip_qkv is not None and self.qk_norm != "projection":
+            raise ValueError(
+                f"clip_qkv is {self.clip_qkv!r}, which only goes with qk_norm 'projection'; leave "
+                f"it out"
+            )
         dense = self.mlp_only_layers
         layers = range(self.num_hidden_layers)
         if dense is not None and not (

@@ -27,12 +27,14 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
 from .budget_remoe import Budget, limited_gates, set_budget
-from .configuration_remoe import L1_ROUTERS, ReMoEConfig, refuse_misspelled
+from .configuration_remoe import L1_ROUTERS, THRESHOLD_ROUTERS, ReMoEConfig, refuse_misspelled
 from .experts_remoe import ReMoEExperts
 
 logger = logging.get_logger(__name__)
@@ -42,6 +44,8 @@ FORWARD_ARGUMENTS = (
     "use_cache", "output_attentions", "output_hidden_states", "output_routing", "logits_to_keep",
     "return_dict", "num_items_in_batch", "shift_labels", "ignore_index",
 )  # fmt: skip
+# Attention by the norm of its queries and keys; the last two have the weights q_norm and k_norm.
+ATTENTIONS = {None: LlamaAttention, "projection": OlmoeAttention, "head": Qwen3MoeAttention}
 UNMOVED_STEPS = 100  # forward passes with equal coefficients before a warning
 
 
@@ -342,7 +346,7 @@ class ReMoERouter(nn.Module):
 
     def route(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Return gates and the map of active experts within the budget, both `[T, E]`."""
-        if self.router_type not in L1_ROUTERS:
+        if self.router_type not in THRESHOLD_ROUTERS:
             return self.select(logits_TE)
         threshold, most = self._of_layer("gate_threshold"), self._of_layer("max_active_experts")
         at_least_one = self.config.at_least_one_expert
@@ -489,7 +493,7 @@ class ReMoEDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: ReMoEConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(config, layer_idx)
+        self.self_attn = ATTENTIONS[config.qk_norm](config, layer_idx)
         self.is_dense = layer_idx in (config.mlp_only_layers or ())
         self.mlp = LlamaMLP(config) if self.is_dense else ReMoEBlock(config, layer_idx)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -40,7 +40,9 @@ CASES = {
     "relu, untied": RELU | UNTIED,
     "relu, E 8, k 2, G 2, one group, tied": RELU
     | {"num_experts": 8, "moe_router_topk": 2, "moe_granularity": 2, "num_query_groups": 1},
-    "relu, as many groups as heads": RELU | UNTIED | {"num_query_groups": 4},
+    "relu, as many groups as heads, normed": RELU
+    | UNTIED
+    | {"num_query_groups": 4, "qk_layernorm": True},
     "relu, dense first layer": RELU | {"moe_layer_freq": "[0,1]"},
     "relu, shortcuts": RELU
     | {"moe_relu_max_active_experts": 2, "moe_relu_at_least_one_expert": True},

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from megatron.remoe.cli import bench, checkpoint, convert, data, model, run, verify
+from megatron.remoe.cli import adapt, bench, checkpoint, convert, data, model, run, verify
 
 # The panels of `remoe --help` and their commands, in the order in which they are shown.
 PANELS = {
@@ -26,7 +26,7 @@ PANELS = {
         "compare",
         "checkpoint",
     ),  # fmt: skip
-    "Models": ("convert", "generate", "evaluate", "analyze", "report"),
+    "Models": ("convert", "adopt", "budget", "generate", "evaluate", "analyze", "report"),
     "Check": ("doctor", "verify", "bench"),
 }
 
@@ -49,7 +49,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for commands in (run.app, model.app):  # Their commands stand beside the groups.
+for commands in (run.app, model.app, adapt.app):  # Their commands stand beside the groups.
     app.add_typer(commands)
 for name, group in (
     ("data", data.app),

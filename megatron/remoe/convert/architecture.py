@@ -31,7 +31,6 @@ _REQUIRED: dict[str, Any] = {
     "activation_func_clamp_value": None,
     "add_bias_linear": False,
     "add_qkv_bias": False,
-    "qk_layernorm": False,
     "qk_l2_norm": False,
     "attention_output_gate": False,
     "softmax_type": "vanilla",
@@ -61,6 +60,7 @@ _REQUIRED_IN_CONFIG: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "attention_dropout": 0.0,
+    "clip_qkv": None,
     "l1_coeff_rule": "sign",  # of earlier versions
     "router_bias": False,  # likewise
 }
@@ -126,7 +126,13 @@ def to_config(args: argparse.Namespace) -> Config:
         "mlp_bias": False,
         "attention_dropout": 0.0,
     }
+    qk_norm = "head" if given.get("qk_layernorm") else None
     if args.num_experts is None:
+        if qk_norm is not None:
+            raise ValueError(
+                "the run is dense and has qk_layernorm=True, which a Llama does not do; only "
+                "qk_layernorm=False can be converted"
+            )
         return config
     with_experts = layers_with_experts(given["moe_layer_freq"], args.num_layers)
     dense = [layer for layer in range(args.num_layers) if layer not in with_experts]
@@ -140,6 +146,7 @@ def to_config(args: argparse.Namespace) -> Config:
         "router_type": router_type_of(router, given),
         "router_dtype": ROUTER_DTYPES[args.moe_router_dtype],
         "mlp_only_layers": dense or None,
+        "qk_norm": qk_norm,
         "target_sparsity": 1 - args.moe_router_topk / args.num_experts,
     }
     # The published code has some of these arguments only; it does as our defaults do.
@@ -181,6 +188,11 @@ def check_expressible(config: Config) -> None:
             raise ValueError(
                 f"config.json has {name} = {config[name]!r}; only {required!r} can be converted"
             )
+    if config.get("qk_norm") == "projection":
+        raise ValueError(
+            "config.json has qk_norm = 'projection', as OLMoE does, but Megatron's qk_layernorm "
+            "norms each head on its own; only models with qk_norm 'head' or null can be converted"
+        )
     rope = config["rope_parameters"]
     if rope.get("rope_type", "default") != "default":
         raise ValueError(
@@ -234,6 +246,7 @@ def to_flags(config: Config, padded_vocab_size: int) -> dict[str, Any]:
     }
     if config["model_type"] == "llama":
         return flags
+    flags |= {"qk_layernorm": True} if config.get("qk_norm") == "head" else {}
     router = config["router_type"]
     dtypes = {value: key for key, value in ROUTER_DTYPES.items()}
     flags |= {megatron: config[hf] for megatron, hf in _EXPERTS.items()} | {

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,12 @@ def export(
     license: str | None = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
+    files: Mapping[str, str] | None = None,
 ) -> Config:
-    """Write an open model as `to_hf` does; `out` must not replace anything in `reads`."""
+    """Write an open model as `to_hf` does; `out` must not replace anything in `reads`.
+
+    The other `files`, texts by their names, are written beside the model.
+    """
     card.check_license(license)
     dtype = dtype or source.dtype
     config = source.config | {"dtype": str(dtype).removeprefix("torch.")}
@@ -98,8 +102,9 @@ def export(
         for name in card.BUDGET_FILES:
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, folder / name)
-        text = card.model_card(source, config, folder, license)
-        (folder / card.NAME).write_text(text)
+        for name, text in (files or {}).items():
+            (folder / name).write_text(text)
+        (folder / card.NAME).write_text(card.model_card(source, config, folder, license))
     return config
 
 

@@ -9,8 +9,9 @@ the model's config, `padding.` is a tensor for a file beside the weights (rows o
 that only Megatron has), and everything else is a weight.
 
 Dimensions: V vocabulary, P padded rows beyond V, H hidden, Q query heads x head, K query groups x
-head, E experts, N logits of a router, A scales of its gates, F expert width, G = 2F, D dense width,
-R what a router reads (the state of a recurrent router, else H), S rows of the gates of its cell.
+head, Z values of a head, E experts, N logits of a router, A scales of its gates, F expert width,
+G = 2F, D dense width, R what a router reads (the state of a recurrent router, else H), S rows of
+the gates of its cell.
 """
 
 from collections import Counter
@@ -82,7 +83,8 @@ class Rule:
             output layer), "recurrent", "shared projection" (models with recurrent routers), or the
             kind of layer: "dense", "moe", or moe with a router that has "logits", the budget "l1",
             a "scale" of its gates, a "load" by which it is balanced, a "projection" of its own,
-            or, by its name, "top_p" or "expert_threshold".
+            or, by its name, "top_p" or "expert_threshold"; or "norm of each head" or "norm of each
+            projection", by the queries and keys of attention.
     """
 
     megatron: str
@@ -114,6 +116,16 @@ TABLE: tuple[Rule, ...] = (
         _join_qkv,
     ),
     Rule(_M + "self_attention.linear_proj.weight", {_H + "self_attn.o_proj.weight": "HQ"}),
+    # norms of queries and keys; Megatron has only those of each head
+    *(
+        Rule(
+            _M + f"self_attention.{one}_layernorm.weight",
+            {_H + f"self_attn.{one}_norm.weight": letters},
+            when=f"norm of each {of}",
+        )
+        for of, shapes in (("head", "ZZ"), ("projection", "QK"))
+        for one, letters in zip("qk", shapes, strict=True)
+    ),
     # experts
     Rule(
         _M + "pre_mlp_layernorm.weight",
@@ -242,6 +254,7 @@ def dims_of(config: Config, padded_vocab_size: int) -> Dims:
         "H": config["hidden_size"],
         "Q": config["num_attention_heads"] * config["head_dim"],
         "K": config["num_key_value_heads"] * config["head_dim"],
+        "Z": config["head_dim"],
         "E": experts,
         "N": logits,
         "A": experts if router == "relu_rms" else 1,
@@ -281,10 +294,11 @@ def plan(config: Config, padded_vocab_size: int) -> list[Item]:
 
 
 def _kinds(config: Config, layer: int) -> set[str]:
+    common = {"always", f"norm of each {config.get('qk_norm')}"}
     if config["model_type"] != "remoe" or layer in (config.get("mlp_only_layers") or ()):
-        return {"always", "dense"}
+        return common | {"dense"}
     router = config["router_type"]
-    kinds = {"always", "moe", router} | ({"logits"} if router != "hash" else set())
+    kinds = common | {"moe", router} | ({"logits"} if router != "hash" else set())
     if router in ROUTINGS and ROUTINGS[router].budget == "l1":
         kinds |= {"l1"} | ({"load"} if config.get("load_balancing") == "global_batch" else set())
         kinds |= {"scale"} if router != "relu" else set()

@@ -96,6 +96,11 @@ class TokenizerFiles:
         """What the tokenizer is: the type of its model and its number of entries."""
         return f"{type(self._loaded[0].model).__name__}, {self.vocab_size:,} entries"
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of every token."""
+        entries: dict[str, int] = self._loaded[0].get_vocab()
+        return entries
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text."""
         ids: list[int] = self._loaded[0].encode(text).ids
