@@ -643,7 +643,9 @@ def test_an_exported_folder_loads_where_this_package_is_missing(tmp_path):
         "AutoModelForCausalLM": "modeling_remoe.ReMoEForCausalLM",
     }
     model.save_pretrained(tmp_path / "model")
-    vocabulary = Tokenizer(models.WordLevel({"the": 0, "relu": 1}, unk_token="the"))
+    vocabulary = Tokenizer(
+        models.WordLevel({"the": 0, "relu": 1, "<|endoftext|>": 2}, unk_token="the")
+    )
     vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
     vocabulary.save(str(tmp_path / "tokenizer.json"))
     TokenizerFiles(tmp_path / "tokenizer.json").write(tmp_path / "model")

@@ -23,7 +23,7 @@ LEAST_TOKENS = 512
 TOLERANCE = 0.01  # of the target
 _FIELDS = {"threshold": "gate_threshold", "offset": "gate_offset"}
 _TOKENS_AT_ONCE = 8192
-_MOST_STEPS = 32  # of doubling, and of halving
+_MOST_STEPS = 24  # of doubling, and of halving
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,7 @@ def test_a_budget_is_calibrated_on_named_text_and_said(call, home):
         (["--active-experts", "0.5"], "no run, so that it names no text; .*(--calibrate-on)"),
         (["--calibrate-on", "tokens/valid"], "there is nothing to calibrate"),
         (["--active-experts", "99", "--calibrate-on", "tokens/valid"], "active_experts is 99.0"),
-        (["--active-experts", "0.5", "--calibrate-on", "run.yaml"], "pass at least 512"),
+        (["--active-experts", "0.5", "--calibrate-on", "hf/generation_config.json"], "least 512"),
     ],
 )
 def test_a_budget_without_text_or_number_is_refused(call, home, argv, message):
