@@ -131,7 +131,7 @@ def _save_from_hub(flags: dict[str, Any], folder: Path) -> bool:
     from transformers import AutoTokenizer
 
     try:
-        AutoTokenizer.from_pretrained(name).save_pretrained(folder)  # type: ignore[no-untyped-call]
+        AutoTokenizer.from_pretrained(name).save_pretrained(folder)
     except Exception as error:  # Tokenizers come from many libraries.
         reason = " ".join(str(error).split())
         raise ValueError(f"tokenizer_model: {name} cannot be read: {reason}") from error
