@@ -63,13 +63,15 @@ def to_hf(
     Raises:
         ValueError: there is no checkpoint, the model cannot be converted, or `out` is not empty.
     """
+    source = MegatronSource(path, tokenizer)
     return export(
-        MegatronSource(path, tokenizer),
+        source,
         out,
         reads=[path, *([tokenizer] if tokenizer else [])],
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         license=license,
+        budget=source.folder,
         force=force,
         progress=progress,
     )
@@ -83,10 +85,14 @@ def export(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     license: str | None = None,
+    budget: Path | None = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Config:
-    """Write an open model as `to_hf` does; `out` must not replace anything in `reads`."""
+    """Write an open model as `to_hf` does; `out` must not replace anything in `reads`.
+
+    If the folder `budget` has a curve of `remoe budget`, the model gets a copy.
+    """
     card.check_license(license)
     dtype = dtype or source.dtype
     config = source.config | {"dtype": str(dtype).removeprefix("torch.")}
@@ -96,9 +102,9 @@ def export(
         _write_config(config, folder)
         if source.tokenizer is not None:
             source.tokenizer.write(folder)
-        for name in card.BUDGET_FILES:
-            if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, folder / name)
+        for file in (budget / name for name in card.BUDGET_FILES) if budget else ():
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
         text = card.model_card(source, config, folder, license)
         (folder / card.NAME).write_text(text)
     return config
