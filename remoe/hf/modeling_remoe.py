@@ -20,6 +20,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -31,7 +32,6 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.utils import logging
-from transformers.utils.generic import ModelOutput
 
 from .budget_remoe import Budget, limited_gates, set_budget
 from .configuration_remoe import L1_ROUTERS, THRESHOLD_ROUTERS, ReMoEConfig, refuse_misspelled
@@ -46,6 +46,8 @@ FORWARD_ARGUMENTS = (
 )  # fmt: skip
 # Attention by the norm of its queries and keys; the last two have the weights q_norm and k_norm.
 ATTENTIONS = {None: LlamaAttention, "projection": OlmoeAttention, "head": Qwen3MoeAttention}
+# transformers 5.24 calls the cache of keys and values `cache`, and will forget its old name.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__annotations__ else "past_key_values"
 UNMOVED_STEPS = 100  # forward passes with equal coefficients before a warning
 
 
@@ -522,7 +524,7 @@ class ReMoEDecoderLayer(GradientCheckpointingLayer):
 
 
 @dataclass
-class ReMoEModelOutput(ModelOutput):
+class ReMoEModelOutput(BaseModelOutputWithPast):
     """What `ReMoEModel` returns.
 
     Attributes:
@@ -531,17 +533,13 @@ class ReMoEModelOutput(ModelOutput):
         l1_reg: the L1 regularizer of every such layer, `[L]`, over tokens that are no padding.
     """
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     router_probs: tuple[Tensor, ...] | None = None
     active_experts: tuple[Tensor, ...] | None = None
     l1_reg: Tensor | None = None
 
 
 @dataclass
-class ReMoECausalLMOutput(ModelOutput):
+class ReMoECausalLMOutput(CausalLMOutputWithPast):
     """What `ReMoEForCausalLM` returns; see `ReMoEModelOutput`.
 
     Attributes:
@@ -549,11 +547,6 @@ class ReMoECausalLMOutput(ModelOutput):
         penalty: the sum of `l1_coeff * l1_reg` over layers (Eq. 6), when the model is training.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     router_probs: tuple[Tensor, ...] | None = None
     active_experts: tuple[Tensor, ...] | None = None
     l1_reg: Tensor | None = None
@@ -568,7 +561,7 @@ class ReMoEPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["ReMoEDecoderLayer"]
     # Accelerate would move the cell, which is a module, from layer to layer.
-    _skip_keys_device_placement = ["past_key_values", "cell"]
+    _skip_keys_device_placement = [CACHE, "cell"]
     _keep_in_fp32_modules_strict = {"recurrent_cell"}
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -637,6 +630,7 @@ class ReMoEModel(ReMoEPreTrainedModel):
         With `output_routing` the output has the routing of every layer.
         """
         config = self.config
+        past_key_values = kwargs.pop("cache", past_key_values)
         if not torch.compiler.is_compiling():
             refuse_misspelled(kwargs, FORWARD_ARGUMENTS, "argument")
             config.check_budget()
@@ -681,12 +675,12 @@ class ReMoEModel(ReMoEPreTrainedModel):
                 config=config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE: past_key_values},
             ),
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=position_ids),
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            CACHE: past_key_values,
             "token_ids": input_ids if config.router_type == "hash" else None,
         }
         hidden_states, state = inputs_embeds, None
@@ -704,7 +698,7 @@ class ReMoEModel(ReMoEPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         output = ReMoEModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE: past_key_values if use_cache else None},
             hidden_states=(*all_hidden, hidden_states) if with_hidden else None,
             attentions=tuple(all_attentions) if with_attentions else None,
         )
@@ -893,7 +887,7 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=kwargs.pop("cache", past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -931,7 +925,7 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
         output = ReMoECausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_probs=outputs.router_probs,

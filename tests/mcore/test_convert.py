@@ -359,8 +359,16 @@ def test_mistakes_of_an_export(call, model, tmp_path, argv, message):
 def test_shards_and_dtype(call, model, tmp_path):
     """Small shards hold the same tensors as one file, and a dtype is what it says."""
     options = ["--max-shard-size", "40KB", "--dtype", "bf16"]
-    source = str(model / "iter_0000003")
-    assert call(tiny.remoe, tmp_path, "convert", "to-hf", source, "out", *options)[0] == 0
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/iter_0000003").symlink_to(model / "iter_0000003")
+    point = {"active": 1.5, "loss": 2.25, "half_width": 0.125}
+    curve = {"sequences": 4, "sequence_length": 512, "curves": [{"points": [point]}]}
+    (tmp_path / "run/budget.json").write_text(json.dumps(curve))
+    assert (
+        call(tiny.remoe, tmp_path, "convert", "to-hf", "run/checkpoints", "out", *options)[0] == 0
+    )
+    assert "| 1.50 | 2.2500 ± 0.1250 |" in (tmp_path / "out/README.md").read_text()
+    assert json.loads((tmp_path / "out/budget.json").read_text()) == curve
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2 and all(f.endswith(f"-of-{len(files):05}.safetensors") for f in files)

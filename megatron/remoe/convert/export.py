@@ -62,13 +62,15 @@ def to_hf(
     Raises:
         ValueError: there is no checkpoint, the model cannot be converted, or `out` is not empty.
     """
+    source = MegatronSource(path, tokenizer)
     return export(
-        MegatronSource(path, tokenizer),
+        source,
         out,
         reads=[path, *([tokenizer] if tokenizer else [])],
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         license=license,
+        budget=source.folder,
         force=force,
         progress=progress,
     )
@@ -82,6 +84,7 @@ def export(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     license: str | None = None,
+    budget: Path | None = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
     files: Mapping[str, str] | None = None,
@@ -89,6 +92,7 @@ def export(
     """Write an open model as `to_hf` does; `out` must not replace anything in `reads`.
 
     The other `files`, texts by their names, are written beside the model.
+    If the folder `budget` has a curve of `remoe budget`, the model gets a copy.
     """
     card.check_license(license)
     dtype = dtype or source.dtype
@@ -99,9 +103,9 @@ def export(
         _write_config(config, folder)
         if source.tokenizer is not None:
             source.tokenizer.write(folder)
-        for name in card.BUDGET_FILES:
-            if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, folder / name)
+        for file in (budget / name for name in card.BUDGET_FILES) if budget else ():
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
         for name, text in (files or {}).items():
             (folder / name).write_text(text)
         (folder / card.NAME).write_text(card.model_card(source, config, folder, license))

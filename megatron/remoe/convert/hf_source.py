@@ -126,11 +126,6 @@ class HFSource:
                 if name.startswith(CONFIG):
                     value_in_config(str(self.path / "config.json"), self.config, name)
 
-    @property
-    def folder(self) -> Path:
-        """Where other files about the model are."""
-        return self.path
-
     @cached_property
     def tokenizer(self) -> TokenizerFiles | None:
         """The chosen tokenizer, or the folder's own; None if there is none."""

@@ -38,15 +38,10 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 
 
 class Source(Protocol):
-    """A model of which any tensor can be asked for, in Hugging Face's terms.
-
-    Attributes:
-        folder: where other files about the model are.
-    """
+    """A model of which any tensor can be asked for, in Hugging Face's terms."""
 
     config: Config
     items: list[Item]
-    folder: Path
 
     @property
     def dtype(self) -> torch.dtype:
