@@ -27,7 +27,8 @@ SIZES = {
     "eos_token_id": None,
 }
 LENGTH, DOCUMENTS = 32, ("even", "odd")
-FLAGS = ["--data", "tokens", "--steps", "30", "--batch-size", "4", "--active-experts", "0.7"]
+FLAGS = ["--data", "tokens", "--steps", "30", "--batch-size", "4", "--router", "relu"]
+FLAGS += ["--active-experts", "0.7"]
 
 
 def chain(name: str) -> torch.Tensor:
@@ -128,7 +129,7 @@ def adopt_until(home: Path, step: int, out: str) -> None:
             raise KeyboardInterrupt
 
     prepare()
-    settings = adopt.Settings(0.7, steps=30, batch_size=4)
+    settings = adopt.Settings(0.7, steps=30, batch_size=4, router="relu")
     with contextlib.chdir(home), contextlib.suppress(KeyboardInterrupt):
         adopt.adopt(Path("olmoe"), Path(out), Path("tokens"), settings, shown=stop)
 
@@ -151,10 +152,10 @@ def test_a_topk_model_of_ours_is_adopted_in_other_ways(call, home):
     model.save_pretrained(home / "ours")
     before = model.state_dict()
     for name, flags in {
-        "kept": ["--router", "topk", "--active-experts", "1.5"],
-        "l1": ["--walk", "l1", "--active-experts", "1.5"],
+        "kept": ["--active-experts", "1.5"],
+        "l1": ["--router", "relu", "--walk", "l1", "--active-experts", "1.5"],
         "lower": ["--keep-topk", "1"],
-        "whole": ["--all-weights", "--active-experts", "1.5"],
+        "whole": ["--router", "relu", "--all-weights", "--active-experts", "1.5"],
     }.items():
         argv = ["adopt", "ours", name, "--data", "tokens", "--steps", "8", *flags]
         code, out, error = call(tiny.remoe, home, *argv, "--batch-size", "2")
@@ -222,6 +223,10 @@ MISTAKES = {
     "router": (
         ["olmoe", "--active-experts", "1", "--router", "x"],
         "router is 'x'; it must be one",
+    ),
+    "no gates": (
+        ["olmoe", "--active-experts", "1", "--walk", "l1"],
+        "the walk is l1, which acts on gates of a ReLU; choose --router relu",
     ),
     "little": (
         ["olmoe", "--active-experts", "1", "--batch-size", "40"],
