@@ -33,8 +33,9 @@ def adopt(
     """Make a model whose tokens choose how many experts they use from a trained TopK mixture.
 
     Gates below a threshold are switched off, and the routers are distilled while the number of
-    active experts falls to the target. An adoption that is interrupted goes on with the same command. Models are
-    runs, checkpoints and exports with TopK, and folders of OLMoE, Mixtral and Qwen3-MoE.
+    active experts falls to the target. An adoption that is interrupted goes on with the same
+    command. Models are runs, checkpoints and exports with TopK, and folders of OLMoE, Mixtral and
+    Qwen3-MoE.
 
     Example: remoe adopt OLMoE-1B-7B adopted --data tokens/train --active-experts 5.5
 
