@@ -51,7 +51,7 @@ def one_after_another(experts: Any, x_TH: Tensor, active_TE: Tensor, probs_TE: T
     y_TH = torch.zeros_like(x_TH)
     gate_up, down = experts.gate_up_proj.unbind(0), experts.down_proj.unbind(0)
     counts = active_TE.sum(dim=0).tolist()
-    tokens = active_TE.T.nonzero()[:, 1].split(counts)
+    tokens = torch.split(active_TE.T.nonzero()[:, 1], counts)
     for expert in [e for e, count in enumerate(counts) if count]:
         token_a = tokens[expert]
         gate, up = F.linear(x_TH[token_a], gate_up[expert]).chunk(2, dim=-1)
@@ -83,7 +83,8 @@ def build(model: Model, dtype: torch.dtype, device: str) -> tuple[ReMoEForCausal
     config = ReMoEConfig(
         **model.fields(), moe_intermediate_size=model.ffn, intermediate_size=model.ffn
     )
-    ours = ReMoEForCausalLM(config).to(device, dtype).eval()
+    ours: Any = ReMoEForCausalLM(config)
+    ours = ours.to(device=device, dtype=dtype).eval()
     tokens = torch.randint(_VOCABULARY, (max(BATCHES), PREFILL), device=device)
     budget = ours.set_budget(model.topk, tokens[:1], by="offset")
     assert budget is not None
@@ -96,7 +97,8 @@ def olmoe(model: Model, dtype: torch.dtype, device: str, experts: str) -> Any:
 
     config: Any = OlmoeConfig(**model.fields(), intermediate_size=model.ffn)
     config._experts_implementation = experts
-    return OlmoeForCausalLM(config).to(device, dtype).eval()  # type: ignore[arg-type]
+    other: Any = OlmoeForCausalLM(config)
+    return other.to(device=device, dtype=dtype).eval()
 
 
 def cases(model: Model, dtype: torch.dtype, device: str) -> dict[str, list[Alternative]]:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megatron.remoe.convert.architecture import BUDGET
 from megatron.remoe.convert.exported import check_vocabulary, exported, load
-from megatron.remoe.convert.source import HFSource, MegatronSource, open_source
+from megatron.remoe.convert.hf_source import HFSource
+from megatron.remoe.convert.source import MegatronSource, open_source
 from megatron.remoe.evaluate.perplexity import DEFAULT_SEED, default_length, find_domains
 from megatron.remoe.evaluate.text import read_text, validation_files
 from megatron.remoe.files import read_json_object
