@@ -55,7 +55,7 @@ class Settings:
     lr: float = 0.02
     all_weights: bool = False
     walk: str = "threshold"
-    router: str = "relu"
+    router: str = KEPT
     keep_topk: int | None = None
     sequence_length: int | None = None
     seed: int = 1234

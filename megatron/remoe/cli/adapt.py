@@ -23,7 +23,7 @@ def adopt(
     batch_size: AtLeastOne = 8,
     lr: float = 0.02,
     all_weights: bool = False,
-    router: str = "relu",
+    router: str = "topk",
     walk: str = "threshold",
     sequence_length: AtLeastOneOrNone = None,
     seed: AtLeastOne = 1234,
@@ -32,9 +32,10 @@ def adopt(
 ) -> None:
     """Make a model whose tokens choose how many experts they use from a trained TopK mixture.
 
-    Its routers are fitted to the teacher's, and then distilled while the number of active experts
-    falls to the target. An adoption that is interrupted goes on with the same command. Models are
-    runs, checkpoints and exports with TopK, and folders of OLMoE, Mixtral and Qwen3-MoE.
+    Gates below a threshold are switched off, and the routers are distilled while the number of
+    active experts falls to the target. An adoption that is interrupted goes on with the same
+    command. Models are runs, checkpoints and exports with TopK, and folders of OLMoE, Mixtral and
+    Qwen3-MoE.
 
     Example: remoe adopt OLMoE-1B-7B adopted --data tokens/train --active-experts 5.5
 
@@ -52,8 +53,8 @@ def adopt(
         batch_size: The number of sequences of a step.
         lr: The learning rate, relative to the size of each weight.
         all_weights: Train all weights, and not the routers alone.
-        router: The router of the new model, relu, or topk for that of the teacher, of which small
-            gates are switched off.
+        router: The router of the new model, topk for that of the teacher, of which small gates are
+            switched off, or relu for one with ReLU gates that is fitted to it.
         walk: What takes experts away on the way to the target, the threshold of gates, or l1 for
             the L1 penalty.
         sequence_length: The length of the sequences, by default that of the run, or else the
