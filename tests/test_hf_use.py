@@ -70,7 +70,7 @@ def padded(left: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ({"max_active_experts": [2, 1, 1]}, "max_active_experts has 3 values for 2 layers"),
         (
             {"router_type": "topk_sigmoid", "max_active_experts": 2},
-            "max_active_experts is 2, .* of the routers relu, relu_rms, relu_l2, and router_type is",
+            "max_active_experts is 2, .* of the routers relu, relu_rms, relu_l2, and router",
         ),
         ({"router_type": "hash", "gate_offset": 0.1}, "gate_offset is 0.1, .* router_type is hash"),
         ({"gate_threshold": -0.1}, "gate_threshold is -0.1; it must be a number that is not neg"),
