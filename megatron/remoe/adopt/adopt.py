@@ -32,7 +32,7 @@ ROUTERS = ("relu", KEPT)
 _LENGTH = 1024  # the longest sequences by default
 _HELD_OUT, _CALIBRATION = 32, 16  # the most sequences
 _PARTS = 8  # one of them is held out
-_SAVE_EVERY = 20  # steps
+_SAVE_EVERY = 10  # steps
 Shown = Callable[[int, int, str], None]
 
 
@@ -251,7 +251,7 @@ class _Job:
         self.teacher = teacher.load()
         self.calibration = texts.train.inputs[:_CALIBRATION]
         self.progress, self.losses = Progress.start(), dict[str, float]()
-        self.lines: list[Any] = []
+        self.lines: list[dict[str, Any]] = []
 
     def run(self) -> Adopted:
         """Fit, distill and measure, or go on from what was saved."""
@@ -284,7 +284,8 @@ class _Job:
         self.losses["teacher"], _ = self._measure(self.teacher)
         state = self.teacher.state_dict()
         if self.settings.router != KEPT and self.settings.keep_topk is None:
-            weights, self.lines = fit(self.teacher, self.calibration)
+            weights, lines = fit(self.teacher, self.calibration)
+            self.lines = [asdict(line) for line in lines]
             state = state | weights
         student = self._student(state)
         if self.plan.target is not None:
@@ -329,7 +330,7 @@ class _Job:
             {
                 "progress": asdict(self.progress),
                 "losses": self.losses,
-                "lines": [asdict(line) for line in self.lines],
+                "lines": self.lines,
                 "weights": {name: p.detach() for name, p in self.parameters.items()},
                 "optimizer": self.optimizer.state_dict(),
                 "peaks": [group["peak"] for group in self.optimizer.param_groups],
@@ -363,7 +364,6 @@ class _Job:
 
     def record(self, result: Adopted) -> dict[str, Any]:
         """Return what `adoption.json` says."""
-        lines = [line if isinstance(line, dict) else asdict(line) for line in self.lines]
         return {
             "model": str(self.opened.path),
             "data": self.texts.train.data,
@@ -374,7 +374,7 @@ class _Job:
             "held_out_sequences": len(self.texts.held_out.inputs),
             "losses": asdict(result),
             "gate_threshold": self.student.config.gate_threshold,
-            "lines": lines,
+            "lines": self.lines,
             "divergence_per_step": self.progress.losses,
             "active_experts_per_step": self.progress.active,
         }
