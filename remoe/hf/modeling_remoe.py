@@ -660,17 +660,18 @@ class ReMoEModel(ReMoEPreTrainedModel):
                 f"output_attentions is set, but {attention} attention does not return its weights; "
                 f"call set_attn_implementation('eager') first."
             )
+        cached: dict[str, Any] = {CACHE: past_key_values}
         common = {
             "attention_mask": create_causal_mask(
                 config=config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                **{CACHE: past_key_values},
+                **cached,
             ),
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=position_ids),
             "position_ids": position_ids,
-            CACHE: past_key_values,
+            **cached,
             "token_ids": input_ids if config.router_type == "hash" else None,
         }
         hidden_states, state = inputs_embeds, None
@@ -688,7 +689,7 @@ class ReMoEModel(ReMoEPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         output = ReMoEModelOutput(
             last_hidden_state=hidden_states,
-            **{CACHE: past_key_values if use_cache else None},
+            **(cached if use_cache else {}),
             hidden_states=(*all_hidden, hidden_states) if with_hidden else None,
             attentions=tuple(all_attentions) if with_attentions else None,
         )
