@@ -144,13 +144,14 @@ def test_every_command_of_every_stage_parses(sizes):
 
 def planned_steps(lines: list[str]) -> list[int]:
     """Let Megatron check runs as on one GPU; their data need not exist."""
+    from megatron.remoe.run import examples
     from megatron.remoe.run.config import load_config
     from megatron.remoe.run.plan import Place, plan
 
     steps = []
     for line in lines:
         config, *overrides = [w for w in shlex.split(line) if "=" in w or w.endswith(".yaml")]
-        run = load_config(runner.PRESETS.parent / config, overrides)
+        run = load_config(examples.FOLDER.parent / config, overrides)
         steps.append(plan(run, Place(processes=1, purpose="describe")).args.train_iters)
     return steps
 
