@@ -134,9 +134,9 @@ def stop_after(chunks):
             print("stopped", flush=True)
             time.sleep(600)
 
-def encode_chunks(pool, chunks, *, workers, encode=tokenize.encode_chunks):
+def encode_chunks(pool, chunks, *, encode=tokenize.encode_chunks, **options):
     stop_after.calls += 1
-    return encode(pool, stop_after(chunks), workers=workers)
+    return encode(pool, stop_after(chunks), **options)
 
 stop_after.calls = 0
 tokenize.encode_chunks = encode_chunks

@@ -6,10 +6,10 @@
 import shutil
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 
-import remoe
 from megatron.remoe.files import scratch_folder
 
 FOLDER = Path(__file__).parents[1] / "examples"
@@ -25,7 +25,7 @@ def config_file(path: Path) -> Path:
     if path.parts[:1] != ("examples",) or path.exists() or not installed.is_file():
         return path
     print(
-        f"{path} does not exist here; reading the example of remoe {remoe.__version__}",
+        f"{path} does not exist here; reading the example of remoe {version('remoe')}",
         file=sys.stderr,
     )
     return installed
