@@ -246,8 +246,10 @@ def test_a_folder_of_checkpoints_that_cannot_be_made_is_named(call, tmp_path):
 
 
 # Everything is imported before, since another user may not be able to read it.
+# wandb, which Megatron imports, could not delete the scratch folder that it made as root.
 AS_ANOTHER_USER = """
-import contextlib, io, os
+import contextlib, io, os, sys
+sys.modules["wandb"] = None
 from megatron.remoe.cli.app import main
 with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
     main(["train", "tiny.yaml", "run_dir=tiny.yaml"])
