@@ -6,6 +6,7 @@ import math
 import os
 import random
 import struct
+import time
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -461,7 +462,10 @@ def test_a_report_becomes_an_artifact_of_the_same_wandb_run(pile_run, tmp_path, 
         logged = wandb_run.WandbRun.of(replace(run, path=Path("runs/first")))
         line = logged.log_report(Path("report.html"))
     assert line.startswith(f"artifact report-{first} of the W&B run {first} in pile; wandb sync ")
-    records = wandb_records(run.path)  # of its newest files
+    records, deadline = wandb_records(run.path), time.monotonic() + 30  # of its newest files
+    while not any(r.HasField("artifact") for r in records) and time.monotonic() < deadline:
+        time.sleep(0.2)  # W&B's process may write them later
+        records = wandb_records(run.path)
     assert {r.run.run_id for r in records if r.HasField("run")} == {first}
     (artifact,) = (record.artifact for record in records if record.HasField("artifact"))
     assert (artifact.name, artifact.type) == (f"report-{first}", "report")

@@ -268,6 +268,7 @@ def test_two_sweeps_of_one_folder_start_a_run_once(monkeypatch, tmp_path):
 # A sweep whose runs are the real agent with a script that waits in the place of training.
 SWEEP = """
 import sys
+from argparse import Namespace
 from pathlib import Path
 from rich.console import Console
 from megatron.remoe.run import rundir, sweep_jobs, torchrun

@@ -247,7 +247,7 @@ def _resume(sizes: Sizes) -> tuple[str, ...]:
 def _on_text(sizes: Sizes) -> str:
     """Train the 182M preset on the text of the quickstart."""
     files = ",".join(f"1,{_TOKENS}/train/{domain}" for domain in _DOMAINS)
-    text = f"'data_path=[{files}]' split=1,0,0 tokenizer_model={_TOKENS}/tokenizer"
+    text = f"data_root={_TOKENS} 'data_path=[{files}]' split=1,0,0"
     settings = f"{text} {_UNSAVED} train_iters={sizes.text_steps}"
     return _preset("remoe", settings, "182m_text", sizes)
 
