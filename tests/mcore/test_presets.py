@@ -6,8 +6,8 @@ import math
 import os
 import random
 import struct
-import time
 import sys
+import time
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
