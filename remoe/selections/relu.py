@@ -1,8 +1,5 @@
 """ReLU routing (arXiv 2412.14711), and what all routers under the adaptive L1 penalty share."""
 
-import itertools
-import os
-import random
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -62,7 +59,7 @@ class L1Routing(L1Coefficient, Routing):
         """Whether every layer has a coefficient of its own."""
         return self.l1_coeff_per_layer
 
-    def controller_for(self, num_experts: int, topk: float) -> ControllerConfig:
+    def controller_for(self, num_experts: int, topk: int) -> ControllerConfig:
         """Return the rule that reaches a mean of `topk` active experts out of `num_experts`."""
         return ControllerConfig(
             target_sparsity=1 - topk / num_experts,
@@ -112,7 +109,7 @@ class L1Routing(L1Coefficient, Routing):
         """Return the next coefficients (Eq. 7), and the load of the step (Eq. 11)."""
         num_experts = step.tokens_per_expert_LE.shape[1]
         sparsity = step.sparsity_L if self.per_layer else step.sparsity
-        rule = self.controller_for(num_experts, _jittered(step.topk))
+        rule = self.controller_for(num_experts, step.topk)
         moved = {"l1_coeff": next_l1_coeff(state["l1_coeff"], sparsity, rule)}
         if "load" in state:
             tokens_L1 = step.tokens_L.unsqueeze(1)
@@ -125,18 +122,6 @@ class L1Routing(L1Coefficient, Routing):
     def report(self, state: Tensors) -> Tensor:
         """Return the coefficient."""
         return state["l1_coeff"]
-
-
-_JITTER = int(os.environ.get("REMOE_TARGET_JITTER", "0"))  # steps with the same target
-_STEPS = itertools.count()
-
-
-def _jittered(topk: int) -> float:
-    """Return k, or for an experiment a number between k/4 and 2k that stays for some steps."""
-    if not _JITTER:
-        return topk
-    block = random.Random(next(_STEPS) // _JITTER)
-    return topk * 2.0 ** block.uniform(-2, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
