@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatron.remoe.adopt.state import Saved, saved_beside
 from megatron.remoe.adopt.teacher import Teacher, open_teacher
 from megatron.remoe.convert.architecture import moe_layers
 from megatron.remoe.convert.export import export
+from megatron.remoe.convert.exported import check_vocabulary
 from megatron.remoe.convert.foreign import build
 from megatron.remoe.convert.hf_source import validated
 from megatron.remoe.convert.output import check_folder
@@ -184,7 +185,7 @@ def read_texts(teacher: Teacher, data: Path, held_out: Path | None, settings: Se
         most = max(needed, (_PARTS - 1) * _HELD_OUT) + _HELD_OUT
         text = _read(teacher, data, most, length, settings.seed)
         count = max(2, min(_HELD_OUT, len(text.inputs) // _PARTS))
-        texts = Texts(_rows(text, count, None), _rows(text, 0, count))
+        texts = Texts(text.rows(count, None), text.rows(0, count))
     found = len(texts.train.inputs)
     if found < settings.batch_size:
         beside = "" if held_out is not None else f" beside {len(texts.held_out.inputs)} held out"
@@ -202,22 +203,9 @@ def _read(teacher: Teacher, data: Path, count: int, length: int, seed: int) -> T
     _check_tokenizer(data, teacher.tokenizer)
     count = max(count, len(domains))
     text = read_text(str(data), domains, length=length, tokens=count * length, seed=seed)
-    largest = max(int(text.inputs.max()), int(text.labels.max()))
-    if largest >= teacher.config["vocab_size"]:
-        raise ValueError(
-            f"{data} has token {largest}, the model's vocabulary has "
-            f"{teacher.config['vocab_size']} entries; tokenize with the model's tokenizer"
-        )
+    ids = torch.cat((text.inputs, text.labels))
+    check_vocabulary(ids, teacher.config["vocab_size"], str(data))
     return text
-
-
-def _rows(text: Text, start: int, end: int | None) -> Text:
-    return replace(
-        text,
-        inputs=text.inputs[start:end],
-        labels=text.labels[start:end],
-        domains=text.domains[start:end],
-    )
 
 
 def _check_tokenizer(data: Path, own: TokenizerFiles | None) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron.remoe.convert.exported import exported, load
+from megatron.remoe.convert.exported import load_source, on_device
 from megatron.remoe.convert.foreign import config_of, is_foreign, load_foreign, stored_dtype
 from megatron.remoe.convert.source import open_source
 from megatron.remoe.convert.table import Config
@@ -43,11 +43,8 @@ class Teacher:
             ValueError: a weight is missing, NaN or infinite.
         """
         if self.source is None:
-            model = load_foreign(self.path, self.config)
-        else:
-            with exported(self.source) as folder:
-                model = load(folder)
-        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+            return on_device(load_foreign(self.path, self.config))
+        return load_source(self.source)
 
 
 def open_teacher(path: Path, tokenizer: Path | None = None) -> Teacher:
@@ -63,9 +60,7 @@ def open_teacher(path: Path, tokenizer: Path | None = None) -> Teacher:
     """
     if is_foreign(path):
         config = config_of(path)
-        found = TokenizerFiles.chosen(tokenizer) if tokenizer is not None else None
-        if found is None and (path / "tokenizer.json").is_file():
-            found = TokenizerFiles(path)
+        found = TokenizerFiles.of_folder(path, tokenizer)
         return Teacher(path, config, found, stored_dtype(path), None)
     source = open_source(path, tokenizer)
     config = source.config

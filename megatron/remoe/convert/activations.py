@@ -39,7 +39,7 @@ def tokens_for(model: Any, data: list[Path] | None, num_tokens: int, seed: int) 
             f"the data has {len(found)} tokens of the {count * length} that are asked for; name "
             f"more (--data), or ask for fewer (--tokens)"
         )
-    check_vocabulary(found, model)
+    check_vocabulary(found, model.config.vocab_size)
     pieces = found[: count * length].view(count, length)
     return pieces[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
 

@@ -103,6 +103,25 @@ def load(
     return model.eval()
 
 
+def load_source(
+    source: MegatronSource | HFSource,
+    dtype: torch.dtype | None = torch.float32,
+    budget: Mapping[str, Any] | None = None,
+) -> Any:
+    """Load an open model as `load` does, on the GPU if there is one.
+
+    Raises:
+        ValueError: a weight is NaN or infinite.
+    """
+    with exported(source) as folder:
+        return on_device(load(folder, dtype, budget))
+
+
+def on_device(model: Any) -> Any:
+    """Return a model on the GPU if there is one, and otherwise as it is on the CPU."""
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def continue_tokens(model: Any, tokens: torch.Tensor, count: int, **sampling: Any) -> torch.Tensor:
     """Generate `count` tokens after `tokens`, `[sequences, length]`, whatever they are."""
     whole: torch.Tensor = model.generate(
@@ -116,15 +135,15 @@ def continue_tokens(model: Any, tokens: torch.Tensor, count: int, **sampling: An
     return whole
 
 
-def check_vocabulary(tokens: torch.Tensor, model: Any) -> None:
-    """Check that all tokens are in the model's vocabulary.
+def check_vocabulary(tokens: torch.Tensor, vocab_size: int, data: str = "the data") -> None:
+    """Check that all tokens are in a model's vocabulary; an error names the data.
 
     Raises:
         ValueError: they are not.
     """
     least, largest = int(tokens.min()), int(tokens.max())
-    if least < 0 or largest >= model.config.vocab_size:
+    if least < 0 or largest >= vocab_size:
         raise ValueError(
-            f"the data has token {least if least < 0 else largest}, the model's vocabulary has "
-            f"{model.config.vocab_size} entries; tokenize with the model's tokenizer"
+            f"{data} has token {least if least < 0 else largest}, the model's vocabulary has "
+            f"{vocab_size} entries; tokenize with the model's tokenizer"
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron.remoe.convert.exported import exported_with_tokenizer, load
+from megatron.remoe.convert.exported import exported_with_tokenizer, load, on_device
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
@@ -57,8 +57,7 @@ def generator(
 
     with exported_with_tokenizer(path, tokenizer) as folder:
         tokens = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = load(folder, dtype, budget)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model = on_device(load(folder, dtype, budget))
 
     class Streamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

@@ -205,19 +205,22 @@ class _Flags:
 
     def drop(self, key: str, why: str) -> None:
         """Leave a flag out, if it is given."""
-        if key in self.flags:
-            said = self.flags.pop(key)
-            value = "" if said is True else f" {_said(said)}"
-            self.notes.append(f"--{key.replace('_', '-')}{value} is left out: {why}")
+        if taken := self._taken(key):
+            self.notes.append(f"{taken} is left out: {why}")
 
     def replace(self, key: str, flags: dict[str, Any], why: str = "") -> None:
         """Put other flags in the place of one, if it is given."""
-        if key in self.flags:
-            said = self.flags.pop(key)
-            value = "" if said is True else f" {_said(said)}"
+        if taken := self._taken(key):
             others = ", ".join(f"{name}: {_said(other)}" for name, other in flags.items())
-            self.notes.append(f"--{key.replace('_', '-')}{value} becomes {others}{why}")
+            self.notes.append(f"{taken} becomes {others}{why}")
             self.flags |= flags
+
+    def _taken(self, key: str) -> str | None:
+        """Remove a flag, and return it as the script has it; None if it is not given."""
+        if key not in self.flags:
+            return None
+        value = self.flags.pop(key)
+        return f"--{key.replace('_', '-')}" + ("" if value is True else f" {_said(value)}")
 
     def add(self, key: str, value: Any, why: str) -> None:
         """Add a flag of which the script says nothing."""

@@ -80,6 +80,17 @@ class TokenizerFiles:
             )
         return cls(path)
 
+    @classmethod
+    def of_folder(cls, folder: Path, chosen: Path | None) -> "TokenizerFiles | None":
+        """Return the chosen tokenizer, or that of a model's folder; None if it has none.
+
+        Raises:
+            ValueError: the chosen one does not exist here.
+        """
+        if chosen is not None:
+            return cls.chosen(chosen)
+        return cls(folder) if (folder / "tokenizer.json").is_file() else None
+
     @cached_property
     def _loaded(self) -> tuple[Tokenizer, str]:
         if self.merges is not None:

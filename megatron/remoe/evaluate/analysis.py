@@ -109,7 +109,7 @@ def prepare(path: Path, settings: Settings, out: Path | None, *, force: bool = F
     config = opened[-1].config.to_dict() if source is None else source.config
     length = settings.sequence_length or default_length(config)
     text = read_text(data, domains, length=length, tokens=settings.tokens, seed=settings.seed)
-    check_vocabulary(torch.cat((text.inputs, text.labels)), opened[-1].shape)
+    check_vocabulary(torch.cat((text.inputs, text.labels)), opened[-1].shape.config.vocab_size)
     of_last = routing.facts_of(opened[-1], text, settings.dtype)
     facts = {_name_of(one): replace(of_last, iteration=one.iteration) for one in opened}
     job = Job(path, folder, opened, facts, text, settings)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron.remoe.convert.architecture import BUDGET
-from megatron.remoe.convert.exported import check_vocabulary, exported, load
+from megatron.remoe.convert.exported import check_vocabulary, load_source
 from megatron.remoe.convert.hf_source import HFSource
 from megatron.remoe.convert.source import MegatronSource, open_source
 from megatron.remoe.evaluate.perplexity import DEFAULT_SEED, default_length, find_domains
@@ -64,9 +64,8 @@ def choose(
         return Chosen({}, _own(path))
     source = open_source(path, tokenizer)
     named, ids = _text(source, calibrate_on)
-    with exported(source) as folder:
-        model = load(folder, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
-    check_vocabulary(ids, model)
+    model = load_source(source, dtype)
+    check_vocabulary(ids, model.config.vocab_size)
     if not hasattr(model, "set_budget"):
         raise ValueError(f"{path} is a dense model; leave --active-experts out")
     found = model.set_budget(active_experts, ids)

@@ -106,7 +106,7 @@ def _text(opened: list[Opened], data: Path, settings: Settings) -> Text:
             f"{LEAST_TOKENS} (--tokens)"
         )
     for one in opened:
-        check_vocabulary(torch.cat((text.inputs, text.labels)), one.shape)
+        check_vocabulary(torch.cat((text.inputs, text.labels)), one.shape.config.vocab_size)
     return text
 
 
@@ -131,18 +131,18 @@ def _changes(
     """Change a model, one point after the other; yield what was changed, and how it is applied."""
     topk, experts = int(opened.config.num_experts_per_tok), opened.num_experts
     is_topk = opened.router.startswith("topk_")
-    has_threshold = getattr(opened.config, "gate_threshold", None) is not None
-    if is_topk and not has_threshold:
+    fields = [getattr(opened.config, name, None) for name in ("gate_threshold", "gate_offset")]
+    has_budget = fields != [None, None]
+    if is_topk and not has_budget:
         levels = {max(1, min(experts, round(topk * point))) for point in settings.points}
         for k in sorted(levels - {topk}):
             yield "k", k, Intervention(topk=k)
     if opened.source is None:
         return
-    config = model.config
-    before = {name: getattr(config, name) for name in ("gate_threshold", "gate_offset")}
-    calibration = _calibration(text)
-    model.set_budget(None)
-    most = _read(model, text, Intervention())[1]
+    calibration, most = _calibration(text), active
+    if has_budget:
+        model.set_budget(None)
+        most = _read(model, text, Intervention())[1]
     for target in [topk * point for point in sorted(settings.points)]:
         adds = target > most * (1 - _MET)
         is_met = abs(target - active) <= _MET * active
@@ -151,8 +151,6 @@ def _changes(
         by = "offset" if adds else "threshold"
         budget = model.set_budget(target, calibration, by=by)
         yield by, budget.value, Intervention()
-    for name, value in before.items():
-        setattr(config, name, value)
 
 
 def _read(model: Any, text: Text, intervention: Intervention) -> tuple[Tensor, float]:

@@ -5,7 +5,7 @@ Every intervention changes what routers return, on a part of the text, and nothi
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -99,12 +99,7 @@ def _pruned(router: Any, keep_E: Tensor, output: tuple[Any, ...]) -> tuple[Any, 
 def part_of(text: Text) -> Text:
     """Return the part of a text on which interventions are measured: sequences of all domains."""
     count = max(len(text.names), TOKENS // text.length)
-    return replace(
-        text,
-        inputs=text.inputs[:count],
-        labels=text.labels[:count],
-        domains=text.domains[:count],
-    )
+    return text.rows(0, count)
 
 
 def plan(model: Any, found: Trace) -> list[tuple[Row, Intervention]]:

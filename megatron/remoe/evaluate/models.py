@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron.remoe.convert.architecture import moe_layers
-from megatron.remoe.convert.exported import exported, load
+from megatron.remoe.convert.exported import load, load_source, on_device
 from megatron.remoe.convert.hf_source import HFSource
 from megatron.remoe.convert.source import MegatronSource, open_source
 from megatron.remoe.convert.tokenizer import TokenizerFiles
@@ -96,11 +96,8 @@ class Opened:
             ValueError: a weight is NaN or infinite.
         """
         if self.source is None:
-            model = load(self.path, dtype)
-        else:
-            with exported(self.source) as folder:
-                model = load(folder, dtype)
-        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+            return on_device(load(self.path, dtype))
+        return load_source(self.source, dtype)
 
 
 def open_model(path: Path, tokenizer: Path | None = None) -> Opened:
@@ -139,9 +136,7 @@ def _open_foreign(path: Path, tokenizer: Path | None) -> Opened:
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        found = TokenizerFiles.chosen(tokenizer) if tokenizer is not None else None
-        if found is None and (path / "tokenizer.json").is_file():
-            found = TokenizerFiles(path)
+        found = TokenizerFiles.of_folder(path, tokenizer)
         opened = Opened(path, config, None, found, None)
         is_dense = not routers_of(opened.shape)
     except Exception as error:  # transformers takes any value, and fails where it is used

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from megatron.remoe.convert.export import Progress
-from megatron.remoe.convert.exported import check_vocabulary, exported, load
+from megatron.remoe.convert.exported import check_vocabulary, load_source
 from megatron.remoe.convert.source import MegatronSource, open_source
 from megatron.remoe.convert.table import Config
 from megatron.remoe.data.pairs import check_pair
@@ -97,8 +97,7 @@ def perplexity(
     if seed is None:
         seed = getattr(source.args, "seed", None) if isinstance(source, MegatronSource) else None
     length = sequence_length or default_length(config)
-    with exported(source) as folder:
-        model = load(folder, dtype, budget).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_source(source, dtype, budget)
     with tempfile.TemporaryDirectory() as scratch:
         sets = {
             name: sequences(prefix, length, seed or DEFAULT_SEED, Path(scratch))
@@ -171,7 +170,7 @@ def _loss(model: Any, dataset: Any, batch_size: int, progress: Any) -> Loss:
     for start in range(0, len(dataset), batch_size):
         samples = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
         inputs, labels = (torch.stack([s[key] for s in samples]) for key in ("tokens", "labels"))
-        check_vocabulary(torch.cat((inputs, labels)), model)
+        check_vocabulary(torch.cat((inputs, labels)), model.config.vocab_size)
         logits = model(inputs.to(model.device), use_cache=False).logits.float().flatten(0, 1)
         loss = F.cross_entropy(logits, labels.to(model.device).flatten(), reduction="sum")
         total, tokens = total + float(loss), tokens + labels.numel()

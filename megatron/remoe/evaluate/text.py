@@ -4,7 +4,7 @@ import hashlib
 import tempfile
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,15 @@ class Text:
     def length(self) -> int:
         """The number of tokens of a sequence."""
         return self.inputs.shape[1]
+
+    def rows(self, start: int, end: int | None) -> "Text":
+        """Return a slice of the sequences."""
+        return replace(
+            self,
+            inputs=self.inputs[start:end],
+            labels=self.labels[start:end],
+            domains=self.domains[start:end],
+        )
 
     def fingerprint(self) -> str:
         """Return a hash of all ids and domains."""
