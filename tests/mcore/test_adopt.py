@@ -2,12 +2,19 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from remoe.hf import ReMoEForCausalLM
 from tests.mcore import tiny
@@ -117,6 +124,19 @@ def _sequences(home: Path, name: str) -> torch.Tensor:
     return torch.stack([torch.cat((row["tokens"], row["labels"][-1:])) for row in rows])
 
 
+def test_losses_are_those_of_the_files_that_are_held_out(call, home, tmp_path):
+    shutil.copytree(home / "tokens", home / "others")
+    (home / "others/odd.bin").unlink(), (home / "others/odd.idx").unlink()
+    argv = ["adopt", "olmoe", "apart", "--data", "tokens/odd", "--held-out", "others"]
+    code, _, error = call(tiny.remoe, home, *argv, "--active-experts", "1.5", "--steps", "0")
+    assert code == 0, error
+    record = json.loads((home / "apart/adoption.json").read_text())
+    assert (record["data"], record["held_out_data"]) == ("tokens/odd", "others")
+    teacher = OlmoeForCausalLM.from_pretrained(home / "olmoe")
+    expected = loss_of(teacher, _sequences(home, "even"))
+    assert record["losses"]["teacher"] == pytest.approx(expected, abs=1e-5)
+
+
 def adopt_until(home: Path, step: int, out: str) -> None:
     """Adopt as the fixture does, and stop after a step as ^C does."""
     import contextlib
@@ -144,6 +164,41 @@ def test_an_interrupted_adoption_goes_on_to_the_same_bits(call, home):
     assert not (home / ".again.adopting").exists()
     for name in ("model.safetensors", "config.json", "adoption.json"):
         assert (home / "again" / name).read_bytes() == (home / "adopted" / name).read_bytes()
+
+
+def test_an_adoption_of_weights_that_have_changed_does_not_go_on(call, home):
+    shutil.copytree(home / "olmoe", home / "moved")
+    argv = ["adopt", "moved", "stopped", "--data", "tokens", "--active-experts", "1", "--steps"]
+    message = fails(call, home, *argv, "9", "--lr", "1e30", "--all-weights")
+    assert "start anew with a lower learning rate than 1e+30" in message
+    OlmoeForCausalLM(OlmoeConfig(**SIZES)).save_pretrained(home / "moved")
+    message = fails(call, home, *argv, "9", "--lr", "1e30", "--all-weights")
+    assert "an adoption to stopped with weights '" in message
+    code, _, error = call(tiny.remoe, home, *argv, "1", "--batch-size", "1", "--force")
+    assert code == 0 and not (home / ".stopped.adopting").exists(), error
+
+
+def test_state_is_discarded_once_its_output_is_in_its_place(tmp_path):
+    """As after a kill between the two, and not if the output is that of an earlier adoption."""
+    from megatron.remoe.adopt.state import discard_finished, saved_beside
+
+    out = tmp_path / "out"
+    with saved_beside(out, {"steps": 1}, force=False) as saved:
+        saved.write({})
+        message = "is being made by another process"
+        with pytest.raises(ValueError, match=message), saved_beside(out, {}, force=False):
+            pass
+        assert saved.read() == {}  # which the second one has left alone
+        out.mkdir()
+        record = out / "adoption.json"
+        record.write_text("{}")
+        os.utime(record, (0, 0))
+        discard_finished(out, record)
+        os.utime(record)
+        discard_finished(out, record)  # while another process holds it
+        assert saved.read() == {}
+    discard_finished(out, record)
+    assert not saved.folder.exists()
 
 
 def test_a_topk_model_of_ours_is_adopted_in_other_ways(call, home):
@@ -228,6 +283,28 @@ MISTAKES = {
         ["olmoe", "--active-experts", "1", "--walk", "l1"],
         "the walk is l1, which acts on gates of a ReLU; choose --router relu",
     ),
+    "rate": (["olmoe", "--active-experts", "1", "--lr", "nan"], "lr is nan; it must be a number"),
+    "two routers": (
+        ["olmoe", "--keep-topk", "1", "--router", "relu"],
+        "router is 'relu' beside keep_topk 1, which keeps the teacher's",
+    ),
+    "long": (
+        ["olmoe", "--active-experts", "1", "--sequence-length", "64"],
+        "sequence_length is 64, and olmoe has 32 positions",
+    ),
+    "short": (
+        ["olmoe", "--active-experts", "1", "--sequence-length", "8", "--steps", "1"],
+        "tokens has 128 tokens to set a threshold by, fewer than 512",
+    ),
+    "out of reach": (
+        ["one", "--active-experts", "0.5"],
+        "active_experts is 0.5, which cannot be met within 1%: the nearest threshold leaves 1 on",
+    ),
+    "held out": (
+        ["olmoe", "--active-experts", "1", "--held-out", "nothing"],
+        "nothing holds no .bin",
+    ),
+    "no experts": (["without", "--active-experts", "1"], "without is a dense model, which has no"),
     "little": (
         ["olmoe", "--active-experts", "1", "--batch-size", "40"],
         "tokens has 28 sequences of 32 tokens beside 4 held out, fewer than the 40 of a step",
@@ -249,6 +326,12 @@ def test_mistakes(call, home, name):
         dense = LlamaConfig(**sizes, num_hidden_layers=1, intermediate_size=8)
         LlamaForCausalLM(dense).save_pretrained(home / "dense")
         OlmoeForCausalLM(OlmoeConfig(**SIZES | {"vocab_size": 20})).save_pretrained(home / "small")
+        one = SIZES | {"num_experts_per_tok": 1, "norm_topk_prob": True}
+        OlmoeForCausalLM(OlmoeConfig(**one)).save_pretrained(home / "one")
+        without = Qwen3MoeConfig(
+            **SIZES, num_key_value_heads=2, head_dim=16, mlp_only_layers=[0, 1]
+        )
+        Qwen3MoeForCausalLM(without).save_pretrained(home / "without")
     out = "olmoe" if name == "in place" else "made"
     argv = ["adopt", argv[0], out, "--data", "tokens", *argv[1:]]
     before = sorted(home.rglob("*"))
@@ -279,6 +362,15 @@ def test_data_of_another_tokenizer_is_refused(call, home, tmp_path):
         Tokenizer(models.WordLevel(ids, "a")).save(str(target / "tokenizer.json"))
     argv = ["adopt", "model", "out", "--data", "data/train", "--active-experts", "1"]
     assert "which has other entries than that of the model" in fails(call, tmp_path, *argv)
+    argv = ["adopt", "../../model", "../../out", "--data", ".", "--active-experts", "1"]
+    message = fails(call, tmp_path / "data/train", *argv)
+    assert "which has other entries than that of the model" in message
+    (tmp_path / "data/tokenizer/tokenizer.json").write_text("{}")
+    assert "tokenizer.json" in fails(call, tmp_path / "data/train", *argv)
+    large = {str(number): number for number in range(80)} | {"<|endoftext|>": 80}
+    Tokenizer(models.WordLevel(large, "0")).save(str(tmp_path / "model/tokenizer.json"))
+    message = fails(call, tmp_path / "data/train", *argv)
+    assert "has 81 entries, config.json has vocab_size 64" in message
 
 
 def test_the_fit_is_found_through_the_chosen_pairs():

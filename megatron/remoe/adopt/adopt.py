@@ -8,24 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from megatron.remoe.adopt import distill as training
 from megatron.remoe.adopt.distill import Plan, Progress
 from megatron.remoe.adopt.fit import fit
-from megatron.remoe.adopt.state import Saved, saved_beside
+from megatron.remoe.adopt.state import Saved, discard_finished, saved_beside
 from megatron.remoe.adopt.teacher import Teacher, open_teacher
 from megatron.remoe.convert.architecture import moe_layers
 from megatron.remoe.convert.export import export
 from megatron.remoe.convert.exported import check_vocabulary
 from megatron.remoe.convert.foreign import build
-from megatron.remoe.convert.hf_source import validated
+from megatron.remoe.convert.hf_source import check_finite, validated
 from megatron.remoe.convert.output import check_folder
 from megatron.remoe.convert.table import CONFIG, Config, Item, plan
-from megatron.remoe.convert.tokenizer import TokenizerFiles
 from megatron.remoe.evaluate.perplexity import default_length, find_domains
-from megatron.remoe.evaluate.text import Text, read_text
+from megatron.remoe.evaluate.text import Text, check_tokenizer, hash_of, read_text
+from remoe.hf.budget_remoe import LEAST_TOKENS, TOLERANCE
 
 RECORD = "adoption.json"
 KEPT = "topk"  # the teacher's own router, under a threshold
@@ -78,6 +77,13 @@ class Settings:
                 f"active_experts is {x:g}; it must be above 0 and at most {k}, the number of "
                 f"experts that {teacher.path} was trained with ({experts} in all)"
             )
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr is {self.lr:g}; it must be a number above 0, such as 0.02")
+        if self.sequence_length is not None and self.sequence_length > teacher.positions:
+            raise ValueError(
+                f"sequence_length is {self.sequence_length}, and {teacher.path} has "
+                f"{teacher.positions} positions; use at most as many tokens"
+            )
         for name, allowed in (("router", ROUTERS), ("walk", training.WALKS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -88,7 +94,12 @@ class Settings:
                 f"{teacher.path} has recurrent routers, for which no gates of a ReLU are fitted; "
                 f"keep the model's own, under a threshold (--router {KEPT})"
             )
-        if self.walk == "l1" and (self.router == KEPT or self.keep_topk is not None):
+        if self.router != KEPT and self.keep_topk is not None:
+            raise ValueError(
+                f"router is {self.router!r} beside keep_topk {self.keep_topk}, which keeps the "
+                f"teacher's; leave one of them out"
+            )
+        if self.walk == "l1" and self.router == KEPT:
             raise ValueError("the walk is l1, which acts on gates of a ReLU; choose --router relu")
 
 
@@ -150,16 +161,19 @@ def adopt(
     teacher = open_teacher(path, tokenizer)
     settings.check(teacher)
     reads = [one for one in (path, data, held_out, tokenizer) if one is not None]
+    discard_finished(out, out / RECORD)
     check_folder(out, reads=reads, force=force)
     texts = read_texts(teacher, data, held_out, settings)
+    model = teacher.load()
     known = asdict(settings) | {
         "model": str(path),
         "config": teacher.config,
+        "weights": hash_of(*model.state_dict().values()),
         "data": texts.train.fingerprint(),
         "held_out": texts.held_out.fingerprint(),
     }
     with saved_beside(out, known, force=force) as saved:
-        job = _Job(teacher, settings, texts, saved, shown)
+        job = _Job(teacher, model, settings, texts, saved, shown)
         result = job.run()
         source = _Source(teacher, job.config(result), job.student)
         record = json.dumps(job.record(result), indent=2) + "\n"
@@ -194,13 +208,19 @@ def read_texts(teacher: Teacher, data: Path, held_out: Path | None, settings: Se
             f"{settings.batch_size} of a step; name more data (--data), or use shorter sequences "
             f"(--sequence-length)"
         )
+    tokens = texts.train.inputs[:_CALIBRATION].numel()
+    if settings.active_experts is not None and tokens < LEAST_TOKENS:
+        raise ValueError(
+            f"{data} has {tokens} tokens to set a threshold by, fewer than {LEAST_TOKENS}; name "
+            f"more data (--data)"
+        )
     return texts
 
 
 def _read(teacher: Teacher, data: Path, count: int, length: int, seed: int) -> Text:
     """Read up to a number of sequences."""
     domains = find_domains(data)
-    _check_tokenizer(data, teacher.tokenizer)
+    check_tokenizer(data, teacher.tokenizer)
     count = max(count, len(domains))
     text = read_text(str(data), domains, length=length, tokens=count * length, seed=seed)
     ids = torch.cat((text.inputs, text.labels))
@@ -208,35 +228,25 @@ def _read(teacher: Teacher, data: Path, count: int, length: int, seed: int) -> T
     return text
 
 
-def _check_tokenizer(data: Path, own: TokenizerFiles | None) -> None:
-    """Refuse token files beside which there is another tokenizer than the model's."""
-    if own is None:
-        return
-    for folder in (data, data.parent, data.parent.parent):
-        file = folder / "tokenizer/tokenizer.json"
-        if file.is_file():
-            theirs = Tokenizer.from_file(str(file)).get_vocab()
-            if theirs != own.vocabulary():
-                raise ValueError(
-                    f"{data} was made with the tokenizer {file.parent}, which has other entries "
-                    f"than that of the model, {own.path}; tokenize with the model's tokenizer"
-                )
-            return
-
-
 class _Job:
     """One adoption: teacher and student, and where they stand."""
 
     def __init__(
-        self, teacher: Teacher, settings: Settings, texts: Texts, saved: Saved, shown: Shown
+        self,
+        teacher: Teacher,
+        model: Any,
+        settings: Settings,
+        texts: Texts,
+        saved: Saved,
+        shown: Shown,
     ) -> None:
-        self.opened, self.settings, self.texts = teacher, settings, texts
+        self.opened, self.teacher = teacher, model
+        self.settings, self.texts = settings, texts
         self.saved, self.shown = saved, shown
         self.plan = Plan(
             settings.steps, settings.batch_size, settings.active_experts, settings.walk,
             settings.lr, settings.all_weights,
         )  # fmt: skip
-        self.teacher = teacher.load()
         self.calibration = texts.train.inputs[:_CALIBRATION]
         self.progress, self.losses = Progress.start(), dict[str, float]()
         self.lines: list[dict[str, Any]] = []
@@ -256,8 +266,9 @@ class _Job:
             self.progress, self._after_step,
         )  # fmt: skip
         with torch.no_grad():  # as they are written
-            for parameter in self.parameters.values():
+            for name, parameter in self.parameters.items():
                 parameter.copy_(parameter.to(self.opened.dtype))
+                check_finite(f"{name} after the last step", parameter)
         if self.plan.target is not None:
             training.calibrate(self.student, self.calibration, self.plan.target)
         final, active = self._measure(self.student)
@@ -281,7 +292,13 @@ class _Job:
         self.losses["initial"], _ = self._measure(student if self.plan.target else self.teacher)
         start = student.config.gate_threshold
         if self.plan.target is not None:
-            training.calibrate(student, self.calibration, self.plan.target)
+            reached = training.calibrate(student, self.calibration, self.plan.target)
+            if abs(reached - self.plan.target) > TOLERANCE * self.plan.target:
+                raise ValueError(
+                    f"active_experts is {self.plan.target:g}, which cannot be met within "
+                    f"{TOLERANCE:.0%}: the nearest threshold leaves {reached:.4g} on the text that "
+                    f"it is set by; choose another number, another router or more data"
+                )
         self.losses["pruned"], _ = self._measure(student)
         student.config.gate_threshold = start
         return student

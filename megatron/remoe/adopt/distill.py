@@ -119,6 +119,9 @@ def distill(
         plan: how to train.
         progress: where the training stands, which is moved.
         after_step: called after every step.
+
+    Raises:
+        ValueError: the divergence is NaN or infinite.
     """
     topk = student.config.num_experts_per_tok
     while progress.step < plan.steps:
@@ -136,13 +139,19 @@ def distill(
             progress.l1_coeff = _next_coeff(progress.l1_coeff, active, budget, student.config)
         else:
             loss_of_all = loss
+        divergence_now = float(loss.detach())
+        if not math.isfinite(divergence_now):
+            raise ValueError(
+                f"the divergence of step {step + 1} is {divergence_now}; start anew with a lower "
+                f"learning rate than {plan.lr:g} (--lr, --force)"
+            )
         optimizer.zero_grad()
         loss_of_all.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if budget is not None and plan.walk == "threshold":
             follow(student.config, gates, budget)
         progress.step += 1
-        progress.losses.append(float(loss))
+        progress.losses.append(divergence_now)
         progress.active.append(active)
         after_step()
 

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,26 @@ class Saved:
         partial.replace(self.folder / _STATE)
 
     def remove(self) -> None:
-        """Remove the folder, once the output is in its place."""
+        """Remove the folder, once the output is in its place; its state first."""
+        (self.folder / _STATE).unlink(missing_ok=True)
         shutil.rmtree(self.folder)
+
+
+def discard_finished(out: Path, record: Path) -> None:
+    """Remove the state of an adoption that was stopped after its output was in its place.
+
+    Args:
+        out: the folder that was made.
+        record: a file of it, which is older than the state of an adoption that replaces it.
+    """
+    folder = _beside(out)
+    state = folder / _STATE
+    if not (record.is_file() and folder.is_dir()):
+        return
+    if state.is_file() and state.stat().st_mtime_ns > record.stat().st_mtime_ns:
+        return
+    with suppress(BlockingIOError), hold_folder(folder):
+        Saved(folder).remove()
 
 
 @contextmanager
@@ -63,12 +81,13 @@ def saved_beside(out: Path, settings: dict[str, Any], *, force: bool) -> Iterato
         ValueError: another process adopts there, or an adoption with other settings was
             interrupted there.
     """
-    target = Path(os.path.abspath(out))
-    folder = target.with_name(f".{target.name}.adopting")
+    folder = _beside(out)
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    is_ours = False
     try:
         with hold_folder(folder):
+            is_ours = True
             _check(folder, settings, out, force)
             yield Saved(folder)
     except BlockingIOError:
@@ -76,11 +95,16 @@ def saved_beside(out: Path, settings: dict[str, Any], *, force: bool) -> Iterato
             f"{out} is being made by another process; wait for it, or choose another folder"
         ) from None
     finally:
-        if folder.is_dir() and not (folder / _STATE).is_file():
+        if is_ours and folder.is_dir() and not (folder / _STATE).is_file():
             shutil.rmtree(folder)
             for path in created[1:]:
                 if not any(path.iterdir()):
                     path.rmdir()
+
+
+def _beside(out: Path) -> Path:
+    target = Path(os.path.abspath(out))
+    return target.with_name(f".{target.name}.adopting")
 
 
 def _check(folder: Path, settings: dict[str, Any], out: Path, force: bool) -> None:

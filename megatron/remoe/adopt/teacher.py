@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron.remoe.convert.architecture import moe_layers
 from megatron.remoe.convert.exported import load_source, on_device
 from megatron.remoe.convert.foreign import config_of, is_foreign, load_foreign, stored_dtype
 from megatron.remoe.convert.source import open_source
@@ -36,6 +37,11 @@ class Teacher:
         """k, the number of experts of every token."""
         return int(self.config["num_experts_per_tok"])
 
+    @property
+    def positions(self) -> int:
+        """The number of positions, which no sequence may exceed."""
+        return int(self.config["max_position_embeddings"])
+
     def load(self) -> Any:
         """Load the model in fp32, on the GPU if there is one.
 
@@ -61,14 +67,15 @@ def open_teacher(path: Path, tokenizer: Path | None = None) -> Teacher:
     if is_foreign(path):
         config = config_of(path)
         found = TokenizerFiles.of_folder(path, tokenizer)
+        if not moe_layers(config):
+            raise _dense(path)
+        if found is not None:
+            found.check_fits(config["vocab_size"])
         return Teacher(path, config, found, stored_dtype(path), None)
     source = open_source(path, tokenizer)
     config = source.config
     if config["model_type"] != "remoe":
-        raise ValueError(
-            f"{path} is a dense model, which has no experts to choose; remoe convert upcycle makes "
-            f"a mixture from it"
-        )
+        raise _dense(path)
     if not config["router_type"].startswith("topk_"):
         raise ValueError(
             f"{path} has the router {config['router_type']}, and a TopK router is adopted; the "
@@ -80,3 +87,10 @@ def open_teacher(path: Path, tokenizer: Path | None = None) -> Teacher:
             f"set as it is (remoe budget)"
         )
     return Teacher(path, config, source.tokenizer, source.dtype, source)
+
+
+def _dense(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} is a dense model, which has no experts to choose; remoe convert upcycle makes a "
+        f"mixture from it"
+    )

@@ -77,7 +77,16 @@ def adopt(
         seed=seed,
     )
     with told_progress("steps") as shown:
-        made = run.adopt(model, out, data, settings, tokenizer=tokenizer, force=force, shown=shown)
+        made = run.adopt(
+            model,
+            out,
+            data,
+            settings,
+            held_out=held_out,
+            tokenizer=tokenizer,
+            force=force,
+            shown=shown,
+        )
     typer.echo(f"loss on {made.tokens} held-out tokens, in nats per token:")
     typer.echo(f"  the teacher                          {made.teacher:.4f}")
     typer.echo(f"  new routers, as many active experts  {made.initial:.4f}")

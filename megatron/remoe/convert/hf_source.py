@@ -60,7 +60,8 @@ class HFSource:
         self.padded_vocab_size = padded_vocab_size
         self.items = plan(self.config, padded_vocab_size)
         self._check_weights()
-        self._check_tokenizer()
+        if self.tokenizer is not None:
+            self.tokenizer.check_fits(self.config["vocab_size"])
         self._check_values()
 
     def _stored_padding(self) -> int:
@@ -110,15 +111,6 @@ class HFSource:
                     f"save the model with all weights in one dtype, but for the fp32 cell of "
                     f"recurrent routers and the fp32 state of others"
                 )
-
-    def _check_tokenizer(self) -> None:
-        tokenizer, vocab = self.tokenizer, self.config["vocab_size"]
-        if tokenizer is not None and tokenizer.vocab_size > vocab:
-            raise ValueError(
-                f"vocabulary mismatch: the tokenizer of {tokenizer.path} has "
-                f"{tokenizer.vocab_size} entries, config.json has vocab_size {vocab}; they must "
-                f"be of one model"
-            )
 
     def _check_values(self) -> None:
         for item in self.items:

@@ -102,6 +102,14 @@ class TokenizerFiles:
         """The number of entries, including ids that no token has."""
         return largest_id(self._loaded[0]) + 1
 
+    def check_fits(self, vocab_size: int) -> None:
+        """Refuse a tokenizer with more entries than a model's vocabulary; raises a ValueError."""
+        if self.vocab_size > vocab_size:
+            raise ValueError(
+                f"vocabulary mismatch: the tokenizer of {self.path} has {self.vocab_size} "
+                f"entries, config.json has vocab_size {vocab_size}; they must be of one model"
+            )
+
     @property
     def kind(self) -> str:
         """What the tokenizer is: the type of its model and its number of entries."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.remoe.convert.tokenizer import TokenizerFiles
 from megatron.remoe.data.pairs import check_pair, prefixes_of
 from megatron.remoe.evaluate.perplexity import find_domains, sequences
 
@@ -61,6 +62,31 @@ def hash_of(*tensors: Tensor) -> str:
         values: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         found.update(values.data)
     return found.hexdigest()
+
+
+def check_tokenizer(data: Path, own: TokenizerFiles | None) -> None:
+    """Refuse token files beside which there is another tokenizer than the model's.
+
+    Args:
+        data: a folder of token files, or one of them without its suffix. `remoe data tokenize`
+            writes the tokenizer beside it, or one folder above.
+        own: the model's tokenizer; None checks nothing.
+
+    Raises:
+        ValueError: the entries differ, or one of both cannot be read.
+    """
+    if own is None:
+        return
+    place = data.absolute()
+    for folder in (place, *place.parents[:2]):
+        if (folder / "tokenizer/tokenizer.json").is_file():
+            theirs = TokenizerFiles(folder / "tokenizer")
+            if theirs.vocabulary() != own.vocabulary():
+                raise ValueError(
+                    f"{data} was made with the tokenizer {theirs.path}, which has other entries "
+                    f"than that of the model, {own.path}; tokenize with the model's tokenizer"
+                )
+            return
 
 
 def domains_of(data: Path | None, args: Namespace | None) -> tuple[str, dict[str, Path]]:
