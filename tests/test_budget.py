@@ -113,6 +113,9 @@ def test_a_budget_is_saved_with_a_version_that_older_code_refuses(tmp_path):
     assert not torch.equal(again(tokens).logits, build()(tokens).logits)
     other = AutoModelForCausalLM.from_pretrained(tmp_path, gate_threshold=0.5)
     assert other.config.gate_threshold == 0.5
+    again.config.gate_threshold = -1
+    with pytest.raises(ValueError, match="gate_threshold is -1"):
+        again.save_pretrained(tmp_path / "never")
     again.config.gate_threshold = again.config.max_active_experts = None
     assert again.config.to_dict()["format_version"] == 1
     for changes, version in (
@@ -202,6 +205,16 @@ def test_a_budget_is_met_on_tokens_that_are_no_padding(text, router, by, target,
         ({}, 3.9, {}, r"active_experts is 3.9, which cannot .* by='offset'\) can add"),
         ({}, 1e-5, {}, "active_experts is 1e-05, which cannot be met within 1%: .* more text"),
         ({"at_least_one_expert": True}, 0.5, {}, "the nearest threshold leaves 1 on this text"),
+        ({}, True, {}, "active_experts is True; it must be a number"),
+        ({}, 1.0, {"ids": [[1]]}, "input_ids is a list; pass a tensor of token ids"),
+        (
+            {},
+            1.0,
+            {"ids": torch.ones(600)},
+            r"is a Tensor of torch.float32, \[600\]; pass",
+        ),
+        ({}, 1.0, {"ids": torch.full((1, 600), 64)}, "are from 64 to 64, and .* has 64 entries"),
+        ({}, 1.0, {"ids": torch.ones(2, 9).long()}, r"a Tensor, \[12, 60\]; pass .* \[2, 9\]"),
         ({}, 1.0, {"rows": 8}, "the text has 440 tokens .*; pass at least 512"),
         ({}, 1.0, {"rows": None}, "input_ids are not given"),
         ({}, 1.0, {"by": "scale"}, "by is 'scale'; it must be one of threshold, offset"),
@@ -218,6 +231,9 @@ def test_a_budget_that_cannot_be_set_is_refused_and_changes_nothing(
         model.config.gate_threshold = 0.25
     rows = more.pop("rows", 12)
     inputs = () if rows is None else tuple(one[:rows] for one in text)
+    if "ids" in more:
+        ids = more.pop("ids")
+        inputs = (ids, text[1]) if isinstance(ids, torch.Tensor) and len(ids) == 2 else (ids,)
     with pytest.raises(ValueError, match=message):
         model.set_budget(target, *inputs, **more)
     assert model.config.gate_threshold == (0.25 if not changes else None)

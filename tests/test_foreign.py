@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from safetensors.torch import load_file, save_file
 from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
@@ -16,6 +17,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from megatron.remoe.convert.exported import load
 from megatron.remoe.convert.foreign import config_of, is_foreign, load_foreign
 from remoe.hf import ReMoEConfig, ReMoEForCausalLM
 
@@ -83,6 +85,24 @@ def test_logits_are_those_of_transformers(tmp_path, of):
     again = ReMoEForCausalLM.from_pretrained(tmp_path / "ours")
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, ours(tokens).logits)
+
+
+@pytest.mark.parametrize("load", [load, lambda path: load_foreign(path, config_of(path))])
+def test_weights_that_are_missing_or_left_over_are_refused(tmp_path, load):
+    """transformers gives random values to the former, with a warning, and ignores the latter."""
+    made(*MODELS["olmoe"]).save_pretrained(tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    less = {name: w for name, w in whole.items() if name != "model.layers.1.mlp.gate.weight"}
+    save_file(less, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"has 1 missing weights, such as model\.layers\.1\.mlp"):
+        load(tmp_path)
+    more = whole | {"model.layers.7.mlp.gate.weight": torch.zeros(4, 32)}
+    save_file(more, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"has 1 unexpected weights, such as model\.layers\.7"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="copy it again"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

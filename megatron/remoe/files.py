@@ -99,6 +99,19 @@ def write_whole(path: Path, content: str | bytes) -> None:
     partial.replace(path)
 
 
+def check_in_folder(file: Path) -> None:
+    """Check that a file of results can be written, before the work that it is for.
+
+    Raises:
+        ValueError: it is a folder, or something above it is no folder.
+    """
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; name a file (--out)")
+    nearest = next(folder for folder in file.absolute().parents if folder.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{nearest} is a file; name a folder (--out)")
+
+
 @contextmanager
 def hold_folder(folder: Path) -> Iterator[bool]:
     """Hold a folder alone, by a lock that the kernel releases when this process ends.

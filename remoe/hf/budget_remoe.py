@@ -1,8 +1,7 @@
-"""A budget of active experts that is set after training, for routers with ReLU gates.
+"""A budget of active experts that is set after training, for routers with ReLU gates, and TopK.
 
-The number of experts that such a router activates is not fixed, so that a trained model can spend
-less on every token: gates below a threshold are switched off, and the others keep their value. The
-threshold that meets a budget is found by bisection on text.
+A trained model can spend less on every token: gates below a threshold are switched off, and the
+others keep their value. The threshold that meets a budget is found by bisection on text.
 
 This file is exported with every model and therefore self-contained. Shapes: T tokens, E experts.
 """
@@ -24,6 +23,10 @@ TOLERANCE = 0.01  # of the target
 _FIELDS = {"threshold": "gate_threshold", "offset": "gate_offset"}
 _TOKENS_AT_ONCE = 8192
 _MOST_STEPS = 24  # of doubling, and of halving
+
+
+class UnreachableBudget(ValueError):
+    """No threshold or offset leaves the number of active experts that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -161,23 +164,12 @@ def set_budget(
         _write(config, dict.fromkeys(before))
         return None
     _check(config, active_experts, by)
-    if input_ids is None:
-        raise ValueError(
-            "input_ids are not given; a budget is calibrated on text, so pass the token ids "
-            f"[B, S] of some, at least {LEAST_TOKENS} tokens"
-        )
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    tokens = int(mask.sum())
-    if mask.shape != input_ids.shape or tokens < LEAST_TOKENS:
-        raise ValueError(
-            f"the text has {tokens} tokens that are no padding; pass at least {LEAST_TOKENS}, as "
-            f"ids and mask [B, S], since the mean over fewer says too little of other text"
-        )
+    ids, mask = _checked(config, input_ids, attention_mask)
     was_training = model.training
     model.eval()
     try:
         _write(config, dict.fromkeys(before))
-        budget = _calibrated(model, active_experts, input_ids, mask, by, per_layer)
+        budget = _calibrated(model, active_experts, ids, mask, by, per_layer)
     except BaseException:
         _write(config, before)
         raise
@@ -222,7 +214,7 @@ def _calibrated(
             if takes_only
             else ("choose another number, or more text")
         )
-        raise ValueError(
+        raise UnreachableBudget(
             f"active_experts is {target:g}, which cannot be met within {TOLERANCE:.0%}: the model "
             f"has {before:.4g} without a budget, and the nearest {by} leaves {reached:.4g} on this "
             f"text; {why}"
@@ -250,6 +242,43 @@ def active_by_layer(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return counts[:-1].double() / counts[-1]
 
 
+def _checked(config: Any, ids: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the ids and the mask of a text, both `[B, S]`; raises a ValueError for no such text.
+
+    A list is refused as well, since it would need a device and a dtype.
+    """
+    if ids is None:
+        raise ValueError(
+            "input_ids are not given; a budget is calibrated on text, so pass the token ids "
+            f"[B, S] of some, at least {LEAST_TOKENS} tokens"
+        )
+    whole = (torch.int32, torch.int64)
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in whole:
+        shape = f" of {ids.dtype}, {list(ids.shape)}" if isinstance(ids, Tensor) else ""
+        raise ValueError(
+            f"input_ids is a {type(ids).__name__}{shape}; pass a tensor of token ids [B, S], int64"
+        )
+    mask = torch.ones_like(ids) if mask is None else mask
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        shape = f", {list(mask.shape)}" if isinstance(mask, Tensor) else ""
+        raise ValueError(
+            f"attention_mask is a {type(mask).__name__}{shape}; pass a tensor of the shape of "
+            f"input_ids, {list(ids.shape)}"
+        )
+    tokens = int(mask.sum())
+    if tokens < LEAST_TOKENS:
+        raise ValueError(
+            f"the text has {tokens} tokens that are no padding; pass at least {LEAST_TOKENS}, "
+            f"since the mean over fewer says too little of other text"
+        )
+    if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:
+        raise ValueError(
+            f"input_ids are from {int(ids.min())} to {int(ids.max())}, and the vocabulary has "
+            f"{config.vocab_size} entries; use the model's tokenizer"
+        )
+    return ids, mask
+
+
 def _check(config: Any, active_experts: float, by: str) -> None:
     """Refuse models without such gates, and impossible numbers."""
     allowed = L1_ROUTERS if by == "offset" else THRESHOLD_ROUTERS
@@ -260,7 +289,8 @@ def _check(config: Any, active_experts: float, by: str) -> None:
         )
     if not config.moe_layers:
         raise ValueError("the model is dense, so that it has no active experts to budget")
-    if not isinstance(active_experts, int | float) or not 0 < active_experts <= config.num_experts:
+    is_number = isinstance(active_experts, int | float) and not isinstance(active_experts, bool)
+    if not is_number or not 0 < active_experts <= config.num_experts:
         raise ValueError(
             f"active_experts is {active_experts!r}; it must be a number of experts per token above "
             f"0 and at most {config.num_experts}, the number of experts"

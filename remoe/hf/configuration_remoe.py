@@ -125,9 +125,10 @@ class ReMoEConfig(LlamaConfig):
         gate_offset: a constant that is taken from every logit before the ReLU, with `relu_l2` from
             the logits over their norm; a negative one lets more experts be active.
         max_active_experts: most experts of a token, those with the largest gates; None is no limit.
-            These three are the budget of a router with ReLU gates (`relu`, `relu_rms`, `relu_l2`).
-            They may change after loading, and each is one value or a list with one for every layer
-            with experts. The offset comes first, then the threshold, then the limit.
+            These three are the budget of a router with ReLU gates (`relu`, `relu_rms`, `relu_l2`),
+            of which the threshold acts on TopK routers too. They may change after loading, and each
+            is one value or a list with one for every layer with experts. The offset comes first,
+            then the threshold, then the limit.
         at_least_one_expert: whether a token without any expert gets that of its largest logit.
         recurrence: the cell of recurrent routers (arXiv 2408.06793), "gru" or "rnn"; or "none".
         recurrent_size: number of values of their state.
@@ -246,6 +247,11 @@ class ReMoEConfig(LlamaConfig):
                     f"{name} has {len(value)} values for {len(self.moe_layers)} layers with "
                     f"experts; it needs one for each"
                 )
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the config as `LlamaConfig` does; raises a ValueError for an invalid budget."""
+        self.check_budget()
+        super().save_pretrained(*args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, with the version of the format that these need."""

@@ -778,7 +778,7 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
 
     def set_budget(
         self,
-        active_experts: float | None = None,
+        active_experts: float | None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
@@ -793,11 +793,12 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
 
         Args:
             active_experts: the mean number of active experts per token, over layers with experts
-                and tokens that are no padding, which is met within 1%.
+                and tokens that are no padding, which is met within 1%; None clears the budget.
             input_ids: `[B, S]`, text like that which the model will read, at least 512 tokens.
             attention_mask: `[B, S]`, zero for padding.
             by: "threshold" switches off gates below a value, and the others keep theirs; "offset"
-                takes a constant from every logit, which can be negative and add experts.
+                takes a constant from every logit of a router with ReLU gates, which can be negative
+                and add experts.
             per_layer: give each layer a value of its own, with which it keeps the same share of its
                 experts; by default all layers have one value.
 
@@ -806,7 +807,8 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: the number cannot be met, there is too little text, or the model is dense or
-                has a router without gates of a ReLU. The budget is then as before.
+                has a router without such gates: thresholds act on those of a ReLU and of TopK. The
+                budget is then as before.
         """
         return set_budget(
             self, active_experts, input_ids, attention_mask, by=by, per_layer=per_layer

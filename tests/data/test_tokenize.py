@@ -376,7 +376,7 @@ def test_a_damaged_pair_is_named(finished: Path, tmp_path: Path, damage, reason:
     with pytest.raises(ValueError, match=reason):
         check_pair(tmp_path / "a")
     with pytest.raises(ValueError, match=reason):
-        find_domains(tmp_path)
+        find_domains(tmp_path, None)
 
 
 def test_inputs_are_checked(tmp_path: Path) -> None:

@@ -263,6 +263,18 @@ def test_the_budget_of_a_model_is_that_of_transformers_with_another_k(call, home
     assert len(rows) == 1 + len(theirs["points"]) + len(ours["points"])
     assert (home / "curves/budget.png").stat().st_size > 10_000
     assert "| k 1 | 1.000 |" in out and "32 sequences of 32" in out
+    assert "Left out" not in out
+
+
+def test_a_number_of_experts_that_no_threshold_leaves_is_left_out_of_the_curve(call, home):
+    limited = build(max_active_experts=1, num_experts_per_tok=1, l1_coeff=[1e-8] * 2)
+    limited.save_pretrained(home / "limited")
+    argv = ["budget", "limited", "--data", "tokens", "--points", "0.5,2,9,2"]
+    code, out, error = call(tiny.remoe, home, *argv)
+    assert code == 0, error
+    (curve,) = json.loads((home / "limited/budget.json").read_text())["curves"]
+    assert curve["left_out"] == [2, 9] and [p["by"] for p in curve["points"]][1:] == ["threshold"]
+    assert "Left out, because no threshold or offset leaves as many: 2, 9." in out
 
 
 MISTAKES = {
@@ -365,6 +377,15 @@ def test_data_of_another_tokenizer_is_refused(call, home, tmp_path):
     argv = ["adopt", "../../model", "../../out", "--data", ".", "--active-experts", "1"]
     message = fails(call, tmp_path / "data/train", *argv)
     assert "which has other entries than that of the model" in message
+    for command in ("budget", "analyze"):
+        argv = [command, "model", "--data", "data/train", "--out", "out"]
+        message = fails(call, tmp_path, *argv)
+        assert "which has other entries than that of the model" in message
+    build(router_type="topk_pre_softmax").save_pretrained(tmp_path / "ours")
+    ours = ["--tokenizer", "model", "--perplexity", "data/train"]
+    message = fails(call, tmp_path, "evaluate", "ours", *ours)
+    assert "which has other entries than that of the model" in message
+    argv = ["adopt", "../../model", "../../out", "--data", ".", "--active-experts", "1"]
     (tmp_path / "data/tokenizer/tokenizer.json").write_text("{}")
     assert "tokenizer.json" in fails(call, tmp_path / "data/train", *argv)
     large = {str(number): number for number in range(80)} | {"<|endoftext|>": 80}

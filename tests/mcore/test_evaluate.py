@@ -185,7 +185,12 @@ def test_a_budget_is_calibrated_on_named_text_and_said(call, home):
     )
     plain, less = (json.loads((home / f"{name}.json").read_text()) for name in ("plain", "half"))
     assert less["perplexity"]["all"]["loss"] != plain["perplexity"]["all"]["loss"]
-    assert less["budget"] in out and "budget" not in plain
+    assert less["budget"] in out and plain["budget"] is None
+    message = f"half.json has figures with another budget ({less['budget']}) than this one (None)"
+    code, _, error = call(tiny.remoe, home, "evaluate", "hf", *request, "half.json")
+    assert code == 2 and message in error and json.loads((home / "half.json").read_text()) == less
+    code, _, error = call(tiny.remoe, home, "evaluate", "hf", *request, "plain.json/half.json")
+    assert code == 2 and "plain.json is a file; name a folder (--out)" in error
     (home / "text").write_text("import os\n\ndef main(a, b):\n    return a + b\n" * 200)
     prompt = ["def", "--max-new-tokens", "2"]
     code, _, error = call(
@@ -205,10 +210,12 @@ def test_a_budget_is_calibrated_on_named_text_and_said(call, home):
     [
         (["--active-experts", "0.5"], "no run, so that it names no text; .*(--calibrate-on)"),
         (["--calibrate-on", "tokens/valid"], "there is nothing to calibrate"),
+        (["--active-experts", "0.5", "--calibrate-on", "empty"], "has no text to calibrate on"),
         (["--active-experts", "99", "--calibrate-on", "tokens/valid"], "active_experts is 99.0"),
         (["--active-experts", "0.5", "--calibrate-on", "hf/generation_config.json"], "least 512"),
     ],
 )
 def test_a_budget_without_text_or_number_is_refused(call, home, argv, message):
+    (home / "empty").write_text("")
     code, _, error = call(tiny.remoe, home, "generate", "hf", "def", *argv)
     assert code == 2 and re.search(message, error), error

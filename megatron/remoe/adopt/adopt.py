@@ -23,7 +23,7 @@ from megatron.remoe.convert.hf_source import check_finite, validated
 from megatron.remoe.convert.output import check_folder
 from megatron.remoe.convert.table import CONFIG, Config, Item, plan
 from megatron.remoe.evaluate.perplexity import default_length, find_domains
-from megatron.remoe.evaluate.text import Text, check_tokenizer, hash_of, read_text
+from megatron.remoe.evaluate.text import Text, hash_of, read_text
 from remoe.hf.budget_remoe import LEAST_TOKENS, TOLERANCE
 
 RECORD = "adoption.json"
@@ -219,8 +219,7 @@ def read_texts(teacher: Teacher, data: Path, held_out: Path | None, settings: Se
 
 def _read(teacher: Teacher, data: Path, count: int, length: int, seed: int) -> Text:
     """Read up to a number of sequences."""
-    domains = find_domains(data)
-    check_tokenizer(data, teacher.tokenizer)
+    domains = find_domains(data, teacher.tokenizer)
     count = max(count, len(domains))
     text = read_text(str(data), domains, length=length, tokens=count * length, seed=seed)
     ids = torch.cat((text.inputs, text.labels))
@@ -361,6 +360,7 @@ class _Job:
         facts = {name: before[name] for name in kept if name in before} | {"teacher": before}
         facts["adoption"] = asdict(result) | {
             "k": self.opened.topk,
+            "gate_threshold": config["gate_threshold"],
             "router": self.opened.config["router_type"],
             "steps": self.plan.steps,
             "all_weights": self.plan.all_weights,

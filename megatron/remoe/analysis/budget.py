@@ -48,6 +48,7 @@ class Curve:
         router: the type of its router.
         topk, num_experts: k, the mean number of active experts that it was trained for, and E.
         points: its points.
+        left_out: numbers of active experts that were asked for, and that nothing reaches.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Curve:
     topk: int
     num_experts: int
     points: list[Point]
+    left_out: list[float]
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,9 @@ def to_markdown(measured: Measured) -> str:
                 f"| {changed} | {point.active:.3f} | {point.loss:.4f} ± {point.half_width:.4f} | "
                 f"{point.extra_loss:+.4f} ± {point.extra_half_width:.4f} |"
             )
+        if curve.left_out:
+            numbers = ", ".join(f"{number:g}" for number in curve.left_out)
+            lines += ["", f"Left out, because no threshold or offset leaves as many: {numbers}."]
     return "\n".join(lines) + "\n"
 
 

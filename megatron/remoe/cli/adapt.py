@@ -127,17 +127,18 @@ def budget(
         out: The folder for budget.json, budget.csv, budget.md and budget.png, by default that of
             the model, if there is only one.
     """
+    from megatron.remoe.analysis.budget import FILES, to_markdown, write
+    from megatron.remoe.files import check_in_folder
+
     if out is None and len(models) > 1:
         raise ValueError(f"{len(models)} models share one figure; name a folder for it (--out)")
     folder = out or models[0]
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name a folder (--out)")
+    check_in_folder(folder / FILES[0])
     try:
-        multiples = tuple(float(point) for point in points.split(","))
+        multiples = tuple(sorted({float(point) for point in points.split(",")}))
     except ValueError:
         raise ValueError(f"points is {points!r}; it must be numbers such as 0.5,1,2") from None
     prepare()
-    from megatron.remoe.analysis.budget import to_markdown, write
     from megatron.remoe.evaluate import curves as run
 
     settings = run.Settings(multiples, tokens, sequence_length, seed, tokenizer)

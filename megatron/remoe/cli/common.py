@@ -28,8 +28,9 @@ _COMMON = {
     "model": "A run directory, a checkpoint or a Hugging Face folder.",
     "tokenizer": "The folder of the tokenizer, or its tokenizer.json; by default the model's own.",
     "active_experts": (
-        "The mean number of active experts per token to keep, for routers with ReLU gates: smaller "
-        "gates than a threshold are switched off. By default the model's own budget stays."
+        "The mean number of active experts per token to keep, for routers with ReLU gates and "
+        "TopK: smaller gates than a threshold are switched off. By default the model's own budget "
+        "stays."
     ),
     "calibrate_on": (
         "The text on which the threshold of --active-experts is found: a folder of token files, "

@@ -148,10 +148,18 @@ def evaluate(
     assert chosen is not None
     from megatron.remoe.evaluate.budget import choose
 
+    is_run = (model / "config.yaml").is_file()
+    name = "evaluation" if active_experts is None else f"evaluation_{active_experts:g}_active"
+    file = out or (model / f"{name}.json" if is_run else None)
+    before = {} if file is None else _read(file)
     budget = choose(model, active_experts, calibrate_on, dtype=chosen, tokenizer=tokenizer)
-    found: dict[str, Any] = {}
+    if before and before.get("budget") != (budget.said or None):
+        raise ValueError(
+            f"{file} has figures with another budget ({before.get('budget')}) than this one "
+            f"({budget.said or None}); name another file (--out), or delete it"
+        )
+    found: dict[str, Any] = {"budget": budget.said or None}
     if budget.said:
-        found["budget"] = budget.said
         typer.echo(budget.said)
     if perplexity is not None:
         from megatron.remoe.evaluate import perplexity as losses
@@ -164,6 +172,7 @@ def evaluate(
                 seed=seed,
                 dtype=chosen,
                 batch_size=batch_size,
+                tokenizer=tokenizer,
                 budget=budget.fields,
                 progress=report,
             )
@@ -189,26 +198,34 @@ def evaluate(
         found["tasks"] = harness.run(request)
         found["limit"] = limit
         typer.echo(published.table(model.name, found["tasks"]))
-    is_run = (model / "config.yaml").is_file()
-    name = "evaluation" if active_experts is None else f"evaluation_{active_experts:g}_active"
-    file = out or (model / f"{name}.json" if is_run else None)
     if file is not None:
-        _merge(file, {"model": str(model), "dtype": dtype} | found)
+        for key in _FIGURES:  # Replace what was evaluated again, and keep the rest.
+            if key in before and key in found:
+                found[key] = before[key] | found[key]
+        whole = before | {"model": str(model), "dtype": dtype} | found
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(whole, indent=2) + "\n")
         typer.echo(file)
 
 
-def _merge(file: Path, found: dict[str, Any]) -> None:
-    """Replace what was evaluated again, and keep the rest."""
-    from megatron.remoe.files import read_json_object
+_FIGURES = ("tasks", "perplexity")
 
-    before = read_json_object(file, "name another file (--out)") if file.exists() else {}
-    for key in ("tasks", "perplexity"):
-        if key in before and key in found:
-            if not isinstance(before[key], dict):
-                raise ValueError(f"{file} has no mapping as {key}; name another file (--out)")
-            found[key] = before[key] | found[key]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(before | found, indent=2) + "\n")
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return the results that a file has already, before there are more.
+
+    Raises:
+        ValueError: The file cannot be written, or has something else.
+    """
+    from megatron.remoe.files import check_in_folder, read_json_object
+
+    remedy = "name another file (--out)"
+    check_in_folder(file)
+    before = read_json_object(file, remedy) if file.exists() else {}
+    for key in _FIGURES:
+        if not isinstance(before.get(key, {}), dict):
+            raise ValueError(f"{file} has no mapping as {key}; {remedy}")
+    return before
 
 
 @command(app)
@@ -248,8 +265,10 @@ def analyze(
             results.md, with a table of each answer, and for the analysis of each model that is no
             run. That of a run is in the run's directory. By default the numbers are only printed.
     """
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; name a folder (--out)")
+    from megatron.remoe.files import check_in_folder
+
+    if out is not None:
+        check_in_folder(out / "routing.md")
     prepare()
     from rich.console import Console
     from rich.table import Table

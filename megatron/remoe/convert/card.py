@@ -142,7 +142,7 @@ def _about(config: Config, facts: tables.Rows, sizes: tables.Sizes) -> str:
     trained = f", trained on {tokens:,} tokens" if tokens else ""
     if config["model_type"] == "llama":
         return f"A dense language model (LLaMA) of {sizes.total:,} parameters{trained}."
-    share = config["num_experts_per_tok"] / config["num_experts"]
+    share = tables.active_experts(config) / config["num_experts"]
     text = (
         f"A mixture-of-experts language model of {sizes.total:,} parameters, of which an average "
         f"token uses {sizes.active(share):,}{trained}."

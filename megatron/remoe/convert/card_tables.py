@@ -66,14 +66,22 @@ def architecture(config: Config, sizes: Sizes, tokenizer: TokenizerFiles | None)
     }
 
 
+def active_experts(config: Config) -> float:
+    """Return the mean number of active experts of a token: k, or what an adoption has left."""
+    adopted = (config.get("training_facts") or {}).get("adoption") or {}
+    is_as_adopted = config.get("gate_threshold") == adopted.get("gate_threshold")
+    k: float = config["num_experts_per_tok"]
+    return float(adopted["active"]) if adopted and is_as_adopted else k
+
+
 def router(config: Config, facts: Rows, sizes: Sizes) -> Rows:
     """Return the router, its settings, and how many experts it activates."""
     routing = ROUTINGS[routing_of(config["router_type"])]
-    k, experts = config["num_experts_per_tok"], config["num_experts"]
+    active, experts = active_experts(config), config["num_experts"]
     rows: Rows = {
         "router": f"{config['router_type']}: {routing.title} ({routing.source})",
-        "active experts of an average token, as set": f"{k} of {experts}",
-        "parameters it uses": f"{sizes.active(k / experts):,}",
+        "active experts of an average token, as set": f"{active:.3g} of {experts}",
+        "parameters it uses": f"{sizes.active(active / experts):,}",
     }
     if "sparsity" in facts:
         share = 1 - facts["sparsity"]

@@ -89,18 +89,41 @@ def load(
     Fields in `budget` replace those of the model's config.
 
     Raises:
-        ValueError: a weight is NaN or infinite.
+        ValueError: the files are damaged or of another model, or a weight is NaN or infinite.
     """
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype or "auto", trust_remote_code=False
-    )
+    model = from_files(folder, dtype)
     for name, weight in model.named_parameters():
         check_finite(f"{name} of {folder}", weight)
     for name, value in (budget or {}).items():
         setattr(model.config, name, value)
     return model.eval()
+
+
+def from_files(folder: Path, dtype: torch.dtype | None) -> Any:
+    """Load a model of transformers on the CPU, all of whose weights must be in its files.
+
+    transformers itself gives random values to those that are missing, with a warning.
+
+    Raises:
+        ValueError: the files cannot be read, or are of another model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # a damaged file, or one of another model
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{folder}: {reason}; copy it again") from error
+    model, found = loaded
+    for what in ("missing", "mismatched", "unexpected"):
+        if names := sorted(map(str, found[f"{what}_keys"])):
+            raise ValueError(
+                f"{folder} has {len(names)} {what} weights, such as {names[0]}; its config.json "
+                f"and its weights must be of one model, so copy it again"
+            )
+    return model
 
 
 def load_source(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.remoe.convert.exported import from_files
 from megatron.remoe.convert.hf_source import check_finite, validated
 from megatron.remoe.convert.table import Config
 from megatron.remoe.convert.values import check_config
@@ -103,17 +104,8 @@ def load_foreign(path: Path, config: Config, dtype: torch.dtype = torch.float32)
     Raises:
         ValueError: the weights do not fit the config, or one is NaN or infinite.
     """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False
-        )
-    except Exception as error:  # a damaged file, or one of another model
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: {reason}; copy it again") from error
     state = {}
-    for name, weight in model.state_dict().items():
+    for name, weight in from_files(path, dtype).state_dict().items():
         check_finite(f"{name} of {path}", weight)
         state[name.replace(".mlp.gate.weight", ".mlp.router.weight")] = weight
     return build(config, state)

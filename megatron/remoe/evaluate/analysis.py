@@ -104,7 +104,7 @@ def prepare(path: Path, settings: Settings, out: Path | None, *, force: bool = F
         for earlier in spread(find_checkpoints(path), settings.checkpoints)[-2::-1]:
             opened.insert(0, replace(open_model(earlier, settings.tokenizer), path=path))
     folder = _folder_of(path, out)
-    data, domains = domains_of(settings.data, opened[-1].args)
+    data, domains = domains_of(settings.data, opened[-1].args, opened[-1].tokenizer)
     source = opened[-1].source
     config = opened[-1].config.to_dict() if source is None else source.config
     length = settings.sequence_length or default_length(config)

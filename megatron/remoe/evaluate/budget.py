@@ -91,7 +91,7 @@ def _text(source: MegatronSource | HFSource, given: Path | None) -> tuple[str, T
     if given is not None and given.is_file() and given.suffix not in (".bin", ".idx"):
         return str(given), _ids_of_file(source, given, length)
     if given is not None:
-        named, domains = str(given), find_domains(given)
+        named, domains = str(given), find_domains(given, source.tokenizer)
     else:
         args = source.args if isinstance(source, MegatronSource) else None
         named, domains = validation_files(args, _OPTION)
@@ -108,6 +108,8 @@ def _ids_of_file(source: MegatronSource | HFSource, file: Path, length: int) -> 
         raise ValueError(
             f"{file} is no text in UTF-8; name such a file or token files ({_OPTION})"
         ) from None
-    ids = torch.tensor(source.tokenizer.encode(text)[:TOKENS])
+    ids = torch.tensor(source.tokenizer.encode(text)[:TOKENS], dtype=torch.int64)
+    if not len(ids):
+        raise ValueError(f"{file} has no text to calibrate on; name another file ({_OPTION})")
     length = min(length, max(1, len(ids)))
     return ids[: len(ids) // length * length].view(-1, length)

@@ -20,7 +20,7 @@ from megatron.remoe.evaluate.models import Opened, open_model
 from megatron.remoe.evaluate.perplexity import default_length, find_domains
 from megatron.remoe.evaluate.routing import batches_of, losses_of
 from megatron.remoe.evaluate.text import Text, read_text
-from remoe.hf.budget_remoe import LEAST_TOKENS
+from remoe.hf.budget_remoe import LEAST_TOKENS, UnreachableBudget
 from remoe.hf.configuration_remoe import L1_ROUTERS
 
 POINTS = (0.3, 0.5, 0.7, 0.85, 1.0, 1.25, 1.5, 2.0, 3.0)  # times the trained mean
@@ -90,7 +90,13 @@ def measure(
 
 
 def _text(opened: list[Opened], data: Path, settings: Settings) -> Text:
-    domains = find_domains(data)
+    vocabularies = [one.tokenizer.vocabulary() for one in opened if one.tokenizer is not None]
+    if any(entries != vocabularies[0] for entries in vocabularies):
+        raise ValueError(
+            f"the tokenizers of {', '.join(str(one.path) for one in opened)} have different "
+            f"entries, so that no text is the same for all; measure the models one by one"
+        )
+    domains = find_domains(data, opened[0].tokenizer)
     configs = [one.config.to_dict() if one.source is None else one.source.config for one in opened]
     length = settings.sequence_length or min(map(default_length, configs))
     text = read_text(str(data), domains, length=length, tokens=settings.tokens, seed=settings.seed)
@@ -119,16 +125,25 @@ def _curve(opened: Opened, text: Text, settings: Settings) -> Curve:
     topk = int(opened.config.num_experts_per_tok)
     plain = _read(model, text, Intervention())
     points = [_point("none", None, plain, plain)]
-    for by, value, intervention in _changes(model, opened, text, settings, points[0].active):
+    left_out: list[float] = []
+    for by, value, intervention in _changes(model, opened, text, settings, plain[1], left_out):
         found = _read(model, text, intervention)
         points.append(_point(by, value, found, plain))
-    return Curve(str(opened.path), opened.router, topk, opened.num_experts, points)
+    return Curve(str(opened.path), opened.router, topk, opened.num_experts, points, left_out)
 
 
 def _changes(
-    model: Any, opened: Opened, text: Text, settings: Settings, active: float
+    model: Any,
+    opened: Opened,
+    text: Text,
+    settings: Settings,
+    active: float,
+    left_out: list[float],
 ) -> Iterator[tuple[str, float, Intervention]]:
-    """Change a model, one point after the other; yield what was changed, and how it is applied."""
+    """Change a model, one point after the other; yield what was changed, and how it is applied.
+
+    Numbers of active experts that are out of its reach are added to `left_out`.
+    """
     topk, experts = int(opened.config.num_experts_per_tok), opened.num_experts
     is_topk = opened.router.startswith("topk_")
     fields = [getattr(opened.config, name, None) for name in ("gate_threshold", "gate_offset")]
@@ -145,12 +160,17 @@ def _changes(
         most = _read(model, text, Intervention())[1]
     for target in [topk * point for point in sorted(settings.points)]:
         adds = target > most * (1 - _MET)
-        is_met = abs(target - active) <= _MET * active
-        if is_met or target >= experts or (adds and is_topk):
-            continue
+        if abs(target - active) <= _MET * active or (adds and is_topk and not has_budget):
+            continue  # which is measured as it is, or by another k
         by = "offset" if adds else "threshold"
-        budget = model.set_budget(target, calibration, by=by)
-        yield by, budget.value, Intervention()
+        try:
+            if target >= experts or (adds and is_topk):
+                raise UnreachableBudget
+            budget = model.set_budget(target, calibration, by=by)
+        except UnreachableBudget:
+            left_out.append(target)
+        else:
+            yield by, budget.value, Intervention()
 
 
 def _read(model: Any, text: Text, intervention: Intervention) -> tuple[Tensor, float]:

@@ -144,6 +144,11 @@ def _open_foreign(path: Path, tokenizer: Path | None) -> Opened:
         raise ValueError(f"{path / 'config.json'}: {reason}; copy it again") from error
     if is_dense:
         raise _dense(path)
+    if not 1 <= config.num_experts_per_tok <= opened.num_experts:
+        raise ValueError(
+            f"{path / 'config.json'} has num_experts_per_tok {config.num_experts_per_tok} of "
+            f"{opened.num_experts} experts; it must be between 1 and their number"
+        )
     return opened
 
 

@@ -19,6 +19,7 @@ from megatron.remoe.convert.export import Progress
 from megatron.remoe.convert.exported import check_vocabulary, load_source
 from megatron.remoe.convert.source import MegatronSource, open_source
 from megatron.remoe.convert.table import Config
+from megatron.remoe.convert.tokenizer import TokenizerFiles
 from megatron.remoe.data.pairs import check_pair
 
 DEFAULT_SEED = 1234  # Megatron's
@@ -42,11 +43,15 @@ class Loss:
         return math.exp(min(self.loss, 700.0))
 
 
-def find_domains(data: Path) -> dict[str, Path]:
+def find_domains(data: Path, own: TokenizerFiles | None) -> dict[str, Path]:
     """Return the prefixes of token files by domain: all of a folder, or one prefix.
 
+    Args:
+        data: a folder of token files, or one of them without its suffix.
+        own: the tokenizer of the model that reads them; None if it has none.
+
     Raises:
-        ValueError: there are no token files, or some are damaged.
+        ValueError: there are no token files, some are damaged, or they are of another tokenizer.
     """
     if data.is_dir():
         files = [path for path in data.iterdir() if path.suffix in (".bin", ".idx")]
@@ -61,7 +66,22 @@ def find_domains(data: Path) -> dict[str, Path]:
         )
     for prefix in prefixes:
         check_pair(prefix)
+    _check_tokenizer(data, own)
     return complete
+
+
+def _check_tokenizer(data: Path, own: TokenizerFiles | None) -> None:
+    """Compare the model's tokenizer with the one beside the data, or one folder above."""
+    place = data.absolute()
+    for folder in (place, *place.parents[:2]):
+        if own is not None and (folder / "tokenizer/tokenizer.json").is_file():
+            theirs = TokenizerFiles(folder / "tokenizer")
+            if theirs.vocabulary() != own.vocabulary():
+                raise ValueError(
+                    f"{data} was made with the tokenizer {theirs.path}, which has other entries "
+                    f"than that of the model, {own.path}; tokenize with the model's tokenizer"
+                )
+            return
 
 
 def perplexity(
@@ -72,6 +92,7 @@ def perplexity(
     seed: int | None = None,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 8,
+    tokenizer: Path | None = None,
     budget: Mapping[str, Any] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Loss]:
@@ -85,14 +106,15 @@ def perplexity(
         seed: seed of the order of documents; None is that of the run, or else 1234.
         dtype: dtype of the model.
         batch_size: number of sequences at a time.
+        tokenizer: tokenizer to use in place of the model's own.
         budget: fields of the model's config that replace its own budget of active experts.
         progress: called with the number of sequences that are done, and of all sequences.
 
     Raises:
         ValueError: there is no model or no data, or the data has another vocabulary.
     """
-    domains = find_domains(data)
-    source = open_source(path)
+    source = open_source(path, tokenizer)
+    domains = find_domains(data, source.tokenizer)
     config = source.config
     if seed is None:
         seed = getattr(source.args, "seed", None) if isinstance(source, MegatronSource) else None

@@ -64,43 +64,22 @@ def hash_of(*tensors: Tensor) -> str:
     return found.hexdigest()
 
 
-def check_tokenizer(data: Path, own: TokenizerFiles | None) -> None:
-    """Refuse token files beside which there is another tokenizer than the model's.
-
-    Args:
-        data: a folder of token files, or one of them without its suffix. `remoe data tokenize`
-            writes the tokenizer beside it, or one folder above.
-        own: the model's tokenizer; None checks nothing.
-
-    Raises:
-        ValueError: the entries differ, or one of both cannot be read.
-    """
-    if own is None:
-        return
-    place = data.absolute()
-    for folder in (place, *place.parents[:2]):
-        if (folder / "tokenizer/tokenizer.json").is_file():
-            theirs = TokenizerFiles(folder / "tokenizer")
-            if theirs.vocabulary() != own.vocabulary():
-                raise ValueError(
-                    f"{data} was made with the tokenizer {theirs.path}, which has other entries "
-                    f"than that of the model, {own.path}; tokenize with the model's tokenizer"
-                )
-            return
-
-
-def domains_of(data: Path | None, args: Namespace | None) -> tuple[str, dict[str, Path]]:
+def domains_of(
+    data: Path | None, args: Namespace | None, own: TokenizerFiles | None
+) -> tuple[str, dict[str, Path]]:
     """Return the token files as they are named, and the prefix of each domain.
 
     Args:
         data: a folder of token files; None stands for the validation files of a run.
         args: the arguments of a run; None for a model that is no run.
+        own: the model's tokenizer; None if it has none.
 
     Raises:
-        ValueError: there are no token files, or those of one domain only.
+        ValueError: there are no token files, those of one domain only, or those of another
+            tokenizer.
     """
     if data is not None:
-        named, domains = str(data), find_domains(data)
+        named, domains = str(data), find_domains(data, own)
     else:
         named, domains = validation_files(args)
     if len(domains) < 2:
