@@ -35,7 +35,7 @@ SIZES = {
 }
 LENGTH, DOCUMENTS = 32, ("even", "odd")
 FLAGS = ["--data", "tokens", "--steps", "30", "--batch-size", "4", "--router", "relu"]
-FLAGS += ["--active-experts", "0.7"]
+FLAGS += ["--lr", "0.02", "--active-experts", "0.7"]
 
 
 def chain(name: str) -> torch.Tensor:
@@ -149,7 +149,7 @@ def adopt_until(home: Path, step: int, out: str) -> None:
             raise KeyboardInterrupt
 
     prepare()
-    settings = adopt.Settings(0.7, steps=30, batch_size=4, router="relu")
+    settings = adopt.Settings(0.7, steps=30, batch_size=4, lr=0.02, router="relu")
     with contextlib.chdir(home), contextlib.suppress(KeyboardInterrupt):
         adopt.adopt(Path("olmoe"), Path(out), Path("tokens"), settings, shown=stop)
 

@@ -52,7 +52,7 @@ class Settings:
     active_experts: float | None
     steps: int = 200
     batch_size: int = 8
-    lr: float = 0.02
+    lr: float = 0.005
     all_weights: bool = False
     walk: str = "threshold"
     router: str = KEPT
@@ -78,7 +78,7 @@ class Settings:
                 f"experts that {teacher.path} was trained with ({experts} in all)"
             )
         if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr is {self.lr:g}; it must be a number above 0, such as 0.02")
+            raise ValueError(f"lr is {self.lr:g}; it must be a number above 0, such as 0.005")
         if self.sequence_length is not None and self.sequence_length > teacher.positions:
             raise ValueError(
                 f"sequence_length is {self.sequence_length}, and {teacher.path} has "

@@ -21,7 +21,7 @@ def adopt(
     held_out: Path | None = None,
     steps: Annotated[int, typer.Option(min=0)] = 200,
     batch_size: AtLeastOne = 8,
-    lr: float = 0.02,
+    lr: float = 0.005,
     all_weights: bool = False,
     router: str = "topk",
     walk: str = "threshold",
