@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron.remoe.adopt import distill as training
+from megatron.remoe.adopt.allocate import allocate
 from megatron.remoe.adopt.distill import Plan, Progress
 from megatron.remoe.adopt.fit import fit
 from megatron.remoe.adopt.state import Saved, discard_finished, saved_beside
@@ -24,7 +25,7 @@ from megatron.remoe.convert.output import check_folder
 from megatron.remoe.convert.table import CONFIG, Config, Item, plan
 from megatron.remoe.evaluate.perplexity import default_length, find_domains
 from megatron.remoe.evaluate.text import Text, hash_of, read_text
-from remoe.hf.budget_remoe import LEAST_TOKENS, TOLERANCE
+from remoe.hf.budget_remoe import LEAST_TOKENS, TOLERANCE, active_by_layer
 
 RECORD = "adoption.json"
 KEPT = "topk"  # the teacher's own router, under a threshold
@@ -269,10 +270,21 @@ class _Job:
                 parameter.copy_(parameter.to(self.opened.dtype))
                 check_finite(f"{name} after the last step", parameter)
         if self.plan.target is not None:
-            training.calibrate(self.student, self.calibration, self.plan.target)
+            training.calibrate(self.student, self.calibration, self._last_targets())
         final, active = self._measure(self.student)
         tokens = self.texts.held_out.labels.numel()
         return Adopted(**self.losses, final=final, active=active, tokens=tokens)
+
+    def _last_targets(self) -> list[float]:
+        """Return the numbers of layers: where the walk went, or what the penalty left, or less."""
+        if self.plan.walk != "l1":
+            return self.progress.targets
+        assert self.plan.target is not None
+        left = active_by_layer(
+            self.student, self.calibration, torch.ones_like(self.calibration)
+        ).tolist()
+        share = min(1.0, self.plan.target * len(left) / math.fsum(left))
+        return [share * number for number in left]
 
     def _measure(self, model: Any) -> tuple[float, float]:
         return training.mean_loss(model, self.texts.held_out.inputs, self.texts.held_out.labels)
@@ -287,11 +299,16 @@ class _Job:
             state = state | weights
         student = self._student(state)
         if self.plan.target is not None:
-            training.calibrate(student, self.calibration, self.opened.topk)
+            layers = len(student.config.moe_layers)
+            student.config.gate_threshold = [0.0] * layers
+            training.calibrate(student, self.calibration, [float(self.opened.topk)] * layers)
         self.losses["initial"], _ = self._measure(student if self.plan.target else self.teacher)
         start = student.config.gate_threshold
         if self.plan.target is not None:
-            reached = training.calibrate(student, self.calibration, self.plan.target)
+            self.progress.targets = allocate(
+                self.teacher, student, self.calibration, self.plan.target, self._layer_measured
+            )
+            reached = training.calibrate(student, self.calibration, self.progress.targets)
             if abs(reached - self.plan.target) > TOLERANCE * self.plan.target:
                 raise ValueError(
                     f"active_experts is {self.plan.target:g}, which cannot be met within "
@@ -320,6 +337,9 @@ class _Job:
             config["router_type"] = self.settings.router
             config["l1_coeff"] = [1e-8] * len(moe_layers(config))
         return validated(config)
+
+    def _layer_measured(self, done: int, total: int) -> None:
+        self.shown(0, self.plan.steps, f"layer {done + 1} of {total} is measured")
 
     def _after_step(self) -> None:
         done = self.progress.step
@@ -379,6 +399,7 @@ class _Job:
             "held_out_sequences": len(self.texts.held_out.inputs),
             "losses": asdict(result),
             "gate_threshold": self.student.config.gate_threshold,
+            "active_experts_of_layers": self.progress.targets,
             "lines": self.lines,
             "divergence_per_step": self.progress.losses,
             "active_experts_per_step": self.progress.active,

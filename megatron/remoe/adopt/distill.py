@@ -2,10 +2,11 @@
 
 The loss is the divergence of the teacher's next-token distribution from the student's,
 `KL(p_teacher || p_student)`, the mean over tokens in nats (Hinton et al., arXiv 1503.02531). Over
-the first half of the steps the budget falls from the teacher's k to the target. It is kept by
+the first half of the steps the budget of each layer falls from the teacher's k to its target. It is
+kept by
 
-- "threshold": `gate_threshold` is moved after every step to the quantile of the step's gates that
-  leaves the budget. It takes gates away and does not shrink the others.
+- "threshold": the layer's `gate_threshold` is moved after every step to the quantile of the step's
+  gates that leaves the budget. It takes gates away and does not shrink the others.
 - "l1": the L1 penalty of pretraining and its controller (arXiv 2412.14711, Eq. 6, 7 and 9). It
   shrinks all gates until enough of them are zero.
 
@@ -45,7 +46,8 @@ class Plan:
     Attributes:
         steps: number of optimizer steps.
         batch_size: number of sequences of a step.
-        target: mean number of active experts of a token at the end; None keeps what a router does.
+        target: mean number of active experts of a token and layer at the end; None keeps what a
+            router does.
         walk: one of `WALKS`.
         lr: learning rate of Adam, relative to the root mean square of each weight.
         all_weights: whether all weights are trained, or the routers alone.
@@ -68,17 +70,19 @@ class Progress:
         l1_coeff: coefficient of the penalty of the "l1" walk.
         losses: the divergence of every step, in nats.
         active: the mean number of active experts in every step.
+        targets: the mean number of active experts that each layer is to have at the end.
     """
 
     step: int
     l1_coeff: float
     losses: list[float]
     active: list[float]
+    targets: list[float]
 
     @classmethod
     def start(cls) -> "Progress":
         """Return that before the first step."""
-        return cls(0, _L1_COEFF, [], [])
+        return cls(0, _L1_COEFF, [], [], [])
 
 
 def trained(student: Any, plan: Plan) -> dict[str, Any]:
@@ -113,7 +117,7 @@ def distill(
 
     Args:
         teacher: the teacher.
-        student: the student, whose `gate_threshold` is moved.
+        student: the student, whose `gate_threshold`, one for each layer, is moved.
         optimizer: that of `optimizer_of`.
         inputs: ids, int64 `[N, S]`, taken in their order, from the first again after the last.
         plan: how to train.
@@ -127,15 +131,15 @@ def distill(
     while progress.step < plan.steps:
         step = progress.step
         rows = torch.arange(step * plan.batch_size, (step + 1) * plan.batch_size) % len(inputs)
-        budget = None if plan.target is None else budget_of(step, plan, topk)
         batch = inputs[rows].to(student.device)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * _share_of_lr(step, plan.steps)
         with gates_of(student) as gates:
             loss, routing = divergence(teacher, student, batch)
         active = float(torch.cat([(g != 0).sum(dim=-1).double().flatten() for g in routing]).mean())
-        if budget is not None and plan.walk == "l1":
+        if plan.target is not None and plan.walk == "l1":
             loss_of_all = loss + progress.l1_coeff * _penalty(routing)
+            budget = budget_of(step, plan, topk, plan.target)
             progress.l1_coeff = _next_coeff(progress.l1_coeff, active, budget, student.config)
         else:
             loss_of_all = loss
@@ -148,19 +152,19 @@ def distill(
         optimizer.zero_grad()
         loss_of_all.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        if budget is not None and plan.walk == "threshold":
-            follow(student.config, gates, budget)
+        if plan.target is not None and plan.walk == "threshold":
+            budgets = [budget_of(step, plan, topk, target) for target in progress.targets]
+            follow(student.config, gates, budgets)
         progress.step += 1
         progress.losses.append(divergence_now)
         progress.active.append(active)
         after_step()
 
 
-def budget_of(step: int, plan: Plan, topk: float) -> float:
-    """Return the mean number of active experts that a step walks to."""
-    assert plan.target is not None
+def budget_of(step: int, plan: Plan, topk: float, target: float) -> float:
+    """Return the mean number of active experts that a step walks to on the way to a target."""
     share = min(1.0, (step + 1) / max(1.0, _WALK * plan.steps))
-    return topk + (plan.target - topk) * share
+    return topk + (target - topk) * share
 
 
 def _share_of_lr(step: int, steps: int) -> float:
@@ -233,40 +237,54 @@ def threshold_for(gates: list[Tensor], budget: float) -> float:
     return float(above.kthvalue(len(above) - count + 1).values) if count else float(above.max()) * 2
 
 
-def follow(config: Any, gates: list[Tensor], budget: float) -> None:
-    """Move a model's threshold toward the one that the gates of a batch ask for."""
-    now, wanted = config.gate_threshold or 0.0, threshold_for(gates, budget)
-    config.gate_threshold = now + _FOLLOW * (wanted - now)
+def follow(config: Any, gates: list[Tensor], budgets: list[float]) -> None:
+    """Move the threshold of each layer toward the one that the gates of a batch ask for."""
+    wanted = [threshold_for([own], budget) for own, budget in zip(gates, budgets, strict=True)]
+    now = config.gate_threshold
+    config.gate_threshold = [a + _FOLLOW * (b - a) for a, b in zip(now, wanted, strict=True)]
 
 
 @torch.no_grad()
-def calibrate(model: Any, inputs: Tensor, target: float) -> float:
-    """Set a model's threshold so that tokens have a mean number of active experts, or fewer.
+def calibrate(model: Any, inputs: Tensor, targets: list[float]) -> float:
+    """Set the threshold of each layer so that tokens have a mean number of active experts, or fewer.
 
-    The experts of a layer change what later layers see, so that the threshold is set again until it
-    agrees with what it leaves. If it goes around in circles, it is found by bisection.
+    The experts of a layer change what later layers see, so that thresholds are set again until they
+    agree with what they leave. If they go around in circles, all of them are moved by one factor
+    that leaves the mean over layers.
+
+    Args:
+        model: the model, whose `gate_threshold` has a value for each layer.
+        inputs: ids, int64 `[N, S]`.
+        targets: the number of each layer.
 
     Returns:
-        The mean number of active experts that was reached.
+        The mean number of active experts over layers that was reached.
     """
+    config, layers = model.config, len(targets)
+    target = sum(targets) / layers
     for _ in range(_ROUNDS):
-        with gates_of(model) as gates:
+        with gates_of(model) as found:
             for batch in torch.split(inputs, _SEQUENCES):
                 model.model(batch.to(model.device), use_cache=False)
-        threshold = model.config.gate_threshold or 0.0
-        kept = sum(int((g.abs() >= max(threshold, 1e-30)).sum()) for g in gates)
-        reached = kept / sum(len(g) for g in gates)
-        if abs(reached - target) <= _TOLERANCE * target or (reached < target and not threshold):
-            return reached
-        model.config.gate_threshold = threshold_for(gates, target)
+        gates = [torch.cat(found[layer::layers]) for layer in range(layers)]
+        kept, wrong = [], []
+        for own, threshold, wanted in zip(gates, config.gate_threshold, targets, strict=True):
+            kept.append(float((own.abs() >= max(threshold, 1e-30)).sum()) / len(own))
+            has_no_more = kept[-1] < wanted and not threshold
+            wrong.append(0.0 if has_no_more else abs(kept[-1] - wanted))
+        if sum(wrong) / layers <= _TOLERANCE * target:
+            return sum(kept) / layers
+        config.gate_threshold = [
+            threshold_for([own], wanted) for own, wanted in zip(gates, targets, strict=True)
+        ]
+    thresholds = config.gate_threshold
 
-    def measure(value: float) -> float:
-        model.config.gate_threshold = value
+    def measure(change: float) -> float:
+        config.gate_threshold = [threshold * (1 + change) for threshold in thresholds]
         return float(active_by_layer(model, inputs, torch.ones_like(inputs)).mean())
 
-    found = bisect(measure, target, least=0.0)
-    model.config.gate_threshold = found.value
-    return found.reached
+    nearest = bisect(measure, target, least=-1.0)
+    return measure(nearest.value)
 
 
 @torch.no_grad()
