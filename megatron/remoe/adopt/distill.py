@@ -246,7 +246,7 @@ def follow(config: Any, gates: list[Tensor], budgets: list[float]) -> None:
 
 @torch.no_grad()
 def calibrate(model: Any, inputs: Tensor, targets: list[float]) -> float:
-    """Set the threshold of each layer so that tokens have a mean number of active experts, or fewer.
+    """Set the threshold of each layer so that it has a mean number of active experts, or fewer.
 
     The experts of a layer change what later layers see, so that thresholds are set again until they
     agree with what they leave. If they go around in circles, all of them are moved by one factor
