@@ -4,7 +4,8 @@ Layers need their experts to very different degrees. Each is measured by itself:
 the teacher is found with one layer's gates below a threshold switched off, at several thresholds.
 The divergences of layers are taken to add up, and the numbers are chosen for which their sum is
 least while their mean over layers is the target: an allocation by Lagrange multiplier, as for bits
-in quantization (Shoham and Gersho, 1988).
+in quantization (Shoham and Gersho, 1988). Since they only nearly add up, the allocation is compared
+with one threshold for all layers, and with the same number for all, and the best of them is taken.
 
 Shapes: N sequences, S tokens of each, L layers with experts.
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from megatron.remoe.adopt.distill import gates_of, threshold_for
+from megatron.remoe.adopt.distill import calibrate, gates_of, threshold_for
 
 Curve = Sequence[tuple[float, float]]  # numbers of active experts and what they cost
 # Shares of k that are tried in each layer, beside all of it, and one more of the target.
@@ -67,7 +68,7 @@ def allocate(
     target: float,
     shown: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
-    """Return the mean number of active experts of each layer that leaves the teacher's outputs.
+    """Return the mean number of active experts of each layer at which the outputs change least.
 
     Args:
         teacher: the teacher.
@@ -83,6 +84,11 @@ def allocate(
     before = list(student.config.gate_threshold)
     k = student.config.num_experts_per_tok
     numbers = [k * share for share in _SHARES] + [target * _LEAST]
+
+    def cost() -> float:
+        found = _distribution(student, some)
+        return float(F.kl_div(found, wanted, log_target=True, reduction="batchmean"))
+
     curves = []
     for layer, own in enumerate(gates):
         shown(layer, len(gates))
@@ -90,12 +96,17 @@ def allocate(
         for number in numbers:
             threshold = max(before[layer], threshold_for([own], number))
             student.config.gate_threshold = [*before[:layer], threshold, *before[layer + 1 :]]
-            found = _distribution(student, some)
-            loss = F.kl_div(found, wanted, log_target=True, reduction="batchmean")
-            costs.append((number, float(loss)))
+            costs.append((number, cost()))
         curves.append(costs)
+    threshold = threshold_for(gates, target)
+    under_one = [float((own.abs() >= max(threshold, 1e-30)).sum()) / len(own) for own in gates]
+    found = []
+    for numbers in (cheapest(curves, target), under_one, [target] * len(gates)):
+        student.config.gate_threshold = before
+        calibrate(student, some, numbers)
+        found.append((cost(), numbers))
     student.config.gate_threshold = before
-    return cheapest(curves, target)
+    return min(found)[1]
 
 
 def _distribution(model: Any, ids: Tensor) -> Tensor:
