@@ -206,15 +206,25 @@ def test_a_budget_is_met_on_tokens_that_are_no_padding(text, router, by, target,
         ({}, 1e-5, {}, "active_experts is 1e-05, which cannot be met within 1%: .* more text"),
         ({"at_least_one_expert": True}, 0.5, {}, "the nearest threshold leaves 1 on this text"),
         ({}, True, {}, "active_experts is True; it must be a number"),
-        ({}, 1.0, {"ids": [[1]]}, "input_ids is a list; pass a tensor of token ids"),
+        ({}, 1.0, {"inputs": ([[1]],)}, "input_ids is a list; pass a tensor of token ids"),
         (
             {},
             1.0,
-            {"ids": torch.ones(600)},
+            {"inputs": (torch.ones(600),)},
             r"is a Tensor of torch.float32, \[600\]; pass",
         ),
-        ({}, 1.0, {"ids": torch.full((1, 600), 64)}, "are from 64 to 64, and .* has 64 entries"),
-        ({}, 1.0, {"ids": torch.ones(2, 9).long()}, r"a Tensor, \[12, 60\]; pass .* \[2, 9\]"),
+        (
+            {},
+            1.0,
+            {"inputs": (torch.full((1, 600), 64),)},
+            "are from 64 to 64, and .* has 64 entries",
+        ),
+        (
+            {},
+            1.0,
+            {"inputs": (torch.ones(2, 9).long(), torch.ones(12, 60))},
+            r"a Tensor, \[12, 60\]; pass .* \[2, 9\]",
+        ),
         ({}, 1.0, {"rows": 8}, "the text has 440 tokens .*; pass at least 512"),
         ({}, 1.0, {"rows": None}, "input_ids are not given"),
         ({}, 1.0, {"by": "scale"}, "by is 'scale'; it must be one of threshold, offset"),
@@ -230,10 +240,7 @@ def test_a_budget_that_cannot_be_set_is_refused_and_changes_nothing(
     if not changes:
         model.config.gate_threshold = 0.25
     rows = more.pop("rows", 12)
-    inputs = () if rows is None else tuple(one[:rows] for one in text)
-    if "ids" in more:
-        ids = more.pop("ids")
-        inputs = (ids, text[1]) if isinstance(ids, torch.Tensor) and len(ids) == 2 else (ids,)
+    inputs = more.pop("inputs", () if rows is None else tuple(one[:rows] for one in text))
     with pytest.raises(ValueError, match=message):
         model.set_budget(target, *inputs, **more)
     assert model.config.gate_threshold == (0.25 if not changes else None)

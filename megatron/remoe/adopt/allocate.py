@@ -15,9 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
-from megatron.remoe.adopt.distill import calibrate, gates_of, threshold_for
+from megatron.remoe.adopt.distill import (
+    calibrate,
+    divergence_of,
+    gates_of,
+    kept_by,
+    log_probs,
+    threshold_for,
+)
 
 Curve = Sequence[tuple[float, float]]  # numbers of active experts and what they cost
 # Shares of k that are tried in each layer, beside all of it, and one more of the target.
@@ -78,16 +84,15 @@ def allocate(
         shown: called with the number of layers that are done, and that of all layers.
     """
     some = inputs[:_SEQUENCES].to(teacher.device)
-    wanted = _distribution(teacher, some)
+    wanted = log_probs(teacher(some, use_cache=False).logits)
     with gates_of(student) as gates:
-        _distribution(student, some)
+        student.model(some, use_cache=False)
     before = list(student.config.gate_threshold)
     k = student.config.num_experts_per_tok
     numbers = [k * share for share in _SHARES] + [target * _LEAST]
 
     def cost() -> float:
-        found = _distribution(student, some)
-        return float(F.kl_div(found, wanted, log_target=True, reduction="batchmean"))
+        return float(divergence_of(wanted, log_probs(student(some, use_cache=False).logits)))
 
     curves = []
     for layer, own in enumerate(gates):
@@ -99,7 +104,7 @@ def allocate(
             costs.append((number, cost()))
         curves.append(costs)
     threshold = threshold_for(gates, target)
-    under_one = [float((own.abs() >= max(threshold, 1e-30)).sum()) / len(own) for own in gates]
+    under_one = [kept_by(threshold, own) for own in gates]
     found = []
     for numbers in (cheapest(curves, target), under_one, [target] * len(gates)):
         student.config.gate_threshold = before
@@ -107,8 +112,3 @@ def allocate(
         found.append((cost(), numbers))
     student.config.gate_threshold = before
     return min(found)[1]
-
-
-def _distribution(model: Any, ids: Tensor) -> Tensor:
-    logits: Tensor = model(ids, use_cache=False).logits
-    return logits.float().flatten(0, 1).log_softmax(dim=-1)

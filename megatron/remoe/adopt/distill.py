@@ -184,10 +184,27 @@ def divergence(teacher: Any, student: Any, batch: Tensor) -> tuple[Tensor, tuple
         batch: ids, int64 `[N, S]`.
     """
     with torch.no_grad():
-        wanted = teacher(batch, use_cache=False).logits.float().flatten(0, 1).log_softmax(dim=-1)
+        wanted = log_probs(teacher(batch, use_cache=False).logits)
     output = student(batch, use_cache=False, output_routing=True)
-    found = output.logits.float().flatten(0, 1).log_softmax(dim=-1)
-    return F.kl_div(found, wanted, log_target=True, reduction="batchmean"), output.router_probs
+    return divergence_of(wanted, log_probs(output.logits)), output.router_probs
+
+
+def log_probs(logits: Tensor) -> Tensor:
+    """Return the logarithms of a model's next-token distributions, fp32 `[T, V]`.
+
+    Args:
+        logits: `[N, S, V]`.
+    """
+    return logits.float().flatten(0, 1).log_softmax(dim=-1)
+
+
+def divergence_of(wanted: Tensor, found: Tensor) -> Tensor:
+    """Return `KL(p_wanted || p_found)`, the mean over tokens in nats, 0-d.
+
+    Args:
+        wanted, found: `log_probs` of both, `[T, V]`.
+    """
+    return F.kl_div(found, wanted, log_target=True, reduction="batchmean")
 
 
 def _penalty(routing: tuple[Tensor, ...]) -> Tensor:
@@ -237,6 +254,16 @@ def threshold_for(gates: list[Tensor], budget: float) -> float:
     return float(above.kthvalue(len(above) - count + 1).values) if count else float(above.max()) * 2
 
 
+def kept_by(threshold: float, gates: Tensor) -> float:
+    """Return the mean number of active experts of a token that a threshold leaves.
+
+    Args:
+        threshold: gates of a smaller size are switched off, and those that are zero.
+        gates: those of a layer, `[T, E]`.
+    """
+    return float((gates.abs() >= max(threshold, 1e-30)).sum()) / len(gates)
+
+
 def follow(config: Any, gates: list[Tensor], budgets: list[float]) -> None:
     """Move the threshold of each layer toward the one that the gates of a batch ask for."""
     wanted = [threshold_for([own], budget) for own, budget in zip(gates, budgets, strict=True)]
@@ -269,7 +296,7 @@ def calibrate(model: Any, inputs: Tensor, targets: list[float]) -> float:
         gates = [torch.cat(found[layer::layers]) for layer in range(layers)]
         kept, wrong = [], []
         for own, threshold, wanted in zip(gates, config.gate_threshold, targets, strict=True):
-            kept.append(float((own.abs() >= max(threshold, 1e-30)).sum()) / len(own))
+            kept.append(kept_by(threshold, own))
             has_no_more = kept[-1] < wanted and not threshold
             wrong.append(0.0 if has_no_more else abs(kept[-1] - wanted))
         if sum(wrong) / layers <= _TOLERANCE * target:
@@ -279,12 +306,16 @@ def calibrate(model: Any, inputs: Tensor, targets: list[float]) -> float:
         ]
     thresholds = config.gate_threshold
 
-    def measure(change: float) -> float:
+    def move(change: float) -> None:
         config.gate_threshold = [threshold * (1 + change) for threshold in thresholds]
+
+    def measure(change: float) -> float:
+        move(change)
         return float(active_by_layer(model, inputs, torch.ones_like(inputs)).mean())
 
     nearest = bisect(measure, target, least=-1.0)
-    return measure(nearest.value)
+    move(nearest.value)
+    return nearest.reached
 
 
 @torch.no_grad()

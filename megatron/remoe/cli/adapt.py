@@ -135,7 +135,7 @@ def budget(
     folder = out or models[0]
     check_in_folder(folder / FILES[0])
     try:
-        multiples = tuple(sorted({float(point) for point in points.split(",")}))
+        multiples = tuple(float(point) for point in points.split(","))
     except ValueError:
         raise ValueError(f"points is {points!r}; it must be numbers such as 0.5,1,2") from None
     prepare()

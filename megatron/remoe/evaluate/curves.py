@@ -90,13 +90,13 @@ def measure(
 
 
 def _text(opened: list[Opened], data: Path, settings: Settings) -> Text:
-    vocabularies = [one.tokenizer.vocabulary() for one in opened if one.tokenizer is not None]
-    if any(entries != vocabularies[0] for entries in vocabularies):
+    tokenizers = [one.tokenizer for one in opened if one.tokenizer is not None]
+    if any(one.vocabulary() != tokenizers[0].vocabulary() for one in tokenizers):
         raise ValueError(
             f"the tokenizers of {', '.join(str(one.path) for one in opened)} have different "
             f"entries, so that no text is the same for all; measure the models one by one"
         )
-    domains = find_domains(data, opened[0].tokenizer)
+    domains = find_domains(data, tokenizers[0] if tokenizers else None)
     configs = [one.config.to_dict() if one.source is None else one.source.config for one in opened]
     length = settings.sequence_length or min(map(default_length, configs))
     text = read_text(str(data), domains, length=length, tokens=settings.tokens, seed=settings.seed)
@@ -158,7 +158,7 @@ def _changes(
     if has_budget:
         model.set_budget(None)
         most = _read(model, text, Intervention())[1]
-    for target in [topk * point for point in sorted(settings.points)]:
+    for target in [topk * point for point in sorted(set(settings.points))]:
         adds = target > most * (1 - _MET)
         if abs(target - active) <= _MET * active or (adds and is_topk and not has_budget):
             continue  # which is measured as it is, or by another k

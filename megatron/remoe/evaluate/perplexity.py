@@ -72,9 +72,11 @@ def find_domains(data: Path, own: TokenizerFiles | None) -> dict[str, Path]:
 
 def _check_tokenizer(data: Path, own: TokenizerFiles | None) -> None:
     """Compare the model's tokenizer with the one beside the data, or one folder above."""
+    if own is None:
+        return
     place = data.absolute()
     for folder in (place, *place.parents[:2]):
-        if own is not None and (folder / "tokenizer/tokenizer.json").is_file():
+        if (folder / "tokenizer/tokenizer.json").is_file():
             theirs = TokenizerFiles(folder / "tokenizer")
             if theirs.vocabulary() != own.vocabulary():
                 raise ValueError(
