@@ -17,7 +17,6 @@ import functools
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -222,11 +221,8 @@ def _rank(argv: list[str], folder: Path, log: Path) -> None:
         out = os.open(log, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(out, stream)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.chdir(folder)
         sys.argv = ["pretrain.py", *argv]
         from megatron.remoe.pretrain import _pretrain

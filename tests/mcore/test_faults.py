@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -51,7 +50,7 @@ def start(home, call):
         environment["PYTHONPATH"] = str(Path(__file__).parents[2])
         if nproc == 1:
             environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         log = (home / run / "log.txt").open("a")
         process = subprocess.Popen(
             [*command, *argv], cwd=home, env=environment, stdout=log, stderr=subprocess.STDOUT
@@ -74,12 +73,6 @@ def argv_of(home: Path, run: str, nproc: int, flags: dict) -> list[str]:
     path = tiny.write_config(home / f"{run}.yaml", run_dir=run, nproc=nproc, **flags)
     with contextlib.chdir(home):
         return launch.prepare(load_config(path), force=True).argv
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def alive(marker: str) -> list[int]:

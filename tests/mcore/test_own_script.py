@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -233,7 +232,9 @@ def test_a_forgotten_flag_is_refused_in_every_entry(forgotten):
 
 
 LONG = ("--moe-routing", "relu", "--train-iters", "100000", "--save-interval", "100000")
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+# At port 0 the only process of a world listens where nobody else does.
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 WITH = "    with remoe.training(args, model_cfg): pretrain("
 
 
@@ -263,11 +264,11 @@ def test_when_a_rank_of_the_script_raises_all_end(folder):
 def test_the_script_saves_at_sigterm_and_refuses_a_second_run(folder):
     flags = ("--exit-signal-handler", "--save", "long", "--load", "long")
     command = ("pretrain_gpt.py", *FLAGS, *LONG, *flags, "--metrics-file", "long.jsonl")
-    first = start(folder, *command, **ALONE, MASTER_PORT=str(free_port()))
+    first = start(folder, *command, **ALONE)
     while not (folder / "long.jsonl").exists():
         assert first.poll() is None, first.communicate()
         time.sleep(0.1)
-    second = start(folder, *command, **ALONE, MASTER_PORT=str(free_port()))
+    second = start(folder, *command, **ALONE)
     out, error = second.communicate()
     assert second.returncode == 2
     assert "remoe: error: long is in use by a run (process " in out + error
@@ -281,15 +282,9 @@ def test_the_script_saves_at_sigterm_and_refuses_a_second_run(folder):
 def test_the_script_refuses_what_would_train_wrong(folder):
     flags = ("--moe-routing", "null_experts", "--moe-router-load-balancing-type", "none")
     flags += ("--save", "wrong", "--load", "wrong")
-    process = start(folder, "pretrain_gpt.py", *FLAGS, *flags, **ALONE, MASTER_PORT="1")
+    process = start(folder, "pretrain_gpt.py", *FLAGS, *flags, **ALONE)
     out, error = process.communicate()
     assert process.returncode == 2
     message = "remoe: error: moe_router_load_balancing_type is none, "
     assert any(line.startswith(message) for line in (out + error).splitlines()), out + error
     assert not (folder / "wrong").exists()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
