@@ -8,6 +8,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM
 
 from megatron.remoe.convert import architecture
+from megatron.remoe.ranks import Ranks
 from remoe.hf import ReMoEConfig, configuration_remoe
 from remoe.hf.budget_remoe import Calibration, calibrate, limited_gates
 from tests.test_hf import SIZES, build, some_tokens, state_of_its_own
@@ -244,3 +245,61 @@ def test_a_budget_that_cannot_be_set_is_refused_and_changes_nothing(
     with pytest.raises(ValueError, match=message):
         model.set_budget(target, *inputs, **more)
     assert model.config.gate_threshold == (0.25 if not changes else None)
+
+
+def test_thresholds_of_layers_keep_their_ratios(text):
+    model = state_of_its_own(build())
+    profile = model.config.gate_threshold = [0.2, 0.5]
+    for target in (0.6, 1.3, 0.3):
+        budget = model.set_budget(target, *text)
+        first, second = model.config.gate_threshold
+        assert second / first == pytest.approx(profile[1] / profile[0])
+        assert budget.value == model.config.gate_threshold
+        assert active_per_token(model, *text) == pytest.approx(target, rel=0.01)
+    assert isinstance(model.set_budget(0.6, *text, per_layer=True).value, list)
+    model.config.gate_threshold = [0.0, 0.5]
+    with pytest.raises(ValueError, match=r"keep their ratios; model.set_budget\(None\) before"):
+        model.set_budget(0.1, *text)
+    assert model.config.gate_threshold == [0.0, 0.5]
+    model.set_budget(None)
+    assert isinstance(model.set_budget(0.1, *text).value, float)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+def set_on_ranks(target, per_rank, ids):
+    """Set a budget; the arguments of this rank are in a list of those of all."""
+    model = state_of_its_own(build())
+    target = target[torch.distributed.get_rank()] if isinstance(target, list) else target
+    first, last = per_rank[torch.distributed.get_rank()]
+    try:
+        budget = model.set_budget(target, ids[first:last])
+    except ValueError as error:
+        return str(error)
+    return budget.value, budget.active_experts
+
+
+def test_ranks_set_one_budget_for_the_texts_of_all(text, ranks):
+    ids, alone = text[0].repeat(2, 1), state_of_its_own(build())
+    ids[12:] = ids[12:].flip(0, 1)
+    budget = alone.set_budget(0.7, ids)
+    assert (
+        ranks.run(set_on_ranks, 0.7, [(0, 12), (12, 24)], ids)
+        == [(budget.value, budget.active_experts)] * 2
+    )
+
+
+def test_ranks_refuse_together_what_would_leave_one_waiting(text, ranks):
+    ids = text[0].repeat(2, 1)
+    few, told = ranks.run(set_on_ranks, 0.7, [(0, 2), (12, 24)], ids)
+    assert few.startswith("the text has 120 tokens")
+    assert told == f"rank 0: {few}"
+    numbers = ranks.run(set_on_ranks, [0.7, 0.8], [(0, 12), (12, 24)], ids)
+    assert "rank 1 asks for (0.8, 'threshold', False, 1) and this one for (0.7," in numbers[0]
+    assert "rank 0 asks for (0.7, " in numbers[1]
+    lengths = ranks.run(set_on_ranks, 0.7, [(0, 12), (0, 240)], ids.repeat(10, 1))
+    assert "'threshold', False, 2) and this one for (0.7, 'threshold', False, 1)" in lengths[0]

@@ -163,13 +163,14 @@ def set_budget(
     if active_experts is None:
         _write(config, dict.fromkeys(before))
         return None
-    _check(config, active_experts, by)
-    ids, mask = _checked(config, input_ids, attention_mask)
+    ids, mask = _agreed(config, active_experts, input_ids, attention_mask, by, per_layer)
     was_training = model.training
     model.eval()
     try:
         _write(config, dict.fromkeys(before))
-        budget = _calibrated(model, active_experts, ids, mask, by, per_layer)
+        profile = None if per_layer or by == "offset" else before["gate_threshold"]
+        profile = profile if isinstance(profile, list) and any(profile) else None
+        budget = _calibrated(model, active_experts, ids, mask, by, per_layer, profile)
     except BaseException:
         _write(config, before)
         raise
@@ -179,41 +180,57 @@ def set_budget(
 
 
 def _calibrated(
-    model: Any, target: float, ids: Tensor, mask: Tensor, by: str, per_layer: bool
+    model: Any,
+    target: float,
+    ids: Tensor,
+    mask: Tensor,
+    by: str,
+    per_layer: bool,
+    profile: list[float] | None,
 ) -> Budget:
-    """Set the field of a model without a budget, and return what was reached."""
+    """Set the field of a model without a budget, and return what was reached.
+
+    With a profile, which has a threshold for each layer, all of them are multiplied by one number.
+    """
     config, field = model.config, _FIELDS[by]
     plain_L = active_by_layer(model, ids, mask)
     before = float(plain_L.mean())
     values = [0.0] * len(plain_L)
     least = 0.0 if by == "threshold" else -math.inf
-    if not per_layer:
+    value: float | list[float]
 
-        def measure(value: float) -> float:
-            setattr(config, field, value)
-            return float(active_by_layer(model, ids, mask).mean())
+    def of_all(change: float) -> float | list[float]:
+        return change if profile is None else [one * (1 + change) for one in profile]
 
-        values = [calibrate(measure, target, least=least).value]
-    # Every layer gets the same share of its experts. Layers change the input of later ones.
-    for layer, plain in enumerate(plain_L.tolist() if per_layer else ()):
+    def measure(change: float) -> float:
+        setattr(config, field, of_all(change))
+        return float(active_by_layer(model, ids, mask).mean())
 
-        def measure_layer(value: float, layer: int = layer) -> float:
-            setattr(config, field, [*values[:layer], value, *values[layer + 1 :]])
-            return float(active_by_layer(model, ids, mask)[layer])
+    if per_layer:
+        # Every layer gets the same share of its experts. Layers change the input of later ones.
+        for layer, plain in enumerate(plain_L.tolist()):
 
-        share = target / before if before else 0
-        if plain:
-            values[layer] = calibrate(measure_layer, plain * share, least=least).value
-    value = values if per_layer else values[0]
+            def measure_layer(value: float, layer: int = layer) -> float:
+                setattr(config, field, [*values[:layer], value, *values[layer + 1 :]])
+                return float(active_by_layer(model, ids, mask)[layer])
+
+            share = target / before if before else 0
+            if plain:
+                values[layer] = calibrate(measure_layer, plain * share, least=least).value
+        value = values
+    else:
+        value = of_all(calibrate(measure, target, least=least if profile is None else -1.0).value)
     setattr(config, field, value)
     reached = float(active_by_layer(model, ids, mask).mean())
     if abs(reached - target) > TOLERANCE * target:
-        takes_only = by == "threshold" and target > before
-        why = (
-            "a threshold only takes experts away; model.set_budget(..., by='offset') can add some"
-            if takes_only
-            else ("choose another number, or more text")
-        )
+        if by == "threshold" and target > before:
+            why = "a threshold only takes experts away; model.set_budget(..., by='offset') can add"
+            why += " some"
+        elif profile is not None:
+            why = "the model's thresholds keep their ratios; model.set_budget(None) before, and all"
+            why += " layers have the same one"
+        else:
+            why = "choose another number, or more text"
         raise UnreachableBudget(
             f"active_experts is {target:g}, which cannot be met within {TOLERANCE:.0%}: the model "
             f"has {before:.4g} without a budget, and the nearest {by} leaves {reached:.4g} on this "
@@ -223,12 +240,56 @@ def _calibrated(
     return Budget(by, value, reached, before, tokens)
 
 
+def _agreed(
+    config: Any,
+    active_experts: float,
+    ids: Tensor | None,
+    mask: Tensor | None,
+    by: str,
+    per_layer: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the ids and the mask of this rank's text, both `[B, S]`.
+
+    Ranks of a process group measure together. One whose text is refused, or that asks for something
+    else, would leave the others waiting, so that all of them raise a ValueError.
+    """
+    refused, found, batches = None, None, 0
+    try:
+        _check(config, active_experts, by)
+        found = _checked(config, ids, mask)
+        batches = math.ceil(len(found[0]) / _rows(found[0]))
+    except ValueError as error:
+        refused = error
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Wrappers that shard weights gather them for every batch.
+        request = (active_experts, by, per_layer, batches)
+        given: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(given, (request, refused and str(refused)))
+        for rank, (other, reason) in enumerate(given):
+            if refused is None and reason is not None:
+                raise ValueError(f"rank {rank}: {reason}")
+            if refused is None and other != request:
+                raise ValueError(
+                    f"rank {rank} asks for {other} and this one for {request}, which are "
+                    f"active_experts, by, per_layer and the batches of the text; ask for the same"
+                )
+    if refused is not None:
+        raise refused
+    assert found is not None
+    return found
+
+
+def _rows(ids: Tensor) -> int:
+    """Return the number of sequences that are read at a time."""
+    return max(1, _TOKENS_AT_ONCE // ids.shape[1])
+
+
 def active_by_layer(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Return the mean number of active experts of tokens that are no padding, fp64 `[L]`.
 
     In a process group it is the mean over the texts of all ranks, which must all call this.
     """
-    rows = max(1, _TOKENS_AT_ONCE // ids.shape[1])
+    rows = _rows(ids)
     counts = torch.zeros(len(model.config.moe_layers) + 1, dtype=torch.int64, device=model.device)
     for some, real in zip(ids.split(rows), mask.split(rows), strict=True):
         some, real = some.to(model.device), real.to(model.device)

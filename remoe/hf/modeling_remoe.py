@@ -789,7 +789,8 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
 
         The value is found by bisection, on which layers all act together, since each changes what
         later ones see. It is written to the config, with which it is saved. A limit of
-        `max_active_experts` stays as it is. In a process group every rank must call this.
+        `max_active_experts` stays as it is. In a process group every rank must call this, each
+        with text of its own.
 
         Args:
             active_experts: the mean number of active experts per token, over layers with experts
@@ -800,7 +801,8 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
                 takes a constant from every logit of a router with ReLU gates, which can be negative
                 and add experts.
             per_layer: give each layer a value of its own, with which it keeps the same share of its
-                experts; by default all layers have one value.
+                experts. By default all layers have one value; but thresholds of layers that the
+                model has already, as an adopted one does, are all multiplied by one number.
 
         Returns:
             What was set and reached; None if the budget was cleared.

@@ -202,7 +202,7 @@ def test_a_run_prunes_while_it_goes_on_and_at_its_end(folder, monkeypatch):
     monkeypatch.setattr(checkpoint, "_SECONDS_BETWEEN_PRUNES", 0.01)
     args = arguments(folder, save_keep_last=2, save_milestone_interval=None)
     with checkpoint.retention(args):
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while names(folder) != [6, 8] and time.monotonic() < end:
             time.sleep(0.01)
         assert names(folder) == [6, 8]

@@ -173,7 +173,7 @@ def test_published_rows_stand_beside_the_papers_tasks():
 
 
 def test_a_budget_is_calibrated_on_named_text_and_said(call, home):
-    """By default on the validation files of the run, and never on a prompt."""
+    """By default on the validation files of the run or a sample, and never on a prompt."""
     request = ["--perplexity", "tokens/valid", "--seed", str(SEED), "--out"]
     code, _, error = call(tiny.remoe, home, "evaluate", "hf", *request, "plain.json")
     assert code == 0, error
@@ -197,18 +197,48 @@ def test_a_budget_is_calibrated_on_named_text_and_said(call, home):
         tiny.remoe, home, "generate", "hf", *prompt, *half, "--calibrate-on", "text"
     )
     assert code == 0 and "tokens of text)" in error, error
+    code, _, error = call(tiny.remoe, home, "generate", "hf", *prompt, *half)
+    assert code == 0 and "(2048 tokens of text that the model has sampled)" in error, error
     config = json.loads((home / "hf/config.json").read_text())
     shutil.copytree(home / "hf", home / "stored")
     stored = config | {"gate_threshold": 0.25, "format_version": 2}
     (home / "stored/config.json").write_text(json.dumps(stored))
     code, _, error = call(tiny.remoe, home, "generate", "stored", *prompt)
     assert code == 0 and "budget: the model's own, gate_threshold 0.25" in error
+    (home / "stored/config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    code, _, error = call(tiny.remoe, home, "generate", "stored", *prompt, *half)
+    assert code == 2 and "no run, so that it names no text, and its eos_token_id is None" in error
+
+
+def test_a_sample_goes_on_where_documents_end(call, home):
+    found, expected, end = call(sample_twice, home / "hf")
+    assert found.shape == (29, 32) and found.equal(expected)
+    assert (found[:, 0] == end).all() and (found[:, 1:-1] == end).any()
+
+
+def sample_twice(folder: Path):
+    """Sample from a model with nearly equal logits, and again without a cache."""
+    import torch
+
+    from megatron.remoe.evaluate import budget
+    from remoe.hf import ReMoEForCausalLM
+
+    model = ReMoEForCausalLM.from_pretrained(folder)
+    model.config.max_position_embeddings, end = 32, model.config.eos_token_id
+    with torch.no_grad():
+        model.lm_head.weight *= 0.1
+        found = budget.sampled(model, 900)
+        torch.manual_seed(budget.DEFAULT_SEED)
+        expected = torch.full((29, 1), end)
+        for _ in range(31):
+            weights = model(expected).logits[:, -1].softmax(dim=-1)
+            expected = torch.cat((expected, torch.multinomial(weights, 1)), dim=1)
+    return found, expected, end
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--active-experts", "0.5"], "no run, so that it names no text; .*(--calibrate-on)"),
         (["--calibrate-on", "tokens/valid"], "there is nothing to calibrate"),
         (["--active-experts", "0.5", "--calibrate-on", "empty"], "has no text to calibrate on"),
         (["--active-experts", "99", "--calibrate-on", "tokens/valid"], "active_experts is 99.0"),

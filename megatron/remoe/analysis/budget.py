@@ -22,7 +22,7 @@ class Point:
 
     Attributes:
         by: what was changed: "k", "threshold", "offset", or "none" for the model as it is.
-        value: k, the threshold or the offset.
+        value: k, the threshold or the offset; the mean of thresholds of layers.
         active: the mean number of active experts of a token and layer.
         loss: the mean loss in nats per token.
         half_width: half the width of the loss's interval.

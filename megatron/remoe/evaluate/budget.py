@@ -1,5 +1,6 @@
 """A budget of active experts for a command: calibrated on text, or the one that a model has."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from megatron.remoe.evaluate.text import read_text, validation_files
 from megatron.remoe.files import read_json_object
 
 TOKENS = 8192  # of the text: the mean over them has a standard error of about 1%
+_SAMPLED = 2048  # of them if the model samples the text, one after the other
+_SAMPLE_LENGTH = 256
 _OPTION = "--calibrate-on"
 
 
@@ -42,8 +45,8 @@ def choose(
 ) -> Chosen:
     """Calibrate a budget on text; without a number, keep the model's own.
 
-    The text is `calibrate_on`, or else the validation files of the run, and never a prompt, with
-    which the same command would route every prompt by another threshold.
+    The text is `calibrate_on`, or else the validation files of the run, or what the model samples if
+    it is no run. It is never a prompt: every prompt would be routed by another threshold.
 
     Args:
         path: Hugging Face folder, run or checkpoint.
@@ -63,16 +66,24 @@ def choose(
             )
         return Chosen({}, _own(path))
     source = open_source(path, tokenizer)
-    named, ids = _text(source, calibrate_on)
+    read = None
+    if calibrate_on is not None or isinstance(source, MegatronSource):
+        read = _text(source, calibrate_on)
     model = load_source(source, dtype)
-    check_vocabulary(ids, model.config.vocab_size)
     if not hasattr(model, "set_budget"):
         raise ValueError(f"{path} is a dense model; leave --active-experts out")
+    named, ids = read or ("text that the model has sampled", sampled(model, _SAMPLED))
+    check_vocabulary(ids, model.config.vocab_size)
     found = model.set_budget(active_experts, ids)
+    values = found.value if isinstance(found.value, list) else [found.value]
+    thresholds = f"a gate threshold of {values[0]:.4g} leaves"
+    if len(values) > 1:
+        listed = ", ".join(f"{value:.4g}" for value in values)
+        thresholds = f"gate thresholds of {listed} leave"
     fields = {name: getattr(model.config, name) for name in BUDGET[:2]}
     return Chosen(
         fields,
-        f"budget: a gate threshold of {found.value:.4g} leaves {found.active_experts:.3f} of "
+        f"budget: {thresholds} {found.active_experts:.3f} of "
         f"{found.before:.3f} active experts per token ({found.tokens} tokens of {named})",
     )
 
@@ -93,8 +104,8 @@ def _text(source: MegatronSource | HFSource, given: Path | None) -> tuple[str, T
     if given is not None:
         named, domains = str(given), find_domains(given, source.tokenizer)
     else:
-        args = source.args if isinstance(source, MegatronSource) else None
-        named, domains = validation_files(args, _OPTION)
+        assert isinstance(source, MegatronSource)
+        named, domains = validation_files(source.args, _OPTION)
     tokens = max(TOKENS, length * len(domains))
     return named, read_text(named, domains, length=length, tokens=tokens, seed=DEFAULT_SEED).inputs
 
@@ -113,3 +124,35 @@ def _ids_of_file(source: MegatronSource | HFSource, file: Path, length: int) -> 
         raise ValueError(f"{file} has no text to calibrate on; name another file ({_OPTION})")
     length = min(length, max(1, len(ids)))
     return ids[: len(ids) // length * length].view(-1, length)
+
+
+def sampled(model: Any, tokens: int) -> Tensor:
+    """Return documents that a model samples, int64 `[N, S]`, from the end of the one before.
+
+    Samples go on after the end of a document, as the sequences of training do. The seed is always
+    the same, so that a model samples the same.
+
+    Args:
+        model: a model for transformers.
+        tokens: the number of tokens, which is divided into sequences of the same length.
+
+    Raises:
+        ValueError: the model does not name the token at which documents end.
+    """
+    start = model.config.eos_token_id
+    if not isinstance(start, int):
+        raise ValueError(
+            f"the model is no run, so that it names no text, and its eos_token_id is {start}, so "
+            f"that it cannot begin to sample one; name token files ({_OPTION})"
+        )
+    length = min(_SAMPLE_LENGTH, model.config.max_position_embeddings)
+    ids = torch.full((math.ceil(tokens / length), 1), start, device=model.device)
+    cache = None
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(DEFAULT_SEED)
+        while ids.shape[1] < length:
+            found = model(ids[:, -1:], past_key_values=cache, use_cache=True)
+            cache = found.past_key_values
+            probabilities = found.logits[:, -1].float().softmax(dim=-1)
+            ids = torch.cat((ids, torch.multinomial(probabilities, 1)), dim=1)
+    return ids.cpu()

@@ -1,7 +1,8 @@
 """Measure the loss of models against the mean number of active experts, without training.
 
 Routers with ReLU gates get a threshold, or below it a negative offset for more experts than they
-activate. TopK routers get another k, and ours among them also a threshold.
+activate. TopK routers get another k, and ours among them also a threshold. Thresholds of layers, as
+adopted models have them, keep their ratios.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -126,9 +127,11 @@ def _curve(opened: Opened, text: Text, settings: Settings) -> Curve:
     plain = _read(model, text, Intervention())
     points = [_point("none", None, plain, plain)]
     left_out: list[float] = []
-    for by, value, intervention in _changes(model, opened, text, settings, plain[1], left_out):
-        found = _read(model, text, intervention)
-        points.append(_point(by, value, found, plain))
+    for by, value, intervention in _changes(model, opened, text, settings, plain[1]):
+        if intervention is None:
+            left_out.append(value)
+        else:
+            points.append(_point(by, value, _read(model, text, intervention), plain))
     return Curve(str(opened.path), opened.router, topk, opened.num_experts, points, left_out)
 
 
@@ -138,11 +141,10 @@ def _changes(
     text: Text,
     settings: Settings,
     active: float,
-    left_out: list[float],
-) -> Iterator[tuple[str, float, Intervention]]:
+) -> Iterator[tuple[str, float, Intervention | None]]:
     """Change a model, one point after the other; yield what was changed, and how it is applied.
 
-    Numbers of active experts that are out of its reach are added to `left_out`.
+    With None in place of the latter, the value is a number of active experts that nothing reaches.
     """
     topk, experts = int(opened.config.num_experts_per_tok), opened.num_experts
     is_topk = opened.router.startswith("topk_")
@@ -156,8 +158,10 @@ def _changes(
         return
     calibration, most = _calibration(text), active
     if has_budget:
+        own = model.config.gate_threshold
         model.set_budget(None)
         most = _read(model, text, Intervention())[1]
+        model.config.gate_threshold = own  # those of layers keep their ratios
     for target in [topk * point for point in sorted(set(settings.points))]:
         adds = target > most * (1 - _MET)
         if abs(target - active) <= _MET * active or (adds and is_topk and not has_budget):
@@ -168,9 +172,10 @@ def _changes(
                 raise UnreachableBudget
             budget = model.set_budget(target, calibration, by=by)
         except UnreachableBudget:
-            left_out.append(target)
+            yield by, target, None
         else:
-            yield by, budget.value, Intervention()
+            values = budget.value if isinstance(budget.value, list) else [budget.value]
+            yield by, sum(values) / len(values), Intervention()
 
 
 def _read(model: Any, text: Text, intervention: Intervention) -> tuple[Tensor, float]:
