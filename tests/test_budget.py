@@ -247,22 +247,22 @@ def test_a_budget_that_cannot_be_set_is_refused_and_changes_nothing(
     assert model.config.gate_threshold == (0.25 if not changes else None)
 
 
-def test_thresholds_of_layers_keep_their_ratios(text):
-    model = state_of_its_own(build())
-    profile = model.config.gate_threshold = [0.2, 0.5]
-    for target in (0.6, 1.3, 0.3):
+def test_thresholds_of_layers_are_moved_by_one_number(text):
+    model, profile = state_of_its_own(build()), [0.2, 0.5]
+    for target, is_less in ((0.6, True), (1.75, False), (0.1, True)):
+        model.config.gate_threshold = profile
+        before = active_per_token(model, *text)
+        assert (target < before) == is_less
         budget = model.set_budget(target, *text)
-        first, second = model.config.gate_threshold
-        assert second / first == pytest.approx(profile[1] / profile[0])
-        assert budget.value == model.config.gate_threshold
         assert active_per_token(model, *text) == pytest.approx(target, rel=0.01)
-    assert isinstance(model.set_budget(0.6, *text, per_layer=True).value, list)
-    model.config.gate_threshold = [0.0, 0.5]
-    with pytest.raises(ValueError, match=r"keep their ratios; model.set_budget\(None\) before"):
-        model.set_budget(0.1, *text)
-    assert model.config.gate_threshold == [0.0, 0.5]
+        assert budget.value == model.config.gate_threshold
+        first, second = (one - other for one, other in zip(budget.value, profile, strict=True))
+        assert (second > 0) == is_less
+        assert first == pytest.approx(max(second, -profile[0]), abs=1e-9)
+    layers = model.set_budget(0.6, *text, per_layer=True).value
+    assert layers[1] - layers[0] != pytest.approx(profile[1] - profile[0])
     model.set_budget(None)
-    assert isinstance(model.set_budget(0.1, *text).value, float)
+    assert isinstance(model.set_budget(0.6, *text).value, float)
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +299,7 @@ def test_ranks_refuse_together_what_would_leave_one_waiting(text, ranks):
     assert few.startswith("the text has 120 tokens")
     assert told == f"rank 0: {few}"
     numbers = ranks.run(set_on_ranks, [0.7, 0.8], [(0, 12), (12, 24)], ids)
-    assert "rank 1 asks for (0.8, 'threshold', False, 1) and this one for (0.7," in numbers[0]
+    assert "rank 1 asks for (0.8, 'threshold', False, None, 1) and this one for (0.7," in numbers[0]
     assert "rank 0 asks for (0.7, " in numbers[1]
     lengths = ranks.run(set_on_ranks, 0.7, [(0, 12), (0, 240)], ids.repeat(10, 1))
-    assert "'threshold', False, 2) and this one for (0.7, 'threshold', False, 1)" in lengths[0]
+    assert "False, None, 2) and this one for (0.7, 'threshold', False, None, 1)" in lengths[0]

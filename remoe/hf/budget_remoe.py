@@ -190,17 +190,17 @@ def _calibrated(
 ) -> Budget:
     """Set the field of a model without a budget, and return what was reached.
 
-    With a profile, which has a threshold for each layer, all of them are multiplied by one number.
+    With a profile, which has a threshold for each layer, all of them are moved by one number.
     """
     config, field = model.config, _FIELDS[by]
     plain_L = active_by_layer(model, ids, mask)
     before = float(plain_L.mean())
     values = [0.0] * len(plain_L)
-    least = 0.0 if by == "threshold" else -math.inf
+    least = -max(profile or [0.0]) if by == "threshold" else -math.inf
     value: float | list[float]
 
     def of_all(change: float) -> float | list[float]:
-        return change if profile is None else [one * (1 + change) for one in profile]
+        return change if profile is None else [max(0.0, one + change) for one in profile]
 
     def measure(change: float) -> float:
         setattr(config, field, of_all(change))
@@ -219,18 +219,16 @@ def _calibrated(
                 values[layer] = calibrate(measure_layer, plain * share, least=least).value
         value = values
     else:
-        value = of_all(calibrate(measure, target, least=least if profile is None else -1.0).value)
+        value = of_all(calibrate(measure, target, least=least).value)
     setattr(config, field, value)
     reached = float(active_by_layer(model, ids, mask).mean())
     if abs(reached - target) > TOLERANCE * target:
-        if by == "threshold" and target > before:
-            why = "a threshold only takes experts away; model.set_budget(..., by='offset') can add"
-            why += " some"
-        elif profile is not None:
-            why = "the model's thresholds keep their ratios; model.set_budget(None) before, and all"
-            why += " layers have the same one"
-        else:
-            why = "choose another number, or more text"
+        takes_only = by == "threshold" and target > before
+        why = (
+            "a threshold only takes experts away; model.set_budget(..., by='offset') can add some"
+            if takes_only
+            else ("choose another number, or more text")
+        )
         raise UnreachableBudget(
             f"active_experts is {target:g}, which cannot be met within {TOLERANCE:.0%}: the model "
             f"has {before:.4g} without a budget, and the nearest {by} leaves {reached:.4g} on this "
@@ -262,7 +260,7 @@ def _agreed(
         refused = error
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Wrappers that shard weights gather them for every batch.
-        request = (active_experts, by, per_layer, batches)
+        request = (active_experts, by, per_layer, config.gate_threshold, batches)
         given: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(given, (request, refused and str(refused)))
         for rank, (other, reason) in enumerate(given):
@@ -271,7 +269,8 @@ def _agreed(
             if refused is None and other != request:
                 raise ValueError(
                     f"rank {rank} asks for {other} and this one for {request}, which are "
-                    f"active_experts, by, per_layer and the batches of the text; ask for the same"
+                    f"active_experts, by, per_layer, gate_threshold and the batches of the text; "
+                    f"ask for the same"
                 )
     if refused is not None:
         raise refused

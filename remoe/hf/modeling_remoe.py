@@ -802,7 +802,8 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
                 and add experts.
             per_layer: give each layer a value of its own, with which it keeps the same share of its
                 experts. By default all layers have one value; but thresholds of layers that the
-                model has already, as an adopted one does, are all multiplied by one number.
+                model has already, as an adopted one does, are all moved by one number, none of them
+                below zero.
 
         Returns:
             What was set and reached; None if the budget was cleared.

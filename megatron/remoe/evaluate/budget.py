@@ -45,8 +45,8 @@ def choose(
 ) -> Chosen:
     """Calibrate a budget on text; without a number, keep the model's own.
 
-    The text is `calibrate_on`, or else the validation files of the run, or what the model samples if
-    it is no run. It is never a prompt: every prompt would be routed by another threshold.
+    The text is `calibrate_on`, or else the validation files of a run, or what a model samples that
+    is no run. It is never a prompt: every prompt would be routed by another threshold.
 
     Args:
         path: Hugging Face folder, run or checkpoint.
@@ -139,6 +139,8 @@ def sampled(model: Any, tokens: int) -> Tensor:
     Raises:
         ValueError: the model does not name the token at which documents end.
     """
+    from transformers import DynamicCache
+
     start = model.config.eos_token_id
     if not isinstance(start, int):
         raise ValueError(
@@ -147,12 +149,11 @@ def sampled(model: Any, tokens: int) -> Tensor:
         )
     length = min(_SAMPLE_LENGTH, model.config.max_position_embeddings)
     ids = torch.full((math.ceil(tokens / length), 1), start, device=model.device)
-    cache = None
+    cache = DynamicCache(config=model.config)
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(DEFAULT_SEED)
         while ids.shape[1] < length:
-            found = model(ids[:, -1:], past_key_values=cache, use_cache=True)
-            cache = found.past_key_values
-            probabilities = found.logits[:, -1].float().softmax(dim=-1)
+            logits = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits
+            probabilities = logits[:, -1].float().softmax(dim=-1)
             ids = torch.cat((ids, torch.multinomial(probabilities, 1)), dim=1)
     return ids.cpu()

@@ -2,7 +2,7 @@
 
 Routers with ReLU gates get a threshold, or below it a negative offset for more experts than they
 activate. TopK routers get another k, and ours among them also a threshold. Thresholds of layers, as
-adopted models have them, keep their ratios.
+adopted models have them, are moved by one number.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -157,11 +157,10 @@ def _changes(
     if opened.source is None:
         return
     calibration, most = _calibration(text), active
+    own = getattr(model.config, "gate_threshold", None)
     if has_budget:
-        own = model.config.gate_threshold
         model.set_budget(None)
         most = _read(model, text, Intervention())[1]
-        model.config.gate_threshold = own  # those of layers keep their ratios
     for target in [topk * point for point in sorted(set(settings.points))]:
         adds = target > most * (1 - _MET)
         if abs(target - active) <= _MET * active or (adds and is_topk and not has_budget):
@@ -170,6 +169,7 @@ def _changes(
         try:
             if target >= experts or (adds and is_topk):
                 raise UnreachableBudget
+            model.config.gate_threshold = own  # from which those of layers are moved
             budget = model.set_budget(target, calibration, by=by)
         except UnreachableBudget:
             yield by, target, None
