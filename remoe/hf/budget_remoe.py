@@ -253,7 +253,7 @@ def _agreed(
     """
     refused, found, batches = None, None, 0
     try:
-        _check(config, active_experts, by)
+        check_budget(config, active_experts, by)
         found = _checked(config, ids, mask)
         batches = math.ceil(len(found[0]) / _rows(found[0]))
     except ValueError as error:
@@ -339,8 +339,12 @@ def _checked(config: Any, ids: Tensor | None, mask: Tensor | None) -> tuple[Tens
     return ids, mask
 
 
-def _check(config: Any, active_experts: float, by: str) -> None:
-    """Refuse models without such gates, and impossible numbers."""
+def check_budget(config: Any, active_experts: float, by: str = "threshold") -> None:
+    """Check that a model may have a budget, before it is calibrated.
+
+    Raises:
+        ValueError: the model has no such gates, or the number is impossible.
+    """
     allowed = L1_ROUTERS if by == "offset" else THRESHOLD_ROUTERS
     if config.router_type not in allowed:
         raise ValueError(

@@ -242,6 +242,7 @@ def sample_twice(folder: Path):
         (["--calibrate-on", "tokens/valid"], "there is nothing to calibrate"),
         (["--active-experts", "0.5", "--calibrate-on", "empty"], "has no text to calibrate on"),
         (["--active-experts", "99", "--calibrate-on", "tokens/valid"], "active_experts is 99.0"),
+        (["--active-experts", "99"], "active_experts is 99.0"),
         (["--active-experts", "0.5", "--calibrate-on", "hf/generation_config.json"], "least 512"),
     ],
 )

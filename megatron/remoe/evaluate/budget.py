@@ -15,6 +15,7 @@ from megatron.remoe.convert.source import MegatronSource, open_source
 from megatron.remoe.evaluate.perplexity import DEFAULT_SEED, default_length, find_domains
 from megatron.remoe.evaluate.text import read_text, validation_files
 from megatron.remoe.files import read_json_object
+from remoe.hf.budget_remoe import check_budget
 
 TOKENS = 8192  # of the text: the mean over them has a standard error of about 1%
 _SAMPLED = 2048  # of them if the model samples the text, one after the other
@@ -72,6 +73,7 @@ def choose(
     model = load_source(source, dtype)
     if not hasattr(model, "set_budget"):
         raise ValueError(f"{path} is a dense model; leave --active-experts out")
+    check_budget(model.config, active_experts)
     named, ids = read or ("text that the model has sampled", sampled(model, _SAMPLED))
     check_vocabulary(ids, model.config.vocab_size)
     found = model.set_budget(active_experts, ids)
