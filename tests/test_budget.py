@@ -247,18 +247,23 @@ def test_a_budget_that_cannot_be_set_is_refused_and_changes_nothing(
     assert model.config.gate_threshold == (0.25 if not changes else None)
 
 
-def test_thresholds_of_layers_are_moved_by_one_number(text):
-    model, profile = state_of_its_own(build()), [0.2, 0.5]
-    for target, is_less in ((0.6, True), (1.75, False), (0.1, True)):
-        model.config.gate_threshold = profile
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_thresholds_of_layers_are_moved_by_one_number_and_back(text, tmp_path, kind):
+    model, profile = state_of_its_own(build()), [0.1, 0.5]
+    model.config.gate_threshold = kind(profile)
+    plain = model.set_budget(0.6, *text)
+    for target in (1.75, 0.1, 0.6):  # with the first, one of the thresholds is negative
         before = active_per_token(model, *text)
-        assert (target < before) == is_less
         budget = model.set_budget(target, *text)
         assert active_per_token(model, *text) == pytest.approx(target, rel=0.01)
         assert budget.value == model.config.gate_threshold
-        first, second = (one - other for one, other in zip(budget.value, profile, strict=True))
-        assert (second > 0) == is_less
-        assert first == pytest.approx(max(second, -profile[0]), abs=1e-9)
+        assert (budget.value[0] < 0) == (target == 1.75)
+        assert budget.value[1] - budget.value[0] == pytest.approx(profile[1] - profile[0])
+        model.save_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert active_per_token(model, *text) == pytest.approx(budget.active_experts)
+        assert abs(budget.active_experts - before) > 0.5
+    assert budget.active_experts == pytest.approx(plain.active_experts, rel=0.02)
     layers = model.set_budget(0.6, *text, per_layer=True).value
     assert layers[1] - layers[0] != pytest.approx(profile[1] - profile[0])
     model.set_budget(None)
@@ -299,7 +304,10 @@ def test_ranks_refuse_together_what_would_leave_one_waiting(text, ranks):
     assert few.startswith("the text has 120 tokens")
     assert told == f"rank 0: {few}"
     numbers = ranks.run(set_on_ranks, [0.7, 0.8], [(0, 12), (12, 24)], ids)
-    assert "rank 1 asks for (0.8, 'threshold', False, None, 1) and this one for (0.7," in numbers[0]
+    assert (
+        "rank 1 asks for (0.8, 'threshold', False, None, None, 1) and this one for (0.7,"
+        in numbers[0]
+    )
     assert "rank 0 asks for (0.7, " in numbers[1]
     lengths = ranks.run(set_on_ranks, 0.7, [(0, 12), (0, 240)], ids.repeat(10, 1))
-    assert "False, None, 2) and this one for (0.7, 'threshold', False, None, 1)" in lengths[0]
+    assert "None, None, 2) and this one for (0.7, 'threshold', False, None, None, 1)" in lengths[0]

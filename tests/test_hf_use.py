@@ -74,6 +74,10 @@ def padded(left: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ),
         ({"router_type": "hash", "gate_offset": 0.1}, "gate_offset is 0.1, .* router_type is hash"),
         ({"gate_threshold": -0.1}, "gate_threshold is -0.1; it must be a number that is not neg"),
+        (
+            {"gate_threshold": [-0.1, float("nan")]},
+            "gate_threshold is .*; it must be a number that",
+        ),
         ({"gate_threshold": [0.1, "x"]}, "gate_threshold is .*; it must be a number that is"),
         ({"gate_offset": float("inf")}, "gate_offset is inf; it must be a number, or a list"),
         ({"router_type": "top_p", "at_least_one_expert": True}, "at_least_one_expert is True, wh"),

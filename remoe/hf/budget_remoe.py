@@ -7,7 +7,8 @@ This file is exported with every model and therefore self-contained. Shapes: T t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -163,13 +164,13 @@ def set_budget(
     if active_experts is None:
         _write(config, dict.fromkeys(before))
         return None
-    ids, mask = _agreed(config, active_experts, input_ids, attention_mask, by, per_layer)
+    ids, mask = _agreed(model, active_experts, input_ids, attention_mask, by, per_layer)
     was_training = model.training
     model.eval()
     try:
         _write(config, dict.fromkeys(before))
         profile = None if per_layer or by == "offset" else before["gate_threshold"]
-        profile = profile if isinstance(profile, list) and any(profile) else None
+        profile = profile if isinstance(profile, list | tuple) else None
         budget = _calibrated(model, active_experts, ids, mask, by, per_layer, profile)
     except BaseException:
         _write(config, before)
@@ -186,11 +187,12 @@ def _calibrated(
     mask: Tensor,
     by: str,
     per_layer: bool,
-    profile: list[float] | None,
+    profile: Sequence[float] | None,
 ) -> Budget:
     """Set the field of a model without a budget, and return what was reached.
 
-    With a profile, which has a threshold for each layer, all of them are moved by one number.
+    With a profile, which has a threshold for each layer, all of them are moved by one number. Those
+    that become negative switch nothing off, and are kept, so that the way back leads to the same.
     """
     config, field = model.config, _FIELDS[by]
     plain_L = active_by_layer(model, ids, mask)
@@ -200,7 +202,7 @@ def _calibrated(
     value: float | list[float]
 
     def of_all(change: float) -> float | list[float]:
-        return change if profile is None else [max(0.0, one + change) for one in profile]
+        return change if profile is None else [one + change for one in profile]
 
     def measure(change: float) -> float:
         setattr(config, field, of_all(change))
@@ -239,7 +241,7 @@ def _calibrated(
 
 
 def _agreed(
-    config: Any,
+    model: Any,
     active_experts: float,
     ids: Tensor | None,
     mask: Tensor | None,
@@ -251,7 +253,7 @@ def _agreed(
     Ranks of a process group measure together. One whose text is refused, or that asks for something
     else, would leave the others waiting, so that all of them raise a ValueError.
     """
-    refused, found, batches = None, None, 0
+    config, refused, found, batches = model.config, None, None, 0
     try:
         check_budget(config, active_experts, by)
         found = _checked(config, ids, mask)
@@ -260,17 +262,20 @@ def _agreed(
         refused = error
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Wrappers that shard weights gather them for every batch.
-        request = (active_experts, by, per_layer, config.gate_threshold, batches)
+        own = (config.gate_threshold, config.max_active_experts)
+        request = (active_experts, by, per_layer, *own, batches)
         given: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(given, (request, refused and str(refused)))
+        is_cuda = model.device.type == "cuda"
+        with torch.cuda.device(model.device) if is_cuda else nullcontext():
+            torch.distributed.all_gather_object(given, (request, refused and str(refused)))
         for rank, (other, reason) in enumerate(given):
             if refused is None and reason is not None:
                 raise ValueError(f"rank {rank}: {reason}")
             if refused is None and other != request:
                 raise ValueError(
                     f"rank {rank} asks for {other} and this one for {request}, which are "
-                    f"active_experts, by, per_layer, gate_threshold and the batches of the text; "
-                    f"ask for the same"
+                    f"active_experts, by, per_layer, gate_threshold, max_active_experts and the "
+                    f"batches of the text; ask for the same"
                 )
     if refused is not None:
         raise refused

@@ -52,8 +52,8 @@ _COUNTS = (
 # What a value must be, by name: a test, and the same in words. A default of None passes as well.
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gate_threshold": (
-        _one_or_each(lambda x: _is_number(x) and x >= 0),
-        "a number that is not negative, or a list of them",
+        lambda x: _one_or_each(_is_number)(x) and (isinstance(x, list | tuple) or x >= 0),
+        "a number that is not negative, or a list of numbers",
     ),
     "gate_offset": (_one_or_each(_is_number), "a number, or a list of them"),
     "max_active_experts": (
@@ -121,7 +121,8 @@ class ReMoEConfig(LlamaConfig):
         l1_coeff: coefficient of the L1 penalty for every layer with experts; None means no penalty.
         l1_coeff_init, l1_coeff_multiplier, target_sparsity: settings of its controller (Eq. 7).
         gate_threshold: gates of a smaller size are switched off, and the others keep their value;
-            also with TopK routers, whose tokens then have k experts or fewer.
+            also with TopK routers, whose tokens then have k experts or fewer. In a list a negative
+            one is as good as zero, and keeps its distance from the others (see `set_budget`).
         gate_offset: a constant that is taken from every logit before the ReLU, with `relu_l2` from
             the logits over their norm; a negative one lets more experts be active.
         max_active_experts: most experts of a token, those with the largest gates; None is no limit.

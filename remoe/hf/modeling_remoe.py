@@ -790,7 +790,7 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
         The value is found by bisection, on which layers all act together, since each changes what
         later ones see. It is written to the config, with which it is saved. A limit of
         `max_active_experts` stays as it is. In a process group every rank must call this, each
-        with text of its own.
+        with text of its own; None clears the budget of this rank alone.
 
         Args:
             active_experts: the mean number of active experts per token, over layers with experts
@@ -802,8 +802,8 @@ class ReMoEForCausalLM(ReMoEPreTrainedModel, GenerationMixin):
                 and add experts.
             per_layer: give each layer a value of its own, with which it keeps the same share of its
                 experts. By default all layers have one value; but thresholds of layers that the
-                model has already, as an adopted one does, are all moved by one number, none of them
-                below zero.
+                model has already, as an adopted one does, are all moved by one number, and moving
+                them back restores them. None and "offset" remove them.
 
         Returns:
             What was set and reached; None if the budget was cleared.

@@ -236,6 +236,16 @@ def test_a_topk_model_of_ours_is_adopted_in_other_ways(call, home):
         assert after.config.router_type == (
             "relu" if name in ("l1", "whole") else model.config.router_type
         )
+    argv = ["budget", "kept", "--data", "tokens", "--points", "0.5,1,1.5", "--out", "moved"]
+    code, out, error = call(tiny.remoe, home, *argv)
+    assert code == 0, error
+    own = ReMoEForCausalLM.from_pretrained(home / "kept").config.gate_threshold
+    (curve,) = json.loads((home / "moved/budget.json").read_text())["curves"]
+    assert curve["left_out"] == [3] and len(curve["points"]) == 3  # of the teacher's two
+    assert [p["active"] for p in curve["points"][1:]] == pytest.approx([1, 2], rel=0.03)
+    for point in curve["points"][1:]:
+        assert point["value"][0] - own[0] == pytest.approx(point["value"][1] - own[1])
+        assert f"| thresholds of layers, {min(point['value']):.4g} to " in out
     message = fails(call, home, "adopt", "kept", "twice", *FLAGS)
     assert "kept has a threshold of gates, so that it is adopted already" in message
     message = fails(call, home, "convert", "to-megatron", "kept", "back")

@@ -205,9 +205,10 @@ def test_a_budget_is_calibrated_on_named_text_and_said(call, home):
     (home / "stored/config.json").write_text(json.dumps(stored))
     code, _, error = call(tiny.remoe, home, "generate", "stored", *prompt)
     assert code == 0 and "budget: the model's own, gate_threshold 0.25" in error
-    (home / "stored/config.json").write_text(json.dumps(config | {"eos_token_id": None}))
-    code, _, error = call(tiny.remoe, home, "generate", "stored", *prompt, *half)
-    assert code == 2 and "no run, so that it names no text, and its eos_token_id is None" in error
+    for end in (None, 99999):
+        (home / "stored/config.json").write_text(json.dumps(config | {"eos_token_id": end}))
+        code, _, error = call(tiny.remoe, home, "generate", "stored", *prompt, *half)
+        assert code == 2 and f"names no text, and its eos_token_id is {end}, no token" in error
 
 
 def test_a_sample_goes_on_where_documents_end(call, home):
@@ -243,6 +244,7 @@ def sample_twice(folder: Path):
         (["--active-experts", "0.5", "--calibrate-on", "empty"], "has no text to calibrate on"),
         (["--active-experts", "99", "--calibrate-on", "tokens/valid"], "active_experts is 99.0"),
         (["--active-experts", "99"], "active_experts is 99.0"),
+        (["--active-experts", "3.9"], r"3.9, which cannot .*sampled; --calibrate-on names other"),
         (["--active-experts", "0.5", "--calibrate-on", "hf/generation_config.json"], "least 512"),
     ],
 )

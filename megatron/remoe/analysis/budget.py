@@ -22,7 +22,7 @@ class Point:
 
     Attributes:
         by: what was changed: "k", "threshold", "offset", or "none" for the model as it is.
-        value: k, the threshold or the offset; the mean of thresholds of layers.
+        value: k, the threshold or those of all layers, or the offset.
         active: the mean number of active experts of a token and layer.
         loss: the mean loss in nats per token.
         half_width: half the width of the loss's interval.
@@ -31,7 +31,7 @@ class Point:
     """
 
     by: str
-    value: float | None
+    value: float | list[float] | None
     active: float
     loss: float
     half_width: float
@@ -117,15 +117,23 @@ def to_markdown(measured: Measured) -> str:
             "|---|---|---|---|",
         ]
         for point in sorted(curve.points, key=lambda one: one.active):
-            changed = "-" if point.value is None else f"{point.by} {point.value:.4g}"
             lines.append(
-                f"| {changed} | {point.active:.3f} | {point.loss:.4f} ± {point.half_width:.4f} | "
+                f"| {_changed(point)} | {point.active:.3f} | "
+                f"{point.loss:.4f} ± {point.half_width:.4f} | "
                 f"{point.extra_loss:+.4f} ± {point.extra_half_width:.4f} |"
             )
         if curve.left_out:
             numbers = ", ".join(f"{number:g}" for number in curve.left_out)
             lines += ["", f"Left out, because no threshold or offset leaves as many: {numbers}."]
     return "\n".join(lines) + "\n"
+
+
+def _changed(point: Point) -> str:
+    """Say what was changed; `budget.json` has the thresholds of every layer."""
+    if isinstance(point.value, list):
+        least, most = min(point.value), max(point.value)
+        return f"{point.by}s of layers, {least:.4g} to {most:.4g}"
+    return "-" if point.value is None else f"{point.by} {point.value:.4g}"
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:

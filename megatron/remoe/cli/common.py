@@ -35,7 +35,7 @@ _COMMON = {
     "calibrate_on": (
         "The text on which the threshold of --active-experts is found: a folder of token files, "
         "one of them without its suffix, or a text file. By default it is the validation files of "
-        "a run, or text that a model samples, which is no run."
+        "a run; a model that is no run samples text itself."
     ),
     "license": (
         "The license that the model card names, as the hub writes it: apache-2.0, mit, other. By "

@@ -15,7 +15,7 @@ from megatron.remoe.convert.source import MegatronSource, open_source
 from megatron.remoe.evaluate.perplexity import DEFAULT_SEED, default_length, find_domains
 from megatron.remoe.evaluate.text import read_text, validation_files
 from megatron.remoe.files import read_json_object
-from remoe.hf.budget_remoe import check_budget
+from remoe.hf.budget_remoe import UnreachableBudget, check_budget
 
 TOKENS = 8192  # of the text: the mean over them has a standard error of about 1%
 _SAMPLED = 2048  # of them if the model samples the text, one after the other
@@ -46,8 +46,8 @@ def choose(
 ) -> Chosen:
     """Calibrate a budget on text; without a number, keep the model's own.
 
-    The text is `calibrate_on`, or else the validation files of a run, or what a model samples that
-    is no run. It is never a prompt: every prompt would be routed by another threshold.
+    The text is `calibrate_on`, or else the validation files of a run, or a sample from the model.
+    It is never a prompt: every prompt would be routed by another threshold.
 
     Args:
         path: Hugging Face folder, run or checkpoint.
@@ -76,7 +76,10 @@ def choose(
     check_budget(model.config, active_experts)
     named, ids = read or ("text that the model has sampled", sampled(model, _SAMPLED))
     check_vocabulary(ids, model.config.vocab_size)
-    found = model.set_budget(active_experts, ids)
+    try:
+        found = model.set_budget(active_experts, ids)
+    except UnreachableBudget as error:
+        raise UnreachableBudget(f"{error} ({named}; {_OPTION} names other text)") from None
     values = found.value if isinstance(found.value, list) else [found.value]
     thresholds = f"a gate threshold of {values[0]:.4g} leaves"
     if len(values) > 1:
@@ -132,22 +135,22 @@ def sampled(model: Any, tokens: int) -> Tensor:
     """Return documents that a model samples, int64 `[N, S]`, from the end of the one before.
 
     Samples go on after the end of a document, as the sequences of training do. The seed is always
-    the same, so that a model samples the same.
+    the same, so that a model samples the same on a device.
 
     Args:
         model: a model for transformers.
         tokens: the number of tokens, which is divided into sequences of the same length.
 
     Raises:
-        ValueError: the model does not name the token at which documents end.
+        ValueError: the model names no token at which documents end.
     """
     from transformers import DynamicCache
 
     start = model.config.eos_token_id
-    if not isinstance(start, int):
+    if not isinstance(start, int) or not 0 <= start < model.config.vocab_size:
         raise ValueError(
-            f"the model is no run, so that it names no text, and its eos_token_id is {start}, so "
-            f"that it cannot begin to sample one; name token files ({_OPTION})"
+            f"the model is no run, so that it names no text, and its eos_token_id is {start}, no "
+            f"token at which it could begin to sample one; name token files ({_OPTION})"
         )
     length = min(_SAMPLE_LENGTH, model.config.max_position_embeddings)
     ids = torch.full((math.ceil(tokens / length), 1), start, device=model.device)

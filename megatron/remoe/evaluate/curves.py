@@ -127,10 +127,11 @@ def _curve(opened: Opened, text: Text, settings: Settings) -> Curve:
     plain = _read(model, text, Intervention())
     points = [_point("none", None, plain, plain)]
     left_out: list[float] = []
-    for by, value, intervention in _changes(model, opened, text, settings, plain[1]):
-        if intervention is None:
-            left_out.append(value)
+    for change in _changes(model, opened, text, settings, plain[1]):
+        if isinstance(change, float):
+            left_out.append(change)
         else:
+            by, value, intervention = change
             points.append(_point(by, value, _read(model, text, intervention), plain))
     return Curve(str(opened.path), opened.router, topk, opened.num_experts, points, left_out)
 
@@ -141,10 +142,11 @@ def _changes(
     text: Text,
     settings: Settings,
     active: float,
-) -> Iterator[tuple[str, float, Intervention | None]]:
+) -> Iterator[tuple[str, float | list[float], Intervention] | float]:
     """Change a model, one point after the other; yield what was changed, and how it is applied.
 
-    With None in place of the latter, the value is a number of active experts that nothing reaches.
+    A float alone is a number of active experts that nothing reaches. Targets grow, and an offset,
+    which removes thresholds of layers, comes after all of these.
     """
     topk, experts = int(opened.config.num_experts_per_tok), opened.num_experts
     is_topk = opened.router.startswith("topk_")
@@ -157,25 +159,24 @@ def _changes(
     if opened.source is None:
         return
     calibration, most = _calibration(text), active
-    own = getattr(model.config, "gate_threshold", None)
     if has_budget:
+        own = model.config.gate_threshold
         model.set_budget(None)
         most = _read(model, text, Intervention())[1]
+        model.config.gate_threshold = own
     for target in [topk * point for point in sorted(set(settings.points))]:
-        adds = target > most * (1 - _MET)
+        adds = target > most * (1 + _MET if is_topk else 1 - _MET)  # all of k are reached exactly
         if abs(target - active) <= _MET * active or (adds and is_topk and not has_budget):
             continue  # which is measured as it is, or by another k
         by = "offset" if adds else "threshold"
         try:
             if target >= experts or (adds and is_topk):
                 raise UnreachableBudget
-            model.config.gate_threshold = own  # from which those of layers are moved
             budget = model.set_budget(target, calibration, by=by)
         except UnreachableBudget:
-            yield by, target, None
+            yield float(target)
         else:
-            values = budget.value if isinstance(budget.value, list) else [budget.value]
-            yield by, sum(values) / len(values), Intervention()
+            yield by, budget.value, Intervention()
 
 
 def _read(model: Any, text: Text, intervention: Intervention) -> tuple[Tensor, float]:
@@ -188,7 +189,10 @@ def _read(model: Any, text: Text, intervention: Intervention) -> tuple[Tensor, f
 
 
 def _point(
-    by: str, value: float | None, found: tuple[Tensor, float], plain: tuple[Tensor, float]
+    by: str,
+    value: float | list[float] | None,
+    found: tuple[Tensor, float],
+    plain: tuple[Tensor, float],
 ) -> Point:
     losses, extra = found[0], found[0] - plain[0]
     return Point(
