@@ -220,10 +220,12 @@ def _calibrated(
             if plain:
                 values[layer] = calibrate(measure_layer, plain * share, least=least).value
         value = values
+        setattr(config, field, value)
+        reached = float(active_by_layer(model, ids, mask).mean())
     else:
-        value = of_all(calibrate(measure, target, least=least).value)
-    setattr(config, field, value)
-    reached = float(active_by_layer(model, ids, mask).mean())
+        found = calibrate(measure, target, least=least)
+        value, reached = of_all(found.value), found.reached
+        setattr(config, field, value)
     if abs(reached - target) > TOLERANCE * target:
         takes_only = by == "threshold" and target > before
         why = (

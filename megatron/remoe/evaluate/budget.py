@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron.remoe.convert.architecture import BUDGET
-from megatron.remoe.convert.exported import check_vocabulary, load_source
+from megatron.remoe.convert.exported import check_vocabulary, continue_tokens, load_source
 from megatron.remoe.convert.hf_source import HFSource
 from megatron.remoe.convert.source import MegatronSource, open_source
 from megatron.remoe.evaluate.perplexity import DEFAULT_SEED, default_length, find_domains
@@ -144,8 +144,6 @@ def sampled(model: Any, tokens: int) -> Tensor:
     Raises:
         ValueError: the model names no token at which documents end.
     """
-    from transformers import DynamicCache
-
     start = model.config.eos_token_id
     if not isinstance(start, int) or not 0 <= start < model.config.vocab_size:
         raise ValueError(
@@ -153,12 +151,9 @@ def sampled(model: Any, tokens: int) -> Tensor:
             f"token at which it could begin to sample one; name token files ({_OPTION})"
         )
     length = min(_SAMPLE_LENGTH, model.config.max_position_embeddings)
-    ids = torch.full((math.ceil(tokens / length), 1), start, device=model.device)
-    cache = DynamicCache(config=model.config)
-    with torch.random.fork_rng(), torch.inference_mode():
+    first = torch.full((math.ceil(tokens / length), 1), start, device=model.device)
+    # A generation_config.json may have other values.
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    with torch.random.fork_rng():
         torch.manual_seed(DEFAULT_SEED)
-        while ids.shape[1] < length:
-            logits = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits
-            probabilities = logits[:, -1].float().softmax(dim=-1)
-            ids = torch.cat((ids, torch.multinomial(probabilities, 1)), dim=1)
-    return ids.cpu()
+        return continue_tokens(model, first, length - 1, **sampling).cpu()
